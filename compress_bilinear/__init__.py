@@ -1,0 +1,5 @@
+"""Compress the `nn.Bilinear` layers of trained networks, and report what that did."""
+
+from . import decomposition, ops
+from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .modules import CPBilinear, DenseBilinear, TuckerBilinear

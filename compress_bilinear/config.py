@@ -1,0 +1,130 @@
+"""What is asked of a layer: which method, at which rank or target, stored in which format."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from .errors import ConfigError
+
+Quantize: TypeAlias = Literal["int8"]
+"""The storage formats besides the layer's own dtype."""
+
+
+def check_quantize(quantize: object) -> None:
+    """Raise `ConfigError` unless `quantize` is None or one of `Quantize`."""
+    allowed = get_args(Quantize)
+    if quantize is not None and quantize not in allowed:
+        names = " or ".join(repr(name) for name in allowed)
+        raise ConfigError(f"`quantize` should be None or {names}. Found {quantize!r}.")
+
+
+def check_rank(rank: object, what: str = "`rank`") -> None:
+    """Raise `ConfigError` unless `rank` is a positive int."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"{what} should be a positive int. Found {rank!r}.")
+
+
+def _check_fraction(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 or math.isnan(value):
+        raise ConfigError(f"{what} should be a number above 0 and below 1. Found {value!r}.")
+
+
+@dataclass(frozen=True)
+class MaxError:
+    """The cheapest rank whose relative Frobenius error of the weight, ‖W − Ŵ‖/‖W‖, is at most `error`.
+
+    Counted after everything that is stored has been rounded, so also after `quantize`.
+
+    Raises: ConfigError unless 0 < error < 1.
+    """
+
+    error: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.error, "`MaxError`'s error")
+
+
+@dataclass(frozen=True)
+class MaxSize:
+    """The lowest error within `fraction` of the layer's original bytes; everything stored counts, bias included.
+
+    Raises: ConfigError unless 0 < fraction < 1.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction, "`MaxSize`'s fraction")
+
+
+CPRank: TypeAlias = int | MaxError | MaxSize
+TuckerRank: TypeAlias = tuple[int, int, int] | MaxError | MaxSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPConfig:
+    """Replace a layer by `CPBilinear`: W_oij ≈ Σ_r C_or A_ir B_jr, that is R(O + I + J) parameters.
+
+    Args:
+        rank: the number of components R, or a target (`MaxError`, `MaxSize`) that chooses it.
+        quantize: None keeps the layer's dtype; "int8" stores the factors in 8 bits.
+        seed: of the solver's random starts.
+
+    Raises: ConfigError for anything else.
+    """
+
+    rank: CPRank
+    quantize: Quantize | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, (MaxError, MaxSize)):
+            check_rank(self.rank, "`rank` of a CPConfig, where it is not a MaxError or MaxSize,")
+        check_quantize(self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerConfig:
+    """Replace a layer by `TuckerBilinear`: W ≈ G ×_O U ×_I A ×_J B with a core G of shape (R_o, R_i, R_j).
+
+    Args:
+        rank: the triple (R_o, R_i, R_j) in the order of the weight's axes, or a target that chooses it.
+        quantize: None keeps the layer's dtype; "int8" stores core and factors in 8 bits.
+
+    Raises: ConfigError for anything else.
+    """
+
+    rank: TuckerRank
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, (MaxError, MaxSize)):
+            if not isinstance(self.rank, (tuple, list)) or len(self.rank) != 3:
+                raise ConfigError(
+                    "`rank` of a TuckerConfig should be a triple (out, in1, in2), a MaxError or a MaxSize. "
+                    f"Found {self.rank!r}."
+                )
+            for axis, value in enumerate(self.rank):
+                check_rank(value, f"`rank[{axis}]` of a TuckerConfig")
+            object.__setattr__(self, "rank", tuple(self.rank))
+        check_quantize(self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Replace a layer by `DenseBilinear`: the weight itself, evaluated in the best order.
+
+    Args:
+        quantize: None keeps every bit of the weight, and the replacement is made where it is measured faster;
+            "int8" stores the weight in 8 bits, and the replacement is made where it is smaller.
+
+    Raises: ConfigError for any other `quantize`.
+    """
+
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+
+
+Config: TypeAlias = CPConfig | TuckerConfig | DenseConfig

@@ -1,0 +1,202 @@
+"""The results: frozen, validated, convertible to and from TensorLy, with the true residual in float64."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ..errors import CompressionError
+
+Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+MODES = ("out", "in1", "in2")
+_CHUNK = 2**22  # elements of the float64 slices in which a residual is summed: 32 MiB
+
+
+def _check_tensors(named: dict[str, Tensor]) -> None:
+    """All floating and finite, with one dtype and one device."""
+    first = next(iter(named.values()))
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise CompressionError(f"`{name}` should be a floating torch.Tensor. Found {found}.")
+        if tensor.dtype != first.dtype or tensor.device != first.device:
+            raise CompressionError(
+                f"`{name}` should be {first.dtype} on {first.device}, as the first part is. "
+                f"Found {tensor.dtype} on {tensor.device}."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise CompressionError(f"`{name}` should be finite. Found NaN or infinity.")
+
+
+def _check_factors(factors: Sequence[Tensor], ranks: Sequence[int]) -> None:
+    if len(factors) != 3:
+        raise CompressionError(f"`factors` should be three matrices (out, in1, in2). Found {len(factors)}.")
+    for mode, factor, rank in zip(MODES, factors, ranks, strict=True):
+        if factor.dim() != 2 or factor.shape[1] != rank:
+            raise CompressionError(f"The {mode} factor should have shape (·, {rank}). Found {tuple(factor.shape)}.")
+
+
+def _as_torch(value: Any) -> Tensor:
+    """A tensor of any TensorLy backend that numpy can read, as a torch tensor."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+
+
+def row_slices(shape: Sequence[int]) -> Iterator[slice]:
+    """Slices of the first axis of an (O, I, J) tensor, each of about `_CHUNK` elements or one output."""
+    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+class _Decomposition:
+    factors: Factors
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (O, I, J) of the tensor that is decomposed."""
+        out, in1, in2 = self.factors
+        return out.shape[0], in1.shape[0], in2.shape[0]
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        raise NotImplementedError
+
+    def to_tensor(self) -> Tensor:
+        """The tensor (O, I, J) that the factors stand for, in their dtype."""
+        return self._rows(slice(None), self.factors[0].dtype)
+
+    def relative_error(self, weight: Tensor) -> float:
+        """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
+        if tuple(weight.shape) != self.shape:
+            raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
+        residual = total = 0.0
+        for rows in row_slices(self.shape):
+            exact = weight.detach()[rows].double()
+            total += float(exact.square().sum())
+            residual += float((exact - self._rows(rows, torch.float64)).square().sum())
+        return relative(residual, total)
+
+
+def relative(residual: float, total: float) -> float:
+    """sqrt(residual / total) of two sums of squares; 0 for 0/0, infinite where only `total` is 0."""
+    if total == 0:
+        return 0.0 if residual == 0 else math.inf
+    return math.sqrt(residual / total)
+
+
+@dataclass(frozen=True, eq=False)
+class CPDecomposition(_Decomposition):
+    """W_oij = Σ_r λ_r C_or A_ir B_jr (Carroll and Chang, 1970; Harshman, 1970).
+
+    Attributes:
+        weights: λ (R,).
+        factors: C (O, R), A (I, R), B (J, R), in the order of the weight's axes.
+        error: relative Frobenius error against the weight that was decomposed, in float64; None where unknown.
+
+    Raises: CompressionError where shapes, dtypes or devices disagree, or values are not finite.
+    """
+
+    weights: Tensor
+    factors: Factors
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors))
+        names = [f"factors[{k}]" for k in range(len(self.factors))]
+        _check_tensors({"weights": self.weights, **dict(zip(names, self.factors, strict=True))})
+        if self.weights.dim() != 1:
+            raise CompressionError(f"`weights` should have shape (R,). Found {tuple(self.weights.shape)}.")
+        _check_factors(self.factors, [self.rank] * 3)
+
+    @property
+    def rank(self) -> int:
+        """The number of components R."""
+        return self.weights.shape[0]
+
+    @property
+    def amplification(self) -> float:
+        """sqrt(Σ_r ‖λ_r c_r ⊗ a_r ⊗ b_r‖²) / ‖Ŵ‖: 1 for orthogonal components, large where they cancel."""
+        scale = self.weights.double().square()
+        product = torch.ones_like(self.weights.double()[:, None] * self.weights.double()[None, :])
+        for factor in self.factors:
+            wide = factor.double()
+            scale = scale * wide.square().sum(0)
+            product = product * (wide.T @ wide)
+        outer = self.weights.double()[:, None] * self.weights.double()[None, :]
+        return relative(float(scale.sum()), max(0.0, float((product * outer).sum())))
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
+        left = torch.einsum("or,ir->oir", out[rows] * self.weights.to(dtype), in1)
+        return left @ in2.T
+
+    def to_tensorly(self) -> Any:
+        """The same as a `tensorly.cp_tensor.CPTensor` of torch tensors."""
+        from tensorly.cp_tensor import CPTensor
+
+        return CPTensor((self.weights, list(self.factors)))
+
+    @classmethod
+    def from_tensorly(cls, cp_tensor: Any) -> Self:
+        """From a TensorLy `CPTensor` (or a pair of weights and factors) of torch tensors or numpy arrays."""
+        weights, factors = cp_tensor
+        converted = [_as_torch(factor) for factor in factors]
+        if len(converted) != 3:
+            raise CompressionError(f"A CP tensor of order 3 is required. Found {len(converted)} factors.")
+        ones = converted[0].new_ones(converted[0].shape[-1])
+        return cls(ones if weights is None else _as_torch(weights), (converted[0], converted[1], converted[2]))
+
+
+@dataclass(frozen=True, eq=False)
+class TuckerDecomposition(_Decomposition):
+    """W_oij = Σ_abc G_abc U_oa A_ib B_jc (Tucker, 1966).
+
+    Attributes:
+        core: G (R_o, R_i, R_j).
+        factors: U (O, R_o), A (I, R_i), B (J, R_j), in the order of the weight's axes.
+        error: relative Frobenius error against the weight that was decomposed, in float64; None where unknown.
+
+    Raises: CompressionError where shapes, dtypes or devices disagree, or values are not finite.
+    """
+
+    core: Tensor
+    factors: Factors
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(self.factors))
+        names = [f"factors[{k}]" for k in range(len(self.factors))]
+        _check_tensors({"core": self.core, **dict(zip(names, self.factors, strict=True))})
+        if self.core.dim() != 3:
+            raise CompressionError(f"`core` should have shape (R_o, R_i, R_j). Found {tuple(self.core.shape)}.")
+        _check_factors(self.factors, self.rank)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """(R_o, R_i, R_j)."""
+        out, in1, in2 = self.core.shape
+        return out, in1, in2
+
+    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
+        projected = torch.einsum("oa,abc->obc", out[rows], self.core.to(dtype))
+        return in1 @ projected @ in2.T
+
+    def to_tensorly(self) -> Any:
+        """The same as a `tensorly.tucker_tensor.TuckerTensor` of torch tensors."""
+        from tensorly.tucker_tensor import TuckerTensor
+
+        return TuckerTensor((self.core, list(self.factors)))
+
+    @classmethod
+    def from_tensorly(cls, tucker_tensor: Any) -> Self:
+        """From a TensorLy `TuckerTensor` (or a pair of core and factors) of torch tensors or numpy arrays."""
+        core, factors = tucker_tensor
+        converted = [_as_torch(factor) for factor in factors]
+        if len(converted) != 3:
+            raise CompressionError(f"A Tucker tensor of order 3 is required. Found {len(converted)} factors.")
+        return cls(_as_torch(core), (converted[0], converted[1], converted[2]))

@@ -1,0 +1,9 @@
+"""The layers that take the place of `nn.Bilinear`."""
+
+from ._base import CompressedBilinear
+from ._cp import CPBilinear
+from ._dense import DenseBilinear
+from ._linear import QuantizedLinear
+from ._tucker import TuckerBilinear
+
+__all__ = ["CPBilinear", "CompressedBilinear", "DenseBilinear", "QuantizedLinear", "TuckerBilinear"]

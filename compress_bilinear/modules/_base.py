@@ -1,0 +1,164 @@
+"""What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Quantize
+from ..errors import CompressionError, InputError
+
+
+class CompressedBilinear(nn.Module):
+    """A drop-in for `nn.Bilinear`: same attributes, same inputs and outputs, other storage.
+
+    Attributes:
+        in1_features, in2_features, out_features: I, J and O.
+        quantize: None or "int8".
+        method: "dense", "cp" or "tucker".
+    """
+
+    method: ClassVar[str]
+
+    def __init__(self, in1_features: int, in2_features: int, out_features: int, quantize: Quantize | None) -> None:
+        super().__init__()
+        sizes = {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise CompressionError(f"`{name}` should be a positive int. Found {size!r}.")
+        self.in1_features = in1_features
+        self.in2_features = in2_features
+        self.out_features = out_features
+        self.quantize = quantize
+
+    @property
+    def rank(self) -> int | tuple[int, int, int] | None:
+        """R of a CP, (R_o, R_i, R_j) of a Tucker decomposition, None for a dense layer."""
+        return None
+
+    @property
+    @abstractmethod
+    def flops_per_row(self) -> int:
+        """FLOPs of the forward for one row, multiply-add counted as 2."""
+
+    @abstractmethod
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The slice W[rows] of the weight (·, I, J) that the layer stands for, computed in `dtype`."""
+
+    @abstractmethod
+    def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor: ...
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight (O, I, J) that the layer stands for; differentiable in the stored factors.
+
+        Args:
+            dtype: of the result and of its computation. None takes the layer's own, float32 for int8.
+        """
+        return self.dense_rows(slice(None), dtype or self._weight_dtype())
+
+    def forward(
+        self,
+        input1: Tensor,  # (..., I)
+        input2: Tensor,  # (..., J), the same leading dimensions
+    ) -> Tensor:  # (..., O)
+        """y_o = x1ᵀ W_o x2 + b_o.
+
+        Raises: InputError where `nn.Bilinear` would raise: other sizes, other leading dimensions, other dtypes.
+        """
+        self._check(input1, input2)
+        if input1.shape[:-1] != input2.shape[:-1]:
+            raise InputError(
+                "`input1` and `input2` should have the same leading dimensions. "
+                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            )
+        return self._forward(input1, input2)
+
+    def pairwise(
+        self,
+        input1: Tensor,  # (..., L1, I)
+        input2: Tensor,  # (..., L2, J), the same dimensions before L2
+    ) -> Tensor:  # (..., L1, L2, O)
+        """All pairs: output[..., k, l, :] is `forward(input1[..., k, :], input2[..., l, :])`.
+
+        Neither input is expanded over the pairs.
+
+        Raises: InputError for inputs of less than two dimensions, other sizes, or other dtypes.
+        """
+        self._check(input1, input2)
+        if input1.dim() < 2 or input1.shape[:-2] != input2.shape[:-2]:
+            raise InputError(
+                "`input1` and `input2` should be (..., L1, I) and (..., L2, J) with the same leading dimensions. "
+                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            )
+        return self._pairwise(input1, input2)
+
+    def _check(self, input1: Tensor, input2: Tensor) -> None:
+        for name, value, size in (("input1", input1, self.in1_features), ("input2", input2, self.in2_features)):
+            if value.dim() < 1 or value.shape[-1] != size:
+                raise InputError(f"`{name}` should have shape (..., {size}). Found {tuple(value.shape)}.")
+        if input1.dtype != input2.dtype and not torch.is_autocast_enabled(input1.device.type):
+            raise InputError(
+                f"`input1` and `input2` should have the same dtype. Found {input1.dtype} and {input2.dtype}."
+            )
+        if not input1.is_floating_point():
+            raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype}.")
+
+    def _weight_dtype(self) -> torch.dtype:
+        """The dtype of the stored weight, float32 for int8; wrapped inner layers are looked through."""
+        if self.quantize is None:
+            for name, parameter in self.named_parameters():
+                if name.endswith("weight") and parameter.is_floating_point():
+                    return parameter.dtype
+        return torch.float32
+
+    def extra_repr(self) -> str:
+        parts = [f"in1_features={self.in1_features}, in2_features={self.in2_features}"]
+        parts.append(f"out_features={self.out_features}")
+        if self.rank is not None:
+            parts.append(f"rank={self.rank}")
+        parts.append(f"bias={self.bias is not None}")
+        if self.quantize is not None:
+            parts.append(f"quantize={self.quantize!r}")
+        return ", ".join(parts)
+
+
+def autocast_dtype(device_type: str, *tensors: Tensor) -> torch.dtype | None:
+    """The dtype that autocast, where it is on, would run a product of these tensors in; it leaves float64 alone."""
+    if not torch.is_autocast_enabled(device_type) or any(tensor.dtype == torch.float64 for tensor in tensors):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+class ProjectedBilinear(CompressedBilinear):
+    """A small product between linear layers: what CP and Tucker have in common.
+
+    Attributes:
+        in1_proj, in2_proj, out_proj: ordinary linear layers (without, without and with the bias).
+    """
+
+    in1_proj: nn.Module
+    in2_proj: nn.Module
+    out_proj: nn.Module
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (O, I, J) that the layer stands for, computed anew at each access (`to_dense()`)."""
+        return self.to_dense()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The bias (O,) of `out_proj`."""
+        bias: nn.Parameter | None = getattr(self.out_proj, "bias", None)
+        return bias
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"`{name}` of a {type(self).__name__} is computed from its parts: set out_proj.bias, or the weights of "
+                "in1_proj, in2_proj and out_proj."
+            )
+        super().__setattr__(name, value)

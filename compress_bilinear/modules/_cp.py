@@ -1,0 +1,113 @@
+"""`CPBilinear`: three linear layers around an elementwise product."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
+
+from ..config import Quantize, check_quantize, check_rank
+from ..decomposition import CPDecomposition
+from ._base import ProjectedBilinear
+from ._linear import fill_linear, linear_weight, make_linear
+
+_PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
+
+
+class CPBilinear(ProjectedBilinear):
+    """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
+
+    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. With "int8" each of the three weights has one float32
+    scale for each component, so that CP's freedom to move scale between factors costs no accuracy.
+
+    Args:
+        in1_features, in2_features, out_features: I, J and O.
+        rank: R, any positive int.
+        bias: whether to add a bias (O,).
+        quantize: None or "int8".
+        device, dtype: of the parameters.
+
+    Raises: CompressionError for sizes below 1; ConfigError for another `rank` or `quantize`.
+
+    Source: Lebedev et al., "Speeding-up convolutional neural networks using fine-tuned CP-decomposition" (2015), for
+    convolutions; Kim et al., "Hadamard product for low-rank bilinear pooling" (2017), for the form.
+    """
+
+    method = "cp"
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantize: Quantize | None = None,
+    ) -> None:
+        check_quantize(quantize)
+        check_rank(rank)
+        super().__init__(in1_features, in2_features, out_features, quantize)
+        self._rank = rank
+        self.in1_proj = make_linear(in1_features, rank, False, quantize, 0, device, dtype)
+        self.in2_proj = make_linear(in2_features, rank, False, quantize, 0, device, dtype)
+        self.out_proj = make_linear(rank, out_features, bias, quantize, 1, device, dtype)
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: CPDecomposition,
+        bias: Tensor | None = None,  # (O,)
+        *,
+        quantize: Quantize | None = None,
+    ) -> Self:
+        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device."""
+        out, in1, in2 = decomposition.shape
+        weights, dtype = decomposition.weights, decomposition.weights.dtype
+        new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
+        # the weights go to the factors in equal parts, which keeps half-precision products in range
+        root = weights.double().abs() ** (1 / 3)
+        parts = zip((new.out_proj, new.in1_proj, new.in2_proj), decomposition.factors, strict=True)
+        for index, (linear, factor) in enumerate(parts):
+            scale = root * weights.double().sign() if index == 0 else root
+            scaled = (factor.double() * scale).to(dtype)
+            fill_linear(linear, scaled if index == 0 else scaled.T, 1 if index == 0 else 0)
+        if bias is not None:
+            new.out_proj.bias = nn.Parameter(bias.detach().clone())
+        return new
+
+    @property
+    def flops_per_row(self) -> int:
+        return 2 * self.rank * (self.in1_features + self.in2_features + self.out_features) + self.rank
+
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
+        return torch.einsum("or,ri->oir", out[rows], in1) @ in2
+
+    def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        output: Tensor = self.out_proj(self.in1_proj(input1) * self.in2_proj(input2))
+        return output
+
+    def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+            return self._product(left, right)  # the block size would tie the graph to these lengths
+        per_row = max(1, math.prod(input2.shape[:-1]) * self.rank)
+        blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
+        if len(blocks) == 1:
+            return self._product(left, right)
+        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
+            # recomputed in the backward, which would otherwise keep every product
+            return torch.cat([checkpoint(self._product, b, right, use_reentrant=False) for b in blocks], dim=-3)
+        return torch.cat([self._product(block, right) for block in blocks], dim=-3)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        output: Tensor = self.out_proj(left * right)
+        return output

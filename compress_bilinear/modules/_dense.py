@@ -1,0 +1,130 @@
+"""`DenseBilinear`: the weight itself, exact or in int8, evaluated in the best order."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .. import ops
+from ..config import Quantize, check_quantize
+from ..errors import InputError
+from ..quantization import QuantizedTensor
+from ._base import CompressedBilinear, autocast_dtype
+
+
+class DenseBilinear(CompressedBilinear):
+    """`nn.Bilinear` with the same weight, summed in the order that suits its shape, in bounded memory.
+
+    Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
+    `QuantizedTensor` with one float32 scale for each output and each row along the longer input axis.
+
+    Args:
+        in1_features, in2_features, out_features: I, J and O.
+        bias: whether to add a bias (O,).
+        quantize: None or "int8".
+        device, dtype: of the parameters.
+
+    Raises: CompressionError for sizes below 1; ConfigError for another `quantize`.
+    """
+
+    method = "dense"
+    weight: nn.Parameter | QuantizedTensor  # type: ignore[assignment]
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantize: Quantize | None = None,
+    ) -> None:
+        check_quantize(quantize)
+        super().__init__(in1_features, in2_features, out_features, quantize)
+        shape = (out_features, in1_features, in2_features)
+        if quantize is None:
+            self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+        else:
+            self.weight = QuantizedTensor.empty(shape, self._scaled_dim, device=device)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.reset_parameters()
+
+    @property
+    def _scaled_dim(self) -> int:
+        """The axis of the weight that shares a scale: the longer of the inputs'."""
+        return 2 if self.in2_features >= self.in1_features else 1
+
+    def reset_parameters(self) -> None:
+        """`nn.Bilinear`'s own initialisation; an int8 weight is left as it is."""
+        bound = 1 / math.sqrt(self.in1_features)
+        if isinstance(self.weight, nn.Parameter):
+            nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    @classmethod
+    def from_bilinear(cls, layer: nn.Bilinear, *, quantize: Quantize | None = None) -> Self:
+        """The same function as `layer`, exactly (or up to 8-bit rounding), in its dtype and on its device."""
+        bias = None if layer.bias is None else layer.bias.detach()
+        return cls.from_weight(layer.weight.detach(), bias, quantize=quantize)
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: Tensor,  # (O, I, J)
+        bias: Tensor | None = None,  # (O,)
+        *,
+        quantize: Quantize | None = None,
+    ) -> Self:
+        """A layer with copies of this weight and bias."""
+        out, in1, in2 = weight.shape
+        new = cls(in1, in2, out, bias is not None, "meta", weight.dtype, quantize=quantize)
+        if quantize is None:
+            new.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+        else:
+            new.weight = QuantizedTensor.quantize(weight, new._scaled_dim)
+        if bias is not None:
+            new.bias = nn.Parameter(bias.detach().clone())
+        return new
+
+    @property
+    def flops_per_row(self) -> int:
+        return ops.dense_flops((self.out_features, self.in1_features, self.in2_features))
+
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if isinstance(self.weight, QuantizedTensor):
+            scale = self.weight.scale
+            return QuantizedTensor(self.weight.qdata[rows], scale[rows]).dequantize(dtype)
+        return self.weight[rows].to(dtype)
+
+    def _operands(self, input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Inputs, weight, bias and scale in the dtype to compute in."""
+        device = input1.device.type
+        bias = self.bias
+        if isinstance(self.weight, QuantizedTensor):
+            dtype = autocast_dtype(device, input1, input2) or input1.dtype
+            weight, scale = self.weight.qdata, self.weight.scale
+        else:
+            dtype = autocast_dtype(device, input1, input2, self.weight) or self.weight.dtype
+            autocast = torch.is_autocast_enabled(device)
+            if not autocast and input1.dtype != dtype:
+                raise InputError(f"`input1` and `input2` should be {dtype}, as the weight is. Found {input1.dtype}.")
+            weight, scale = self.weight.to(dtype), None
+        bias = bias if bias is None else bias.to(dtype)
+        return input1.to(dtype), input2.to(dtype), weight, bias, scale
+
+    def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        input1, input2, weight, bias, scale = self._operands(input1, input2)
+        with torch.autocast(input1.device.type, enabled=False):
+            return ops.bilinear_dense(input1, input2, weight, bias, scale=scale)
+
+    def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        input1, input2, weight, bias, scale = self._operands(input1, input2)
+        with torch.autocast(input1.device.type, enabled=False):
+            return ops.pairwise_dense(input1, input2, weight, bias, scale=scale)

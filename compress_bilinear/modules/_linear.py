@@ -1,0 +1,67 @@
+"""A linear layer, plain or stored in int8."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import Quantize
+from ..quantization import QuantizedTensor
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` with its weight in int8, de-quantized on the fly to the input's dtype.
+
+    Attributes:
+        weight: a `QuantizedTensor` of shape (out_features, in_features).
+        bias: (out_features,) in floating point, or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(
+        self,
+        input: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., out_features)
+        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
+        return torch.nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def make_linear(
+    in_features: int,
+    out_features: int,
+    bias: bool,
+    quantize: Quantize | None,
+    component: int,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    """An `nn.Linear`, or a zeroed `QuantizedLinear` with one scale for each index of the axis `component`."""
+    if quantize is None:
+        return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+    weight = QuantizedTensor.empty((out_features, in_features), dim=1 - component, device=device)
+    return QuantizedLinear(weight, nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+
+
+def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:
+    """Store a weight (out_features, in_features), quantizing it where the layer is quantized."""
+    if isinstance(linear, QuantizedLinear):
+        linear.weight = QuantizedTensor.quantize(weight, dim=1 - component)
+    else:
+        # a Parameter of its own, which shares no storage with the decomposition
+        linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+
+
+def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
+    """How to read a (possibly wrapped) linear layer's weight in a given dtype."""
+    weight = linear.weight
+    return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[union-attr, return-value]

@@ -1,0 +1,96 @@
+"""`TuckerBilinear`: a small dense bilinear core between three linear layers."""
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ..config import Quantize, check_quantize
+from ..decomposition import TuckerDecomposition, check_tucker_rank
+from ._base import ProjectedBilinear
+from ._dense import DenseBilinear
+from ._linear import fill_linear, linear_weight, make_linear
+
+
+class TuckerBilinear(ProjectedBilinear):
+    """y = out_proj(core(in1_proj(x1), in2_proj(x2))): a bilinear layer whose weight has Tucker rank (R_o, R_i, R_j).
+
+    I·R_i + J·R_j + O·R_o + R_o·R_i·R_j parameters. `core` is a `DenseBilinear` without bias, so its weight is
+    `core.weight`, of shape (R_o, R_i, R_j). With "int8" the projections have one float32 scale for each component and
+    the core one for each fibre along its longer input axis.
+
+    Args:
+        in1_features, in2_features, out_features: I, J and O.
+        rank: (R_o, R_i, R_j), in the order of the weight's axes (O, I, J).
+        bias: whether to add a bias (O,).
+        quantize: None or "int8".
+        device, dtype: of the parameters.
+
+    Raises: CompressionError for sizes below 1; ConfigError for another `quantize` or a rank outside 1..size.
+
+    Source: Ben-younes et al., "MUTAN: Multimodal Tucker fusion for visual question answering" (2017).
+    """
+
+    method = "tucker"
+
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        rank: tuple[int, int, int],
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantize: Quantize | None = None,
+    ) -> None:
+        check_quantize(quantize)
+        super().__init__(in1_features, in2_features, out_features, quantize)
+        check_tucker_rank(rank, (out_features, in1_features, in2_features), "the layer")
+        self._rank = (rank[0], rank[1], rank[2])
+        self.in1_proj = make_linear(in1_features, rank[1], False, quantize, 0, device, dtype)
+        self.in2_proj = make_linear(in2_features, rank[2], False, quantize, 0, device, dtype)
+        self.core = DenseBilinear(rank[1], rank[2], rank[0], False, device, dtype, quantize=quantize)
+        self.out_proj = make_linear(rank[0], out_features, bias, quantize, 1, device, dtype)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        return self._rank
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: TuckerDecomposition,
+        bias: Tensor | None = None,  # (O,)
+        *,
+        quantize: Quantize | None = None,
+    ) -> Self:
+        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device."""
+        out, in1, in2 = decomposition.shape
+        dtype = decomposition.core.dtype
+        new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
+        fill_linear(new.out_proj, decomposition.factors[0], 1)
+        fill_linear(new.in1_proj, decomposition.factors[1].T, 0)
+        fill_linear(new.in2_proj, decomposition.factors[2].T, 0)
+        new.core = DenseBilinear.from_weight(decomposition.core, quantize=quantize)
+        if bias is not None:
+            new.out_proj.bias = nn.Parameter(bias.detach().clone())
+        return new
+
+    @property
+    def flops_per_row(self) -> int:
+        sizes = (self.out_features, self.in1_features, self.in2_features)
+        return 2 * sum(r * d for r, d in zip(self.rank, sizes, strict=True)) + self.core.flops_per_row
+
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
+        core = self.core.dense_rows(slice(None), dtype)
+        return in1.T @ torch.einsum("oa,abc->obc", out[rows], core) @ in2
+
+    def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))
+        return output
+
+    def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
+        return output
