@@ -39,7 +39,8 @@ def quantize_int8(
     """
     if not tensor.is_floating_point():
         raise CompressionError(f"`tensor` should be floating. Found {tensor.dtype}.")
-    values = tensor.detach().to(torch.float32)
+    # contiguous: what is reloaded from a file has to have the same layout, or BLAS rounds otherwise
+    values = tensor.detach().to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()):
         raise CompressionError("`tensor` should be finite in float32 to be quantized. Found NaN or infinity.")
     if backend == "bitsandbytes":

@@ -98,7 +98,8 @@ def _result(weight: Tensor, factors: list[Tensor], norm: float) -> CPDecompositi
     order = weights.argsort(descending=True, stable=True)
     columns = [(f / n.where(n > 0, torch.ones_like(n)))[:, order] for f, n in zip(factors, norms, strict=True)]
     out, in1, in2 = (column.to(weight.dtype) for column in columns)
-    result = CPDecomposition((weights[order] * norm).to(weight.dtype), (out, in1, in2))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    result = CPDecomposition((weights[order] * norm).to(wide), (out, in1, in2))
     error, amplification = result.relative_error(weight), result.amplification
     if amplification > _AMPLIFICATION_LIMIT and _ROUNDING * amplification > error / 4:
         warnings.warn(

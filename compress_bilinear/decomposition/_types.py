@@ -93,7 +93,7 @@ class CPDecomposition(_Decomposition):
     """W_oij = Σ_r λ_r C_or A_ir B_jr (Carroll and Chang, 1970; Harshman, 1970).
 
     Attributes:
-        weights: λ (R,).
+        weights: λ (R,); float32 or wider, for a half-precision weight's norm can leave the factors' range.
         factors: C (O, R), A (I, R), B (J, R), in the order of the weight's axes.
         error: relative Frobenius error against the weight that was decomposed, in float64; None where unknown.
 
@@ -106,8 +106,8 @@ class CPDecomposition(_Decomposition):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors))
-        names = [f"factors[{k}]" for k in range(len(self.factors))]
-        _check_tensors({"weights": self.weights, **dict(zip(names, self.factors, strict=True))})
+        _check_tensors({f"factors[{k}]": factor for k, factor in enumerate(self.factors)})
+        _check_tensors({"weights": self.weights})
         if self.weights.dim() != 1:
             raise CompressionError(f"`weights` should have shape (R,). Found {tuple(self.weights.shape)}.")
         _check_factors(self.factors, [self.rank] * 3)
@@ -169,8 +169,7 @@ class TuckerDecomposition(_Decomposition):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(self.factors))
-        names = [f"factors[{k}]" for k in range(len(self.factors))]
-        _check_tensors({"core": self.core, **dict(zip(names, self.factors, strict=True))})
+        _check_tensors({"core": self.core} | {f"factors[{k}]": factor for k, factor in enumerate(self.factors)})
         if self.core.dim() != 3:
             raise CompressionError(f"`core` should have shape (R_o, R_i, R_j). Found {tuple(self.core.shape)}.")
         _check_factors(self.factors, self.rank)

@@ -1,6 +1,7 @@
 """What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
 
 from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +46,10 @@ class CompressedBilinear(nn.Module):
     @abstractmethod
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """The slice W[rows] of the weight (·, I, J) that the layer stands for, computed in `dtype`."""
+
+    @abstractmethod
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        """Use this very Parameter (O,), or none; what is tied to it stays tied."""
 
     @abstractmethod
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
@@ -133,6 +138,13 @@ def autocast_dtype(device_type: str, *tensors: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off, for operands that have their dtype already; free where it is off anyway."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
+
+
 class ProjectedBilinear(CompressedBilinear):
     """A small product between linear layers: what CP and Tucker have in common.
 
@@ -154,6 +166,9 @@ class ProjectedBilinear(CompressedBilinear):
         """The bias (O,) of `out_proj`."""
         bias: nn.Parameter | None = getattr(self.out_proj, "bias", None)
         return bias
+
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        self.out_proj.bias = bias
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):

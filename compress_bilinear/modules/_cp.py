@@ -70,7 +70,7 @@ class CPBilinear(ProjectedBilinear):
     ) -> Self:
         """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device."""
         out, in1, in2 = decomposition.shape
-        weights, dtype = decomposition.weights, decomposition.weights.dtype
+        weights, dtype = decomposition.weights, decomposition.factors[0].dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
         # the weights go to the factors in equal parts, which keeps half-precision products in range
         root = weights.double().abs() ** (1 / 3)
@@ -80,7 +80,7 @@ class CPBilinear(ProjectedBilinear):
             scaled = (factor.double() * scale).to(dtype)
             fill_linear(linear, scaled if index == 0 else scaled.T, 1 if index == 0 else 0)
         if bias is not None:
-            new.out_proj.bias = nn.Parameter(bias.detach().clone())
+            new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
 
     @property

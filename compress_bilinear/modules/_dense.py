@@ -10,7 +10,7 @@ from .. import ops
 from ..config import Quantize, check_quantize
 from ..errors import InputError
 from ..quantization import QuantizedTensor
-from ._base import CompressedBilinear, autocast_dtype
+from ._base import CompressedBilinear, autocast_dtype, without_autocast
 
 
 class DenseBilinear(CompressedBilinear):
@@ -103,6 +103,9 @@ class DenseBilinear(CompressedBilinear):
             return QuantizedTensor(self.weight.qdata[rows], scale[rows]).dequantize(dtype)
         return self.weight[rows].to(dtype)
 
+    def set_bias(self, bias: nn.Parameter | None) -> None:
+        self.bias = bias
+
     def _operands(self, input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Inputs, weight, bias and scale in the dtype to compute in."""
         device = input1.device.type
@@ -121,10 +124,10 @@ class DenseBilinear(CompressedBilinear):
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
-        with torch.autocast(input1.device.type, enabled=False):
+        with without_autocast(input1.device.type):
             return ops.bilinear_dense(input1, input2, weight, bias, scale=scale)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
-        with torch.autocast(input1.device.type, enabled=False):
+        with without_autocast(input1.device.type):
             return ops.pairwise_dense(input1, input2, weight, bias, scale=scale)

@@ -74,7 +74,7 @@ class TuckerBilinear(ProjectedBilinear):
         fill_linear(new.in2_proj, decomposition.factors[2].T, 0)
         new.core = DenseBilinear.from_weight(decomposition.core, quantize=quantize)
         if bias is not None:
-            new.out_proj.bias = nn.Parameter(bias.detach().clone())
+            new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
 
     @property

@@ -1,0 +1,206 @@
+"""Which layers a model has, which of them are selected, and which cannot be replaced faithfully."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
+
+from .config import Config
+from .errors import CompressionError, ConfigError, MatchError
+from .modules import CompressedBilinear
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_HOOKS = {
+    "_forward_hooks": "forward hooks",
+    "_forward_pre_hooks": "forward pre-hooks (as torch.nn.utils.prune and weight_norm install)",
+    "_backward_hooks": "backward hooks",
+    "_backward_pre_hooks": "backward pre-hooks",
+    "_state_dict_hooks": "state_dict hooks",
+    "_state_dict_pre_hooks": "state_dict pre-hooks",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hooks",
+    "_load_state_dict_post_hooks": "load_state_dict post-hooks",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class FoundLayer:
+    """A bilinear layer and all the names under which the model has it, "" for the model itself."""
+
+    names: tuple[str, ...]
+    layer: nn.Bilinear
+
+    @property
+    def label(self) -> str:
+        return self.names[0] or "(root)"
+
+
+def find(model: nn.Module) -> list[FoundLayer]:
+    """All `nn.Bilinear` layers in the model's order, each once with all its names."""
+    names: dict[int, list[str]] = {}
+    layers: dict[int, nn.Bilinear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Bilinear):
+            names.setdefault(id(module), []).append(name)
+            layers[id(module)] = module
+    return [FoundLayer(tuple(found), layers[key]) for key, found in names.items()]
+
+
+def select(
+    model: nn.Module,
+    configs: Mapping[str, Config],
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+) -> list[tuple[FoundLayer, Config]]:
+    """The layers that are included, not excluded, and matched by a glob of `configs`, with their configs.
+
+    Raises: MatchError where a pattern matches nothing, or all of them together leave nothing.
+    """
+    found = find(model)
+    if not found:
+        done = [name or "(root)" for name, part in model.named_modules() if isinstance(part, CompressedBilinear)]
+        top = [part for part in done if not part.endswith(".core")]
+        also = f" These are compressed already: {', '.join(top)}." if top else ""
+        raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}")
+    for module in model.modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise CompressionError(
+                f"`model` should not be wrapped for parallel training. Found {type(module).__name__}: "
+                "compress its `.module` and wrap the result."
+            )
+    includes, excludes = _patterns(include, "include"), _patterns(exclude, "exclude")
+    for what, patterns in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
+        for pattern in patterns:
+            if not any(_matches(layer, (pattern,)) for layer in found):
+                raise MatchError(f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.")
+    chosen = []
+    for layer in found:
+        if _matches(layer, includes) and not _matches(layer, excludes):
+            config = next((config for pattern, config in configs.items() if _matches(layer, (pattern,))), None)
+            if config is not None:
+                chosen.append((layer, config))
+    if not chosen:
+        raise MatchError(
+            f"`include`, `exclude` and `config` should leave at least one nn.Bilinear. Found: {_listing(found)}."
+        )
+    return chosen
+
+
+def _patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"`{what}` should be a glob or several. Found {pattern!r}.")
+    return patterns
+
+
+def _matches(found: FoundLayer, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in found.names for pattern in patterns)
+
+
+def _listing(found: Sequence[FoundLayer]) -> str:
+    shown = []
+    for layer in found:
+        names = " = ".join(name or "(root)" for name in layer.names)
+        shape = "lazy" if is_lazy(layer.layer) else "x".join(str(size) for size in layer.layer.weight.shape)
+        shown.append(f"{names} ({shape})")
+    return ", ".join(shown)
+
+
+def is_lazy(layer: nn.Bilinear) -> bool:
+    """Whether the weight has no shape yet."""
+    return bool(torch.nn.parameter.is_lazy(layer._parameters.get("weight")))
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter, by id, the full names under which distinct modules hold it."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return owners
+
+
+def refusal(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
+    """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
+    layer = found.layer
+    reason = _other_behaviour(layer) or _hooked(layer) or _tied(layer, owners)
+    return reason or (_unfit_values(layer) if values else None)
+
+
+def _other_behaviour(layer: nn.Bilinear) -> str | None:
+    kind = type(layer)
+    if is_parametrized(layer):
+        return (
+            "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
+            "which bakes the parametrization into the weight"
+        )
+    for method in ("forward", "__call__", "__getattr__", "__getattribute__"):
+        if getattr(kind, method, None) is not getattr(nn.Bilinear, method, None):
+            return f"its class {kind.__name__} has its own {method}, which a replacement would not run"
+        if method in vars(layer):
+            return f"its {method} was replaced on the instance, which a replacement would not run"
+    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
+        missing = {"weight", "bias"} - set(layer._parameters)
+        what = f"holds {', '.join(sorted(extra))}" if extra else f"has no parameter {', '.join(sorted(missing))}"
+        return f"it {what}: a plain nn.Bilinear has the parameters weight and bias and nothing else"
+    return None
+
+
+def _hooked(layer: nn.Bilinear) -> str | None:
+    for attribute, what in _HOOKS.items():
+        if getattr(layer, attribute, None):
+            return f"it has {what}, which a replacement would not run: remove them first"
+    for name, parameter in layer._parameters.items():
+        hooks = getattr(parameter, "_backward_hooks", None), getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter is not None and any(hooks):
+            return f"its {name} has gradient hooks, which a replacement would not run: remove them first"
+    return None
+
+
+def _tied(layer: nn.Bilinear, owners: Mapping[int, Sequence[str]]) -> str | None:
+    names = owners.get(id(layer._parameters["weight"]), ())  # by id: the layer itself counts once
+    if len(names) > 1:
+        return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
+    return None
+
+
+def _unfit_values(layer: nn.Bilinear) -> str | None:
+    if is_lazy(layer):
+        return "its weight is not initialised yet: run the model once first"
+    for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is None:
+            continue
+        if tensor.is_meta:
+            return f"its {name} is on the meta device and has no values: load them first"
+        if tensor.dtype not in _DTYPES:
+            return f"its {name} is {tensor.dtype}: float32, float64, float16 or bfloat16 is required"
+        if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
+            found = type(tensor.data).__name__ if type(tensor.data) is not Tensor else str(tensor.layout)
+            return f"its {name} is a {found}: a plain dense tensor is required"
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            return f"its {name} has {bad} values that are NaN or infinite"
+    expected = (layer.out_features, layer.in1_features, layer.in2_features)
+    if tuple(layer.weight.shape) != expected or layer.weight.numel() == 0:
+        return f"its weight has shape {tuple(layer.weight.shape)}, where its features say {expected}, all at least 1"
+    return None
+
+
+def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
+    """Where a module of the model holds the layer outside its registered submodules, in an attribute or a container."""
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute == "_modules":
+                continue
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+            if value is layer or any(item is layer for item in items):
+                return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
+    return None
+

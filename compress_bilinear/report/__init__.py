@@ -1,0 +1,7 @@
+"""The report as data, and its renderers."""
+
+from ._data import AS_CONFIGURED, SCHEMA_VERSION, LayerReport, Report
+from ._format import error, size, size_change, speedup
+from ._terminal import render_text
+
+__all__ = ["AS_CONFIGURED", "SCHEMA_VERSION", "LayerReport", "Report", "error", "render_text", "size", "size_change", "speedup"]

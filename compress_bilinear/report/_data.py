@@ -1,0 +1,164 @@
+"""The report as data: one frozen record for each layer, and what they were measured on."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ..errors import CompressionError
+
+SCHEMA_VERSION = 1
+
+AS_CONFIGURED = "as configured"  # the reason of a replacement with nothing more to say
+
+Rank: TypeAlias = int | tuple[int, int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What was done with one layer and what it cost; "after" is what the model holds afterwards.
+
+    Attributes:
+        name: of the layer in the model, "" for the model itself; `aliases` has its other names.
+        shape: (O, I, J).
+        method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
+        quantize: None or "int8".
+        decision: "replaced" or "kept"; `reason` says why.
+        weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored. None where nothing was solved.
+        output_error: ‖y − ŷ‖/‖y − b‖ on the calibration rows, against the original weight in float64; None without.
+        calibration_rows: how many rows that is measured on.
+        params_before, params_after: stored values, bias included.
+        bytes_before, bytes_after: everything that is stored: values, scales, bias.
+        flops_before, flops_after: for a row, in the best order, multiply-add counted as 2.
+        latency_before_ms, latency_after_ms, latency_dense_ms: medians, of `nn.Bilinear`, the replacement, and the
+            fastest exact dense evaluation (`dense_order` names it); `..._quartiles_ms` are the quartiles. None where
+            nothing was timed.
+        speedup: against `nn.Bilinear`; `speedup_vs_dense`: against the fastest exact dense evaluation. Below 1 the
+            replacement is slower.
+        batch_size: rows in a timed call.
+        backend: which code evaluates the replacement.
+        amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    shape: tuple[int, int, int] | None
+    method: str
+    rank: Rank = None
+    quantize: str | None = None
+    decision: Literal["replaced", "kept"]
+    reason: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    calibration_rows: int = 0
+    params_before: int
+    params_after: int
+    bytes_before: int
+    bytes_after: int
+    flops_before: int | None = None
+    flops_after: int | None = None
+    latency_before_ms: float | None = None
+    latency_before_quartiles_ms: tuple[float, float] | None = None
+    latency_after_ms: float | None = None
+    latency_after_quartiles_ms: tuple[float, float] | None = None
+    latency_dense_ms: float | None = None
+    latency_dense_quartiles_ms: tuple[float, float] | None = None
+    dense_order: str | None = None
+    speedup: float | None = None
+    speedup_vs_dense: float | None = None
+    batch_size: int | None = None
+    backend: str | None = None
+    amplification: float | None = None
+
+    @property
+    def label(self) -> str:
+        """The name to show: a root layer has none."""
+        return self.name or "(root)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What compressing a model did, layer by layer.
+
+    Attributes:
+        layers: one `LayerReport` for each layer that was selected, in the model's order.
+        model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
+        environment: device, dtype, threads and versions that the figures hold for.
+    """
+
+    layers: tuple[LayerReport, ...]
+    model_bytes_before: int
+    model_bytes_after: int
+    environment: Mapping[str, str | int]
+
+    def __str__(self) -> str:
+        from ._terminal import render_text
+
+        return render_text(self, title="Compression report")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers; a figure that is not finite becomes None."""
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "environment": dict(self.environment),
+            "model_bytes_before": self.model_bytes_before,
+            "model_bytes_after": self.model_bytes_after,
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+        }
+        plain: dict[str, Any] = _plain(body)
+        return plain
+
+    def to_json(self) -> str:
+        """`to_dict()` as JSON; `schema_version` says how to read it."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Report":
+        """The inverse of `to_dict()`.
+
+        Raises: CompressionError for another schema version, or where a field is missing or unknown.
+        """
+        found = data.get("schema_version") if isinstance(data, Mapping) else None
+        if found != SCHEMA_VERSION:
+            raise CompressionError(f"`schema_version` of a report should be {SCHEMA_VERSION}. Found {found!r}.")
+        try:
+            layers = tuple(LayerReport(**{k: _tuples(v) for k, v in layer.items()}) for layer in data["layers"])
+            return cls(
+                layers=layers,
+                model_bytes_before=data["model_bytes_before"],
+                model_bytes_after=data["model_bytes_after"],
+                environment=dict(data["environment"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is required. Found {error}.") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json()`. Raises: CompressionError where the text is not such a report."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise CompressionError(f"A report in JSON is required. Found text that is not JSON: {error}.") from error
+        return cls.from_dict(data)
+
+    def to_markdown(self) -> str:
+        """A Markdown table, the reasons of kept layers, and the environment."""
+        from ._markdown import render_markdown
+
+        return render_markdown(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

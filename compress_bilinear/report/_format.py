@@ -1,0 +1,85 @@
+"""Figures as people read them, for every renderer alike."""
+
+from collections.abc import Sequence
+
+from ._data import AS_CONFIGURED, LayerReport, Report
+
+COLUMNS = ("Layer", "Method", "Weight error", "Output error", "Bytes", "Latency", "vs nn.Bilinear", "vs best dense")
+
+
+def cells(layer: LayerReport) -> tuple[str, ...]:
+    """One row under `COLUMNS`."""
+    names = ", ".join([layer.label, *(alias or "(root)" for alias in layer.aliases)])
+    if layer.shape is not None:
+        names += "\n" + "x".join(str(size) for size in layer.shape)
+    latency = "–"
+    if layer.latency_before_ms is not None and layer.latency_after_ms is not None:
+        latency = f"{layer.latency_before_ms:.3g} → {layer.latency_after_ms:.3g} ms"
+    return (
+        names,
+        method(layer),
+        error(layer.weight_error),
+        error(layer.output_error),
+        size_change(layer.bytes_before, layer.bytes_after) if layer.decision == "replaced" else size(layer.bytes_before),
+        latency,
+        speedup(layer.speedup),
+        speedup(layer.speedup_vs_dense),
+    )
+
+
+def method(layer: LayerReport) -> str:
+    """For instance "kept", "cp 64" or "tucker 8,16,16 int8"."""
+    if layer.decision == "kept":
+        return f"kept ({layer.method})"
+    parts = [layer.method]
+    if layer.rank is not None:
+        parts.append(",".join(str(r) for r in layer.rank) if isinstance(layer.rank, Sequence) else str(layer.rank))
+    if layer.quantize is not None:
+        parts.append(layer.quantize)
+    return " ".join(parts)
+
+
+def error(value: float | None) -> str:
+    """A relative error; "exact" where it is zero."""
+    if value is None:
+        return "–"
+    return "exact" if value == 0 else f"{value:.2g}" if value < 1e-3 else f"{value:.4f}"
+
+
+def size(count: int) -> str:
+    """Bytes in powers of 1000, three digits."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def size_change(before: int, after: int) -> str:
+    """Bytes before and after, and how many times smaller."""
+    ratio = f" ({before / after:.3g}x)" if after else ""
+    return f"{size(before)} → {size(after)}{ratio}"
+
+
+def speedup(value: float | None) -> str:
+    """A factor; below 1 it says that it is slower."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}x" if value >= 1 else f"{value:.2f}x slower"
+
+
+def notes(report: Report) -> list[str]:
+    """A line for each layer with something to say, then the model's bytes, the timing and the environment."""
+    told = [layer for layer in report.layers if layer.reason != AS_CONFIGURED]
+    lines = [f"{layer.label}: {layer.decision}: {layer.reason}" for layer in told]
+    lines.append(f"Whole model: {size_change(report.model_bytes_before, report.model_bytes_after)}")
+    timed = next((layer for layer in report.layers if layer.batch_size is not None), None)
+    if timed is not None:
+        rows = sorted({layer.batch_size for layer in report.layers if layer.batch_size is not None})
+        lines.append(
+            f"Latency: medians of calls of {', '.join(str(count) for count in rows)} rows, without gradients. "
+            "“Best dense” is the fastest exact evaluation of the same weight."
+        )
+    lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
+    return lines

@@ -1,0 +1,123 @@
+"""From a config to a replacement for one layer, and whether it is worth making."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from typing_extensions import assert_never
+
+from . import decomposition as decompose
+from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .errors import InfeasibleError
+from .measure import Timing, stored_bytes, weight_error
+from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+
+_ATTEMPTS = 4  # at a target that rounding made miss
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A replacement that has been solved for: the module, its error as stored, and CP's amplification."""
+
+    module: CompressedBilinear
+    weight_error: float
+    amplification: float | None
+
+
+def solve(layer: nn.Bilinear, config: Config) -> Candidate:
+    """Build the replacement that `config` asks for; `layer` is left as it is.
+
+    Under a `MaxError`, rounding to the stored format counts: where it makes the target missed, the decomposition is
+    solved again to a tighter one, until both fit.
+
+    Raises:
+        ConfigError: the rank does not fit the layer.
+        InfeasibleError: no rank meets the target, or the weight is all zero.
+    """
+    weight = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
+    if isinstance(config, DenseConfig):
+        module = DenseBilinear.from_bilinear(layer, quantize=config.quantize)
+        return Candidate(module, weight_error(weight, module), None)
+    if not bool(weight.any()):
+        raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
+    rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
+    if not isinstance(rank, MaxError):
+        return _decompose(weight, bias, config, rank)
+    target = rank.error
+    for _ in range(_ATTEMPTS):
+        found = _decompose(weight, bias, config, MaxError(target))
+        if found.weight_error <= rank.error:
+            return found
+        # truncation and rounding errors add in quadrature
+        rounding = max(found.weight_error**2 - target**2, 0.0)
+        remaining = rank.error**2 - 1.1 * rounding
+        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
+    stored = config.quantize or str(weight.dtype).removeprefix("torch.")
+    raise InfeasibleError(
+        f"A relative error of {rank.error:g} is out of reach of {stored} factors: rounding alone keeps it at "
+        f"{found.weight_error:.3g}."
+    )
+
+
+def _decompose(weight: Tensor, bias: Tensor | None, config: CPConfig | TuckerConfig, rank: object) -> Candidate:
+    module: CompressedBilinear
+    match config:
+        case CPConfig():
+            cp = decompose.cp(weight, rank, seed=config.seed, quantize=config.quantize)  # type: ignore[arg-type]
+            module = CPBilinear.from_decomposition(cp, bias, quantize=config.quantize)
+            return Candidate(module, weight_error(weight, module), cp.amplification)
+        case TuckerConfig():
+            tucker = decompose.tucker(weight, rank, quantize=config.quantize)  # type: ignore[arg-type]
+            module = TuckerBilinear.from_decomposition(tucker, bias, quantize=config.quantize)
+            return Candidate(module, weight_error(weight, module), None)
+        case _:
+            assert_never(config)
+
+
+def _without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
+    """A layer's budget as a fraction of its weight: the bias is stored as it was, and the weight has what is left."""
+    weight, total = layer.weight.numel() * layer.weight.element_size(), stored_bytes(layer)
+    left = target.fraction * total - (total - weight)
+    if left <= 0:
+        raise InfeasibleError(
+            f"The bias alone takes {total - weight} bytes. MaxSize({target.fraction:g}) of the layer's {total} bytes "
+            f"allows {int(target.fraction * total)}."
+        )
+    return MaxSize(left / weight)
+
+
+def objection(layer: nn.Bilinear, candidate: Candidate, config: Config) -> str | None:
+    """Why a candidate is worse than the layer it would replace, or None: it must work, be smaller, and meet its target.
+
+    An exact dense layer has the same bytes; whether it is faster is for `slowness` to say, after measuring.
+    """
+    if not math.isfinite(candidate.weight_error):
+        return f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
+    if isinstance(config, DenseConfig) and config.quantize is None:
+        return None
+    before, after = stored_bytes(layer), stored_bytes(candidate.module)
+    if after >= before:
+        return f"it is not smaller: it would store {after} bytes, the layer has {before}"
+    rank = None if isinstance(config, DenseConfig) else config.rank
+    if isinstance(rank, MaxError) and candidate.weight_error > rank.error:
+        return f"its weight error {candidate.weight_error:.4g} misses the target {rank.error:g}"
+    if isinstance(rank, MaxSize) and after > rank.fraction * before:
+        return f"its {after} bytes miss the target of {rank.fraction:g} x {before}"
+    return None
+
+
+def slowness(timing: Timing | None) -> str | None:
+    """Why an exact dense layer is not worth making, or None: it must be faster beyond the spread of the blocks."""
+    if timing is None:
+        return "whether it is faster has not been measured"
+    if timing.after.upper < timing.before.lower:
+        return None
+    return (
+        f"it is not faster here: {timing.after.median:.3g} ms, nn.Bilinear {timing.before.median:.3g} ms "
+        f"at {timing.batch_size} rows"
+    )
+
+
+def _dtype(layer: nn.Bilinear) -> str:
+    return str(layer.weight.dtype).removeprefix("torch.")

@@ -1,0 +1,415 @@
+"""Find the layers, check and solve everything, then only swap."""
+
+import copy
+import hashlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from . import discovery, ops
+from .calibration import LayerInputs, collect_inputs
+from .config import Config, CPConfig, DenseConfig, TuckerConfig
+from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
+from .measure import Timing, environment, output_error, parameter_count, stored_bytes, time_replacement, weight_error
+from .modules import CompressedBilinear
+from .report import AS_CONFIGURED, LayerReport, Report, render_text
+from .selection import Candidate, objection, slowness, solve
+
+_DEFAULT_ROWS = 256
+_MOST_ROWS = 2**15
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One selected layer: where it is, what takes its place (None where it is kept), and what was found."""
+
+    found: discovery.FoundLayer
+    replacement: CompressedBilinear | None
+    report: LayerReport
+    fingerprint: str = ""
+
+
+class Plan:
+    """What `compress` would do to a model: solved, checked and measured, and nothing changed yet.
+
+    `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
+    """
+
+    def __init__(self, model: nn.Module, entries: Sequence[_Entry], report: Report) -> None:
+        self.model = model
+        self.report = report
+        self._entries = tuple(entries)
+
+    def __str__(self) -> str:
+        return render_text(self.report, title="Plan (the model is untouched)")
+
+    def apply(self, inplace: bool = False) -> tuple[nn.Module, Report]:
+        """Put the replacements in place.
+
+        Args:
+            inplace: False gives a copy of the model and leaves the model as it is, without ever copying the layers
+                that are replaced. True changes the model itself.
+
+        Returns:
+            The compressed model and the report.
+
+        Raises:
+            StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
+            CompressionError: the model cannot be copied; or `inplace=True` where the model itself is the layer.
+        """
+        chosen = [entry for entry in self._entries if entry.replacement is not None]
+        owners = discovery.parameter_owners(self.model)
+        for entry in chosen:
+            _check_fresh(self.model, entry, owners)
+        if inplace:
+            return self._apply_inplace(chosen), self.report
+        memo: dict[int, Any] = {}
+        try:
+            for entry in chosen:
+                layer = entry.found.layer
+                # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
+                # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
+                bias = copy.deepcopy(layer.bias, memo)
+                memo[id(layer)] = _ready(entry, bias)
+            return copy.deepcopy(self.model, memo), self.report
+        except Exception as error:
+            raise CompressionError(
+                f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
+            ) from error
+
+    def _apply_inplace(self, chosen: Sequence[_Entry]) -> nn.Module:
+        for entry in chosen:
+            if "" in entry.found.names:
+                raise CompressionError(
+                    "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
+                    f"{type(self.model).__name__}: use the model that `inplace=False` returns."
+                )
+            held = discovery.plain_reference(self.model, entry.found.layer)
+            if held is not None:
+                raise CompressionError(
+                    f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
+                    f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
+                )
+        new = {id(entry.found.layer): _ready(entry, entry.found.layer.bias) for entry in chosen}
+        places = [
+            (parent, key, child)
+            for parent in self.model.modules()
+            for key, child in parent._modules.items()
+            if child is not None and id(child) in new
+        ]
+        done: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            for parent, key, child in places:
+                done.append((parent, key, child))
+                parent._modules[key] = new[id(child)]
+        except BaseException:
+            for parent, key, child in done:
+                parent._modules[key] = child
+            raise
+        return self.model
+
+
+def plan(
+    model: nn.Module,
+    config: Config | Mapping[str, Config],
+    *,
+    calibration: Iterable[Any] | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    batch_size: int | None = None,
+    measure_latency: bool = True,
+    force: bool = False,
+    progress: bool | None = None,
+) -> Plan:
+    """Solve and measure a replacement for each selected `nn.Bilinear`, without changing the model.
+
+    A layer is selected by its name in the model (`model.named_modules()`), by shell globs in which "*" also matches
+    dots. A layer under several names is replaced once and stays shared. A layer that cannot be replaced faithfully
+    (own forward, hooks, parametrizations, tied, meta or non-finite weights), or whose replacement is not smaller or
+    misses its target, is kept, and the report says why.
+
+    Args:
+        model: any module; an `nn.Bilinear` itself too.
+        config: one config for all selected layers, or a mapping from globs to configs of which the first match holds.
+        calibration: an iterable of what the model takes (a tensor, or a tuple or dict of its arguments), without
+            labels. With it the report has output errors, on a sample of the rows that reach each layer.
+        include, exclude: a glob or several.
+        batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
+        measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
+        force: replace whatever the verdict; the report still says what was lost.
+        progress: show a progress bar on stderr; None shows it on a terminal only.
+
+    Returns:
+        A `Plan`.
+
+    Raises:
+        MatchError: a pattern matches no `nn.Bilinear` layer; the message lists what there is.
+        ConfigError: a config is invalid, or its rank fits none of the layers that it is meant for.
+        CompressionError: calibration yields no batch, or the model fails on one.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` should be an nn.Module. Found {type(model).__name__}.")
+    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
+    selected = discovery.select(model, _configs(config), include, exclude)
+    owners = discovery.parameter_owners(model)
+    refusals = [discovery.refusal(found, owners) for found, _ in selected]
+    open_layers = {found.label: found.layer for (found, _), no in zip(selected, refusals, strict=True) if no is None}
+    with _bar(progress) as bar:
+        inputs: dict[str, LayerInputs | None] = {}
+        if calibration is not None and open_layers:
+            inputs = collect_inputs(model, open_layers, _track(bar, calibration, "Calibrating"))
+        entries: list[_Entry] = []
+        misfits: list[tuple[Config, ConfigError | None]] = []
+        for (found, wanted), refusal in _track(bar, zip(selected, refusals, strict=True), "Solving", len(selected)):
+            if refusal is not None:
+                entries.append(_kept(found, wanted, refusal))
+                continue
+            try:
+                candidate = solve(found.layer, wanted)
+            except ConfigError as error:
+                misfits.append((wanted, _named(error, found.label)))
+                entries.append(_kept(found, wanted, str(misfits[-1][1])))
+                continue
+            except CompressionError as error:
+                entries.append(_kept(found, wanted, str(error)))
+                continue
+            misfits.append((wanted, None))
+            seen = inputs.get(found.label)
+            rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
+            time_rows = rows if measure_latency else None
+            unreached = calibration is not None and seen is None
+            entries.append(_judge(found, wanted, candidate, seen, unreached, time_rows, force))
+    for wanted, error in misfits:
+        if error is not None and all(other is not None for config_, other in misfits if config_ == wanted):
+            raise error
+    return Plan(model, entries, _report(model, entries))
+
+
+def compress(
+    model: nn.Module,
+    config: Config | Mapping[str, Config],
+    *,
+    inplace: bool = False,
+    calibration: Iterable[Any] | None = None,
+    include: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    batch_size: int | None = None,
+    measure_latency: bool = True,
+    force: bool = False,
+    progress: bool | None = None,
+) -> tuple[nn.Module, Report]:
+    """`plan(...)` and `apply(inplace)` in one call: returns the compressed model and the report.
+
+    Arguments and errors are those of `plan` and `Plan.apply`. An error leaves the model exactly as it was.
+    """
+    planned = plan(
+        model,
+        config,
+        calibration=calibration,
+        include=include,
+        exclude=exclude,
+        batch_size=batch_size,
+        measure_latency=measure_latency,
+        force=force,
+        progress=progress,
+    )
+    return planned.apply(inplace)
+
+
+def compare_layers(
+    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int = _DEFAULT_ROWS
+) -> LayerReport:
+    """The report on a replacement that has been made already, say in a checkpoint."""
+    found = discovery.FoundLayer((name,), layer)
+    wanted = {
+        "cp": lambda: CPConfig(rank=1, quantize=module.quantize),
+        "tucker": lambda: TuckerConfig(rank=(1, 1, 1), quantize=module.quantize),
+        "dense": lambda: DenseConfig(quantize=module.quantize),
+    }[module.method]()
+    candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
+    entry = _judge(found, wanted, candidate, None, False, batch_size, True)
+    return replace(entry.report, reason="as found")
+
+
+def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
+    """Globs to configs; a single config holds for every name."""
+    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
+    if not configs:
+        raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
+    for pattern, value in configs.items():
+        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig)):
+            raise ConfigError(
+                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
+                f"Found {pattern!r}: {value!r}."
+            )
+    return configs
+
+
+def _method(config: Config) -> str:
+    match config:
+        case CPConfig():
+            return "cp"
+        case TuckerConfig():
+            return "tucker"
+        case DenseConfig():
+            return "dense"
+
+
+def _named(error: ConfigError, label: str) -> ConfigError:
+    return ConfigError(str(error).replace("the weight", f"layer {label!r}"))
+
+
+def _basics(found: discovery.FoundLayer, config: Config) -> dict[str, Any]:
+    """What is known of a layer before anything is solved."""
+    layer = found.layer
+    known = {
+        "name": found.names[0],
+        "aliases": tuple(found.names[1:]),
+        "method": _method(config),
+        "quantize": config.quantize,
+        "shape": None,
+        "params_before": 0,
+        "bytes_before": 0,
+    }
+    if not discovery.is_lazy(layer):
+        shape = (layer.out_features, layer.in1_features, layer.in2_features)
+        known |= {"shape": shape, "flops_before": ops.dense_flops(shape)}
+        known |= {"params_before": parameter_count(layer), "bytes_before": stored_bytes(layer)}
+    return known
+
+
+def _kept(found: discovery.FoundLayer, config: Config, reason: str, **known: Any) -> _Entry:
+    basics = _basics(found, config)
+    same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
+    return _Entry(found, None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
+
+
+def _judge(
+    found: discovery.FoundLayer,
+    config: Config,
+    candidate: Candidate,
+    inputs: LayerInputs | None,
+    unreached: bool,
+    time_rows: int | None,
+    force: bool,
+) -> _Entry:
+    """Measure a candidate and decide."""
+    layer, module = found.layer, candidate.module.train(found.layer.training)
+    known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
+    known["amplification"] = candidate.amplification
+    if inputs is not None:
+        known["output_error"] = output_error(layer, module, inputs)
+        known["calibration_rows"] = len(inputs.input1)
+    against = objection(layer, candidate, config)
+    if against is not None and not force:
+        return _kept(found, config, against, **known)
+    timing = time_replacement(layer, module, time_rows) if time_rows is not None else None
+    if against is None and isinstance(config, DenseConfig) and config.quantize is None:
+        against = slowness(timing)
+        if against is not None and not force:
+            return _kept(found, config, against, **known)
+    reason = AS_CONFIGURED if against is None else f"forced, although {against}"
+    reasons = [reason]
+    if timing is not None and timing.speedup < 1:
+        reasons.append(f"slower here than nn.Bilinear ({timing.speedup:.2f}x)")
+    if unreached:
+        reasons.append("no calibration row reached it, so its output error is unknown")
+    known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}
+    known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
+    known |= {"flops_after": module.flops_per_row} | _timing(timing)
+    report = LayerReport(**(_basics(found, config) | known))
+    return _Entry(found, module, report, _fingerprint(layer))
+
+
+def _timing(timing: Timing | None) -> dict[str, Any]:
+    if timing is None:
+        return {}
+    known: dict[str, Any] = {"speedup": timing.speedup, "speedup_vs_dense": timing.speedup_vs_dense}
+    known |= {"batch_size": timing.batch_size, "dense_order": timing.dense_order}
+    for what in ("before", "after", "dense"):
+        latency = getattr(timing, what)
+        known[f"latency_{what}_ms"] = latency.median
+        known[f"latency_{what}_quartiles_ms"] = (latency.lower, latency.upper)
+    return known
+
+
+def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
+    saved = sum(entry.report.bytes_before - entry.report.bytes_after for entry in entries)
+    before = stored_bytes(model)
+    first = next((e.found.layer.weight for e in entries if e.replacement is not None), None)
+    device = first.device if first is not None else torch.device("cpu")
+    dtype = first.dtype if first is not None else torch.get_default_dtype()
+    return Report(
+        layers=tuple(entry.report for entry in entries),
+        model_bytes_before=before,
+        model_bytes_after=before - saved,
+        environment=environment(device, dtype),
+    )
+
+
+def _fingerprint(layer: nn.Bilinear) -> str:
+    """Of every bit of weight and bias, with their dtype and device."""
+    digest = hashlib.blake2b()
+    for tensor in (layer.weight, layer.bias):
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_fresh(model: nn.Module, entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
+    found = entry.found
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in found.names:
+        if modules.get(name) is not found.layer:
+            raise StalePlanError(
+                f"Layer {name or '(root)'!r} should be the one that was planned for. "
+                f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."
+            )
+    refusal = discovery.refusal(found, owners)
+    if refusal is not None:
+        raise StalePlanError(f"Layer {found.label!r} can no longer be replaced: {refusal}. Plan again.")
+    if _fingerprint(found.layer) != entry.fingerprint:
+        raise StalePlanError(
+            f"Layer {found.label!r} should have the weights that were planned for. Found that its weight or bias has "
+            "changed, or has moved to another device or dtype: plan again."
+        )
+
+
+def _ready(entry: _Entry, bias: Tensor | None) -> CompressedBilinear:
+    """A copy of the replacement with the layer's flags and this bias, which keeps its identity."""
+    if entry.replacement is None:
+        raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
+    new, layer = copy.deepcopy(entry.replacement), entry.found.layer
+    new.train(layer.training)
+    for parameter in new.parameters():
+        parameter.requires_grad_(layer.weight.requires_grad)
+    new.set_bias(bias)
+    return new
+
+
+def _bar(progress: bool | None) -> AbstractContextManager[Progress | None]:
+    shown = sys.stderr.isatty() if progress is None else progress
+    if not shown:
+        return nullcontext()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _track(bar: Progress | None, items: Iterable[_T], what: str, total: int | None = None) -> Iterable[_T]:
+    if bar is None:
+        return items
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)  # type: ignore[arg-type]
+    return bar.track(items, total=total, description=what)
