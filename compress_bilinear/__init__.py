@@ -3,5 +3,28 @@
 from . import decomposition, ops
 from .checkpoint import load, save
 from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .errors import CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
+from .report import LayerReport, Report
 from .surgery import Plan, compress, plan
+
+__all__ = [
+    "CPBilinear",
+    "CPConfig",
+    "CompressionError",
+    "DenseBilinear",
+    "DenseConfig",
+    "LayerReport",
+    "MaxError",
+    "MaxSize",
+    "Plan",
+    "Report",
+    "TuckerBilinear",
+    "TuckerConfig",
+    "compress",
+    "decomposition",
+    "load",
+    "ops",
+    "plan",
+    "save",
+]

@@ -56,12 +56,13 @@ class _Reservoir:
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
         index = torch.unravel_index(new.to(input1.device), leading) if leading else (...,)
-        picked = [
-            value.detach()[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)
-        ]
+        picked = [value.detach()[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
         if self._rows is not None:
             # rows may come from another device, where one module is called on several
-            picked = [torch.cat([kept[old.to(kept.device)], p.to(kept)]) for kept, p in zip(self._rows, picked, strict=True)]
+            picked = [
+                torch.cat([kept[old.to(kept.device)], new_rows.to(kept)])
+                for kept, new_rows in zip(self._rows, picked, strict=True)
+            ]
         self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
         self._rows = (picked[0], picked[1])
 

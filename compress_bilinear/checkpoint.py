@@ -25,7 +25,7 @@ from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBiline
 
 FORMAT_VERSION = 1
 
-_KEY = "compress_bilinear"
+METADATA_KEY = "compress_bilinear"
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -118,9 +118,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write(state, describe(model), path)
 
 
-def write(
-    state: Mapping[str, Tensor], layers: Sequence[LayerDescription], path: str | os.PathLike[str]
-) -> None:
+def write(state: Mapping[str, Tensor], layers: Sequence[LayerDescription], path: str | os.PathLike[str]) -> None:
     """Write tensors and the description of the layers among them; see `save`."""
     first_names: dict[object, str] = {}
     aliases: dict[str, str] = {}
@@ -139,7 +137,7 @@ def write(
         storages.add(storage)
     description = {"version": FORMAT_VERSION, "layers": [asdict(layer) for layer in layers], "aliases": aliases}
     text = json.dumps(description, sort_keys=True)
-    metadata = {_KEY: text, "digest": _digest(text, tensors), "format": "pt"}
+    metadata = {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"}
     with written_atomically(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -153,7 +151,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[LayerDes
     Raises: CheckpointError for a file that is truncated, foreign, damaged, or of another version.
     """
     tensors, metadata = read_safetensors(path)
-    text = metadata.get(_KEY)
+    text = metadata.get(METADATA_KEY)
     if text is None:
         raise CheckpointError(
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
@@ -223,9 +221,10 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     expected = module.state_dict()
     _check_names(expected, own, f"layer {description.name or '(root)'!r}")
-    floating = {value.dtype for name, value in own.items() if expected[name].dtype != torch.int8 and "scale" not in name}
+    quantized = ("qdata", "scale")  # the names of tensors whose dtypes are fixed
+    floating = {value.dtype for name, value in own.items() if not name.endswith(quantized)}
     for name, value in own.items():
-        fixed = expected[name].dtype if name.endswith(("qdata", "scale")) else None
+        fixed = expected[name].dtype if name.endswith(quantized) else None
         if value.shape != expected[name].shape or (fixed is not None and value.dtype != fixed) or len(floating) > 1:
             raise CheckpointError(
                 f"Tensor {prefix + name!r} should have shape {tuple(expected[name].shape)}"
@@ -284,9 +283,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     return model
 
 
-def _target(
-    model: nn.Module, modules: Mapping[str, nn.Module], description: LayerDescription
-) -> nn.Bilinear:
+def _target(model: nn.Module, modules: Mapping[str, nn.Module], description: LayerDescription) -> nn.Bilinear:
     """The original layer that a description is for."""
     name = description.name
     layer = modules.get(name)

@@ -199,8 +199,8 @@ def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
         for attribute, value in vars(module).items():
             if attribute == "_modules":
                 continue
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+            holder = value.values() if isinstance(value, dict) else value
+            items = holder if isinstance(value, (dict, list, tuple, set)) else ()
             if value is layer or any(item is layer for item in items):
                 return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
     return None
-

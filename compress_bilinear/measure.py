@@ -197,9 +197,7 @@ class Timing:
         return self.dense.median / self.after.median
 
 
-def time_replacement(
-    layer: nn.Bilinear, module: CompressedBilinear, batch_size: int, seconds: float = 1.0
-) -> Timing:
+def time_replacement(layer: nn.Bilinear, module: CompressedBilinear, batch_size: int, seconds: float = 1.0) -> Timing:
     """Time a layer, its replacement and the exact dense evaluations in one interleaved run, without gradients."""
     device, dtype = layer.weight.device, layer.weight.dtype
     generator = torch.Generator().manual_seed(0)

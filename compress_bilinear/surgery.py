@@ -226,7 +226,7 @@ def compress(
 
 
 def compare_layers(
-    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int = _DEFAULT_ROWS
+    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None = _DEFAULT_ROWS
 ) -> LayerReport:
     """The report on a replacement that has been made already, say in a checkpoint."""
     found = discovery.FoundLayer((name,), layer)

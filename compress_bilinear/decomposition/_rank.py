@@ -34,9 +34,7 @@ def check_tucker_rank(rank: Sequence[int], shape: Sequence[int], where: str = "t
     for axis, (value, size, mode) in enumerate(zip(rank, shape, MODES, strict=True)):
         check_rank(value, f"`rank[{axis}]`")
         if value > size:
-            raise ConfigError(
-                f"`rank[{axis}]` should be at most {size}, {mode}_features of {where}. Found {value}."
-            )
+            raise ConfigError(f"`rank[{axis}]` should be at most {size}, {mode}_features of {where}. Found {value}.")
 
 
 def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> int:

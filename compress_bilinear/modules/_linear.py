@@ -49,7 +49,8 @@ def make_linear(
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
     weight = QuantizedTensor.empty((out_features, in_features), dim=1 - component, device=device)
-    return QuantizedLinear(weight, nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None)
+    added = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+    return QuantizedLinear(weight, added)
 
 
 def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:

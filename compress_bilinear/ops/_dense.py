@@ -151,7 +151,7 @@ def _plain(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 
 def _contract_first(first: Tensor, second: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """Σ_ab first_na W_oab second_nb, eliminating a first: (N, O)."""
-    out, _, width = weight.shape
+    width = weight.shape[2]
     limit = _block(first)
     rows = max(1, min(first.shape[0], limit // width))
     parts = list(_weight_parts(weight, scale, limit // (rows * width)))

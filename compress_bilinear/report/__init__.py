@@ -4,4 +4,14 @@ from ._data import AS_CONFIGURED, SCHEMA_VERSION, LayerReport, Report
 from ._format import error, size, size_change, speedup
 from ._terminal import render_text
 
-__all__ = ["AS_CONFIGURED", "SCHEMA_VERSION", "LayerReport", "Report", "error", "render_text", "size", "size_change", "speedup"]
+__all__ = [
+    "AS_CONFIGURED",
+    "SCHEMA_VERSION",
+    "LayerReport",
+    "Report",
+    "error",
+    "render_text",
+    "size",
+    "size_change",
+    "speedup",
+]

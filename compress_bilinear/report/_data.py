@@ -132,7 +132,7 @@ class Report:
                 environment=dict(data["environment"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is required. Found {error}.") from error
+            raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is needed. Found {error}.") from error
 
     @classmethod
     def from_json(cls, text: str) -> "Report":

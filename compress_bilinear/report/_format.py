@@ -20,7 +20,7 @@ def cells(layer: LayerReport) -> tuple[str, ...]:
         method(layer),
         error(layer.weight_error),
         error(layer.output_error),
-        size_change(layer.bytes_before, layer.bytes_after) if layer.decision == "replaced" else size(layer.bytes_before),
+        size(layer.bytes_before) if layer.decision == "kept" else size_change(layer.bytes_before, layer.bytes_after),
         latency,
         speedup(layer.speedup),
         speedup(layer.speedup_vs_dense),
@@ -66,7 +66,7 @@ def speedup(value: float | None) -> str:
     """A factor; below 1 it says that it is slower."""
     if value is None:
         return "–"
-    return f"{value:.2f}x" if value >= 1 else f"{value:.2f}x slower"
+    return f"{value:.2f}x" if value >= 0.995 else f"{value:.2f}x slower"
 
 
 def notes(report: Report) -> list[str]:

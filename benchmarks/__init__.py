@@ -1,0 +1,1 @@
+"""Cases, contestants and timed runs; nothing here is part of the package."""

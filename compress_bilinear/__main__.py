@@ -1,0 +1,5 @@
+"""`python -m compress_bilinear`."""
+
+from .cli import main
+
+main()

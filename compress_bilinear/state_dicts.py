@@ -1,0 +1,229 @@
+"""Checkpoints without their network's code: find what may be bilinear weights, compress them, compare two files."""
+
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint, surgery
+from .config import Config
+from .errors import CheckpointError, MatchError
+from .measure import environment
+from .report import Report
+
+_LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A three-dimensional floating "....weight", which may be an `nn.Bilinear`'s (O, I, J).
+
+    Attributes:
+        name: of the layer: the key without ".weight"; "" for a bare "weight".
+        weight: (O, I, J).
+        bias: (O,), or None where the file has no bias of that shape beside it.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def maybe_convolution(self) -> bool:
+        """Whether the last dimension is short enough for a one-dimensional convolution's kernel."""
+        return self.weight.shape[2] < _LONGEST_KERNEL
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
+
+    A .pt file may hold the state dict itself or have it under one key (as {"model": ..., "epoch": ...}).
+
+    Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
+    if _is_safetensors(path):
+        return checkpoint.read_safetensors(path)[0]
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
+        if "weights_only" in str(error) or "Weights only" in str(error):
+            raise CheckpointError(
+                f"{str(path)!r} should hold a state dict. Found pickled Python objects, which are not loaded because "
+                "that runs code: save model.state_dict() instead."
+            ) from error
+        raise CheckpointError(
+            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
+            "Found neither, or a damaged one."
+        ) from error
+    return _state_dict(loaded, str(path))
+
+
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """By content: eight bytes of header length, then JSON."""
+    if Path(path).suffix == ".safetensors":
+        return True
+    with open(path, "rb") as file:
+        return file.read(9)[8:9] == b"{"
+
+
+def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
+    if isinstance(loaded, Mapping):
+        tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        inner = {
+            key: value
+            for key, value in loaded.items()
+            if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values())
+        }
+        if len(inner) == 1:
+            return dict(next(iter(inner.values())))
+        keys = ", ".join(repr(key) for key in loaded)
+        raise CheckpointError(f"{path!r} should hold one state dict. Found {len(inner)} under the keys {keys}.")
+    raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
+
+
+def candidates(state: Mapping[str, Tensor]) -> list[Candidate]:
+    """All three-dimensional floating weights, in the file's order."""
+    found = []
+    for key, value in state.items():
+        name = key.removesuffix("weight").removesuffix(".")
+        if key not in ("weight", f"{name}.weight") or value.dim() != 3 or not value.is_floating_point():
+            continue
+        bias = state.get(f"{name}.bias" if name else "bias")
+        fits = bias is not None and bias.shape == value.shape[:1] and bias.dtype == value.dtype
+        found.append(Candidate(name, value, bias if fits else None))
+    return found
+
+
+def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candidate]:
+    """The candidates that the patterns name, or without patterns the only one there is, where it is unambiguous.
+
+    Raises: MatchError where a pattern matches nothing, or there is no pattern and a weight may be a convolution's.
+    """
+    found = candidates(state)
+    if not found:
+        raise MatchError("The file should hold a three-dimensional weight (out, in1, in2). Found none.")
+    listing = ", ".join(
+        f"{c.name or '(root)'} ({'x'.join(map(str, c.weight.shape))}{', conv1d?' if c.maybe_convolution else ''})"
+        for c in found
+    )
+    if patterns:
+        for pattern in patterns:
+            if not any(fnmatchcase(c.name, pattern) for c in found):
+                raise MatchError(f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}.")
+        return [c for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+    if len(found) == 1 and not found[0].maybe_convolution:
+        return found
+    raise MatchError(
+        "--layers PATTERN is needed: a three-dimensional weight may be an nn.Bilinear's (out, in1, in2) or a "
+        f"convolution's (out, in, kernel). Found: {listing}."
+    )
+
+
+def compress_state(
+    state: Mapping[str, Tensor], chosen: Sequence[Candidate], config: Config, **options: Any
+) -> tuple[surgery.Plan, dict[str, Tensor], list[checkpoint.LayerDescription]]:
+    """Plan the compression of the chosen weights: the plan, and the state and description for `checkpoint.write`.
+
+    `options` are those of `surgery.plan`. A weight that the file has under two names stays under both.
+    """
+    skeleton, aliases = _skeleton(chosen)
+    planned = surgery.plan(skeleton, config, **options)
+    compressed, _ = planned.apply()
+    descriptions = checkpoint.describe(compressed)
+    descriptions = [replace(d, names=(d.name, *aliases.get(d.name, ()))) for d in descriptions]
+    new = dict(compressed.state_dict())
+    result = dict(state)
+    for description in descriptions:
+        for name in description.names:
+            prefix = f"{name}." if name else ""
+            for key in ("weight", "bias"):
+                result.pop(prefix + key, None)
+            own = f"{description.name}." if description.name else ""
+            result |= {prefix + key.removeprefix(own): value for key, value in new.items() if key.startswith(own)}
+    total = sum(value.numel() * value.element_size() for value in _unique(state))
+    saved = planned.report.model_bytes_before - planned.report.model_bytes_after
+    planned.report = replace(planned.report, model_bytes_before=total, model_bytes_after=total - saved)
+    return planned, result, descriptions
+
+
+def _unique(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors of a state, those that share their memory once."""
+    return list({(v.data_ptr(), v.dtype, tuple(v.shape)) if v.numel() else id(v): v for v in state.values()}.values())
+
+
+def _skeleton(chosen: Sequence[Candidate]) -> tuple[nn.Module, dict[str, list[str]]]:
+    """A module tree with an `nn.Bilinear` at each candidate's name, and a weight's other names by its first."""
+    firsts: dict[int, str] = {}
+    aliases: dict[str, list[str]] = {}
+    root: nn.Module = nn.Module()
+    for candidate in chosen:
+        first = firsts.setdefault(candidate.weight.data_ptr(), candidate.name)
+        if first != candidate.name:
+            aliases.setdefault(first, []).append(candidate.name)
+            continue
+        layer = _bilinear(candidate.weight, candidate.bias)
+        if not candidate.name:
+            return layer, {}
+        *path, last = candidate.name.split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, layer)
+    return root, aliases
+
+
+def _bilinear(weight: Tensor, bias: Tensor | None) -> nn.Bilinear:
+    out, in1, in2 = weight.shape
+    if weight.numel() == 0:
+        raise CheckpointError(f"A weight should have no dimension of size 0. Found shape {tuple(weight.shape)}.")
+    layer = nn.Bilinear(in1, in2, out, bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def compare(
+    original: str | os.PathLike[str], compressed: str | os.PathLike[str], batch_size: int | None = None
+) -> Report:
+    """The report on a compressed file against the original checkpoint, measured here and now.
+
+    Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it in another shape.
+    """
+    before = read_state(original)
+    after, descriptions = checkpoint.read(compressed)
+    if not descriptions:
+        raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
+    layers = []
+    for description in descriptions:
+        prefix = f"{description.name}." if description.name else ""
+        weight, bias = before.get(f"{prefix}weight"), before.get(f"{prefix}bias")
+        shape = (description.out_features, description.in1_features, description.in2_features)
+        if weight is None or tuple(weight.shape) != shape or (bias is not None) != description.bias:
+            found = "none" if weight is None else f"{tuple(weight.shape)}{'' if bias is None else ' and a bias'}"
+            raise CheckpointError(
+                f"{str(original)!r} should hold {prefix}weight of shape {shape}"
+                f"{' and a bias' if description.bias else ''}. Found {found}."
+            )
+        module = checkpoint.filled(description, after)
+        entry = surgery.compare_layers(description.name, _bilinear(weight, bias), module, batch_size)
+        layers.append(replace(entry, aliases=description.names[1:]))
+    return Report(
+        layers=tuple(layers),
+        model_bytes_before=sum(v.numel() * v.element_size() for v in _unique(before)),
+        model_bytes_after=sum(v.numel() * v.element_size() for v in _unique(after)),
+        environment=environment(torch.device("cpu"), before[f"{prefix}weight"].dtype),
+    )

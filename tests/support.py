@@ -1,0 +1,52 @@
+"""What the tests share: one tolerance table, the comparison that uses it, and small layers."""
+
+import torch
+from torch import Tensor, nn
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# relative to the largest entry of the reference; products of up to a few hundred terms
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+# (I, J, O): odd, oblong either way, the output largest, and each dimension of size 1
+SHAPES = ((37, 63, 17), (63, 37, 17), (7, 5, 80), (1, 9, 3), (9, 1, 3), (5, 6, 1))
+
+
+def assert_matches_reference(found: Tensor, reference: Tensor, factor: float = 1.0) -> None:
+    """`found` equals a float64 reference, up to the tolerance of its own dtype times `factor`."""
+    assert found.shape == reference.shape
+    assert bool(torch.isfinite(found).all())
+    scale = float(reference.abs().max()) if reference.numel() else 0.0
+    tolerance = factor * TOLERANCES[found.dtype] * max(scale, 1e-30)
+    torch.testing.assert_close(found.double(), reference.double(), rtol=0, atol=tolerance)
+
+
+def bilinear(
+    in1: int, in2: int, out: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> nn.Bilinear:
+    """A seeded `nn.Bilinear`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Bilinear(in1, in2, out, bias=bias, dtype=dtype)
+
+
+def low_rank(shape: tuple[int, int, int], rank: int, *, noise: float = 0.0, seed: int = 0) -> Tensor:
+    """A float64 tensor of CP rank `rank`, plus relative noise."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape]
+    exact = torch.einsum("or,ir,jr->oij", *factors)
+    added = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return exact + noise * exact.norm() / added.norm() * added
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Bit for bit the state that `state_of` copied."""
+    now = model.state_dict()
+    assert list(now) == list(before)
+    for name, value in before.items():
+        torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
