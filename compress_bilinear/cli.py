@@ -3,7 +3,7 @@
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -161,7 +161,7 @@ def _config(
     quantize: Quantize | None,
     seed: int,
 ) -> Config:
-    stored = "int8" if quantize is Quantize.int8 else None
+    stored: Literal["int8"] | None = "int8" if quantize is Quantize.int8 else None
     given = [name for name, value in _targets(rank, max_error, max_size).items() if value is not None]
     if method is Method.dense:
         if given or stored is None:

@@ -113,7 +113,8 @@ def _listing(found: Sequence[FoundLayer]) -> str:
 
 def is_lazy(layer: nn.Bilinear) -> bool:
     """Whether the weight has no shape yet."""
-    return bool(torch.nn.parameter.is_lazy(layer._parameters.get("weight")))
+    weight = layer._parameters.get("weight")
+    return weight is not None and bool(torch.nn.parameter.is_lazy(weight))
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -158,14 +158,14 @@ def dense_calls(
     def in_order(order: ops.Order) -> Callable[[], Tensor]:
         return lambda: ops.bilinear_dense(input1, input2, weight, bias, order=order)
 
-    calls = {order: in_order(order) for order in ops.ORDERS}
+    calls: dict[str, Callable[[], Tensor]] = {order: in_order(order) for order in ops.ORDERS}
     if count * out * in1 <= _WHOLE_MOST:
         calls["one_gemm"] = lambda: _one_gemm(input1, input2, weight, bias)
     if count * out * min(in1, in2) <= _WHOLE_MOST:
         calls["einsum"] = lambda: ops.reference.bilinear_dense(input1, input2, weight, bias)
     if in1 * in2 > 2**16:
         del calls["outer"]  # hundreds of times slower: a block has too few rows
-    return dict(calls)
+    return calls
 
 
 def _one_gemm(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -119,7 +119,7 @@ class QuantizedTensor(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = self.scale
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale.dtype != torch.float32:  # .half() on the parent would round the scales for good
             self.scale = before.to(device=self.scale.device)
         return self

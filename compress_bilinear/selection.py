@@ -1,18 +1,31 @@
-"""From a config to a replacement for one layer, and whether it is worth making."""
+"""From a config to a replacement for one layer, whether it is worth making, and the record of that."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import assert_never
 
 from . import decomposition as decompose
+from . import ops
+from .calibration import LayerInputs
 from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .discovery import FoundLayer, is_lazy
 from .errors import InfeasibleError
-from .measure import Timing, stored_bytes, weight_error
+from .measure import Timing, output_error, parameter_count, stored_bytes, time_replacement, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from .report import AS_CONFIGURED, LayerReport
 
 _ATTEMPTS = 4  # at a target that rounding made miss
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What becomes of a layer: its replacement, None where it is kept, and the record of it."""
+
+    replacement: CompressedBilinear | None
+    report: LayerReport
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,3 +134,94 @@ def slowness(timing: Timing | None) -> str | None:
 
 def _dtype(layer: nn.Bilinear) -> str:
     return str(layer.weight.dtype).removeprefix("torch.")
+
+
+def _method(config: Config) -> str:
+    match config:
+        case CPConfig():
+            return "cp"
+        case TuckerConfig():
+            return "tucker"
+        case DenseConfig():
+            return "dense"
+
+
+def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
+    """What is known of a layer before anything is solved."""
+    layer = found.layer
+    known: dict[str, Any] = {
+        "name": found.names[0],
+        "aliases": tuple(found.names[1:]),
+        "method": _method(config),
+        "quantize": config.quantize,
+        "shape": None,
+        "params_before": 0,
+        "bytes_before": 0,
+    }
+    if not is_lazy(layer):
+        shape = (layer.out_features, layer.in1_features, layer.in2_features)
+        known |= {"shape": shape, "flops_before": ops.dense_flops(shape)}
+        known |= {"params_before": parameter_count(layer), "bytes_before": stored_bytes(layer)}
+    return known
+
+
+def keep(found: FoundLayer, config: Config, reason: str, **known: Any) -> Decision:
+    """The record of a layer that stays as it is; `known` are the figures of a candidate that was turned down."""
+    basics = _basics(found, config)
+    same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
+    return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
+
+
+def judge(
+    found: FoundLayer,
+    config: Config,
+    candidate: Candidate,
+    inputs: LayerInputs | None,
+    unreached: bool,
+    time_rows: int | None,
+    force: bool,
+) -> Decision:
+    """Measure a candidate and decide.
+
+    Args:
+        inputs: rows to measure the output error on, where there are any; `unreached` says that calibration found none.
+        time_rows: rows in a timed call; None measures no latency.
+        force: replace whatever speaks against it.
+    """
+    layer, module = found.layer, candidate.module.train(found.layer.training)
+    known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
+    known["amplification"] = candidate.amplification
+    if inputs is not None:
+        known["output_error"] = output_error(layer, module, inputs)
+        known["calibration_rows"] = len(inputs.input1)
+    against = objection(layer, candidate, config)
+    if against is not None and not force:
+        return keep(found, config, against, **known)
+    timing = time_replacement(layer, module, time_rows) if time_rows is not None else None
+    if against is None and isinstance(config, DenseConfig) and config.quantize is None:
+        against = slowness(timing)
+        if against is not None and not force:
+            return keep(found, config, against, **known)
+    reason = AS_CONFIGURED if against is None else f"forced, although {against}"
+    reasons = [reason]
+    if timing is not None and timing.speedup < 1:
+        reasons.append(f"slower here than nn.Bilinear ({timing.speedup:.2f}x)")
+    if unreached:
+        reasons.append("no calibration row reached it, so its output error is unknown")
+    known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}
+    known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
+    known |= {"flops_after": module.flops_per_row} | _timing(timing)
+    report = LayerReport(**(_basics(found, config) | known))
+    return Decision(module, report)
+
+
+def _timing(timing: Timing | None) -> dict[str, Any]:
+    if timing is None:
+        return {}
+    known: dict[str, Any] = {"speedup": timing.speedup, "speedup_vs_dense": timing.speedup_vs_dense}
+    known |= {"batch_size": timing.batch_size, "dense_order": timing.dense_order}
+    for what in ("before", "after", "dense"):
+        latency = getattr(timing, what)
+        known[f"latency_{what}_ms"] = latency.median
+        known[f"latency_{what}_quartiles_ms"] = (latency.lower, latency.upper)
+    return known

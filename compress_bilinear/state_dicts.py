@@ -132,7 +132,7 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
 
 def compress_state(
     state: Mapping[str, Tensor], chosen: Sequence[Candidate], config: Config, **options: Any
-) -> tuple[surgery.Plan, dict[str, Tensor], list[checkpoint.LayerDescription]]:
+) -> tuple[surgery.Plan[nn.Module], dict[str, Tensor], list[checkpoint.LayerDescription]]:
     """Plan the compression of the chosen weights: the plan, and the state and description for `checkpoint.write`.
 
     `options` are those of `surgery.plan`. A weight that the file has under two names stays under both.

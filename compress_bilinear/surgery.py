@@ -5,45 +5,49 @@ import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import Tensor, nn
+from torch import nn
 
-from . import discovery, ops
+from . import discovery
 from .calibration import LayerInputs, collect_inputs
 from .config import Config, CPConfig, DenseConfig, TuckerConfig
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
-from .measure import Timing, environment, output_error, parameter_count, stored_bytes, time_replacement, weight_error
+from .measure import environment, stored_bytes, weight_error
 from .modules import CompressedBilinear
-from .report import AS_CONFIGURED, LayerReport, Report, render_text
-from .selection import Candidate, objection, slowness, solve
+from .report import LayerReport, Report, render_text
+from .selection import Candidate, Decision, judge, keep, solve
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
 _T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """One selected layer: where it is, what takes its place (None where it is kept), and what was found."""
+    """One selected layer, what becomes of it, and, where it is replaced, the fingerprint of its weights."""
 
     found: discovery.FoundLayer
-    replacement: CompressedBilinear | None
-    report: LayerReport
+    decision: Decision
     fingerprint: str = ""
 
+    @property
+    def replacement(self) -> CompressedBilinear | None:
+        return self.decision.replacement
 
-class Plan:
+
+class Plan(Generic[_Model]):
     """What `compress` would do to a model: solved, checked and measured, and nothing changed yet.
 
     `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
     """
 
-    def __init__(self, model: nn.Module, entries: Sequence[_Entry], report: Report) -> None:
+    def __init__(self, model: _Model, entries: Sequence[_Entry], report: Report) -> None:
         self.model = model
         self.report = report
         self._entries = tuple(entries)
@@ -51,7 +55,7 @@ class Plan:
     def __str__(self) -> str:
         return render_text(self.report, title="Plan (the model is untouched)")
 
-    def apply(self, inplace: bool = False) -> tuple[nn.Module, Report]:
+    def apply(self, inplace: bool = False) -> tuple[_Model, Report]:
         """Put the replacements in place.
 
         Args:
@@ -59,7 +63,7 @@ class Plan:
                 that are replaced. True changes the model itself.
 
         Returns:
-            The compressed model and the report.
+            The compressed model and the report. Of a model that is itself the layer, its replacement.
 
         Raises:
             StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
@@ -85,7 +89,7 @@ class Plan:
                 f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
             ) from error
 
-    def _apply_inplace(self, chosen: Sequence[_Entry]) -> nn.Module:
+    def _apply_inplace(self, chosen: Sequence[_Entry]) -> _Model:
         for entry in chosen:
             if "" in entry.found.names:
                 raise CompressionError(
@@ -118,7 +122,7 @@ class Plan:
 
 
 def plan(
-    model: nn.Module,
+    model: _Model,
     config: Config | Mapping[str, Config],
     *,
     calibration: Iterable[Any] | None = None,
@@ -128,7 +132,7 @@ def plan(
     measure_latency: bool = True,
     force: bool = False,
     progress: bool | None = None,
-) -> Plan:
+) -> Plan[_Model]:
     """Solve and measure a replacement for each selected `nn.Bilinear`, without changing the model.
 
     A layer is selected by its name in the model (`model.named_modules()`), by shell globs in which "*" also matches
@@ -171,31 +175,34 @@ def plan(
         misfits: list[tuple[Config, ConfigError | None]] = []
         for (found, wanted), refusal in _track(bar, zip(selected, refusals, strict=True), "Solving", len(selected)):
             if refusal is not None:
-                entries.append(_kept(found, wanted, refusal))
+                entries.append(_Entry(found, keep(found, wanted, refusal)))
                 continue
             try:
                 candidate = solve(found.layer, wanted)
             except ConfigError as error:
-                misfits.append((wanted, _named(error, found.label)))
-                entries.append(_kept(found, wanted, str(misfits[-1][1])))
+                misfit = _named(error, found.label)
+                misfits.append((wanted, misfit))
+                entries.append(_Entry(found, keep(found, wanted, str(misfit))))
                 continue
             except CompressionError as error:
-                entries.append(_kept(found, wanted, str(error)))
+                entries.append(_Entry(found, keep(found, wanted, str(error))))
                 continue
             misfits.append((wanted, None))
             seen = inputs.get(found.label)
             rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
             time_rows = rows if measure_latency else None
             unreached = calibration is not None and seen is None
-            entries.append(_judge(found, wanted, candidate, seen, unreached, time_rows, force))
-    for wanted, error in misfits:
-        if error is not None and all(other is not None for config_, other in misfits if config_ == wanted):
-            raise error
+            decision = judge(found, wanted, candidate, seen, unreached, time_rows, force)
+            fingerprint = _fingerprint(found.layer) if decision.replacement is not None else ""
+            entries.append(_Entry(found, decision, fingerprint))
+    for wanted, unfit in misfits:
+        if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
+            raise unfit
     return Plan(model, entries, _report(model, entries))
 
 
 def compress(
-    model: nn.Module,
+    model: _Model,
     config: Config | Mapping[str, Config],
     *,
     inplace: bool = False,
@@ -206,7 +213,7 @@ def compress(
     measure_latency: bool = True,
     force: bool = False,
     progress: bool | None = None,
-) -> tuple[nn.Module, Report]:
+) -> tuple[_Model, Report]:
     """`plan(...)` and `apply(inplace)` in one call: returns the compressed model and the report.
 
     Arguments and errors are those of `plan` and `Plan.apply`. An error leaves the model exactly as it was.
@@ -230,14 +237,16 @@ def compare_layers(
 ) -> LayerReport:
     """The report on a replacement that has been made already, say in a checkpoint."""
     found = discovery.FoundLayer((name,), layer)
-    wanted = {
-        "cp": lambda: CPConfig(rank=1, quantize=module.quantize),
-        "tucker": lambda: TuckerConfig(rank=(1, 1, 1), quantize=module.quantize),
-        "dense": lambda: DenseConfig(quantize=module.quantize),
-    }[module.method]()
+    wanted: Config
+    match module.rank:
+        case None:
+            wanted = DenseConfig(quantize=module.quantize)
+        case int(rank):
+            wanted = CPConfig(rank=rank, quantize=module.quantize)
+        case triple:
+            wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    entry = _judge(found, wanted, candidate, None, False, batch_size, True)
-    return replace(entry.report, reason="as found")
+    return judge(found, wanted, candidate, None, False, batch_size, True).report
 
 
 def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
@@ -254,102 +263,18 @@ def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
     return configs
 
 
-def _method(config: Config) -> str:
-    match config:
-        case CPConfig():
-            return "cp"
-        case TuckerConfig():
-            return "tucker"
-        case DenseConfig():
-            return "dense"
-
-
 def _named(error: ConfigError, label: str) -> ConfigError:
     return ConfigError(str(error).replace("the weight", f"layer {label!r}"))
 
 
-def _basics(found: discovery.FoundLayer, config: Config) -> dict[str, Any]:
-    """What is known of a layer before anything is solved."""
-    layer = found.layer
-    known = {
-        "name": found.names[0],
-        "aliases": tuple(found.names[1:]),
-        "method": _method(config),
-        "quantize": config.quantize,
-        "shape": None,
-        "params_before": 0,
-        "bytes_before": 0,
-    }
-    if not discovery.is_lazy(layer):
-        shape = (layer.out_features, layer.in1_features, layer.in2_features)
-        known |= {"shape": shape, "flops_before": ops.dense_flops(shape)}
-        known |= {"params_before": parameter_count(layer), "bytes_before": stored_bytes(layer)}
-    return known
-
-
-def _kept(found: discovery.FoundLayer, config: Config, reason: str, **known: Any) -> _Entry:
-    basics = _basics(found, config)
-    same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
-    return _Entry(found, None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
-
-
-def _judge(
-    found: discovery.FoundLayer,
-    config: Config,
-    candidate: Candidate,
-    inputs: LayerInputs | None,
-    unreached: bool,
-    time_rows: int | None,
-    force: bool,
-) -> _Entry:
-    """Measure a candidate and decide."""
-    layer, module = found.layer, candidate.module.train(found.layer.training)
-    known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
-    known["amplification"] = candidate.amplification
-    if inputs is not None:
-        known["output_error"] = output_error(layer, module, inputs)
-        known["calibration_rows"] = len(inputs.input1)
-    against = objection(layer, candidate, config)
-    if against is not None and not force:
-        return _kept(found, config, against, **known)
-    timing = time_replacement(layer, module, time_rows) if time_rows is not None else None
-    if against is None and isinstance(config, DenseConfig) and config.quantize is None:
-        against = slowness(timing)
-        if against is not None and not force:
-            return _kept(found, config, against, **known)
-    reason = AS_CONFIGURED if against is None else f"forced, although {against}"
-    reasons = [reason]
-    if timing is not None and timing.speedup < 1:
-        reasons.append(f"slower here than nn.Bilinear ({timing.speedup:.2f}x)")
-    if unreached:
-        reasons.append("no calibration row reached it, so its output error is unknown")
-    known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}
-    known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
-    known |= {"flops_after": module.flops_per_row} | _timing(timing)
-    report = LayerReport(**(_basics(found, config) | known))
-    return _Entry(found, module, report, _fingerprint(layer))
-
-
-def _timing(timing: Timing | None) -> dict[str, Any]:
-    if timing is None:
-        return {}
-    known: dict[str, Any] = {"speedup": timing.speedup, "speedup_vs_dense": timing.speedup_vs_dense}
-    known |= {"batch_size": timing.batch_size, "dense_order": timing.dense_order}
-    for what in ("before", "after", "dense"):
-        latency = getattr(timing, what)
-        known[f"latency_{what}_ms"] = latency.median
-        known[f"latency_{what}_quartiles_ms"] = (latency.lower, latency.upper)
-    return known
-
-
 def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
-    saved = sum(entry.report.bytes_before - entry.report.bytes_after for entry in entries)
+    saved = sum(entry.decision.report.bytes_before - entry.decision.report.bytes_after for entry in entries)
     before = stored_bytes(model)
     first = next((e.found.layer.weight for e in entries if e.replacement is not None), None)
     device = first.device if first is not None else torch.device("cpu")
     dtype = first.dtype if first is not None else torch.get_default_dtype()
     return Report(
-        layers=tuple(entry.report for entry in entries),
+        layers=tuple(entry.decision.report for entry in entries),
         model_bytes_before=before,
         model_bytes_after=before - saved,
         environment=environment(device, dtype),
@@ -387,7 +312,7 @@ def _check_fresh(model: nn.Module, entry: _Entry, owners: Mapping[int, Sequence[
         )
 
 
-def _ready(entry: _Entry, bias: Tensor | None) -> CompressedBilinear:
+def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
     """A copy of the replacement with the layer's flags and this bias, which keeps its identity."""
     if entry.replacement is None:
         raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")

@@ -168,7 +168,7 @@ class ProjectedBilinear(CompressedBilinear):
         return bias
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
-        self.out_proj.bias = bias
+        self.out_proj.register_parameter("bias", bias)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):

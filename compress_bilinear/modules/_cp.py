@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from .. import ops
 from ..config import Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition
 from ._base import ProjectedBilinear
@@ -97,7 +98,7 @@ class CPBilinear(ProjectedBilinear):
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if ops.is_tracing():
             return self._product(left, right)  # the block size would tie the graph to these lengths
         per_row = max(1, math.prod(input2.shape[:-1]) * self.rank)
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)

@@ -29,7 +29,7 @@ class DenseBilinear(CompressedBilinear):
     """
 
     method = "dense"
-    weight: nn.Parameter | QuantizedTensor  # type: ignore[assignment]
+    weight: nn.Parameter | QuantizedTensor
     bias: nn.Parameter | None
 
     def __init__(
@@ -109,7 +109,6 @@ class DenseBilinear(CompressedBilinear):
     def _operands(self, input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """Inputs, weight, bias and scale in the dtype to compute in."""
         device = input1.device.type
-        bias = self.bias
         if isinstance(self.weight, QuantizedTensor):
             dtype = autocast_dtype(device, input1, input2) or input1.dtype
             weight, scale = self.weight.qdata, self.weight.scale
@@ -119,7 +118,7 @@ class DenseBilinear(CompressedBilinear):
             if not autocast and input1.dtype != dtype:
                 raise InputError(f"`input1` and `input2` should be {dtype}, as the weight is. Found {input1.dtype}.")
             weight, scale = self.weight.to(dtype), None
-        bias = bias if bias is None else bias.to(dtype)
+        bias = self.bias if self.bias is None else self.bias.to(dtype)
         return input1.to(dtype), input2.to(dtype), weight, bias, scale
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:

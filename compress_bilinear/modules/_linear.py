@@ -65,4 +65,4 @@ def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:
 def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
     """How to read a (possibly wrapped) linear layer's weight in a given dtype."""
     weight = linear.weight
-    return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[union-attr, return-value]
+    return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[return-value]

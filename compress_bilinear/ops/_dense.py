@@ -74,7 +74,7 @@ def bilinear_dense(
     rows = math.prod(leading)
     rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
     order = order or best_order((out, in1, in2))
-    if _tracing():
+    if is_tracing():
         output = _traced(rows1, rows2, weight, scale, order)
     elif order == "outer":
         output = _outer(rows1, rows2, weight, scale)
@@ -100,10 +100,10 @@ def pairwise_dense(
     batch, out = math.prod(leading), weight.shape[0]
     batch1, batch2 = input1.reshape(batch, length1, in1), input2.reshape(batch, length2, in2)
     # each input can be projected first; per output, I·J for each of its rows and the other's width for each pair
-    swap = in2 > in1 if _tracing() else length2 * in1 * (in2 + length1) < length1 * in2 * (in1 + length2)
+    swap = in2 > in1 if is_tracing() else length2 * in1 * (in2 + length1) < length1 * in2 * (in1 + length2)
     if swap:
         batch1, batch2, weight, scale = batch2, batch1, weight.mT, None if scale is None else scale.mT
-    limit = _TRACED_ROW if _tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
+    limit = _TRACED_ROW if is_tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
     parts = list(_weight_parts(weight, scale, limit // weight.shape[2]))
     run = _runner(len(parts) > 1, batch1, batch2, weight)
     pieces = [run(_pairs, batch1, batch2, part, part_scale) for part, part_scale in parts]
@@ -113,9 +113,9 @@ def pairwise_dense(
     return output.reshape(*leading, length1, length2, out)
 
 
-def _tracing() -> bool:
+def is_tracing() -> bool:
     """Whether a graph is being recorded that has to hold for other numbers of rows too."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
 
 
 def _block(like: Tensor) -> int:
@@ -127,16 +127,16 @@ def _block(like: Tensor) -> int:
 def _runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
     """Runs a block: as it is, or recomputed in the backward where several blocks would be kept for a gradient."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not (several and wanted) or _tracing():
+    if not (several and wanted) or is_tracing():
         return lambda function, *args: function(*args)
     return lambda function, *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _weight_parts(weight: Tensor, scale: Tensor | None, outputs: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The weight in groups of outputs, with the scales of each."""
-    if scale is not None and not _tracing():
+    if scale is not None and not is_tracing():
         outputs = min(outputs, _WEIGHT_BLOCK // (weight.shape[1] * weight.shape[2]))
-    if _tracing():
+    if is_tracing():
         outputs = max(outputs, -(-weight.shape[0] // _TRACED_PARTS))
     outputs = max(1, outputs)
     parts = weight.split(outputs)

@@ -26,7 +26,8 @@ class LayerReport:
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
         quantize: None or "int8".
         decision: "replaced" or "kept"; `reason` says why.
-        weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored. None where nothing was solved.
+        weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
+            was turned down. None where nothing was solved.
         output_error: ‖y − ŷ‖/‖y − b‖ on the calibration rows, against the original weight in float64; None without.
         calibration_rows: how many rows that is measured on.
         params_before, params_after: stored values, bias included.

@@ -1,0 +1,138 @@
+"""The shape of the package: who may import whom, what is loaded lazily, and how long a file gets."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import compress_bilinear as cb
+
+PACKAGE = Path(cb.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# each floor imports only from the floors above it in this table; neighbours on one floor do not import each other
+FLOORS = (
+    ("errors",),
+    ("config", "files", "quantization"),
+    ("decomposition", "ops"),
+    ("modules",),
+    ("calibration", "discovery", "report"),
+    ("measure",),
+    ("selection",),
+    ("surgery", "checkpoint"),
+    ("state_dicts", "demo"),
+    ("cli",),
+    ("__main__",),
+)
+HEIGHT = {unit: height for height, floor in enumerate(FLOORS) for unit in floor}
+
+# what may be imported where, always inside a function: these cost seconds, or are not always there
+LAZY = {
+    "bitsandbytes": {"quantization.py"},
+    "tensorly": {"decomposition/_types.py"},
+    "sklearn": {"demo.py"},
+    "triton": set(),
+}
+
+
+def unit_of(path: Path) -> str:
+    """The floor's name of a file: its module, or its subpackage."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Each module that a file imports, in full, and whether it does so inside a function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    package = ["compress_bilinear", *path.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            yield ".".join(base), node in inside
+            yield from ((".".join([*base, alias.name]), node in inside) for alias in node.names)
+
+
+def units_imported(path: Path) -> set[str]:
+    names = (name.split(".") for name, _ in imports(path))
+    return {parts[1] for parts in names if parts[0] == "compress_bilinear" and len(parts) > 1 and parts[1] in HEIGHT}
+
+
+def test_every_file_has_a_floor():
+    assert {unit_of(path) for path in FILES} - {"__init__"} == set(HEIGHT)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_downward_only(path):
+    unit = unit_of(path)
+    if unit != "__init__":
+        upward = {other for other in units_imported(path) - {unit} if HEIGHT[other] >= HEIGHT[unit]}
+        assert not upward
+
+
+def test_the_import_reader_sees_every_form(tmp_path):
+    # without this, a reader that finds nothing would make the floors hold vacuously
+    assert units_imported(PACKAGE / "surgery.py") >= {"discovery", "calibration", "modules", "selection"}
+    assert units_imported(PACKAGE / "ops" / "_dense.py") == {"quantization", "ops"} - {"ops"}
+    assert ("sklearn.datasets", True) in set(imports(PACKAGE / "demo.py"))
+    assert ("torch", False) in set(imports(PACKAGE / "demo.py"))
+
+
+def test_the_report_knows_nothing_but_errors():
+    found = set().union(*(units_imported(path) for path in (PACKAGE / "report").glob("*.py")))
+    assert found - {"report"} == {"errors"}
+
+
+@pytest.mark.parametrize("library", LAZY)
+def test_costly_libraries_are_imported_in_one_place_and_lazily(library):
+    found = [
+        (str(path.relative_to(PACKAGE)), lazily)
+        for path in FILES
+        for name, lazily in imports(path)
+        if name.split(".")[0] == library
+    ]
+    assert {path for path, _ in found} == LAZY[library]
+    assert all(lazily for _, lazily in found)
+
+
+def test_importing_the_package_is_light():
+    script = (
+        "import sys, compress_bilinear, torch\n"
+        "print([name for name in ('bitsandbytes', 'triton', 'tensorly', 'sklearn') if name in sys.modules])\n"
+        "print(torch.cuda.is_initialized())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["[]", "False"]
+
+
+@pytest.mark.parametrize("module", [cb, cb.decomposition, cb.ops], ids=lambda module: module.__name__)
+def test_public_names_exist_and_are_documented(module):
+    assert module.__all__ == sorted(module.__all__, key=lambda name: (not name[0].isupper(), name)) or module is cb.ops
+    for name in module.__all__:
+        value = getattr(module, name)
+        documented = inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value)
+        assert not documented or (inspect.getdoc(value) or "").strip(), name
+
+
+def test_public_methods_are_documented():
+    own = [
+        (owner, name, member)
+        for owner in (getattr(cb, name) for name in cb.__all__)
+        if inspect.isclass(owner) and owner.__module__.startswith("compress_bilinear")
+        for name, member in vars(owner).items()
+        if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, classmethod))
+    ]
+    assert len(own) > 10
+    for owner, name, _ in own:
+        assert inspect.getdoc(getattr(owner, name)), f"{owner.__name__}.{name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350

@@ -1,0 +1,82 @@
+"""The README and the examples do what they say: every code fence runs, every example runs."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import compress_bilinear as cb
+from compress_bilinear import demo
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+SET_UP = re.compile(r"^python3 -m venv ", flags=re.MULTILINE)
+
+
+def fences(language: str) -> list[str]:
+    return [body for found, body in FENCES if found == language]
+
+
+def test_every_fence_is_of_a_kind_that_is_tested() -> None:
+    assert README.count("```") == 2 * len(FENCES)
+    assert {language for language, _ in FENCES} == {"bash", "python", "text"}
+
+
+def test_python_fences_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for body in fences("python"):
+        exec(body, names)
+    report, again, small = names["report"], names["again"], names["small"]
+    assert isinstance(report, cb.Report)
+    assert report.layers[0].decision == "replaced"
+    assert isinstance(again, nn.Module)
+    assert isinstance(small, nn.Module)
+    inputs = torch.randn(3, 64), torch.randn(3, 64)
+    assert torch.equal(again(*inputs), small(*inputs))
+
+
+def test_set_up_is_two_commands_and_ci_runs_them_as_they_stand() -> None:
+    commands = [body for body in fences("bash") if SET_UP.match(body)]
+    assert len(commands) == 2
+    assert all(len(body.strip().splitlines()) == 1 for body in commands)
+    assert "grep -E '^python3 -m venv ' README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_command_line_fences_run(tmp_path: Path) -> None:
+    torch.save({"fusion.weight": torch.randn(24, 24, 24), "fusion.bias": torch.zeros(24)}, tmp_path / "model.pt")
+    lines = [line for body in fences("bash") if not SET_UP.match(body) for line in body.strip().splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "compress-bilinear"
+        command = [sys.executable, "-m", "compress_bilinear", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "small.safetensors").exists()
+
+
+def test_the_table_has_the_demos_rows_and_columns() -> None:
+    (table,) = fences("text")
+    names = ["nn.Bilinear", *demo.CONFIGS]
+    rows = [line for line in table.splitlines() if line.startswith("│")]
+    assert [row.split("│")[1].strip() for row in rows] == names
+    header = next(line for line in table.splitlines() if line.startswith("┃"))
+    assert [cell.strip() for cell in header.strip("┃").split("┃")] == [
+        str(column.header) for column in demo.table([]).columns
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example_replaces_its_layer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = runpy.run_path(str(path))["main"]()
+    assert [layer.decision for layer in report.layers] == ["replaced"]
+    assert report.layers[0].output_error is not None
+    assert report.layers[0].name in capsys.readouterr().out

@@ -1,0 +1,173 @@
+import itertools
+import math
+
+import numpy
+import pytest
+import tensorly
+import torch
+from support import DTYPES, TOLERANCES, low_rank
+
+from compress_bilinear import MaxError, MaxSize
+from compress_bilinear.decomposition import tucker, tucker_bytes
+from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
+
+NOISY = low_rank((10, 13, 9), 4, noise=0.3)
+FULL = low_rank((8, 12, 11), 400)  # no structure
+BASE_ERRORS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def hilbert(size):
+    ones = torch.arange(1, size + 1, dtype=torch.float64)
+    return 1 / (ones[:, None, None] + ones[:, None] + ones - 2)
+
+
+def hosvd_errors(weight):
+    """The error of keeping each leading block of the full HOSVD core, by singular value decompositions."""
+    core = weight.numpy()
+    for mode in range(3):
+        flat = numpy.moveaxis(weight.numpy(), mode, 0).reshape(weight.shape[mode], -1)
+        left = numpy.linalg.svd(flat, full_matrices=False)[0]
+        core = numpy.moveaxis(numpy.tensordot(core, left, (mode, 0)), -1, mode)
+    kept = (core**2).cumsum(0).cumsum(1).cumsum(2)
+    ranks = itertools.product(*(range(size) for size in weight.shape))
+    return {(a + 1, b + 1, c + 1): math.sqrt(max(0, 1 - kept[a, b, c] / kept[-1, -1, -1])) for a, b, c in ranks}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "rank"),
+    [((10, 13, 9), (3, 3, 3)), ((1, 8, 6), (1, 3, 3)), ((7, 1, 6), (3, 1, 3)), ((7, 6, 1), (2, 2, 1)), ((1, 1, 1), (1, 1, 1))],
+)
+def test_a_weight_of_that_rank_is_recovered(shape, rank, dtype):
+    weight = low_rank(shape, rank[0] if shape[1] > 1 else max(rank)).to(dtype)
+    weight = low_rank(shape, max(rank) if shape[2] > 1 else 2).to(dtype)
+    found = tucker(weight, rank)
+    assert {part.dtype for part in (found.core, *found.factors)} == {dtype}
+    assert (found.rank, found.shape) == (rank, shape)
+    assert found.error <= BASE_ERRORS[dtype]
+
+
+@pytest.mark.parametrize("weight", [NOISY, FULL], ids=["noisy", "full"])
+@pytest.mark.parametrize("rank", [(1, 1, 1), (4, 4, 4), (2, 9, 5), (8, 3, 9), (8, 12, 9)])
+def test_the_error_is_at_most_tensorlys(weight, rank):
+    theirs = tensorly.decomposition.tucker(weight.numpy(), rank, n_iter_max=100, tol=1e-8)
+    error = numpy.linalg.norm(tensorly.tucker_to_tensor(theirs) - weight.numpy()) / float(weight.norm())
+    assert tucker(weight, rank).error <= 1.001 * error
+
+
+def test_the_full_rank_is_exact():
+    assert tucker(FULL, tuple(FULL.shape)).error <= 1e-14
+
+
+def test_the_factors_have_orthonormal_columns():
+    for factor in tucker(NOISY, (3, 5, 4)).factors:
+        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1], dtype=torch.float64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.5, 0.3, 0.1, 0.01])
+@pytest.mark.parametrize("weight", [NOISY, FULL, NOISY.float()], ids=["noisy", "full", "float32"])
+def test_a_max_error_is_met_in_the_fewest_bytes_of_a_truncated_hosvd(weight, limit):
+    found = tucker(weight, MaxError(limit))
+    assert found.error <= limit
+    bytes_found = tucker_bytes(found.rank, weight.shape, 8, None)
+    enough = [rank for rank, error in hosvd_errors(weight.double()).items() if error <= limit - 1e-7]
+    assert bytes_found <= min(tucker_bytes(rank, weight.shape, 8, None) for rank in enough)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e-6, 1e-9, 1e-12])
+def test_a_tiny_max_error_is_met(limit):
+    found = tucker(hilbert(16), MaxError(limit))
+    assert found.error <= limit
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.7])
+def test_a_max_size_is_met_in_bytes_and_the_best_within_it(fraction, quantize):
+    weight = FULL.float()
+    budget = fraction * weight.numel() * 4
+    found = tucker(weight, MaxSize(fraction), quantize=quantize)
+    assert tucker_bytes(found.rank, weight.shape, 4, quantize) <= budget
+    errors = hosvd_errors(FULL)
+    fitting = [r for r in errors if tucker_bytes(r, weight.shape, 4, quantize) <= budget]
+    assert errors[found.rank] <= min(errors[rank] for rank in fitting) + 1e-7
+
+
+def test_a_max_size_is_nearly_used_up():
+    weight = low_rank((16, 24, 20), 600)
+    found = tucker(weight, MaxSize(0.4))
+    assert tucker_bytes(found.rank, weight.shape, 8, None) > 0.97 * 0.4 * weight.numel() * 8
+
+
+def test_int8_fits_a_larger_rank_into_the_same_bytes():
+    weight = FULL.float()
+    assert tucker(weight, MaxSize(0.3), quantize="int8").error < 0.9 * tucker(weight, MaxSize(0.3)).error
+
+
+def test_a_size_too_small_for_rank_1_is_infeasible():
+    with pytest.raises(InfeasibleError, match=r"Rank \(1, 1, 1\) stores 264 bytes. .* 9360 bytes allows 93."):
+        tucker(NOISY, MaxSize(0.01))
+
+
+@pytest.mark.parametrize("rank", [(2, 2, 2), MaxError(0.1), MaxSize(0.5)], ids=repr)
+def test_a_zero_weight_gives_zeros(rank):
+    found = tucker(torch.zeros(5, 6, 7), rank)
+    assert found.error == 0
+    assert not bool(found.to_tensor().any())
+
+
+@pytest.mark.parametrize(
+    ("weight", "rank", "error", "message"),
+    [
+        (NOISY, (11, 1, 1), ConfigError, r"`rank\[0\]` should be at most 10, out_features of the weight. Found 11."),
+        (NOISY, (1, 0, 1), ConfigError, r"`rank\[1\]` should be a positive int. Found 0."),
+        (NOISY, 3, ConfigError, "triple .* Found 3."),
+        (NOISY / 0, (1, 1, 1), CompressionError, "finite. Found NaN or infinity."),
+        (NOISY[0], (1, 1, 1), CompressionError, r"shape \(O, I, J\). Found \(13, 9\)."),
+    ],
+    ids=["large", "zero", "int", "nan", "matrix"],
+)
+def test_what_cannot_be_decomposed_is_an_error(weight, rank, error, message):
+    with pytest.raises(error, match=message):
+        tucker(weight, rank)
+
+
+def test_another_storage_format_is_an_error():
+    with pytest.raises(ConfigError, match="Found 'int4'"):
+        tucker(NOISY, (1, 1, 1), quantize="int4")
+
+
+SCALES = [(torch.float64, s) for s in (1e-200, 1e-100, 1e100, 1e200)] + [(torch.float32, s) for s in (1e-30, 1e30)]
+
+
+@pytest.mark.parametrize("rank", [(3, 4, 5), MaxError(0.3)], ids=repr)
+@pytest.mark.parametrize(("dtype", "scale"), SCALES)
+def test_the_scale_of_the_weight_does_not_matter(dtype, scale, rank):
+    base = tucker(NOISY, rank)
+    found = tucker((NOISY * scale).to(dtype), rank)
+    assert found.rank == base.rank
+    expected = scale * base.to_tensor()
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found.to_tensor().double() / largest, expected / largest, rtol=0, atol=TOLERANCES[dtype])
+    assert found.error == pytest.approx(base.error, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_error_is_that_of_what_is_returned(dtype):
+    weight = NOISY.to(dtype)
+    found = tucker(weight, (5, 6, 4))
+    exact = torch.einsum("abc,oa,ib,jc->oij", found.core.double(), *(factor.double() for factor in found.factors))
+    assert found.error == pytest.approx(float((weight.double() - exact).norm() / weight.double().norm()), rel=1e-9)
+
+
+def test_the_same_weight_gives_the_same_result_in_any_layout_and_leaves_it_as_it_was():
+    weight = torch.nn.Parameter(NOISY.clone())
+    found, again = tucker(weight, (3, 4, 5)), tucker(NOISY.permute(2, 0, 1).contiguous().permute(1, 2, 0), (3, 4, 5))
+    assert torch.equal(weight.detach(), NOISY)
+    for part, same in zip((found.core, *found.factors), (again.core, *again.factors), strict=True):
+        assert not part.requires_grad
+        assert torch.equal(part, same)
+
+
+def test_a_weight_whose_singular_values_decay_fast_keeps_its_small_ones():
+    # float32 Grams would stop at 1e-4
+    assert tucker(hilbert(30), (10, 10, 10)).error < 1e-8
