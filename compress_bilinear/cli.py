@@ -1,60 +1,38 @@
 """The command line: argument parsing only."""
 
 import sys
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Literal, NoReturn
 
-import typer
+import click
 from rich.console import Console
 from rich.table import Table
 
 from . import checkpoint, state_dicts
-from .config import Config, CPConfig, CPRank, DenseConfig, MaxError, MaxSize, TuckerConfig, TuckerRank
+from .config import Config, CPConfig, CPRank, DenseConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
 from .errors import CompressionError, ConfigError
 from .files import written_atomically
 from .report import Report, size
 
-app = typer.Typer(
-    name="compress-bilinear",
-    help="Compress the nn.Bilinear layers of trained networks, and report what that did.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-)
+_PROGRAM = "compress-bilinear"
+_Format = Literal["table", "markdown", "json"]
+_FILE = click.Path(path_type=Path)
+_rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
 
 
-class Method(str, Enum):
-    """How to store a layer."""
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="compress-bilinear")
+def app() -> None:
+    """Compress the nn.Bilinear layers of trained networks, and report what that did.
 
-    cp = "cp"
-    tucker = "tucker"
-    dense = "dense"
-
-
-class Quantize(str, Enum):
-    """Storage formats besides the layer's own."""
-
-    int8 = "int8"
-
-
-class Format(str, Enum):
-    """How to print a report."""
-
-    table = "table"
-    markdown = "markdown"
-    json = "json"
-
-
-Checkpoint = Annotated[Path, typer.Argument(help="A state dict: .safetensors, or .pt read with weights_only=True.")]
-Rows = Annotated[int | None, typer.Option(help="Rows in a timed call.", min=1)]
+    A CHECKPOINT is a state dict: .safetensors, or .pt, which is read with weights_only=True.
+    """
 
 
 @app.command()
-def demo(
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to keep the networks in.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the split and the training.")] = 0,
-) -> None:
+@click.option("-o", "--output", type=_FILE, help="Folder to keep the compressed networks in.")
+@click.option("--seed", default=0, show_default=True, help="Of the split and the training.")
+def demo(output: Path | None, seed: int) -> None:
     """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
     from . import demo as main_job
 
@@ -70,7 +48,8 @@ def demo(
 
 
 @app.command()
-def inspect(path: Checkpoint) -> None:
+@click.argument("path", metavar="CHECKPOINT", type=_FILE)
+def inspect(path: Path) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
     state = state_dicts.read_state(path)
     found = state_dicts.candidates(state)
@@ -103,25 +82,40 @@ def inspect(path: Checkpoint) -> None:
             console.print("No three-dimensional weight: nothing here can be an nn.Bilinear's.")
 
 
-@app.command()
+@app.command(
+    epilog="Example: compress-bilinear compress model.pt -o small.safetensors --layers 'rel.*' --max-size 0.25"
+)
+@click.argument("path", metavar="CHECKPOINT", type=_FILE)
+@click.option("-o", "--output", type=_FILE, required=True, help="The file to write, in safetensors.")
+@click.option("--layers", multiple=True, metavar="PATTERN", help="Glob of layers to compress; may be repeated.")
+@click.option("--method", type=click.Choice(["cp", "tucker", "dense"]), default="tucker", show_default=True)
+@click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
+@click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
+@click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
+@click.option("--quantize", type=click.Choice(["int8"]), help="Storage format of the new layers.")
+@click.option("--seed", default=0, show_default=True, help="Of the CP solver's random starts.")
+@click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
+@click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
+@_rows
+@click.option("--report", type=_FILE, metavar="FILE", help="Also write the report: .json or .md.")
 def compress(
-    path: Checkpoint,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write, in safetensors.")],
-    layers: Annotated[list[str] | None, typer.Option(help="Glob of layers to compress; may be repeated.")] = None,
-    method: Annotated[Method, typer.Option(help="How to store them.")] = Method.tucker,
-    rank: Annotated[str | None, typer.Option(help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")] = None,
-    max_error: Annotated[float | None, typer.Option(help="Instead of a rank: highest relative weight error.")] = None,
-    max_size: Annotated[float | None, typer.Option(help="Instead of a rank: fraction of the layer's bytes.")] = None,
-    quantize: Annotated[Quantize | None, typer.Option(help="Storage format of the new layers.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the CP solver's random starts.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Replace also what does not get smaller.")] = False,
-    no_latency: Annotated[bool, typer.Option("--no-latency", help="Do not measure latencies.")] = False,
-    batch_size: Rows = None,
-    report: Annotated[Path | None, typer.Option(help="Also write the report: .json or .md.")] = None,
+    path: Path,
+    output: Path,
+    layers: tuple[str, ...],
+    method: str,
+    rank: str | None,
+    max_error: float | None,
+    max_size: float | None,
+    quantize: Quantize | None,
+    seed: int,
+    force: bool,
+    no_latency: bool,
+    batch_size: int | None,
+    report: Path | None,
 ) -> None:
     """Compress bilinear layers of a checkpoint, without its network's code.
 
-    The result loads with `compress_bilinear.load(OUT, Net())`, Net being the original network.
+    The result loads with compress_bilinear.load(OUTPUT, Net()), Net being the original network.
     """
     if report is not None and report.suffix not in (".json", ".md"):
         raise ConfigError(f"--report should end in .json or .md. Found {str(report)!r}.")
@@ -129,13 +123,13 @@ def compress(
         raise ConfigError("--output should be another file than CHECKPOINT. Found the same.")
     config = _config(method, rank, max_error, max_size, quantize, seed)
     state = state_dicts.read_state(path)
-    chosen = state_dicts.choose(state, layers or [])
+    chosen = state_dicts.choose(state, layers)
     planned, new_state, descriptions = state_dicts.compress_state(
         state, chosen, config, measure_latency=not no_latency, batch_size=batch_size, force=force
     )
     _console().print(str(planned.report), markup=False, highlight=False, soft_wrap=True)
     if report is not None:
-        _write(report, _render(planned.report, Format.json if report.suffix == ".json" else Format.markdown))
+        _write(report, _render(planned.report, "json" if report.suffix == ".json" else "markdown"))
     if not descriptions:
         _fail(f"nothing was replaced, so {str(output)!r} was not written", status=1)
     checkpoint.write(new_state, descriptions, output)
@@ -143,47 +137,44 @@ def compress(
 
 
 @app.command(name="report")
-def compare(
-    original: Checkpoint,
-    compressed: Annotated[Path, typer.Argument(help="A file that `compress` or compress_bilinear.save wrote.")],
-    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.table,
-    batch_size: Rows = None,
-) -> None:
-    """Measure a compressed checkpoint against the original: errors, bytes and latencies, layer by layer."""
-    print(_render(state_dicts.compare(original, compressed, batch_size or 256), format))
+@click.argument("original", type=_FILE)
+@click.argument("compressed", type=_FILE)
+@click.option("--format", "style", type=click.Choice(["table", "markdown", "json"]), default="table", show_default=True)
+@_rows
+def compare(original: Path, compressed: Path, style: _Format, batch_size: int | None) -> None:
+    """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
+    print(_render(state_dicts.compare(original, compressed, batch_size or 256), style))
 
 
 def _config(
-    method: Method,
+    method: str,
     rank: str | None,
     max_error: float | None,
     max_size: float | None,
     quantize: Quantize | None,
     seed: int,
 ) -> Config:
-    stored: Literal["int8"] | None = "int8" if quantize is Quantize.int8 else None
     given = [name for name, value in _targets(rank, max_error, max_size).items() if value is not None]
-    if method is Method.dense:
-        if given or stored is None:
+    if method == "dense":
+        if given or quantize is None:
             raise ConfigError(
                 "--method dense keeps the weight whole: it takes --quantize int8 and no rank or target. "
                 f"Found {', '.join(given) or 'no --quantize'}."
             )
-        return DenseConfig(quantize="int8")
+        return DenseConfig(quantize=quantize)
     if len(given) != 1:
         raise ConfigError(
-            f"--method {method.value} takes one of --rank, --max-error and --max-size. "
-            f"Found {', '.join(given) or 'none'}."
+            f"--method {method} takes one of --rank, --max-error and --max-size. Found {', '.join(given) or 'none'}."
         )
     target = MaxError(max_error) if max_error is not None else MaxSize(max_size) if max_size is not None else None
-    if method is Method.cp:
+    if method == "cp":
         cp_rank: CPRank = target if target is not None else _ints(rank, 1, "--rank of CP")[0]
-        return CPConfig(rank=cp_rank, quantize=stored, seed=seed)
+        return CPConfig(rank=cp_rank, quantize=quantize, seed=seed)
     if target is not None:
-        return TuckerConfig(rank=target, quantize=stored)
+        return TuckerConfig(rank=target, quantize=quantize)
     out, in1, in2 = _ints(rank, 3, "--rank of Tucker")
     tucker_rank: TuckerRank = (out, in1, in2)
-    return TuckerConfig(rank=tucker_rank, quantize=stored)
+    return TuckerConfig(rank=tucker_rank, quantize=quantize)
 
 
 def _targets(rank: str | None, max_error: float | None, max_size: float | None) -> dict[str, object]:
@@ -207,13 +198,13 @@ def _descriptions(path: Path) -> list[checkpoint.LayerDescription]:
     return checkpoint.read(path)[1] if checkpoint.METADATA_KEY in metadata else []
 
 
-def _render(report: Report, format: Format) -> str:
-    match format:
-        case Format.table:
+def _render(report: Report, style: _Format) -> str:
+    match style:
+        case "table":
             return str(report)
-        case Format.markdown:
+        case "markdown":
             return report.to_markdown()
-        case Format.json:
+        case "json":
             return report.to_json()
 
 
@@ -229,15 +220,20 @@ def _console() -> Console:
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    Console(stderr=True).print(f"compress-bilinear: {message}", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"{_PROGRAM}: {message}", markup=False, highlight=False, soft_wrap=True)
     raise SystemExit(status)
 
 
 def main() -> None:
     """Run the command line: status 2 and one line for wrong use, 1 where nothing could be replaced, 130 for Ctrl-C."""
     try:
-        app()
+        app(prog_name=_PROGRAM, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except click.ClickException as error:
+        _fail(f"error: {error.format_message()}".replace("\n", " "), status=2)
     except (CompressionError, OSError) as error:
         _fail(f"error: {error}".replace("\n", " "), status=2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, click.Abort):
         _fail("interrupted", status=130)

@@ -76,12 +76,11 @@ def test_imports_go_downward_only(path):
         assert not upward
 
 
-def test_the_import_reader_sees_every_form(tmp_path):
-    # without this, a reader that finds nothing would make the floors hold vacuously
+def test_the_import_reader_sees_every_form():
+    # a reader that finds nothing would make the floors hold vacuously
     assert units_imported(PACKAGE / "surgery.py") >= {"discovery", "calibration", "modules", "selection"}
-    assert units_imported(PACKAGE / "ops" / "_dense.py") == {"quantization", "ops"} - {"ops"}
-    assert ("sklearn.datasets", True) in set(imports(PACKAGE / "demo.py"))
-    assert ("torch", False) in set(imports(PACKAGE / "demo.py"))
+    assert units_imported(PACKAGE / "ops" / "_dense.py") == {"quantization"}
+    assert {("sklearn.datasets", True), ("torch", False)} <= set(imports(PACKAGE / "demo.py"))
 
 
 def test_the_report_knows_nothing_but_errors():
@@ -111,13 +110,12 @@ def test_importing_the_package_is_light():
     assert done.stdout.split("\n")[:2] == ["[]", "False"]
 
 
-@pytest.mark.parametrize("module", [cb, cb.decomposition, cb.ops], ids=lambda module: module.__name__)
-def test_public_names_exist_and_are_documented(module):
-    assert module.__all__ == sorted(module.__all__, key=lambda name: (not name[0].isupper(), name)) or module is cb.ops
-    for name in module.__all__:
-        value = getattr(module, name)
-        documented = inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value)
-        assert not documented or (inspect.getdoc(value) or "").strip(), name
+@pytest.mark.parametrize("name", cb.__all__)
+def test_public_names_exist_and_are_documented(name):
+    value = getattr(cb, name)
+    text = inspect.getdoc(value) or ""
+    assert text
+    assert not text.startswith(f"{name}(")  # which is what a dataclass without a docstring has
 
 
 def test_public_methods_are_documented():

@@ -1,0 +1,279 @@
+import pytest
+import torch
+from support import assert_same_state, bilinear, state_of
+from torch import Tensor, nn
+
+from compress_bilinear.calibration import LayerInputs, collect_inputs
+from compress_bilinear.errors import CompressionError
+
+I, J, O = 5, 4, 3
+
+
+class Net(nn.Module):
+    """A layer behind batch normalisation and dropout, which count, draw and look at their mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rel = bilinear(I, J, O)
+        self.spare = bilinear(I, J, O)
+        self.norm = nn.BatchNorm1d(I)
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("in_place", torch.zeros(()))
+        self.register_buffer("reassigned", torch.zeros(()))
+        self.modes: list[tuple[bool, bool]] = []
+
+    def forward(self, left: Tensor, right: Tensor, fail: bool = False) -> Tensor:
+        self.in_place += 1
+        self.reassigned = self.reassigned + 1
+        self.norm(torch.rand(6, I))
+        self.modes.append((any(part.training for part in self.modules()), torch.is_grad_enabled()))
+        output = self.rel(self.drop(left), self.drop(right))
+        if fail:
+            raise RuntimeError("no such word")
+        return output
+
+
+class Call(nn.Module):
+    """Runs `call(layer, *batch)`."""
+
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.rel = bilinear(I, J, O)
+        self.call = call
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        return self.call(self.rel, *batch)
+
+
+def pairs(*leading: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*leading, I, generator=generator), torch.randn(*leading, J, generator=generator)
+
+
+def numbered(start: int, count: int) -> tuple[Tensor, Tensor]:
+    """Rows that say which they are, in both inputs."""
+    number = torch.arange(start, start + count, dtype=torch.float32)[:, None]
+    return number.expand(-1, I), -number.expand(-1, J)
+
+
+def assert_same_rows(found: LayerInputs, input1: Tensor, input2: Tensor) -> None:
+    """The sample is these pairs of rows, in any order."""
+    rows = torch.cat([found.input1, found.input2], 1)
+    expected = torch.cat([input1.reshape(-1, I), input2.reshape(-1, J)], 1)
+    torch.testing.assert_close(rows[rows[:, 0].argsort()], expected[expected[:, 0].argsort()], rtol=0, atol=0)
+
+
+def sample(call, batches, **options) -> LayerInputs | None:
+    model = Call(call)
+    return collect_inputs(model, {"rel": model.rel}, batches, **options)["rel"]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [tuple, list, lambda pair: {"right": pair[1], "left": pair[0]}],
+    ids=["tuple", "list", "dict"],
+)
+def test_batches_are_the_models_arguments(form):
+    model, batches = Net(), [pairs(3, seed=seed) for seed in range(2)]
+    found = collect_inputs(model, {"rel": model.rel}, [form(batch) for batch in batches])["rel"]
+    assert_same_rows(found, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+def test_a_tensor_is_one_argument():
+    x1, x2 = pairs(3)
+    found = sample(lambda layer, x: layer(x[:, :I], x[:, I:]), [torch.cat([x1, x2], 1)])
+    assert_same_rows(found, x1, x2)
+
+
+def test_a_one_shot_generator_is_enough():
+    batches = [pairs(3, seed=seed) for seed in range(4)]
+    found = sample(lambda layer, x1, x2: layer(x1, x2), iter(batches))
+    assert (found.rows_seen, found.calls, found.rows_per_call) == (12, 4, 3)
+    assert_same_rows(found, *(torch.cat(parts) for parts in zip(*batches, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda layer, x1, x2: layer(input1=x1, input2=x2),
+        lambda layer, x1, x2: layer(x1, input2=x2),
+        lambda layer, x1, x2: layer(input2=x2, input1=x1),
+    ],
+)
+def test_keyword_calls_are_seen(call):
+    batch = pairs(3)
+    assert_same_rows(sample(call, [batch]), *batch)
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3), (2, 1, 4)])
+def test_any_leading_dimensions_are_rows(leading):
+    batch = pairs(*leading)
+    assert_same_rows(sample(lambda layer, x1, x2: layer(x1, x2), [batch]), *batch)
+
+
+def test_expanded_inputs_are_sampled_as_pairs():
+    x1, x2 = pairs(2, 4)
+    pair1, pair2 = x1.unsqueeze(2).expand(2, 4, 4, I), x2.unsqueeze(1).expand(2, 4, 4, J)
+    found = sample(lambda layer, x1, x2: layer(x1, x2), [(pair1, pair2)])
+    assert found.rows_seen == 32
+    # the first column ties among pairs, so the pairs are compared as sets
+    rows = {tuple(row) for row in torch.cat([found.input1, found.input2], 1).tolist()}
+    assert rows == {tuple(row) for row in torch.cat([pair1, pair2], -1).reshape(-1, I + J).tolist()}
+
+
+def test_expanded_inputs_are_never_written_out():
+    class Sink(nn.Module):
+        def forward(self, input1: Tensor, input2: Tensor) -> None:
+            pass
+
+    sink, width, length = Sink(), 20_000, 2_000  # written out, this is 320 GB
+    pair = [torch.ones(width).expand(length, length, width) for _ in range(2)]
+    found = collect_inputs(sink, {"": sink}, [pair], max_rows=3)[""]
+    assert found.rows_seen == length**2
+    assert found.input1.shape == (3, width)
+
+
+def test_the_sample_is_bounded_and_keeps_pairs_together():
+    sizes = (9, 1, 20, 7)
+    batches = [numbered(sum(sizes[:k]), size) for k, size in enumerate(sizes)]
+    found = sample(lambda layer, x1, x2: layer(x1, x2), batches, max_rows=10)
+    assert (found.rows_seen, found.calls) == (37, 4)
+    assert found.input1.shape == (10, I)
+    assert found.input2.shape == (10, J)
+    assert torch.equal(found.input1[:, 0], -found.input2[:, 0])
+    assert len(set(found.input1[:, 0].tolist())) == 10
+
+
+def test_the_sample_is_uniform_over_all_rows():
+    sizes, draws, kept = (1, 20, 4, 15), 400, 10
+    batches = [numbered(sum(sizes[:k]), size) for k, size in enumerate(sizes)]
+    counts = torch.zeros(40)
+    for seed in range(draws):
+        rows = sample(lambda layer, x1, x2: layer(x1, x2), batches, max_rows=kept, seed=seed).input1[:, 0].long()
+        counts[rows] += 1
+    expected = draws * kept / 40
+    deviation = (expected * (1 - kept / 40)) ** 0.5
+    assert float((counts - expected).abs().max()) < 4.5 * deviation
+
+
+def test_the_seed_decides_the_sample():
+    batches = [numbered(0, 50)]
+    samples = [sample(lambda layer, x1, x2: layer(x1, x2), batches, max_rows=5, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(samples[0].input1, samples[1].input1)
+    assert not torch.equal(samples[0].input1, samples[2].input1)
+
+
+def test_single_rows_fill_the_sample_and_no_more():
+    batches = [(x1[0], x2[0]) for x1, x2 in (numbered(k, 1) for k in range(12))]
+    found = sample(lambda layer, x1, x2: layer(x1, x2), batches, max_rows=4)
+    assert (found.rows_seen, found.calls, len(found.input1)) == (12, 12, 4)
+
+
+def test_a_layer_that_is_called_twice_has_the_rows_of_both_calls():
+    batch, other = pairs(3, seed=0), pairs(2, seed=1)
+    found = sample(lambda layer, a, b, c, d: (layer(a, b), layer(c, d)), [(*batch, *other)])
+    assert (found.rows_seen, found.calls, found.rows_per_call) == (5, 2, 2)
+    assert_same_rows(found, *(torch.cat(parts) for parts in zip(batch, other, strict=True)))
+
+
+def test_a_shared_layer_has_the_union_under_each_name():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = bilinear(I, J, O)
+
+        def forward(self, x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
+            return self.a(x1, x2).sum() + self.b(y1, y2).sum()
+
+    model, batch, other = Shared(), pairs(3, seed=0), pairs(2, seed=1)
+    found = collect_inputs(model, {"a": model.a, "b": model.b}, [(*batch, *other)])
+    for name in ("a", "b"):
+        assert_same_rows(found[name], *(torch.cat(parts) for parts in zip(batch, other, strict=True)))
+
+
+@pytest.mark.parametrize("rows", [None, 0])
+def test_a_layer_that_no_row_reaches_has_none(rows):
+    model = Net()
+    batches = [pairs(2)] if rows is None else [pairs(rows)]
+    layer = model.spare if rows is None else model.rel
+    assert collect_inputs(model, {"it": layer}, batches)["it"] is None
+
+
+def test_empty_calls_do_no_harm():
+    batch = pairs(3)
+    assert_same_rows(sample(lambda layer, x1, x2: layer(x1, x2), [pairs(0), batch, pairs(2, 0)]), *batch)
+
+
+def test_the_sample_is_a_copy():
+    x1, x2 = pairs(3)
+    before = x1.clone()
+    found = sample(lambda layer, x1, x2: layer(x1, x2), [(x1, x2)])
+    x1.zero_()
+    assert_same_rows(found, before, x2)
+
+
+def failing_batches():
+    yield pairs(2)
+    raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    ("batches", "error"),
+    [
+        ([pairs(2), pairs(2)], None),
+        ([pairs(2), {"left": pairs(2)[0], "right": pairs(2)[1], "fail": True}], CompressionError),
+        (failing_batches(), OSError),
+        ([], CompressionError),
+    ],
+    ids=["done", "model fails", "batches fail", "no batches"],
+)
+class TestTheModelIsUndisturbed:
+    @pytest.fixture
+    def ended(self, batches, error):
+        """The model, its state before, and its random state before, after calibration has ended in some way."""
+        model = Net()
+        model.train()
+        model.norm.eval()
+        before, random = state_of(model), torch.get_rng_state()
+        if error is None:
+            collect_inputs(model, {"rel": model.rel}, batches)
+        else:
+            with pytest.raises(error):
+                collect_inputs(model, {"rel": model.rel}, iter(batches))
+        return model, before, random
+
+    def test_buffers_and_parameters(self, ended):
+        model, before, _ = ended
+        assert_same_state(model, before)
+
+    def test_training_flags(self, ended):
+        model, _, _ = ended
+        assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
+
+    def test_random_state(self, ended):
+        assert torch.equal(torch.get_rng_state(), ended[2])
+
+    def test_hooks(self, ended):
+        assert not ended[0].rel._forward_pre_hooks
+        assert not ended[0].rel._forward_pre_hooks_with_kwargs
+
+    def test_gradients_stay_on(self, ended):
+        assert torch.is_grad_enabled()
+
+
+def test_the_model_runs_in_eval_mode_without_gradients():
+    model = Net().train()
+    collect_inputs(model, {"rel": model.rel}, [pairs(2)])
+    assert model.modes == [(False, False)]
+
+
+def test_no_batches_is_an_error():
+    with pytest.raises(CompressionError, match="at least one batch"):
+        sample(lambda layer, x1, x2: layer(x1, x2), [])
+
+
+def test_the_failing_batch_is_named_and_described():
+    batches = [pairs(2), {"left": pairs(2)[0], "right": pairs(2)[1], "fail": True}]
+    model = Net()
+    with pytest.raises(CompressionError, match=r"(?s)batch 1: RuntimeError: no such word.*left: a tensor of shape \(2"):
+        collect_inputs(model, {"rel": model.rel}, batches)
