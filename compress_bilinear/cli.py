@@ -42,9 +42,11 @@ def demo(output: Path | None, seed: int) -> None:
     console.print(
         "Output errors are on training inputs, accuracy is on 540 test images. Every compressed network was saved, "
         "reloaded into a fresh one, and gave bit-equal outputs."
-        + (f" They are in {output}." if output is not None else "")
+        + (f" They are in {output}." if output is not None else ""),
+        highlight=False,
     )
-    console.print("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
+    measured_on = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    console.print(f"Measured on: {measured_on}", highlight=False)
 
 
 @app.command()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import checkpoint, surgery
 from .config import Config, CPConfig, DenseConfig, MaxSize, TuckerConfig
 from .errors import CompressionError
-from .report import LayerReport, Report, error, size, speedup
+from .report import LayerReport, Report, compact_table, error, size, speedup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,11 +180,12 @@ def _original(layer: LayerReport, before: float) -> Row:
 
 def table(rows: "Sequence[Row]") -> Table:
     """The demo's table."""
-    out = Table(title="The fusion layer of a network on two halves of a digit", title_justify="left")
-    out.add_column("Method")
-    out.add_column("Rank")
-    for column in ("Bytes", "Smaller", "Weight error", "Output error", "vs nn.Bilinear", "vs best dense", "Accuracy"):
-        out.add_column(column, justify="right")
+    out = compact_table("The fusion layer of a network on two halves of a digit")
+    out.add_column("Method", no_wrap=True)
+    out.add_column("Rank", no_wrap=True)
+    columns = ("Bytes", "Smaller", "Weight\nerror", "Output\nerror", "vs nn.\nBilinear", "vs best\ndense", "Accuracy")
+    for column in columns:
+        out.add_column(column, justify="right", overflow="fold")
     for row in rows:
         layer = row.layer
         rank = layer.rank if layer.rank is not None else "–"

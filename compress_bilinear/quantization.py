@@ -5,7 +5,7 @@ LLM.int8(), 2022), on any axis. The pure-torch code here defines it; `backend="b
 """
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -126,8 +126,3 @@ class QuantizedTensor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"int8, shape={tuple(self.shape)}, scales={tuple(self.scale.shape)}"
-
-
-def stored_dtype(module: nn.Module | Tensor) -> torch.dtype:
-    """The dtype in which a weight is stored: that of a tensor, int8 for a `QuantizedTensor`."""
-    return torch.int8 if isinstance(module, QuantizedTensor) else cast(Tensor, module).dtype

@@ -121,7 +121,8 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
         for pattern in patterns:
             if not any(fnmatchcase(c.name, pattern) for c in found):
                 raise MatchError(f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}.")
-        return [c for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)]
+        named = {c.weight.data_ptr() for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)}
+        return [c for c in found if c.weight.data_ptr() in named]  # a shared weight under all its names
     if len(found) == 1 and not found[0].maybe_convolution:
         return found
     raise MatchError(

@@ -2,13 +2,14 @@
 
 from ._data import AS_CONFIGURED, SCHEMA_VERSION, LayerReport, Report
 from ._format import error, size, size_change, speedup
-from ._terminal import render_text
+from ._terminal import compact_table, render_text
 
 __all__ = [
     "AS_CONFIGURED",
     "SCHEMA_VERSION",
     "LayerReport",
     "Report",
+    "compact_table",
     "error",
     "render_text",
     "size",

@@ -4,7 +4,16 @@ from collections.abc import Sequence
 
 from ._data import AS_CONFIGURED, LayerReport, Report
 
-COLUMNS = ("Layer", "Method", "Weight error", "Output error", "Bytes", "Latency", "vs nn.Bilinear", "vs best dense")
+COLUMNS = (
+    "Layer",
+    "Method",
+    "Weight\nerror",
+    "Output\nerror",
+    "Bytes",
+    "Latency",
+    "vs nn.\nBilinear",
+    "vs best\ndense",
+)
 
 
 def cells(layer: LayerReport) -> tuple[str, ...]:

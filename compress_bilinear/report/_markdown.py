@@ -6,7 +6,11 @@ from ._format import COLUMNS, cells, notes
 
 def render_markdown(report: Report) -> str:
     """A table with one row a layer, and the notes as a list."""
-    rows = [COLUMNS, ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2), *(cells(layer) for layer in report.layers)]
+    rows = [
+        [name.replace("\n", " ") for name in COLUMNS],
+        ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2),
+        *(cells(layer) for layer in report.layers),
+    ]
     table = ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in rows]
     return "\n".join([*table, "", *(f"- {_escape(note)}" for note in notes(report))]) + "\n"
 
