@@ -47,7 +47,9 @@ def unit_of(path: Path) -> str:
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
     """Each module that a file imports, in full, and whether it does so inside a function."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    inside = {node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)}
+    inside = {
+        node for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
+    }
     package = ["compress_bilinear", *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

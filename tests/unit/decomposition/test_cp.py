@@ -5,15 +5,25 @@ import numpy
 import pytest
 import tensorly
 import torch
-from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import cp, cp_bytes
-from compress_bilinear.decomposition import _cp as solver
-from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 from support import DTYPES, TOLERANCES, low_rank
+
+from compress_bilinear import MaxError, MaxSize
+from compress_bilinear.decomposition import _cp as solver
+from compress_bilinear.decomposition import cp, cp_bytes
+from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)
 FULL = low_rank((8, 12, 11), 400)  # no structure
 BASE_ERRORS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Problems this small are slower on several threads, and far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def matrix_multiplication(rows, inner, columns):
@@ -42,7 +52,8 @@ def border_rank_2():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "rank"), [((10, 13, 9), 3), ((1, 8, 6), 3), ((7, 1, 6), 3), ((7, 6, 1), 2), ((1, 9, 1), 1), ((2, 12, 3), 5)]
+    ("shape", "rank"),
+    [((10, 13, 9), 3), ((1, 8, 6), 3), ((7, 1, 6), 3), ((7, 6, 1), 2), ((1, 9, 1), 1), ((2, 12, 3), 5)],
 )
 def test_a_weight_of_that_rank_is_recovered(shape, rank, dtype):
     found = cp(low_rank(shape, rank).to(dtype), rank)

@@ -36,7 +36,13 @@ def hosvd_errors(weight):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "rank"),
-    [((10, 13, 9), (3, 3, 3)), ((1, 8, 6), (1, 3, 3)), ((7, 1, 6), (3, 1, 3)), ((7, 6, 1), (2, 2, 1)), ((1, 1, 1), (1, 1, 1))],
+    [
+        ((10, 13, 9), (3, 3, 3)),
+        ((1, 8, 6), (1, 3, 3)),
+        ((7, 1, 6), (3, 1, 3)),
+        ((7, 6, 1), (2, 2, 1)),
+        ((1, 1, 1), (1, 1, 1)),
+    ],
 )
 def test_a_weight_of_that_rank_is_recovered(shape, rank, dtype):
     found = tucker(low_rank(shape, max(rank)).to(dtype), rank)
@@ -59,7 +65,9 @@ def test_the_full_rank_is_exact():
 
 def test_the_factors_have_orthonormal_columns():
     for factor in tucker(NOISY, (3, 5, 4)).factors:
-        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1], dtype=torch.float64), rtol=0, atol=1e-13)
+        torch.testing.assert_close(
+            factor.T @ factor, torch.eye(factor.shape[1], dtype=torch.float64), rtol=0, atol=1e-13
+        )
 
 
 @pytest.mark.parametrize("limit", [0.9, 0.5, 0.3, 0.1, 0.01])

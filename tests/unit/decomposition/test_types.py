@@ -97,7 +97,7 @@ def test_results_are_frozen(example):
 
 
 @pytest.mark.parametrize(
-    "example, to_tensor", [(cp_example, cp_to_tensor), (tucker_example, tucker_to_tensor)], ids=["cp", "tucker"]
+    ("example", "to_tensor"), [(cp_example, cp_to_tensor), (tucker_example, tucker_to_tensor)], ids=["cp", "tucker"]
 )
 def test_tensorly_reads_and_returns_the_same_tensor(example, to_tensor):
     found = example()
@@ -125,7 +125,7 @@ def test_from_tensorly_without_weights_has_weights_1():
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_from_tensorly_of_another_order_is_an_error(example):
     found = example()
-    with pytest.raises(CompressionError, match="order 3 is required. Found 2"):
+    with pytest.raises(CompressionError, match="order 3 is required"):
         type(found).from_tensorly((head(found), found.factors[:2]))
 
 
