@@ -28,6 +28,11 @@ class Case:
         """(O, I, J)."""
         return self.out, self.in1, self.in2
 
+    @property
+    def flops(self) -> int:
+        """What `nn.Bilinear` spends on a call."""
+        return 2 * self.rows * max(1, self.pairs**2) * self.out * self.in1 * self.in2
+
 
 SUITE = (
     Case("dgi_discriminator", 512, 512, 1, 5416),

@@ -14,6 +14,7 @@ from typing_extensions import Self
 from .errors import CompressionError
 
 LEVELS = 127  # symmetric: -128 is not used, as in bitsandbytes
+_CHUNK = 2**22  # values that are rounded at once, in float64
 
 
 def quantize_int8(
@@ -39,6 +40,8 @@ def quantize_int8(
     """
     if not tensor.is_floating_point():
         raise CompressionError(f"`tensor` should be floating. Found {tensor.dtype}.")
+    if tensor.dim() == 0:
+        raise CompressionError("`tensor` should have an axis to share scales along. Found a scalar.")
     # contiguous: what is reloaded from a file has to have the same layout, or BLAS rounds otherwise
     values = tensor.detach().to(torch.float32).contiguous()
     if not bool(torch.isfinite(values).all()):
@@ -47,11 +50,25 @@ def quantize_int8(
         return _quantize_bitsandbytes(values, dim)
     if values.numel() == 0:
         return values.to(torch.int8), values.new_zeros(values.sum(dim, keepdim=True).shape)
-    # float64 keeps scales of subnormal slices exact; the scale that is stored is the one that is divided by
-    scale = (values.abs().amax(dim, keepdim=True).double() / LEVELS).to(torch.float32)
-    divisor = torch.where(scale > 0, scale, torch.ones_like(scale)).double()
-    qdata = (values.double() / divisor).round().clamp(-LEVELS, LEVELS).to(torch.int8)
-    return torch.where(scale > 0, qdata, torch.zeros_like(qdata)), scale
+    peak = torch.maximum(values.amax(dim, keepdim=True), -values.amin(dim, keepdim=True)).double()
+    scale = _representable_scale(peak)
+    divisor = torch.where(scale > 0, scale, torch.inf).double()  # a slice of zeros, or of too small values, becomes 0
+    qdata = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+    step = max(1, _CHUNK * values.shape[0] // values.numel())
+    for start in range(0, values.shape[0], step):
+        rows = slice(start, start + step)
+        quotient = values[rows].double() / (divisor if divisor.shape[0] == 1 else divisor[rows])
+        qdata[rows] = quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return qdata, scale
+
+
+def _representable_scale(peak: Tensor) -> Tensor:
+    """peak / 127 in float32, rounded so that 127 steps neither overflow nor, where steps are subnormal, fall short."""
+    scale = (peak / LEVELS).to(torch.float32)
+    limits = torch.finfo(torch.float32)
+    above, below = scale.double() * LEVELS > limits.max, scale.double() * LEVELS < peak
+    scale = torch.where(above, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+    return torch.where(below & (scale < limits.tiny), torch.nextafter(scale, torch.ones_like(scale)), scale)
 
 
 def _quantize_bitsandbytes(values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -118,10 +135,13 @@ class QuantizedTensor(nn.Module):
         return dequantize(self.qdata, self.scale, dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.scale
+        before = self.qdata, self.scale
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.scale.dtype != torch.float32:  # .half() on the parent would round the scales for good
-            self.scale = before.to(device=self.scale.device)
+        # .half() on the parent would round the scales for good, and .type(dtype) also convert the integers
+        if self.qdata.dtype != torch.int8:
+            self.qdata = before[0].to(device=self.qdata.device)
+        if self.scale.dtype != torch.float32:
+            self.scale = before[1].to(device=self.scale.device)
         return self
 
     def extra_repr(self) -> str:
