@@ -331,23 +331,14 @@ def _commit(
     model: nn.Module, new: Mapping[int, CompressedBilinear], current: Mapping[str, Tensor], rest: Mapping[str, Tensor]
 ) -> None:
     """Swap and fill; everything has been checked, and still a failure puts back what there was."""
-    places = [
-        (parent, key, child)
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child is not None and id(child) in new
-    ]
     meta = any(value.is_meta for value in current.values())
-    backup = {name: value if value.is_meta else value.clone() for name, value in current.items()}
+    backup = {name: value.clone() for name, value in current.items()} if not meta else {}
+    undo = discovery.swap(model, new)
     try:
-        for parent, key, child in places:
-            parent._modules[key] = new[id(child)]
         model.load_state_dict(rest, strict=False, assign=meta)
     except BaseException:
-        for parent, key, child in places:
-            parent._modules[key] = child
-        if not meta:
-            with torch.no_grad():
-                for name, value in backup.items():
-                    current[name].copy_(value)
+        undo()
+        with torch.no_grad():
+            for name, value in backup.items():
+                current[name].copy_(value)
         raise

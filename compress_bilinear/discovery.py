@@ -1,6 +1,6 @@
-"""Which layers a model has, which of them are selected, and which cannot be replaced faithfully."""
+"""Which layers a model has, which are selected, which cannot be replaced faithfully; and the swap itself."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -205,3 +205,28 @@ def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
             if value is layer or any(item is layer for item in items):
                 return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
     return None
+
+
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
+    """Put modules in the places of others, which are given by id, under all their names; returns what undoes it.
+
+    All or nothing: a failure half way puts back what there was.
+    """
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and id(child) in new
+    ]
+
+    def undo() -> None:
+        for parent, key, child in places:
+            parent._modules[key] = child
+
+    try:
+        for parent, key, child in places:
+            parent._modules[key] = new[id(child)]
+    except BaseException:
+        undo()
+        raise
+    return undo

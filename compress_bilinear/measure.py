@@ -13,7 +13,7 @@ from torch.utils.benchmark import Timer
 
 from . import ops
 from .calibration import LayerInputs
-from .decomposition import relative, row_slices
+from .decomposition import relative, relative_error
 from .modules import CompressedBilinear
 from .quantization import QuantizedTensor
 
@@ -44,13 +44,8 @@ def weight_error(
     module: CompressedBilinear,
 ) -> float:
     """‖W − Ŵ‖ / ‖W‖ (Frobenius), with Ŵ from what `module` stores; summed in float64, slice by slice."""
-    residual = total = 0.0
     with torch.no_grad():
-        for rows in row_slices(weight.shape):
-            exact = weight[rows].double()
-            total += float(exact.square().sum())
-            residual += float((exact - module.dense_rows(rows, torch.float64)).square().sum())
-    return relative(residual, total)
+        return relative_error(weight, lambda rows: module.dense_rows(rows, torch.float64))
 
 
 def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float:

@@ -102,22 +102,7 @@ class Plan(Generic[_Model]):
                     f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        new = {id(entry.found.layer): _ready(entry, entry.found.layer.bias) for entry in chosen}
-        places = [
-            (parent, key, child)
-            for parent in self.model.modules()
-            for key, child in parent._modules.items()
-            if child is not None and id(child) in new
-        ]
-        done: list[tuple[nn.Module, str, nn.Module]] = []
-        try:
-            for parent, key, child in places:
-                done.append((parent, key, child))
-                parent._modules[key] = new[id(child)]
-        except BaseException:
-            for parent, key, child in done:
-                parent._modules[key] = child
-            raise
+        discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
         return self.model
 
 

@@ -3,7 +3,7 @@
 from ._cp import cp
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes
 from ._tucker import tucker
-from ._types import CPDecomposition, TuckerDecomposition, relative, row_slices
+from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
 
 __all__ = [
     "CPDecomposition",
@@ -13,7 +13,7 @@ __all__ = [
     "cp",
     "cp_bytes",
     "relative",
-    "row_slices",
+    "relative_error",
     "tucker",
     "tucker_bytes",
 ]

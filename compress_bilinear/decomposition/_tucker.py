@@ -112,6 +112,12 @@ def refine(tensor: Tensor, basis: list[Tensor]) -> list[Tensor]:
     return basis
 
 
+def _tail(tensor: Tensor, axis: int) -> Tensor:
+    """The sum of all entries after each, along an axis."""
+    sums = tensor.flip(axis).cumsum(axis).flip(axis)
+    return torch.cat([sums.narrow(axis, 1, sums.shape[axis] - 1), torch.zeros_like(sums.narrow(axis, 0, 1))], axis)
+
+
 def _choose(
     core: Tensor,  # the full HOSVD core (O, I, J)
     target: MaxError | MaxSize,
@@ -121,13 +127,17 @@ def _choose(
     """The best triple under the target, by exact search over all of them.
 
     The factors are orthogonal, so the squared error of keeping the leading (a, b, c) block of the full core is what
-    lies outside that block: one cumulative sum gives it for every triple.
+    lies outside that block: cumulative sums give it for every triple.
     """
-    energy = core.square().cumsum(0).cumsum(1).cumsum(2)
-    total = energy[-1, -1, -1]
+    energy = core.square()
+    total = energy.sum()
     if float(total) == 0:
         return 1, 1, 1
-    error = ((total - energy).clamp_min(0) / total).sqrt()
+    # summed from the outside, all positive: the total less what is inside would lose errors below 1e-8
+    beyond_out = _tail(energy.sum((1, 2)), 0)
+    beyond_in1 = _tail(energy.sum(2).cumsum(0), 1)
+    beyond_in2 = _tail(energy.cumsum(0).cumsum(1), 2)
+    error = ((beyond_out[:, None, None] + beyond_in1[:, :, None] + beyond_in2) / total).sqrt()
     axes = [torch.arange(1, size + 1, device=core.device) for size in core.shape]
     ranks = [axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]]
     size = tucker_bytes(ranks, core.shape, itemsize, quantize).double()

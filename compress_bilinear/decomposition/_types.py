@@ -1,7 +1,7 @@
 """The results: frozen, validated, convertible to and from TensorLy, with the true residual in float64."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -73,12 +73,21 @@ class _Decomposition:
         """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
         if tuple(weight.shape) != self.shape:
             raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
-        residual = total = 0.0
-        for rows in row_slices(self.shape):
-            exact = weight.detach()[rows].double()
-            total += float(exact.square().sum())
-            residual += float((exact - self._rows(rows, torch.float64)).square().sum())
-        return relative(residual, total)
+        return relative_error(weight, lambda rows: self._rows(rows, torch.float64))
+
+
+def relative_error(
+    weight: Tensor,  # (O, I, J)
+    approximation: Callable[[slice], Tensor],
+) -> float:
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slice by slice in float64; `approximation` gives Ŵ[rows] in float64."""
+    peak = float(weight.detach().abs().max()) or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
+    residual = total = 0.0
+    for rows in row_slices(weight.shape):
+        exact = weight.detach()[rows].double()
+        total += float((exact / peak).square().sum())
+        residual += float(((exact - approximation(rows)) / peak).square().sum())
+    return relative(residual, total)
 
 
 def relative(residual: float, total: float) -> float:
@@ -120,14 +129,12 @@ class CPDecomposition(_Decomposition):
     @property
     def amplification(self) -> float:
         """sqrt(Σ_r ‖λ_r c_r ⊗ a_r ⊗ b_r‖²) / ‖Ŵ‖: 1 for orthogonal components, large where they cancel."""
-        scale = self.weights.double().square()
-        product = torch.ones_like(self.weights.double()[:, None] * self.weights.double()[None, :])
+        weights = self.weights.double()
+        weights = weights / (float(weights.abs().max()) or 1.0)
+        inner = weights[:, None] * weights[None, :]  # of each two components, their inner product
         for factor in self.factors:
-            wide = factor.double()
-            scale = scale * wide.square().sum(0)
-            product = product * (wide.T @ wide)
-        outer = self.weights.double()[:, None] * self.weights.double()[None, :]
-        return relative(float(scale.sum()), max(0.0, float((product * outer).sum())))
+            inner = inner * (factor.double().T @ factor.double())
+        return relative(float(inner.diagonal().sum()), max(0.0, float(inner.sum())))
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         out, in1, in2 = (factor.to(dtype) for factor in self.factors)

@@ -94,7 +94,7 @@ class CompressedBilinear(nn.Module):
         Raises: InputError for inputs of less than two dimensions, other sizes, or other dtypes.
         """
         self._check(input1, input2)
-        if input1.dim() < 2 or input1.shape[:-2] != input2.shape[:-2]:
+        if input1.dim() < 2 or input2.dim() < 2 or input1.shape[:-2] != input2.shape[:-2]:
             raise InputError(
                 "`input1` and `input2` should be (..., L1, I) and (..., L2, J) with the same leading dimensions. "
                 f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
@@ -111,6 +111,13 @@ class CompressedBilinear(nn.Module):
             )
         if not input1.is_floating_point():
             raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype}.")
+        weight = self._first_weight()
+        if weight is not None and weight.dtype != input1.dtype and not torch.is_autocast_enabled(input1.device.type):
+            raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {input1.dtype}.")
+
+    @abstractmethod
+    def _first_weight(self) -> Tensor | None:
+        """The floating weight whose dtype the inputs should have, None where any will do."""
 
     def _weight_dtype(self) -> torch.dtype:
         """The dtype of the stored weight, float32 for int8; wrapped inner layers are looked through."""
@@ -166,6 +173,10 @@ class ProjectedBilinear(CompressedBilinear):
         """The bias (O,) of `out_proj`."""
         bias: nn.Parameter | None = getattr(self.out_proj, "bias", None)
         return bias
+
+    def _first_weight(self) -> Tensor | None:
+        weight = getattr(self.in1_proj, "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.out_proj.register_parameter("bias", bias)

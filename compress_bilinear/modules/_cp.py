@@ -4,7 +4,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from .. import ops
@@ -104,9 +103,6 @@ class CPBilinear(ProjectedBilinear):
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
         if len(blocks) == 1:
             return self._product(left, right)
-        if torch.is_grad_enabled() and (left.requires_grad or right.requires_grad):
-            # recomputed in the backward, which would otherwise keep every product
-            return torch.cat([checkpoint(self._product, b, right, use_reentrant=False) for b in blocks], dim=-3)
         return torch.cat([self._product(block, right) for block in blocks], dim=-3)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:

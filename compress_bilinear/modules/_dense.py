@@ -8,7 +8,6 @@ from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize, check_quantize
-from ..errors import InputError
 from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear, autocast_dtype, without_autocast
 
@@ -103,6 +102,9 @@ class DenseBilinear(CompressedBilinear):
             return QuantizedTensor(self.weight.qdata[rows], scale[rows]).dequantize(dtype)
         return self.weight[rows].to(dtype)
 
+    def _first_weight(self) -> Tensor | None:
+        return self.weight if isinstance(self.weight, nn.Parameter) else None
+
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.bias = bias
 
@@ -114,9 +116,6 @@ class DenseBilinear(CompressedBilinear):
             weight, scale = self.weight.qdata, self.weight.scale
         else:
             dtype = autocast_dtype(device, input1, input2, self.weight) or self.weight.dtype
-            autocast = torch.is_autocast_enabled(device)
-            if not autocast and input1.dtype != dtype:
-                raise InputError(f"`input1` and `input2` should be {dtype}, as the weight is. Found {input1.dtype}.")
             weight, scale = self.weight.to(dtype), None
         bias = self.bias if self.bias is None else self.bias.to(dtype)
         return input1.to(dtype), input2.to(dtype), weight, bias, scale

@@ -127,7 +127,9 @@ def _block(like: Tensor) -> int:
 def _runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
     """Runs a block: as it is, or recomputed in the backward where several blocks would be kept for a gradient."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not (several and wanted) or is_tracing():
+    # torch.func's transforms cannot recompute; this is how torch.autograd.Function asks for them
+    transformed = torch._C._are_functorch_transforms_active()
+    if not (several and wanted) or transformed or is_tracing():
         return lambda function, *args: function(*args)
     return lambda function, *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
