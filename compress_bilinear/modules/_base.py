@@ -105,14 +105,14 @@ class CompressedBilinear(nn.Module):
         for name, value, size in (("input1", input1, self.in1_features), ("input2", input2, self.in2_features)):
             if value.dim() < 1 or value.shape[-1] != size:
                 raise InputError(f"`{name}` should have shape (..., {size}). Found {tuple(value.shape)}.")
-        if input1.dtype != input2.dtype and not torch.is_autocast_enabled(input1.device.type):
+        if input1.dtype != input2.dtype and not autocast_enabled(input1.device.type):
             raise InputError(
                 f"`input1` and `input2` should have the same dtype. Found {input1.dtype} and {input2.dtype}."
             )
         if not input1.is_floating_point():
             raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype}.")
         weight = self._first_weight()
-        if weight is not None and weight.dtype != input1.dtype and not torch.is_autocast_enabled(input1.device.type):
+        if weight is not None and weight.dtype != input1.dtype and not autocast_enabled(input1.device.type):
             raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {input1.dtype}.")
 
     @abstractmethod
@@ -138,16 +138,21 @@ class CompressedBilinear(nn.Module):
         return ", ".join(parts)
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; it is off on devices that do not know it, as "meta"."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def autocast_dtype(device_type: str, *tensors: Tensor) -> torch.dtype | None:
     """The dtype that autocast, where it is on, would run a product of these tensors in; it leaves float64 alone."""
-    if not torch.is_autocast_enabled(device_type) or any(tensor.dtype == torch.float64 for tensor in tensors):
+    if not autocast_enabled(device_type) or any(tensor.dtype == torch.float64 for tensor in tensors):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """Autocast off, for operands that have their dtype already; free where it is off anyway."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

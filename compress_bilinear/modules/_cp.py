@@ -1,6 +1,7 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +104,22 @@ class CPBilinear(ProjectedBilinear):
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
         if len(blocks) == 1:
             return self._product(left, right)
-        return torch.cat([self._product(block, right) for block in blocks], dim=-3)
+        if not _is_plain(self.out_proj):
+            return torch.cat([self._product(block, right) for block in blocks], dim=-3)
+        # the layer's tensors by name, so that what is recomputed in the backward is what this call saw
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        run = ops.block_runner(True, left, right, weight)
+        return torch.cat([run(_linear_of_product, block, right, weight, bias) for block in blocks], dim=-3)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         output: Tensor = self.out_proj(left * right)
         return output
+
+
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """An `nn.Linear` that does nothing else: not wrapped, hooked or quantized."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
+def _linear_of_product(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(left * right, weight, bias)

@@ -105,7 +105,7 @@ def pairwise_dense(
         batch1, batch2, weight, scale = batch2, batch1, weight.mT, None if scale is None else scale.mT
     limit = _TRACED_ROW if is_tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
     parts = list(_weight_parts(weight, scale, limit // weight.shape[2]))
-    run = _runner(len(parts) > 1, batch1, batch2, weight)
+    run = block_runner(len(parts) > 1, batch1, batch2, weight)
     pieces = [run(_pairs, batch1, batch2, part, part_scale) for part, part_scale in parts]
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # (B, O, L1, L2)
     output = output.permute(0, 3, 2, 1) if swap else output.permute(0, 2, 3, 1)
@@ -124,7 +124,7 @@ def _block(like: Tensor) -> int:
     return _CPU_BLOCK_GRAD if torch.is_grad_enabled() else _CPU_BLOCK
 
 
-def _runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
+def block_runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
     """Runs a block: as it is, or recomputed in the backward where several blocks would be kept for a gradient."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     # torch.func's transforms cannot recompute; this is how torch.autograd.Function asks for them
@@ -158,7 +158,7 @@ def _contract_first(first: Tensor, second: Tensor, weight: Tensor, scale: Tensor
     rows = max(1, min(first.shape[0], limit // width))
     parts = list(_weight_parts(weight, scale, limit // (rows * width)))
     blocks = list(zip(first.split(rows), second.split(rows), strict=True))
-    run = _runner(len(parts) * len(blocks) > 1, first, second, weight)
+    run = block_runner(len(parts) * len(blocks) > 1, first, second, weight)
     if len(parts) * len(blocks) == 1:
         return run(_matvec, first, second, *parts[0]).mT.contiguous()
     pieces = []
@@ -182,7 +182,7 @@ def _outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
     rows = max(1, block // (in1 * in2))
     blocks = list(zip(rows1.split(rows), rows2.split(rows), strict=True))
     parts = list(_weight_parts(weight, scale, weight.shape[0]))
-    run = _runner(len(parts) * len(blocks) > 1, rows1, rows2, weight)
+    run = block_runner(len(parts) * len(blocks) > 1, rows1, rows2, weight)
     pieces = []
     for part, part_scale in parts:
         if not torch.is_grad_enabled():
