@@ -47,6 +47,8 @@ class _Reservoir:
         self.calls = 0
 
     def add(self, input1: Tensor, input2: Tensor) -> None:
+        if input1.dim() == 1:
+            input1, input2 = input1.unsqueeze(0), input2.unsqueeze(0)
         leading = input1.shape[:-1]
         count = leading.numel()
         keys = torch.cat([self._keys, torch.rand(count, generator=self._generator)])
@@ -55,7 +57,7 @@ class _Reservoir:
         chosen = keys.topk(min(self._max_rows, len(keys))).indices
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
-        index = torch.unravel_index(new.to(input1.device), leading) if leading else (...,)
+        index = torch.unravel_index(new.to(input1.device), leading)
         picked = [value.detach()[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
         if self._rows is not None:
             # rows may come from another device, where one module is called on several
@@ -157,7 +159,12 @@ def _describe(batch: Any) -> str:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; training flags, buffers and the CPU's random state as before afterwards."""
     training = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [
+        (module._buffers, name, buffer, None if buffer.is_meta else buffer.clone())
+        for module, _ in training
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             for module, _ in training:
@@ -167,6 +174,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
         for module, flag in training:
             module.training = flag
         with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
+            for holder, name, buffer, before in buffers:
+                holder[name] = buffer
+                if before is not None and not torch.equal(buffer, before):
                     buffer.copy_(before)

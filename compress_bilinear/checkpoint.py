@@ -1,67 +1,19 @@
-"""Save and load compressed networks: one safetensors file with a description of the replaced layers.
+"""Save compressed networks, and load them into freshly built original ones."""
 
-safetensors holds tensors and strings, so nothing is ever unpickled. The description (which layers were replaced, by
-what, of which sizes) and a digest of it and of every tensor are in the file's metadata. The digest finds damage and
-careless edits; it is no signature, and does not say who wrote the file.
-"""
-
-import hashlib
-import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import discovery
-from .errors import CheckpointError, CompressionError
-from .files import written_atomically
-from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from . import discovery, tensor_file
+from .errors import CheckpointError
+from .modules import CompressedBilinear
+from .tensor_file import LayerDescription
 
-FORMAT_VERSION = 1
-
-METADATA_KEY = "compress_bilinear"
 _Model = TypeVar("_Model", bound=nn.Module)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerDescription:
-    """One replaced layer of a checkpoint; `names` are all its names in the network, "" for the network itself."""
-
-    names: tuple[str, ...]
-    method: str
-    in1_features: int
-    in2_features: int
-    out_features: int
-    rank: int | tuple[int, int, int] | None
-    quantize: str | None
-    bias: bool
-
-    @property
-    def name(self) -> str:
-        return self.names[0]
-
-    def build(self) -> CompressedBilinear:
-        """The module on the meta device, without values. Raises: CheckpointError for sizes that no module has."""
-        sizes = (self.in1_features, self.in2_features, self.out_features)
-        try:
-            match self.method:
-                case "cp":
-                    return CPBilinear(*sizes, self.rank, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
-                case "tucker":
-                    return TuckerBilinear(*sizes, self.rank, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
-                case "dense":
-                    return DenseBilinear(*sizes, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
-        except (CompressionError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"The description of layer {self.name!r} is not valid: {error}") from error
-        raise CheckpointError(
-            f"The method of layer {self.name!r} should be 'cp', 'tucker' or 'dense'. Found {self.method!r}."
-        )
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -115,100 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             found = "a tensor without values" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(f"State {name!r} should be a tensor with values. Found {found}.")
         state[name] = value
-    write(state, describe(model), path)
-
-
-def write(state: Mapping[str, Tensor], layers: Sequence[LayerDescription], path: str | os.PathLike[str]) -> None:
-    """Write tensors and the description of the layers among them; see `save`."""
-    first_names: dict[object, str] = {}
-    aliases: dict[str, str] = {}
-    tensors: dict[str, Tensor] = {}
-    storages: set[int] = set()
-    for name, value in state.items():
-        value = value.detach()
-        place = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride(), value.device)
-        if value.numel() and place in first_names:
-            aliases[name] = first_names[place]
-            continue
-        first_names[place] = name
-        storage = value.untyped_storage().data_ptr()
-        # safetensors wants each tensor in storage of its own
-        tensors[name] = value.cpu().contiguous() if storage not in storages else value.clone().cpu().contiguous()
-        storages.add(storage)
-    description = {"version": FORMAT_VERSION, "layers": [asdict(layer) for layer in layers], "aliases": aliases}
-    text = json.dumps(description, sort_keys=True)
-    metadata = {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"}
-    with written_atomically(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except (SafetensorError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
-
-
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[LayerDescription]]:
-    """The tensors of a file that `save` wrote, shared ones under all their names, and the replaced layers.
-
-    Raises: CheckpointError for a file that is truncated, foreign, damaged, or of another version.
-    """
-    tensors, metadata = read_safetensors(path)
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        raise CheckpointError(
-            f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
-            "description."
-        )
-    damaged = CheckpointError(
-        f"{str(path)!r} should be as compress_bilinear.save wrote it. Found that its description and tensors do not "
-        "match their digest: the file was damaged or edited."
-    )
-    try:
-        description = json.loads(text)
-        version = description["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise damaged from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")
-    if metadata.get("digest") != _digest(text, tensors):
-        raise damaged
-    try:
-        layers = [_layer(entry) for entry in description["layers"]]
-        for alias, name in description["aliases"].items():
-            tensors[alias] = tensors[name]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise damaged from error
-    return tensors, layers
-
-
-def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
-    """Of the description and of every tensor's name, dtype, shape and bits."""
-    digest = hashlib.blake2b(description.encode())
-    for name in sorted(tensors):
-        value = tensors[name]
-        digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _layer(entry: dict[str, Any]) -> LayerDescription:
-    rank = entry.pop("rank")
-    return LayerDescription(
-        names=tuple(entry.pop("names")), rank=tuple(rank) if isinstance(rank, list) else rank, **entry
-    )
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of any safetensors file. Raises: CheckpointError where it is none, or truncated."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            # clones: aligned, and independent of the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
-        ) from error
+    tensor_file.write(state, describe(model), path)
 
 
 def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> CompressedBilinear:
@@ -257,7 +116,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     Raises:
         CheckpointError: the file is truncated, foreign, damaged or for another network. The model is untouched then.
     """
-    state, descriptions = read(path)
+    state, descriptions = tensor_file.read(path)
     modules = dict(model.named_modules(remove_duplicate=False))
     new: dict[int, CompressedBilinear] = {}
     rest = dict(state)
@@ -332,13 +191,49 @@ def _commit(
 ) -> None:
     """Swap and fill; everything has been checked, and still a failure puts back what there was."""
     meta = any(value.is_meta for value in current.values())
-    backup = {name: value.clone() for name, value in current.items()} if not meta else {}
+    holders = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
+    before: list[tuple[dict[str, Any], str, Tensor]] = [
+        (holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None
+    ]
+    values = {name: value.clone() for name, value in current.items() if not value.is_meta}
+    ties = _ties(model, new)
     undo = discovery.swap(model, new)
     try:
         model.load_state_dict(rest, strict=False, assign=meta)
+        _retie(ties)
     except BaseException:
         undo()
+        for holder, name, tensor in before:
+            holder[name] = tensor
         with torch.no_grad():
-            for name, value in backup.items():
+            for name, value in values.items():
                 current[name].copy_(value)
         raise
+
+
+_Slot = tuple[Callable[[], Any], Callable[[Any], None]]  # how to read and how to set a parameter's place
+
+
+def _ties(model: nn.Module, new: Mapping[int, CompressedBilinear]) -> list[list[_Slot]]:
+    """The places that share one parameter; of a layer that gives way, its bias's place in the replacement."""
+    slots: dict[int, list[_Slot]] = {}
+    for module in model.modules():
+        replacement = new.get(id(module))
+        for name, parameter in module._parameters.items():
+            if parameter is None or (replacement is not None and name != "bias"):
+                continue
+            if replacement is not None:
+                slot: _Slot = (partial(getattr, replacement, "bias"), replacement.set_bias)
+            else:
+                slot = (partial(module._parameters.get, name), partial(module._parameters.__setitem__, name))
+            slots.setdefault(id(parameter), []).append(slot)
+    return [shared for shared in slots.values() if len(shared) > 1]
+
+
+def _retie(ties: list[list[_Slot]]) -> None:
+    """One Parameter again where replacing a layer or assigning has made several; not where the file has them differ."""
+    for (read, _), *others in ties:
+        first = read()
+        if all(torch.equal(first, get()) for get, _ in others):
+            for _, put in others:
+                put(first)

@@ -7,8 +7,9 @@ from typing import Literal, NoReturn
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from . import checkpoint, state_dicts
+from . import state_dicts, tensor_file
 from .config import Config, CPConfig, CPRank, DenseConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
 from .errors import CompressionError, ConfigError
 from .files import written_atomically
@@ -44,6 +45,7 @@ def demo(output: Path | None, seed: int) -> None:
         "reloaded into a fresh one, and gave bit-equal outputs."
         + (f" They are in {output}." if output is not None else ""),
         highlight=False,
+        markup=False,
     )
     measured_on = ", ".join(f"{key} {value}" for key, value in report.environment.items())
     console.print(f"Measured on: {measured_on}", highlight=False)
@@ -58,21 +60,23 @@ def inspect(path: Path) -> None:
     console = _console()
     compressed = _descriptions(path)
     if compressed:
-        table = Table("Compressed layer", "Shape", "Method", "Rank", "Format", title=str(path), title_justify="left")
+        table = Table(
+            "Compressed layer", "Shape", "Method", "Rank", "Format", title=Text(str(path)), title_justify="left"
+        )
         for layer in compressed:
             shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
             name = ", ".join(name or "(root)" for name in layer.names)
-            table.add_row(name, shape, layer.method, str(layer.rank or "–"), layer.quantize or "–")
+            table.add_row(Text(name), shape, layer.method, str(layer.rank or "–"), layer.quantize or "–")
         console.print(table)
         inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
         found = [candidate for candidate in found if not f"{candidate.name}.weight".startswith(inside)]
     if found or not compressed:
-        table = Table("Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note", title=str(path))
+        table = Table("Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note", title=Text(str(path)))
         table.title_justify = "left"
         for candidate in found:
             weight = candidate.weight
             table.add_row(
-                candidate.name or "(root)",
+                Text(candidate.name or "(root)"),
                 "x".join(str(d) for d in weight.shape),
                 str(weight.dtype).removeprefix("torch."),
                 size(weight.numel() * weight.element_size()),
@@ -134,7 +138,7 @@ def compress(
         _write(report, _render(planned.report, "json" if report.suffix == ".json" else "markdown"))
     if not descriptions:
         _fail(f"nothing was replaced, so {str(output)!r} was not written", status=1)
-    checkpoint.write(new_state, descriptions, output)
+    tensor_file.write(new_state, descriptions, output)
     _console().print(f"Wrote {output} ({size(output.stat().st_size)})", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -191,13 +195,13 @@ def _ints(text: str | None, count: int, what: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _descriptions(path: Path) -> list[checkpoint.LayerDescription]:
+def _descriptions(path: Path) -> list[tensor_file.LayerDescription]:
     """The replaced layers where the file is one of ours, none where it is any other."""
     try:
-        metadata = checkpoint.read_safetensors(path)[1]
+        metadata = tensor_file.read_safetensors(path)[1]
     except CompressionError:
         return []
-    return checkpoint.read(path)[1] if checkpoint.METADATA_KEY in metadata else []
+    return tensor_file.read(path)[1] if tensor_file.METADATA_KEY in metadata else []
 
 
 def _render(report: Report, style: _Format) -> str:

@@ -198,13 +198,20 @@ def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
     """Where a module of the model holds the layer outside its registered submodules, in an attribute or a container."""
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if attribute == "_modules":
-                continue
-            holder = value.values() if isinstance(value, dict) else value
-            items = holder if isinstance(value, (dict, list, tuple, set)) else ()
-            if value is layer or any(item is layer for item in items):
+            if attribute != "_modules" and _holds(value, layer, set()):
                 return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
     return None
+
+
+def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
+    """Whether a value is the layer, or a container that holds it at any depth."""
+    if value is layer:
+        return True
+    if not isinstance(value, (dict, list, tuple, set, frozenset)) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return any(_holds(item, layer, seen) for item in items)
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:

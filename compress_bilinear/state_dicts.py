@@ -2,22 +2,23 @@
 
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, surgery
+from . import checkpoint, surgery, tensor_file
 from .config import Config
 from .errors import CheckpointError, MatchError
 from .measure import environment
 from .report import Report
 
+_ROOT = "(root)"  # the name here of a layer that is the whole network
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
 
 
@@ -36,6 +37,11 @@ class Candidate:
     bias: Tensor | None
 
     @property
+    def place(self) -> Hashable:
+        """Where weight and bias are in memory: equal for one layer under two names."""
+        return tensor_file.place(self.weight), self.bias if self.bias is None else tensor_file.place(self.bias)
+
+    @property
     def maybe_convolution(self) -> bool:
         """Whether the last dimension is short enough for a one-dimensional convolution's kernel."""
         return self.weight.shape[2] < _LONGEST_KERNEL
@@ -51,7 +57,12 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
     if _is_safetensors(path):
-        return checkpoint.read_safetensors(path)[0]
+        return tensor_file.read_safetensors(path)[0]
+    if not _is_torch_file(path):
+        raise CheckpointError(
+            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
+            "Found neither, or a damaged one."
+        )
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
@@ -60,10 +71,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 f"{str(path)!r} should hold a state dict. Found pickled Python objects, which are not loaded because "
                 "that runs code: save model.state_dict() instead."
             ) from error
-        raise CheckpointError(
-            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
-            "Found neither, or a damaged one."
-        ) from error
+        raise CheckpointError(f"{str(path)!r} should be a whole file of torch.save's. Found a damaged one.") from error
     return _state_dict(loaded, str(path))
 
 
@@ -75,11 +83,15 @@ def _is_safetensors(path: str | os.PathLike[str]) -> bool:
         return file.read(9)[8:9] == b"{"
 
 
+def _is_torch_file(path: str | os.PathLike[str]) -> bool:
+    """By content: a zip archive, or the older format's pickle."""
+    with open(path, "rb") as file:
+        start = file.read(1)
+        return start == b"\x80" or is_zipfile(file)
+
+
 def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
     if isinstance(loaded, Mapping):
-        tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors:
-            return tensors
         inner = {
             key: value
             for key, value in loaded.items()
@@ -87,6 +99,9 @@ def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
         }
         if len(inner) == 1:
             return dict(next(iter(inner.values())))
+        tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors and not inner:
+            return tensors
         keys = ", ".join(repr(key) for key in loaded)
         raise CheckpointError(f"{path!r} should hold one state dict. Found {len(inner)} under the keys {keys}.")
     raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
@@ -114,15 +129,15 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
     if not found:
         raise MatchError("The file should hold a three-dimensional weight (out, in1, in2). Found none.")
     listing = ", ".join(
-        f"{c.name or '(root)'} ({'x'.join(map(str, c.weight.shape))}{', conv1d?' if c.maybe_convolution else ''})"
+        f"{c.name or _ROOT} ({'x'.join(map(str, c.weight.shape))}{', conv1d?' if c.maybe_convolution else ''})"
         for c in found
     )
     if patterns:
         for pattern in patterns:
             if not any(fnmatchcase(c.name, pattern) for c in found):
                 raise MatchError(f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}.")
-        named = {c.weight.data_ptr() for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)}
-        return [c for c in found if c.weight.data_ptr() in named]  # a shared weight under all its names
+        named = {c.place for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)}
+        return [c for c in found if c.place in named]  # a shared layer under all its names
     if len(found) == 1 and not found[0].maybe_convolution:
         return found
     raise MatchError(
@@ -133,57 +148,49 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
 
 def compress_state(
     state: Mapping[str, Tensor], chosen: Sequence[Candidate], config: Config, **options: Any
-) -> tuple[surgery.Plan[nn.Module], dict[str, Tensor], list[checkpoint.LayerDescription]]:
-    """Plan the compression of the chosen weights: the plan, and the state and description for `checkpoint.write`.
+) -> tuple[surgery.Plan[nn.Module], dict[str, Tensor], list[tensor_file.LayerDescription]]:
+    """Plan the compression of the chosen weights: the plan, and the state and description for `tensor_file.write`.
 
     `options` are those of `surgery.plan`. A weight that the file has under two names stays under both.
     """
-    skeleton, aliases = _skeleton(chosen)
-    planned = surgery.plan(skeleton, config, **options)
+    firsts: dict[Hashable, Candidate] = {}
+    aliases: dict[str, list[str]] = {}
+    for candidate in chosen:
+        first = firsts.setdefault(candidate.place, candidate)
+        if first is not candidate:
+            aliases.setdefault(first.name, []).append(candidate.name)
+    planned = surgery.plan(_skeleton(list(firsts.values())), config, **options)
     compressed, _ = planned.apply()
-    descriptions = checkpoint.describe(compressed)
-    descriptions = [replace(d, names=(d.name, *aliases.get(d.name, ()))) for d in descriptions]
-    new = dict(compressed.state_dict())
     result = dict(state)
-    for description in descriptions:
+    descriptions = []
+    for found in checkpoint.describe(compressed):
+        name = "" if found.name == _ROOT else found.name
+        description = replace(found, names=(name, *aliases.get(name, ())))
+        descriptions.append(description)
+        new = dict(compressed.named_children())[found.name]
         for name in description.names:
             prefix = f"{name}." if name else ""
             for key in ("weight", "bias"):
                 result.pop(prefix + key, None)
-            own = f"{description.name}." if description.name else ""
-            result |= {prefix + key.removeprefix(own): value for key, value in new.items() if key.startswith(own)}
+            result |= {prefix + key: value for key, value in new.state_dict().items()}
     total = sum(value.numel() * value.element_size() for value in _unique(state))
     saved = planned.report.model_bytes_before - planned.report.model_bytes_after
-    planned.report = replace(planned.report, model_bytes_before=total, model_bytes_after=total - saved)
+    layers = tuple(replace(layer, name="") if layer.name == _ROOT else layer for layer in planned.report.layers)
+    planned.report = replace(planned.report, layers=layers, model_bytes_before=total, model_bytes_after=total - saved)
     return planned, result, descriptions
 
 
 def _unique(state: Mapping[str, Tensor]) -> list[Tensor]:
     """The tensors of a state, those that share their memory once."""
-    return list({(v.data_ptr(), v.dtype, tuple(v.shape)) if v.numel() else id(v): v for v in state.values()}.values())
+    return list({tensor_file.place(v) if v.numel() else id(v): v for v in state.values()}.values())
 
 
-def _skeleton(chosen: Sequence[Candidate]) -> tuple[nn.Module, dict[str, list[str]]]:
-    """A module tree with an `nn.Bilinear` at each candidate's name, and a weight's other names by its first."""
-    firsts: dict[int, str] = {}
-    aliases: dict[str, list[str]] = {}
-    root: nn.Module = nn.Module()
-    for candidate in chosen:
-        first = firsts.setdefault(candidate.weight.data_ptr(), candidate.name)
-        if first != candidate.name:
-            aliases.setdefault(first, []).append(candidate.name)
-            continue
-        layer = _bilinear(candidate.weight, candidate.bias)
-        if not candidate.name:
-            return layer, {}
-        *path, last = candidate.name.split(".")
-        parent = root
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
-        parent.add_module(last, layer)
-    return root, aliases
+def _skeleton(chosen: Sequence[Candidate]) -> nn.Module:
+    """A module that holds an `nn.Bilinear` under each candidate's name, dots and all."""
+    skeleton = nn.Module()
+    for candidate in chosen:  # not add_module, which refuses dots and the names of methods
+        skeleton._modules[candidate.name or _ROOT] = _bilinear(candidate.weight, candidate.bias)
+    return skeleton
 
 
 def _bilinear(weight: Tensor, bias: Tensor | None) -> nn.Bilinear:
@@ -205,7 +212,7 @@ def compare(
     Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it in another shape.
     """
     before = read_state(original)
-    after, descriptions = checkpoint.read(compressed)
+    after, descriptions = tensor_file.read(compressed)
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
     layers = []

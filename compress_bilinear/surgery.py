@@ -314,7 +314,8 @@ def _bar(progress: bool | None) -> AbstractContextManager[Progress | None]:
     if not shown:
         return nullcontext()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=console.is_terminal)
 
 
 def _track(bar: Progress | None, items: Iterable[_T], what: str, total: int | None = None) -> Iterable[_T]:

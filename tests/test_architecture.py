@@ -20,7 +20,7 @@ FLOORS = (
     ("config", "files", "quantization"),
     ("decomposition", "ops"),
     ("modules",),
-    ("calibration", "discovery", "report"),
+    ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("selection",),
     ("surgery", "checkpoint"),

@@ -204,8 +204,9 @@ def test_empty_calls_do_no_harm():
     assert_same_rows(sample(lambda layer, x1, x2: layer(x1, x2), [pairs(0), batch, pairs(2, 0)]), *batch)
 
 
-def test_the_sample_is_a_copy():
-    x1, x2 = pairs(3)
+@pytest.mark.parametrize("leading", [(3,), ()])
+def test_the_sample_is_a_copy(leading):
+    x1, x2 = pairs(*leading)
     before = x1.clone()
     found = sample(lambda layer, x1, x2: layer(x1, x2), [(x1, x2)])
     x1.zero_()
@@ -236,7 +237,7 @@ class TestTheModelIsUndisturbed:
         """The model, its state before, and its random state before, after calibration has ended in some way."""
         model = Net()
         model.train()
-        model.norm.eval()
+        model.spare.eval()
         before, random = state_of(model), torch.get_rng_state()
         with pytest.raises(error) if error is not None else nullcontext():
             collect_inputs(model, {"rel": model.rel}, batches())
@@ -248,7 +249,7 @@ class TestTheModelIsUndisturbed:
 
     def test_training_flags(self, ended):
         model, _, _ = ended
-        assert {name for name, part in model.named_modules() if not part.training} == {"norm"}
+        assert {name for name, part in model.named_modules() if not part.training} == {"spare"}
 
     def test_random_state(self, ended):
         assert torch.equal(torch.get_rng_state(), ended[2])

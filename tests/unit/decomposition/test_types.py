@@ -8,7 +8,8 @@ from support import DTYPES, assert_matches_reference
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
-from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, _types, relative, row_slices
+from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, _types, relative
+from compress_bilinear.decomposition._types import row_slices
 from compress_bilinear.errors import CompressionError
 
 SHAPE = (5, 7, 9)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from support import DTYPES, assert_matches_reference
+from torch import nn
+
+from compress_bilinear import DenseBilinear, TuckerBilinear, ops
+from compress_bilinear.decomposition import TuckerDecomposition
+from compress_bilinear.errors import ConfigError
+from compress_bilinear.modules import QuantizedLinear
+from compress_bilinear.ops import reference
+
+RANK = (4, 3, 6)
+
+
+def normal(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def example(rank=RANK, *, dtype=torch.float64, quantize=None):
+    factors = tuple(normal(size, r, dtype=dtype) for size, r in zip((5, 9, 7), rank, strict=True))
+    decomposition = TuckerDecomposition(normal(*rank, dtype=dtype), factors)
+    return TuckerBilinear.from_decomposition(decomposition, normal(5, dtype=dtype), quantize=quantize), decomposition
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_stands_for_the_tensor_of_its_decomposition(dtype):
+    layer, decomposition = example(dtype=dtype)
+    exact = torch.einsum(
+        "abc,oa,ib,jc->oij", decomposition.core.double(), *(factor.double() for factor in decomposition.factors)
+    )
+    assert_matches_reference(layer.to_dense().detach(), exact)
+    assert layer.to_dense().dtype == dtype
+
+
+@pytest.mark.parametrize("rank", [(1, 1, 1), RANK, (5, 9, 7)])
+def test_the_forward_is_the_reference_of_its_parts(rank):
+    layer, _ = example(rank)
+    input1, input2 = normal(11, 9), normal(11, 7, seed=1)
+    factors = (layer.out_proj.weight, layer.in1_proj.weight.T, layer.in2_proj.weight.T)
+    expected = reference.bilinear_tucker(input1, input2, layer.core.weight, factors, layer.bias)
+    assert_matches_reference(layer(input1, input2).detach(), expected.detach())
+
+
+def test_it_is_made_of_ordinary_linear_layers_and_a_dense_core():
+    layer = TuckerBilinear(9, 7, 5, RANK)
+    assert [type(part) for part in layer.children()] == [nn.Linear, nn.Linear, DenseBilinear, nn.Linear]
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "in1_proj.weight": (3, 9),
+        "in2_proj.weight": (6, 7),
+        "core.weight": (4, 3, 6),
+        "out_proj.weight": (5, 4),
+        "out_proj.bias": (5,),
+    }
+
+
+def test_it_shares_no_memory_with_its_decomposition():
+    layer, decomposition = example()
+    before = decomposition.to_tensor()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+    assert torch.equal(decomposition.to_tensor(), before)
+
+
+@pytest.mark.parametrize(("rank", "core"), [((4, 3, 6), (4, 3, 1)), ((4, 6, 3), (4, 1, 3))])
+def test_int8_has_a_scale_for_each_component_and_for_each_fibre_of_the_core(rank, core):
+    layer, decomposition = example(rank, quantize="int8")
+    projections = (layer.in1_proj, layer.in2_proj, layer.out_proj)
+    assert all(isinstance(part, QuantizedLinear) for part in projections)
+    scales = [tuple(part.weight.scale.shape) for part in projections]
+    assert scales == [(rank[1], 1), (rank[2], 1), (1, rank[0])]
+    assert tuple(layer.core.weight.scale.shape) == core
+    exact = decomposition.to_tensor()
+    assert float((layer.to_dense(torch.float64) - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("rank", [RANK, (5, 2, 2)])
+def test_flops_are_those_of_the_projections_and_of_the_core(rank):
+    layer, _ = example(rank)
+    assert layer.flops_per_row == 2 * (5 * rank[0] + 9 * rank[1] + 7 * rank[2]) + ops.dense_flops(rank)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ((6, 1, 1), r"`rank\[0\]` should be at most 5, out_features of the layer. Found 6."),
+        ((1, 10, 1), r"`rank\[1\]` should be at most 9, in1_features of the layer. Found 10."),
+        ((1, 1, 0), r"`rank\[2\]` should be a positive int. Found 0."),
+        (3, "triple"),
+    ],
+)
+def test_a_bad_rank_is_an_error(rank, message):
+    with pytest.raises(ConfigError, match=message):
+        TuckerBilinear(9, 7, 5, rank)

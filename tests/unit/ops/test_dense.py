@@ -1,0 +1,299 @@
+import weakref
+
+import pytest
+import torch
+from support import DTYPES, SHAPES, assert_matches_reference
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress_bilinear import ops
+from compress_bilinear.ops import _dense
+from compress_bilinear.quantization import dequantize, quantize_int8
+
+ROWS = 11
+
+
+def normal(*shape, dtype=torch.float64, requires_grad=False):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+
+def operands(shape, leading=(ROWS,), leading2=None, **options):
+    """Inputs, weight (O, I, J) and bias for a layer of `shape` (I, J, O)."""
+    in1, in2, out = shape
+    leading2 = leading if leading2 is None else leading2
+    return [
+        normal(*leading, in1, **options),
+        normal(*leading2, in2, **options),
+        normal(out, in1, in2, **options),
+        normal(out, **options),
+    ]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Many blocks of rows and of outputs, even for small operands."""
+    for name in ("_CPU_BLOCK", "_CPU_BLOCK_GRAD", "_OUTER_BLOCK", "_WEIGHT_BLOCK"):
+        monkeypatch.setattr(_dense, name, 12)
+
+
+@pytest.fixture(params=["whole", "blocks"])
+def blocks(request):
+    """Both with the real sizes of blocks, which hold a small problem whole, and with small ones."""
+    if request.param == "blocks":
+        request.getfixturevalue("small_blocks")
+
+
+def assert_same_with_gradients(function, reference, tensors):
+    output, expected = function(*tensors), reference(*tensors)
+    assert_matches_reference(output.detach(), expected.detach())
+    assert output.is_contiguous()
+    direction = normal(*output.shape)
+    found = torch.autograd.grad(output, tensors, direction)
+    for gradient, exact in zip(found, torch.autograd.grad(expected, tensors, direction), strict=True):
+        assert_matches_reference(gradient, exact)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("order", ops.ORDERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_order_has_the_references_outputs_and_gradients(shape, order):
+    assert_same_with_gradients(
+        lambda *tensors: ops.bilinear_dense(*tensors, order=order),
+        ops.reference.bilinear_dense,
+        operands(shape, requires_grad=True),
+    )
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("lengths", [(3, 8), (8, 3), (1, 1), (1, 30), (30, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_have_the_references_outputs_and_gradients(shape, lengths):
+    tensors = operands(shape, (2, lengths[0]), (2, lengths[1]), requires_grad=True)
+    assert_same_with_gradients(ops.pairwise_dense, ops.reference.pairwise_dense, tensors)
+
+
+@pytest.mark.parametrize("lengths", [(3, 8), (8, 3), (1, 30), (30, 1)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pairs_are_projected_on_the_cheaper_side_first(shape, lengths):
+    (in1, in2, out), (length1, length2) = shape, lengths
+    with FlopCounterMode(display=False) as counter:
+        ops.pairwise_dense(*operands(shape, (length1,), (length2,)))
+    sides = length1 * in2 * (in1 + length2), length2 * in1 * (in2 + length1)
+    assert counter.get_total_flops() == 2 * out * min(sides)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", [*ops.ORDERS, None])
+def test_outputs_without_gradients_in_every_dtype(order, dtype):
+    tensors = operands((37, 63, 17), dtype=dtype)
+    wide = [tensor.double() for tensor in tensors]
+    assert_matches_reference(ops.bilinear_dense(*tensors, order=order), ops.reference.bilinear_dense(*wide))
+    tensors[1] = tensors[1][:4]
+    assert_matches_reference(
+        ops.pairwise_dense(*tensors), ops.reference.pairwise_dense(*(tensor.double() for tensor in tensors))
+    )
+
+
+def assert_differentiable_twice(function, tensors):
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_first_and_second_derivatives_in_blocks(order):
+    tensors = operands((3, 2, 2), (5,), requires_grad=True)
+    assert_differentiable_twice(lambda *args: ops.bilinear_dense(*args, order=order), tensors)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("lengths", [(4, 2), (2, 4)])
+def test_first_and_second_derivatives_of_pairs_in_blocks(lengths):
+    tensors = operands((2, 3, 4), (2, lengths[0]), (2, lengths[1]), requires_grad=True)
+    assert_differentiable_twice(ops.pairwise_dense, tensors)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_only_the_gradients_that_are_wanted_are_taken(order):
+    for wanted in range(4):
+        tensors = operands((5, 4, 3))
+        tensors[wanted].requires_grad_()
+        found = torch.autograd.grad(ops.bilinear_dense(*tensors, order=order).sum(), tensors[wanted])
+        exact = torch.autograd.grad(ops.reference.bilinear_dense(*tensors).sum(), tensors[wanted])
+        assert_matches_reference(found[0], exact[0])
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [None, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_int8_weight_is_the_weight_it_stands_for(shape, dim, dtype):
+    input1, input2, weight, bias = operands(shape, dtype=dtype)
+    if dim is None:  # one scale for all
+        qdata, scale = (100 * weight / weight.abs().max()).to(torch.int8), torch.full((1, 1, 1), 0.01)
+    else:
+        qdata, scale = quantize_int8(weight, dim)
+    exact = dequantize(qdata, scale, torch.float64)
+    wide = (input1.double(), input2.double(), exact, bias.double())
+    expected = ops.reference.bilinear_dense(*wide)
+    for order in ops.ORDERS:
+        assert_matches_reference(ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order), expected)
+    found = ops.pairwise_dense(input1[:3], input2, qdata, bias, scale=scale)
+    assert_matches_reference(found, ops.reference.pairwise_dense(wide[0][:3], *wide[1:]))
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_gradients_pass_through_an_int8_weight(order):
+    input1, input2, weight, bias = operands((9, 7, 5), requires_grad=True)
+    qdata, scale = quantize_int8(weight, 2)
+    exact = dequantize(qdata, scale, torch.float64)
+    assert_same_with_gradients(
+        lambda *args: ops.bilinear_dense(args[0], args[1], qdata, args[2], scale=scale, order=order),
+        lambda *args: ops.reference.bilinear_dense(args[0], args[1], exact, args[2]),
+        [input1, input2, bias],
+    )
+    assert_same_with_gradients(
+        lambda *args: ops.pairwise_dense(args[0], args[1], qdata, args[2], scale=scale),
+        lambda *args: ops.reference.pairwise_dense(args[0], args[1], exact, args[2]),
+        [input1, input2, bias],
+    )
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("leading", [(), (0,), (2, 0), (1,), (3, 2)])
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_any_leading_dimensions(order, leading):
+    assert_same_with_gradients(
+        lambda *tensors: ops.bilinear_dense(*tensors, order=order),
+        ops.reference.bilinear_dense,
+        operands((5, 4, 3), leading, requires_grad=True),
+    )
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize(("leading1", "leading2"), [((0, 3), (0, 2)), ((0,), (2,)), ((3,), (0,)), ((3,), (2,))])
+def test_pairs_of_any_leading_dimensions(leading1, leading2):
+    tensors = operands((5, 4, 3), leading1, leading2, requires_grad=True)
+    assert_same_with_gradients(ops.pairwise_dense, ops.reference.pairwise_dense, tensors)
+
+
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_strided_operands(order):
+    input1, input2, weight, bias = operands((6, 5, 4))
+    strided = (
+        input1.T.contiguous().T,
+        input2[:1].expand(ROWS, -1),
+        weight.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        bias.repeat_interleave(2)[::2],
+    )
+    assert_matches_reference(ops.bilinear_dense(*strided, order=order), ops.reference.bilinear_dense(*strided))
+    assert_matches_reference(ops.pairwise_dense(*strided), ops.reference.pairwise_dense(*strided))
+
+
+@pytest.mark.parametrize(
+    ("shape", "order"),
+    [
+        ((17, 63, 37), "in1_first"),
+        ((17, 37, 63), "in2_first"),
+        ((17, 40, 40), "in1_first"),
+        ((80, 5, 7), "outer"),
+        ((2000, 200, 300), "in2_first"),  # the products of the inputs would be too wide
+    ],
+)
+def test_the_largest_dimension_is_eliminated_first(shape, order):
+    assert ops.best_order(shape) == order
+
+
+@pytest.mark.parametrize("shape", [(17, 37, 63), (80, 5, 7), (1, 9, 3)])
+def test_flops_are_those_of_the_weight_and_of_the_cheapest_second_product(shape):
+    out, in1, in2 = shape
+    assert ops.dense_flops(shape) == 2 * out * in1 * in2 + 2 * (out * in1 * in2) // max(shape)
+
+
+class Memory(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes, and of all that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {
+            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._made(leaf.untyped_storage(), leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+    def _made(self, storage, elements):
+        self.alive += elements
+        self.largest, self.peak = max(self.largest, elements), max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, elements)
+
+    def _freed(self, elements):
+        self.alive -= elements
+
+
+def test_the_memory_of_the_reference_is_seen():
+    # the recorder itself: einsum holds T whole
+    tensors = operands((64, 64, 32), (512,), dtype=torch.float32, requires_grad=True)
+    with Memory() as memory:
+        ops.reference.bilinear_dense(*tensors).sum().backward()
+    assert memory.largest >= 512 * 32 * 64
+
+
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_peak_memory_without_gradients_is_a_few_blocks(order):
+    count, (in1, in2, out) = 4096, (64, 64, 32)
+    tensors = operands((in1, in2, out), (count,), dtype=torch.float32)
+    with Memory() as memory, torch.no_grad():
+        ops.bilinear_dense(*tensors, order=order)
+    block = _dense._OUTER_BLOCK if order == "outer" else _dense._CPU_BLOCK
+    assert memory.largest <= max(block, count * out)
+    assert memory.peak <= 3 * block + 4 * count * out
+    assert memory.peak < count * in1 * (in2 if order == "outer" else out) / 4
+
+
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_peak_memory_of_training_is_a_few_blocks(order, monkeypatch):
+    for name in ("_CPU_BLOCK_GRAD", "_OUTER_BLOCK"):
+        monkeypatch.setattr(_dense, name, 2**18)
+    count, (in1, in2, out) = 4096, (64, 64, 32)
+    tensors = operands((in1, in2, out), (count,), dtype=torch.float32, requires_grad=True)
+    with Memory() as memory:
+        ops.bilinear_dense(*tensors, order=order).sum().backward()
+    assert memory.largest < count * in1 * out / 8
+    assert memory.peak < count * in1 * out / 2
+
+
+def test_peak_memory_of_pairs_is_their_output_and_a_few_blocks():
+    (length1, length2), (in1, in2, out) = (50, 4), (64, 64, 512)
+    tensors = operands((in1, in2, out), (16, length1), (16, length2), dtype=torch.float32)
+    with Memory() as memory, torch.no_grad():
+        ops.pairwise_dense(*tensors)
+    pairs = 16 * length1 * length2 * out
+    assert memory.largest <= pairs
+    assert memory.peak <= 4 * pairs + 4 * _dense._CPU_BLOCK
+
+
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_an_int8_weight_is_never_dequantized_whole(order, monkeypatch):
+    monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", 2**13)
+    input1, input2, weight, bias = operands((64, 64, 128), (3,), dtype=torch.float32)
+    qdata, scale = quantize_int8(weight, 2)
+    for call in (
+        lambda: ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order),
+        lambda: ops.pairwise_dense(input1, input2, qdata, bias, scale=scale),
+    ):
+        with Memory() as memory, torch.no_grad():
+            call()
+        assert memory.largest <= qdata.numel() / 16
+        assert memory.peak < qdata.numel() / 2
