@@ -44,7 +44,7 @@ def cp(
     Args:
         weight: (O, I, J), any floating dtype, on any device.
         rank: R, which may exceed the modes' sizes; or `MaxError(e)`, the smallest rank found with relative error at
-            most e; or `MaxSize(f)`, the largest rank within f of the weight's bytes.
+            most e, before the factors are rounded to the weight's dtype; or `MaxSize(f)`, the largest rank within f of the weight's bytes.
         seed: of the random starts. The same seed gives the same result.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
 

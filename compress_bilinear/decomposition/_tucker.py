@@ -30,8 +30,9 @@ def tucker(
 
     Args:
         weight: (O, I, J), any floating dtype, on any device.
-        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the fewest bytes with relative error at most e; or
-            `MaxSize(f)`, the lowest error within f of the weight's bytes.
+        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the fewest bytes with relative error at most e,
+            before the factors are rounded to the weight's dtype; or `MaxSize(f)`, the lowest error within f of the
+            weight's bytes.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
 
     Returns:

@@ -117,8 +117,9 @@ class CPBilinear(ProjectedBilinear):
 
 
 def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """An `nn.Linear` that does nothing else: not wrapped, hooked or quantized."""
-    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+    """An `nn.Linear` that does nothing else: not wrapped, hooked, patched or quantized."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def _linear_of_product(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
