@@ -12,7 +12,7 @@ from rich.text import Text
 from . import state_dicts, tensor_file
 from .config import Config, CPConfig, CPRank, DenseConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
 from .errors import CompressionError, ConfigError
-from .files import written_atomically
+from .files import check_target, written_atomically
 from .report import Report, size
 
 _PROGRAM = "compress-bilinear"
@@ -127,6 +127,9 @@ def compress(
         raise ConfigError(f"--report should end in .json or .md. Found {str(report)!r}.")
     if output.exists() and output.samefile(path):
         raise ConfigError("--output should be another file than CHECKPOINT. Found the same.")
+    for target in (output, report):
+        if target is not None:
+            check_target(target)  # before anything takes time
     config = _config(method, rank, max_error, max_size, quantize, seed)
     state = state_dicts.read_state(path)
     chosen = state_dicts.choose(state, layers)

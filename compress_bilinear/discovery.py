@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -205,8 +206,10 @@ def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
 
 def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
     """Whether a value is the layer, or a container that holds it at any depth."""
-    if value is layer:
+    if value is layer or getattr(value, "__self__", None) is layer:  # the latter of its methods
         return True
+    if isinstance(value, partial):
+        return _holds([value.func, value.args, value.keywords], layer, seen)
     if not isinstance(value, (dict, list, tuple, set, frozenset)) or id(value) in seen:
         return False
     seen.add(id(value))

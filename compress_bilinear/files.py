@@ -17,10 +17,7 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises: CompressionError where the folder does not exist, or `path` is a folder.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise CompressionError(f"The folder of {str(target)!r} should exist. Found no folder {str(target.parent)!r}.")
-    if target.is_dir():
-        raise CompressionError(f"{str(target)!r} should be a file to write. Found a folder.")
+    check_target(target)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
@@ -33,3 +30,11 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def check_target(target: Path) -> None:
+    """Raise CompressionError where the folder of a file to write does not exist, or the file is a folder."""
+    if not target.parent.is_dir():
+        raise CompressionError(f"The folder of {str(target)!r} should exist. Found no folder {str(target.parent)!r}.")
+    if target.is_dir():
+        raise CompressionError(f"{str(target)!r} should be a file to write. Found a folder.")

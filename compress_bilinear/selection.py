@@ -56,7 +56,10 @@ def solve(layer: nn.Bilinear, config: Config) -> Candidate:
         raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
     rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
     if not isinstance(rank, MaxError):
-        return _decompose(weight, bias, config, rank)
+        try:
+            return _decompose(weight, bias, config, rank)
+        except InfeasibleError as error:
+            raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
     target = rank.error
     for _ in range(_ATTEMPTS):
         found = _decompose(weight, bias, config, MaxError(target))

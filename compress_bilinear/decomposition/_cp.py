@@ -44,7 +44,8 @@ def cp(
     Args:
         weight: (O, I, J), any floating dtype, on any device.
         rank: R, which may exceed the modes' sizes; or `MaxError(e)`, the smallest rank found with relative error at
-            most e, before the factors are rounded to the weight's dtype; or `MaxSize(f)`, the largest rank within f of the weight's bytes.
+            most e, before the factors are rounded to the weight's dtype; or `MaxSize(f)`, the largest rank within f
+            of the weight's bytes.
         seed: of the random starts. The same seed gives the same result.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
 
@@ -262,9 +263,8 @@ class _Products:
         rank = in2.shape[1]
         width = max(1, _KHATRI_RAO // max(1, tensor.shape[0] * tensor.shape[1]))
         self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
-        whole = len(self._columns) == 1
         self._make: Callable[[slice], Tensor] = lambda columns: tensor @ in2[:, columns]
-        self._whole = self._make(self._columns[0]) if whole else None
+        self._whole = self._make(self._columns[0]) if len(self._columns) == 1 else None
 
     def _parts(self) -> list[tuple[slice, Callable[[], Tensor]]]:
         if self._whole is not None:

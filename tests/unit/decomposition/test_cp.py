@@ -17,15 +17,6 @@ FULL = low_rank((8, 12, 11), 400)  # no structure
 BASE_ERRORS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Problems this small are slower on several threads, and far slower on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def matrix_multiplication(rows, inner, columns):
     """vec(XY) as a bilinear map of vec(X) and vec(Y)."""
     weight = torch.zeros(rows * columns, rows * inner, inner * columns, dtype=torch.float64)
