@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import CompressionError
 
@@ -100,6 +101,12 @@ def collect_inputs(
     Raises:
         CompressionError: there are no batches, or the model fails on one.
     """
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise CompressionError(
+            f"The model should be initialised before calibration, which would initialise it. Found {', '.join(lazy)} "
+            "without a shape: run the model once first."
+        )
     reservoirs = {name: _Reservoir(max_rows, seed) for name in layers}
     handles = []
 
@@ -155,12 +162,20 @@ def _describe(batch: Any) -> str:
             return type(batch).__name__
 
 
+def _is_writable(buffer: Tensor) -> bool:
+    """Whether there are values that a forward could change in place, and that could be put back."""
+    overlaps = buffer.layout == torch.strided and any(
+        size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+    )
+    return buffer.layout == torch.strided and not buffer.is_meta and not overlaps
+
+
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; training flags, buffers and the CPU's random state as before afterwards."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module._buffers, name, buffer, None if buffer.is_meta else buffer.clone())
+        (module._buffers, name, buffer, buffer.clone() if _is_writable(buffer) else None)
         for module, _ in training
         for name, buffer in module._buffers.items()
         if buffer is not None

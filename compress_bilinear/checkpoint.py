@@ -84,6 +84,8 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
     floating = {value.dtype for name, value in own.items() if not name.endswith(quantized)}
     for name, value in own.items():
         fixed = expected[name].dtype if name.endswith(quantized) else None
+        if fixed is None and not value.is_floating_point():
+            raise CheckpointError(f"Tensor {prefix + name!r} should be floating. Found {value.dtype}.")
         if value.shape != expected[name].shape or (fixed is not None and value.dtype != fixed) or len(floating) > 1:
             raise CheckpointError(
                 f"Tensor {prefix + name!r} should have shape {tuple(expected[name].shape)}"
@@ -136,6 +138,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
                 f"Tensor {name!r} should be {tuple(value.shape)} {value.dtype}, as the network has it. "
                 f"Found {tuple(rest[name].shape)} {rest[name].dtype}."
             )
+        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+            raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
     if id(model) in new:
         return new[id(model)]  # type: ignore[return-value]  # a root nn.Bilinear gives way to its replacement
     _commit(model, new, expected, rest)
@@ -183,6 +187,8 @@ def _placed(module: CompressedBilinear, layer: nn.Bilinear) -> CompressedBilinea
         module.to(layer.weight.device)
     for parameter in module.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
+    if module.bias is not None and layer.bias is not None:
+        module.bias.requires_grad_(layer.bias.requires_grad)
     return module.train(layer.training)
 
 
@@ -207,7 +213,7 @@ def _commit(
             holder[name] = tensor
         with torch.no_grad():
             for name, value in values.items():
-                current[name].copy_(value)
+                current[name].copy_(value)  # each can be written to: that has been checked
         raise
 
 

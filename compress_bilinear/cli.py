@@ -1,5 +1,6 @@
 """The command line: argument parsing only."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal, NoReturn
@@ -17,6 +18,7 @@ from .report import Report, size
 
 _PROGRAM = "compress-bilinear"
 _Format = Literal["table", "markdown", "json"]
+_SEED = click.IntRange(0, 2**63 - 1)
 _FILE = click.Path(path_type=Path)
 _rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
 
@@ -32,7 +34,7 @@ def app() -> None:
 
 @app.command()
 @click.option("-o", "--output", type=_FILE, help="Folder to keep the compressed networks in.")
-@click.option("--seed", default=0, show_default=True, help="Of the split and the training.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the split and the training.")
 def demo(output: Path | None, seed: int) -> None:
     """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
     from . import demo as main_job
@@ -99,7 +101,7 @@ def inspect(path: Path) -> None:
 @click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
 @click.option("--quantize", type=click.Choice(["int8"]), help="Storage format of the new layers.")
-@click.option("--seed", default=0, show_default=True, help="Of the CP solver's random starts.")
+@click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @_rows
@@ -125,12 +127,21 @@ def compress(
     """
     if report is not None and report.suffix not in (".json", ".md"):
         raise ConfigError(f"--report should end in .json or .md. Found {str(report)!r}.")
-    if output.exists() and output.samefile(path):
+    if output.resolve() == path.resolve():
         raise ConfigError("--output should be another file than CHECKPOINT. Found the same.")
+    if report is not None and report.resolve() in (path.resolve(), output.resolve()):
+        raise ConfigError(
+            "--report should be another file than CHECKPOINT and --output. Found the same as one of them."
+        )
     for target in (output, report):
         if target is not None:
             check_target(target)  # before anything takes time
     config = _config(method, rank, max_error, max_size, quantize, seed)
+    if _descriptions(path):
+        raise ConfigError(
+            f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
+            "all --layers at once."
+        )
     state = state_dicts.read_state(path)
     chosen = state_dicts.choose(state, layers)
     planned, new_state, descriptions = state_dicts.compress_state(
@@ -192,7 +203,7 @@ def _targets(rank: str | None, max_error: float | None, max_size: float | None) 
 
 def _ints(text: str | None, count: int, what: str) -> list[int]:
     parts = (text or "").split(",")
-    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) != count or not all(re.fullmatch(r" *[0-9]{1,9} *", part) for part in parts):
         wanted = "one whole number" if count == 1 else f"{count} whole numbers with commas between"
         raise ConfigError(f"{what} should be {wanted}. Found {text!r}.")
     return [int(part) for part in parts]

@@ -22,6 +22,8 @@ def check_rank(rank: object, what: str = "`rank`") -> None:
     """Raise `ConfigError` unless `rank` is a positive int."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"{what} should be a positive int. Found {rank!r}.")
+    if rank >= 2**31:
+        raise ConfigError(f"{what} should be below 2**31. Found an int of {rank.bit_length()} bits.")
 
 
 def _check_fraction(value: object, what: str) -> None:
@@ -81,6 +83,8 @@ class CPConfig:
         if not isinstance(self.rank, (MaxError, MaxSize)):
             check_rank(self.rank, "`rank` of a CPConfig, where it is not a MaxError or MaxSize,")
         check_quantize(self.quantize)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"`seed` should be an int from 0 to 2**63 - 1. Found {self.seed!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)

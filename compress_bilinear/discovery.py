@@ -28,6 +28,20 @@ _HOOKS = {
 }
 
 
+# what a subclass may define without behaving otherwise once it is built
+_HARMLESS = {
+    "__init__",
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__annotations__",
+    "__annotate__",
+    "__annotate_func__",
+}
+_HARMLESS |= {"__annotations_cache__", "__constants__", "__firstlineno__", "__static_attributes__", "__orig_bases__"}
+_HARMLESS |= {"__parameters__", "__dict__", "__weakref__", "reset_parameters", "extra_repr", "__repr__"}
+
+
 @dataclass(frozen=True, eq=False)
 class FoundLayer:
     """A bilinear layer and all the names under which the model has it, "" for the model itself."""
@@ -142,11 +156,12 @@ def _other_behaviour(layer: nn.Bilinear) -> str | None:
             "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
             "which bakes the parametrization into the weight"
         )
-    for method in ("forward", "__call__", "__getattr__", "__getattribute__"):
-        if getattr(kind, method, None) is not getattr(nn.Bilinear, method, None):
-            return f"its class {kind.__name__} has its own {method}, which a replacement would not run"
-        if method in vars(layer):
-            return f"its {method} was replaced on the instance, which a replacement would not run"
+    for base in kind.__mro__[: kind.__mro__.index(nn.Bilinear)]:
+        own = [name for name in vars(base) if name not in _HARMLESS]
+        if own:
+            return f"its class {kind.__name__} has its own {own[0]}, which a replacement would not have"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance, which a replacement would not run"
     if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
         extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
         missing = {"weight", "bias"} - set(layer._parameters)
@@ -192,6 +207,8 @@ def _unfit_values(layer: nn.Bilinear) -> str | None:
     expected = (layer.out_features, layer.in1_features, layer.in2_features)
     if tuple(layer.weight.shape) != expected or layer.weight.numel() == 0:
         return f"its weight has shape {tuple(layer.weight.shape)}, where its features say {expected}, all at least 1"
+    if layer.bias is not None and tuple(layer.bias.shape) != expected[:1]:
+        return f"its bias has shape {tuple(layer.bias.shape)}, where {expected[:1]} is required"
     return None
 
 

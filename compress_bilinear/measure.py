@@ -1,5 +1,6 @@
 """Errors in float64, bytes as stored, and latencies side by side."""
 
+import math
 import platform
 import statistics
 import time
@@ -13,7 +14,7 @@ from torch.utils.benchmark import Timer
 
 from . import ops
 from .calibration import LayerInputs
-from .decomposition import relative, relative_error
+from .decomposition import relative_error
 from .modules import CompressedBilinear
 from .quantization import QuantizedTensor
 
@@ -48,23 +49,31 @@ def weight_error(
         return relative_error(weight, lambda rows: module.dense_rows(rows, torch.float64))
 
 
-def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float:
+def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float | None:
     """‖y − ŷ‖ / ‖y − b‖ over the sampled rows: ŷ as `module` computes it, y from the original weight in float64.
 
-    The bias is left out of the denominator, where it would flatter.
+    The bias is left out of the denominator, where it would flatter. None where y − b is zero on all rows: then they
+    say nothing. NaN or infinite where ŷ is.
     """
     weight, rows = layer.weight.detach().double(), 512
     residual = total = 0.0
     with torch.no_grad():
         for input1, input2 in zip(inputs.input1.split(rows), inputs.input2.split(rows), strict=True):
             exact = ops.bilinear_dense(input1.double(), input2.double(), weight)
-            total += float(exact.square().sum())
+            total = math.hypot(total, _norm(exact))
             if layer.bias is not None:
                 exact = exact + layer.bias.double()
             dtype = layer.weight.dtype  # calibration under autocast may have seen other inputs
             found = module(input1.to(dtype), input2.to(dtype)).double()
-            residual += float((exact - found).square().sum())
-    return relative(residual, total)
+            difference = _norm(exact - found)
+            residual = math.hypot(residual, difference) if math.isfinite(difference) else math.nan
+    return None if total == 0 else residual / total
+
+
+def _norm(tensor: Tensor) -> float:
+    """The Frobenius norm, also of values whose squares leave float64's range."""
+    peak = float(tensor.abs().max()) if tensor.numel() else 0.0
+    return peak * float((tensor / peak).norm()) if 0 < peak < math.inf else peak
 
 
 @dataclass(frozen=True)

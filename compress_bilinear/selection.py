@@ -110,6 +110,8 @@ def objection(layer: nn.Bilinear, candidate: Candidate, config: Config) -> str |
     """
     if not math.isfinite(candidate.weight_error):
         return f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
+    if candidate.weight_error >= 1:
+        return f"it keeps nothing of the weight: the weight error is {candidate.weight_error:.3g}"
     if isinstance(config, DenseConfig) and config.quantize is None:
         return None
     before, after = stored_bytes(layer), stored_bytes(candidate.module)
@@ -130,8 +132,9 @@ def slowness(timing: Timing | None) -> str | None:
     if timing.after.upper < timing.before.lower:
         return None
     return (
-        f"it is not faster here: {timing.after.median:.3g} ms, nn.Bilinear {timing.before.median:.3g} ms "
-        f"at {timing.batch_size} rows"
+        "it is not faster here beyond the spread: "
+        f"{timing.after.median:.3g} ms (upper quartile {timing.after.upper:.3g}), "
+        f"nn.Bilinear {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})"
     )
 
 
@@ -198,13 +201,16 @@ def judge(
         known["output_error"] = output_error(layer, module, inputs)
         known["calibration_rows"] = len(inputs.input1)
     against = objection(layer, candidate, config)
+    found_error = known.get("output_error")
+    if against is None and found_error is not None and not math.isfinite(found_error):
+        against = f"its outputs leave the range of {_dtype(layer)} on the calibration rows"
     if against is not None and not force:
         return keep(found, config, against, **known)
     timing = time_replacement(layer, module, time_rows) if time_rows is not None else None
     if against is None and isinstance(config, DenseConfig) and config.quantize is None:
         against = slowness(timing)
         if against is not None and not force:
-            return keep(found, config, against, **known)
+            return keep(found, config, against, **known, **_timing(timing))
     reason = AS_CONFIGURED if against is None else f"forced, although {against}"
     reasons = [reason]
     if timing is not None and timing.speedup < 1:

@@ -29,7 +29,7 @@ class Candidate:
     Attributes:
         name: of the layer: the key without ".weight"; "" for a bare "weight".
         weight: (O, I, J).
-        bias: (O,), or None where the file has no bias of that shape beside it.
+        bias: (O,), or None where the file has none.
     """
 
     name: str
@@ -95,16 +95,30 @@ def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
         inner = {
             key: value
             for key, value in loaded.items()
-            if isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values())
+            if isinstance(value, Mapping)
+            and value
+            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
         }
         if len(inner) == 1:
-            return dict(next(iter(inner.values())))
+            return _dense_tensors(dict(next(iter(inner.values()))), path)
         tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
         if tensors and not inner:
-            return tensors
+            lost = [key for key in loaded if isinstance(key, str) and key.endswith("_extra_state")]
+            if lost and len(tensors) < len(loaded):
+                raise CheckpointError(
+                    f"{path!r} should hold tensors only. Found {', '.join(lost)}, which would be lost."
+                )
+            return _dense_tensors(tensors, path)
         keys = ", ".join(repr(key) for key in loaded)
         raise CheckpointError(f"{path!r} should hold one state dict. Found {len(inner)} under the keys {keys}.")
     raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
+
+
+def _dense_tensors(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    for name, value in state.items():
+        if value.layout != torch.strided:
+            raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense. Found {value.layout}.")
+    return state
 
 
 def candidates(state: Mapping[str, Tensor]) -> list[Candidate]:
@@ -114,9 +128,12 @@ def candidates(state: Mapping[str, Tensor]) -> list[Candidate]:
         name = key.removesuffix("weight").removesuffix(".")
         if key not in ("weight", f"{name}.weight") or value.dim() != 3 or not value.is_floating_point():
             continue
-        bias = state.get(f"{name}.bias" if name else "bias")
-        fits = bias is not None and bias.shape == value.shape[:1] and bias.dtype == value.dtype
-        found.append(Candidate(name, value, bias if fits else None))
+        prefix = f"{name}." if name else ""
+        bias = state.get(f"{prefix}bias")
+        own = {other.removeprefix(prefix) for other in state if other.startswith(prefix)}
+        fits = bias is None or (bias.shape == value.shape[:1] and bias.dtype == value.dtype)
+        if fits and own <= {"weight", "bias"}:  # an nn.Bilinear holds these and nothing else
+            found.append(Candidate(name, value, bias))
     return found
 
 
@@ -220,8 +237,17 @@ def compare(
         prefix = f"{description.name}." if description.name else ""
         weight, bias = before.get(f"{prefix}weight"), before.get(f"{prefix}bias")
         shape = (description.out_features, description.in1_features, description.in2_features)
-        if weight is None or tuple(weight.shape) != shape or (bias is not None) != description.bias:
-            found = "none" if weight is None else f"{tuple(weight.shape)}{'' if bias is None else ' and a bias'}"
+        if (
+            weight is None
+            or not weight.is_floating_point()
+            or tuple(weight.shape) != shape
+            or (bias is not None) != description.bias
+        ):
+            found = (
+                "none"
+                if weight is None
+                else f"{tuple(weight.shape)} {weight.dtype}{'' if bias is None else ' and a bias'}"
+            )
             raise CheckpointError(
                 f"{str(original)!r} should hold {prefix}weight of shape {shape}"
                 f"{' and a bias' if description.bias else ''}. Found {found}."

@@ -5,7 +5,7 @@ import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -83,11 +83,20 @@ class Plan(Generic[_Model]):
                 # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
                 bias = copy.deepcopy(layer.bias, memo)
                 memo[id(layer)] = _ready(entry, bias)
-            return copy.deepcopy(self.model, memo), self.report
+            copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(
                 f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
             ) from error
+        there = dict(copied.named_modules(remove_duplicate=False))
+        for entry in chosen:
+            for name in entry.found.names:
+                if there.get(name) is not memo[id(entry.found.layer)]:
+                    raise CompressionError(
+                        f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
+                        "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
+                    )
+        return copied, self.report
 
     def _apply_inplace(self, chosen: Sequence[_Entry]) -> _Model:
         for entry in chosen:
@@ -231,7 +240,8 @@ def compare_layers(
         case triple:
             wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    return judge(found, wanted, candidate, None, False, batch_size, True).report
+    report = judge(found, wanted, candidate, None, False, batch_size, True).report
+    return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already
 
 
 def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:

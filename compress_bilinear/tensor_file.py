@@ -107,7 +107,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[LayerDes
     try:
         description = json.loads(text)
         version = description["version"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged from error
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")

@@ -109,8 +109,8 @@ class CompressedBilinear(nn.Module):
             raise InputError(
                 f"`input1` and `input2` should have the same dtype. Found {input1.dtype} and {input2.dtype}."
             )
-        if not input1.is_floating_point():
-            raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype}.")
+        if not input1.is_floating_point() or not input2.is_floating_point():
+            raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype} and {input2.dtype}.")
         weight = self._first_weight()
         if weight is not None and weight.dtype != input1.dtype and not autocast_enabled(input1.device.type):
             raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {input1.dtype}.")

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import ops
-from ..config import Quantize, check_quantize, check_rank
-from ..decomposition import CPDecomposition
+from ..config import CPRank, Quantize, check_quantize, check_rank
+from ..decomposition import CPDecomposition, cp
 from ._base import ProjectedBilinear
 from ._linear import fill_linear, linear_weight, make_linear
 
@@ -83,6 +83,16 @@ class CPBilinear(ProjectedBilinear):
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
+
+    @classmethod
+    def from_bilinear(
+        cls, layer: nn.Bilinear, rank: CPRank, *, seed: int = 0, quantize: Quantize | None = None
+    ) -> Self:
+        """The layer whose weight is `decomposition.cp(layer.weight, rank, seed=seed)`; raises what that raises."""
+        bias = None if layer.bias is None else layer.bias.detach()
+        return cls.from_decomposition(
+            cp(layer.weight.detach(), rank, seed=seed, quantize=quantize), bias, quantize=quantize
+        )
 
     @property
     def flops_per_row(self) -> int:

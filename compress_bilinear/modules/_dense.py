@@ -8,6 +8,7 @@ from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize, check_quantize
+from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear, autocast_dtype, without_autocast
 
@@ -16,7 +17,8 @@ class DenseBilinear(CompressedBilinear):
     """`nn.Bilinear` with the same weight, summed in the order that suits its shape, in bounded memory.
 
     Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
-    `QuantizedTensor` with one float32 scale for each output and each row along the longer input axis.
+    `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one float32 scale for each output and each row
+    along the longer input axis; inputs may then have any floating dtype.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -72,6 +74,17 @@ class DenseBilinear(CompressedBilinear):
         """The same function as `layer`, exactly (or up to 8-bit rounding), in its dtype and on its device."""
         bias = None if layer.bias is None else layer.bias.detach()
         return cls.from_weight(layer.weight.detach(), bias, quantize=quantize)
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: CPDecomposition | TuckerDecomposition,
+        bias: Tensor | None = None,  # (O,)
+        *,
+        quantize: Quantize | None = None,
+    ) -> Self:
+        """The layer with the whole weight `decomposition.to_tensor()`."""
+        return cls.from_weight(decomposition.to_tensor(), bias, quantize=quantize)
 
     @classmethod
     def from_weight(

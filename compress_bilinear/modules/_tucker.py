@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..config import Quantize, check_quantize
-from ..decomposition import TuckerDecomposition, check_tucker_rank
+from ..config import Quantize, TuckerRank, check_quantize
+from ..decomposition import TuckerDecomposition, check_tucker_rank, tucker
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
 from ._linear import fill_linear, linear_weight, make_linear
@@ -76,6 +76,12 @@ class TuckerBilinear(ProjectedBilinear):
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
+
+    @classmethod
+    def from_bilinear(cls, layer: nn.Bilinear, rank: TuckerRank, *, quantize: Quantize | None = None) -> Self:
+        """The layer whose weight is `decomposition.tucker(layer.weight, rank)`; raises what that raises."""
+        bias = None if layer.bias is None else layer.bias.detach()
+        return cls.from_decomposition(tucker(layer.weight.detach(), rank, quantize=quantize), bias, quantize=quantize)
 
     @property
     def flops_per_row(self) -> int:

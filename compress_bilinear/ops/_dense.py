@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import InputError
 from ..quantization import dequantize
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
@@ -71,6 +72,11 @@ def bilinear_dense(
     """
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
+    if input2.shape[:-1] != leading or (order is not None and order not in ORDERS):
+        raise InputError(
+            f"The inputs should have the same leading dimensions, and `order` be None or one of {ORDERS}. "
+            f"Found {tuple(input1.shape)}, {tuple(input2.shape)} and {order!r}."
+        )
     rows = math.prod(leading)
     rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
     order = order or best_order((out, in1, in2))

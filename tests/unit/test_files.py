@@ -88,3 +88,27 @@ def test_a_place_that_cannot_be_is_an_error(tmp_path, name, problem):
         entered.append(True)
     assert not entered
     assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_is_refused_and_stays_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(CompressionError, match="Found a device, pipe or socket"), written_atomically(pipe):
+        pass
+    assert pipe.is_fifo()
+
+
+def test_what_a_link_points_to_is_written_and_the_link_stays(tmp_path):
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    with written_atomically(link) as temporary:
+        temporary.write_text("new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_name_may_be_as_long_as_the_system_allows(tmp_path):
+    with written_atomically(tmp_path / ("n" * 250)) as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / ("n" * 250)).read_text() == "new"

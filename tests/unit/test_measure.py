@@ -110,12 +110,22 @@ class TestErrors:
         biased = measure.output_error(layer, replacement(layer, "dense", "int8"), inputs)
         assert biased == pytest.approx(plain, rel=1e-2)
 
-    def test_zero_against_zero_is_no_error(self, layer):
+    def test_zero_against_zero_is_no_error_of_the_weight_and_says_nothing_of_the_output(self, layer):
         with torch.no_grad():
             layer.weight.zero_()
         module = replacement(layer, "dense", "int8")
         assert measure.weight_error(layer.weight, module) == 0
-        assert measure.output_error(layer, module, rows(4)) == 0
+        assert measure.output_error(layer, module, rows(4)) is None
+
+    @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e150])
+    def test_the_scale_of_the_rows_does_not_matter(self, scale):
+        layer = bilinear(12, 10, 8, bias=False, dtype=torch.float64)
+        module = replacement(layer, "dense", "int8")
+        inputs = [torch.randn(8, size, generator=torch.Generator().manual_seed(0)).double() for size in (12, 10)]
+        plain = measure.output_error(layer, module, LayerInputs(inputs[0], inputs[1], 8, 1))
+        scaled = measure.output_error(layer, module, LayerInputs(inputs[0] * scale, inputs[1], 8, 1))
+        assert plain is not None
+        assert scaled == pytest.approx(plain, rel=1e-6)
 
 
 class TestLatencies:

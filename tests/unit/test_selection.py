@@ -159,7 +159,10 @@ class TestObjection:
     ("measured", "reason"),
     [
         (timing(before=10, after=5), None),
-        (timing(before=5, after=10), "not faster here: 10 ms, nn.Bilinear 5 ms at 7 rows"),
+        (
+            timing(before=5, after=10),
+            "10 ms (upper quartile 11), nn.Bilinear 5 ms (lower quartile 4.5)",
+        ),
         (timing(before=10, after=9.9), "not faster here"),  # within the spread of the blocks
         (None, "has not been measured"),
     ],

@@ -126,9 +126,13 @@ class TestCandidates:
             "d.weight": torch.ones(4, 3, 2, dtype=torch.int64),
             "e.tensor": torch.ones(4, 3, 2),
             "f.reweight": torch.ones(4, 3, 2),
-            "weight": torch.ones(4, 3, 2, dtype=torch.bfloat16),
+            "g.weight": torch.ones(4, 3, 2, dtype=torch.bfloat16),
+            "h.weight": torch.ones(4, 3, 2),  # not an nn.Bilinear's: it would hold nothing but weight and bias
+            "h.scale": torch.ones(4),
         }
-        assert names(candidates(state)) == ["a", ""]
+        assert names(candidates(state)) == ["a", "g"]
+        assert names(candidates({"weight": torch.ones(4, 3, 2), "bias": torch.ones(4)})) == [""]
+        assert candidates({"weight": torch.ones(4, 3, 2), "other.bias": torch.ones(4)}) == []
 
     @pytest.mark.parametrize(
         ("bias", "fits"),
@@ -137,12 +141,12 @@ class TestCandidates:
             (torch.ones(3), False),
             (torch.ones(4, 1), False),
             (torch.ones(4).double(), False),
-            (None, False),
+            (None, True),
         ],
     )
-    def test_the_bias_beside_it_belongs_to_it_where_it_fits(self, bias, fits):
-        (found,) = candidates({"a.weight": torch.ones(4, 18, 17)} | ({} if bias is None else {"a.bias": bias}))
-        assert (found.bias is not None) == fits
+    def test_a_bias_beside_it_has_to_fit(self, bias, fits):
+        found = candidates({"a.weight": torch.ones(4, 18, 17)} | ({} if bias is None else {"a.bias": bias}))
+        assert [candidate.bias is bias for candidate in found] == ([True] if fits else [])
 
     def test_patterns_choose(self):
         state = Net().state_dict() | {"conv.weight": torch.ones(4, 3, 2)}
@@ -157,7 +161,7 @@ class TestCandidates:
         ("state", "listing"),
         [
             ({"a.weight": torch.ones(4, 8, 15)}, r"a \(4x8x15, conv1d\?\)"),
-            ({"a.weight": weight(), "weight": weight()}, r"a \(7x18x17\), \(root\) \(7x18x17\)"),
+            ({"a.weight": weight(), "b.weight": weight()}, r"a \(7x18x17\), b \(7x18x17\)"),
         ],
     )
     def test_what_may_be_a_convolution_is_asked_for(self, state, listing):
@@ -234,8 +238,8 @@ class TestCompressing:
 
     @pytest.mark.parametrize(
         "chosen",
-        [("a", "a.b"), ("a.b", "a"), ("", "a"), ("a", ""), ("a.float",)],
-        ids=["inner last", "inner first", "root first", "root last", "a method's name"],
+        [("a", "b.c"), ("",), ("a.float",), ("a..b",)],
+        ids=["two", "root", "a method's name", "dots"],
     )
     def test_every_chosen_layer_is_told_of(self, chosen):
         state = {(f"{name}." if name else "") + "weight": weight() for name in chosen}
@@ -293,7 +297,7 @@ class TestComparing:
         ("change", "found"),
         [
             (lambda state: state.pop("rel.weight"), "Found none"),
-            (lambda state: state.update({"rel.weight": weight()[:3]}), r"Found \(3, 18, 17\) and a bias"),
+            (lambda state: state.update({"rel.weight": weight()[:3]}), r"Found \(3, 18, 17\) torch.float32 and a bias"),
             (lambda state: state.pop("rel.bias"), r"Found \(7, 18, 17\)"),
         ],
     )
