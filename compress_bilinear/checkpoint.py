@@ -120,11 +120,12 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     """
     state, descriptions = tensor_file.read(path)
     modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {id(found.layer): found for found in discovery.find(model)}
     new: dict[int, CompressedBilinear] = {}
     rest = dict(state)
     expected = dict(model.state_dict())
     for description in descriptions:
-        layer = _target(model, modules, description)
+        layer = _target(modules, layers, description)
         module = filled(description, state)
         new[id(layer)] = _placed(module, layer)
         for name in description.names:
@@ -146,7 +147,9 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     return model
 
 
-def _target(model: nn.Module, modules: Mapping[str, nn.Module], description: LayerDescription) -> nn.Bilinear:
+def _target(
+    modules: Mapping[str, nn.Module], layers: Mapping[int, discovery.FoundLayer], description: LayerDescription
+) -> nn.Bilinear:
     """The original layer that a description is for."""
     name = description.name
     layer = modules.get(name)
@@ -155,13 +158,13 @@ def _target(model: nn.Module, modules: Mapping[str, nn.Module], description: Lay
         raise CheckpointError(
             f"Layer {name or '(root)'!r} should be an nn.Bilinear of a freshly built original network. Found {found}."
         )
-    names = next(found.names for found in discovery.find(model) if found.layer is layer)
+    names = layers[id(layer)].names
     if set(names) != set(description.names):
         raise CheckpointError(
             f"Layer {name!r} should be shared under the names {', '.join(description.names)}. "
             f"Found it under {', '.join(names)}."
         )
-    refused = discovery.refusal(discovery.FoundLayer(names, layer), {}, values=False)
+    refused = discovery.refusal(layers[id(layer)], {}, values=False)
     if refused is not None:
         raise CheckpointError(f"Layer {name or '(root)'!r} should be a plain nn.Bilinear. Found that {refused}.")
     sizes = {

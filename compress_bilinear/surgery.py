@@ -71,8 +71,9 @@ class Plan(Generic[_Model]):
         """
         chosen = [entry for entry in self._entries if entry.replacement is not None]
         owners = discovery.parameter_owners(self.model)
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         for entry in chosen:
-            _check_fresh(self.model, entry, owners)
+            _check_fresh(modules, entry, owners)
         if inplace:
             return self._apply_inplace(chosen), self.report
         memo: dict[int, Any] = {}
@@ -288,9 +289,8 @@ def _fingerprint(layer: nn.Bilinear) -> str:
     return digest.hexdigest()
 
 
-def _check_fresh(model: nn.Module, entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
+def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
     found = entry.found
-    modules = dict(model.named_modules(remove_duplicate=False))
     for name in found.names:
         if modules.get(name) is not found.layer:
             raise StalePlanError(
