@@ -3,12 +3,13 @@
 from . import decomposition, ops
 from .checkpoint import load, save
 from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .errors import CompressionError
+from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
 from .report import LayerReport, Report
 from .surgery import Plan, compress, plan
 
 __all__ = [
+    "AmplificationWarning",
     "CPBilinear",
     "CPConfig",
     "CompressionError",

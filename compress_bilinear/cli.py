@@ -102,6 +102,7 @@ def inspect(path: Path) -> None:
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
 @click.option("--quantize", type=click.Choice(["int8"]), help="Storage format of the new layers.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
+@click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @_rows
@@ -116,6 +117,7 @@ def compress(
     max_size: float | None,
     quantize: Quantize | None,
     seed: int,
+    max_seconds: float | None,
     force: bool,
     no_latency: bool,
     batch_size: int | None,
@@ -145,7 +147,13 @@ def compress(
     state = state_dicts.read_state(path)
     chosen = state_dicts.choose(state, layers)
     planned, new_state, descriptions = state_dicts.compress_state(
-        state, chosen, config, measure_latency=not no_latency, batch_size=batch_size, force=force
+        state,
+        chosen,
+        config,
+        measure_latency=not no_latency,
+        batch_size=batch_size,
+        force=force,
+        max_seconds=max_seconds,
     )
     _console().print(str(planned.report), markup=False, highlight=False, soft_wrap=True)
     if report is not None:

@@ -1,4 +1,4 @@
-"""What can go wrong, as exceptions. All are `CompressionError`, which is a `ValueError`."""
+"""What can go wrong. All errors are `CompressionError`, which is a `ValueError`."""
 
 
 class CompressionError(ValueError):
@@ -27,3 +27,7 @@ class CheckpointError(CompressionError):
 
 class InputError(CompressionError, RuntimeError):
     """Inputs that a layer cannot take. Also a `RuntimeError`, which is what `nn.Bilinear` raises here."""
+
+
+class AmplificationWarning(UserWarning):
+    """The components of a CP cancel, so that rounding its factors is amplified."""

@@ -1,6 +1,8 @@
 """From a config to a replacement for one layer, whether it is worth making, and the record of that."""
 
 import math
+import time
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ from . import ops
 from .calibration import LayerInputs
 from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from .discovery import FoundLayer, is_lazy
-from .errors import InfeasibleError
+from .errors import AmplificationWarning, InfeasibleError
 from .measure import Timing, output_error, parameter_count, stored_bytes, time_replacement, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 from .report import AS_CONFIGURED, LayerReport
@@ -37,11 +39,19 @@ class Candidate:
     amplification: float | None
 
 
-def solve(layer: nn.Bilinear, config: Config) -> Candidate:
+def solve(
+    layer: nn.Bilinear,
+    config: Config,
+    max_seconds: float | None = None,
+    progress: decompose.Progress | None = None,
+) -> Candidate:
     """Build the replacement that `config` asks for; `layer` is left as it is.
 
     Under a `MaxError`, rounding to the stored format counts: where it makes the target missed, the decomposition is
     solved again to a tighter one, until both fit.
+
+    Args:
+        max_seconds, progress: as in `decomposition.cp`.
 
     Raises:
         ConfigError: the rank does not fit the layer.
@@ -55,14 +65,20 @@ def solve(layer: nn.Bilinear, config: Config) -> Candidate:
     if not bool(weight.any()):
         raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
     rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
+    begun = time.perf_counter()
+
+    def attempt(rank: object) -> Candidate:
+        left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - begun), 1e-3)
+        return _decompose(weight, bias, config, rank, left, progress)
+
     if not isinstance(rank, MaxError):
         try:
-            return _decompose(weight, bias, config, rank)
+            return attempt(rank)
         except InfeasibleError as error:
             raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
     target = rank.error
     for _ in range(_ATTEMPTS):
-        found = _decompose(weight, bias, config, MaxError(target))
+        found = attempt(MaxError(target))
         if found.weight_error <= rank.error:
             return found
         # truncation and rounding errors add in quadrature
@@ -76,15 +92,25 @@ def solve(layer: nn.Bilinear, config: Config) -> Candidate:
     )
 
 
-def _decompose(weight: Tensor, bias: Tensor | None, config: CPConfig | TuckerConfig, rank: object) -> Candidate:
+def _decompose(
+    weight: Tensor,
+    bias: Tensor | None,
+    config: CPConfig | TuckerConfig,
+    rank: object,
+    max_seconds: float | None,
+    progress: decompose.Progress | None,
+) -> Candidate:
     module: CompressedBilinear
+    asked: dict[str, Any] = {"quantize": config.quantize, "max_seconds": max_seconds, "progress": progress}
     match config:
         case CPConfig():
-            cp = decompose.cp(weight, rank, seed=config.seed, quantize=config.quantize)  # type: ignore[arg-type]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", AmplificationWarning)  # the report says it, of what is really used
+                cp = decompose.cp(weight, rank, seed=config.seed, **asked)  # type: ignore[arg-type]
             module = CPBilinear.from_decomposition(cp, bias, quantize=config.quantize)
             return Candidate(module, weight_error(weight, module), cp.amplification)
         case TuckerConfig():
-            tucker = decompose.tucker(weight, rank, quantize=config.quantize)  # type: ignore[arg-type]
+            tucker = decompose.tucker(weight, rank, cost=config.cost, **asked)  # type: ignore[arg-type]
             module = TuckerBilinear.from_decomposition(tucker, bias, quantize=config.quantize)
             return Candidate(module, weight_error(weight, module), None)
         case _:
@@ -215,6 +241,8 @@ def judge(
     reasons = [reason]
     if timing is not None and timing.speedup < 1:
         reasons.append(f"slower here than nn.Bilinear ({timing.speedup:.2f}x)")
+    if candidate.amplification is not None and candidate.amplification > decompose.AMPLIFICATION_LIMIT:
+        reasons.append(f"its components cancel (amplification {candidate.amplification:.2g})")
     if unreached:
         reasons.append("no calibration row reached it, so its output error is unknown")
     known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}

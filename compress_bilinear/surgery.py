@@ -2,23 +2,22 @@
 
 import copy
 import hashlib
-import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from . import discovery
 from .calibration import LayerInputs, collect_inputs
 from .config import Config, CPConfig, DenseConfig, TuckerConfig
+from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
 from .measure import environment, stored_bytes, weight_error
 from .modules import CompressedBilinear
+from .progress import ProgressBars
 from .report import LayerReport, Report, render_text
 from .selection import Candidate, Decision, judge, keep, solve
 
@@ -126,6 +125,7 @@ def plan(
     batch_size: int | None = None,
     measure_latency: bool = True,
     force: bool = False,
+    max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> Plan[_Model]:
     """Solve and measure a replacement for each selected `nn.Bilinear`, without changing the model.
@@ -144,6 +144,8 @@ def plan(
         batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
         force: replace whatever the verdict; the report still says what was lost.
+        max_seconds: time for all decompositions together, shared by the layers' sizes; each layer gets the best that
+            was found in its share. With a limit, results depend on the machine's speed. None is no limit.
         progress: show a progress bar on stderr; None shows it on a terminal only.
 
     Returns:
@@ -158,22 +160,27 @@ def plan(
         raise ConfigError(f"`model` should be an nn.Module. Found {type(model).__name__}.")
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
+    check_max_seconds(max_seconds)
     selected = discovery.select(model, _configs(config), include, exclude)
     owners = discovery.parameter_owners(model)
     refusals = [discovery.refusal(found, owners) for found, _ in selected]
     open_layers = {found.label: found.layer for (found, _), no in zip(selected, refusals, strict=True) if no is None}
-    with _bar(progress) as bar:
+    with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
-            inputs = collect_inputs(model, open_layers, _track(bar, calibration, "Calibrating"))
+            inputs = collect_inputs(model, open_layers, bars.track(calibration, "Calibrating"))
         entries: list[_Entry] = []
         misfits: list[tuple[Config, ConfigError | None]] = []
-        for (found, wanted), refusal in _track(bar, zip(selected, refusals, strict=True), "Solving", len(selected)):
+        solving = bars.parts("Solving", len(selected))
+        seconds = _TimeShares(
+            max_seconds, [f.layer for (f, _), no in zip(selected, refusals, strict=True) if no is None]
+        )
+        for k, ((found, wanted), refusal) in enumerate(zip(selected, refusals, strict=True)):
             if refusal is not None:
                 entries.append(_Entry(found, keep(found, wanted, refusal)))
                 continue
             try:
-                candidate = solve(found.layer, wanted)
+                candidate = solve(found.layer, wanted, seconds.take(found.layer), solving(k, found.label))
             except ConfigError as error:
                 misfit = _named(error, found.label)
                 misfits.append((wanted, misfit))
@@ -207,6 +214,7 @@ def compress(
     batch_size: int | None = None,
     measure_latency: bool = True,
     force: bool = False,
+    max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> tuple[_Model, Report]:
     """`plan(...)` and `apply(inplace)` in one call: returns the compressed model and the report.
@@ -222,9 +230,28 @@ def compress(
         batch_size=batch_size,
         measure_latency=measure_latency,
         force=force,
+        max_seconds=max_seconds,
         progress=progress,
     )
     return planned.apply(inplace)
+
+
+class _TimeShares:
+    """What is left of a time budget, shared among the layers that are left by the sizes of their weights."""
+
+    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
+        self._left = max_seconds
+        self._elements = sum(layer.weight.numel() for layer in layers)
+        self._since = time.perf_counter()
+
+    def take(self, layer: nn.Bilinear) -> float | None:
+        if self._left is None:
+            return None
+        now = time.perf_counter()
+        self._left, self._since = max(self._left - (now - self._since), 1e-3), now
+        share = self._left * layer.weight.numel() / max(self._elements, 1)
+        self._elements -= layer.weight.numel()
+        return share
 
 
 def compare_layers(
@@ -317,20 +344,3 @@ def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)
     return new
-
-
-def _bar(progress: bool | None) -> AbstractContextManager[Progress | None]:
-    shown = sys.stderr.isatty() if progress is None else progress
-    if not shown:
-        return nullcontext()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=console.is_terminal)
-
-
-def _track(bar: Progress | None, items: Iterable[_T], what: str, total: int | None = None) -> Iterable[_T]:
-    if bar is None:
-        return items
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    return bar.track(items, total=total, description=what)

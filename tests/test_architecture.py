@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # each floor imports only from the floors above it in this table; neighbours on one floor do not import each other
 FLOORS = (
     ("errors",),
-    ("config", "files", "quantization"),
+    ("config", "files", "progress", "quantization"),
     ("decomposition", "ops"),
     ("modules",),
     ("calibration", "discovery", "report", "tensor_file"),

@@ -1,13 +1,18 @@
 """Weights to factors: tensors in, frozen results out."""
 
+from ._clock import Progress, check_max_seconds
 from ._cp import cp
-from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes
+from ._cp_solve import AMPLIFICATION_LIMIT
+from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
 
 __all__ = [
+    "AMPLIFICATION_LIMIT",
     "CPDecomposition",
+    "Progress",
     "TuckerDecomposition",
+    "check_max_seconds",
     "check_tucker_rank",
     "check_weight",
     "cp",
@@ -16,4 +21,6 @@ __all__ = [
     "relative_error",
     "tucker",
     "tucker_bytes",
+    "tucker_flops",
+    "tucker_parameters",
 ]

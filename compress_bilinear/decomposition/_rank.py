@@ -1,5 +1,6 @@
 """Checks of weights and ranks, and the bytes that each rank stores: what turns a target into a rank."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..config import Quantize, check_rank
 from ..errors import CompressionError, ConfigError
-from ._types import MODES
+from ._types import MODES, peak
 
 SCALE_BYTES = 4  # a float32 scale
 
@@ -23,7 +24,7 @@ def check_weight(weight: Tensor) -> None:
             "`weight` should be a dense floating tensor with values. "
             f"Found {weight.dtype}, {weight.layout}, device {weight.device}."
         )
-    if not bool(torch.isfinite(weight).all()):
+    if not math.isfinite(peak(weight)):
         raise CompressionError("`weight` should be finite. Found NaN or infinity.")
 
 
@@ -37,6 +38,22 @@ def check_tucker_rank(rank: Sequence[int], shape: Sequence[int], where: str = "t
             raise ConfigError(f"`rank[{axis}]` should be at most {size}, {mode}_features of {where}. Found {value}.")
 
 
+def most_rank(shape: Sequence[int]) -> int:
+    """The product bound: a tensor of these sizes has a CP of this rank without error."""
+    out, in1, in2 = shape
+    return min(out * in1, out * in2, in1 * in2)
+
+
+def check_cp_rank(rank: object, shape: Sequence[int]) -> None:
+    """Raise ConfigError unless `rank` is an int from 1 to the product bound."""
+    check_rank(rank)
+    if rank > most_rank(shape):  # type: ignore[operator]
+        raise ConfigError(
+            f"`rank` should be at most {most_rank(shape)}, the least product of two of the sizes {tuple(shape)}, at "
+            f"which a CP is exact. Found {rank}."
+        )
+
+
 def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> int:
     """Bytes of the factors as `CPBilinear` stores them, without bias. int8 has a scale for each column."""
     if quantize is None:
@@ -44,13 +61,30 @@ def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize 
     return rank * (sum(shape) + 3 * SCALE_BYTES)
 
 
+def tucker_parameters(rank: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Numbers in core and factors; ranks may be broadcast tensors. A mode of full rank has no factor: see `tucker`."""
+    factors = sum(r * d * (r != d) for r, d in zip(rank, shape, strict=True))
+    return rank[0] * rank[1] * rank[2] + factors
+
+
 def tucker_bytes(rank: Sequence[Any], shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> Any:
     """Bytes of core and factors as `TuckerBilinear` stores them, without bias; ranks may be broadcast tensors.
 
     int8 has a scale for each factor's column and for each fibre of the core along its longer input axis.
     """
-    values = rank[0] * rank[1] * rank[2] + sum(r * d for r, d in zip(rank, shape, strict=True))
+    values = tucker_parameters(rank, shape)
     if quantize is None:
         return values * itemsize
-    shorter = torch.minimum(rank[1], rank[2]) if isinstance(rank[1], Tensor) else min(rank[1], rank[2])
-    return values + SCALE_BYTES * (rank[0] + rank[1] + rank[2] + rank[0] * shorter)
+    scales = sum(r * (r != d) for r, d in zip(rank, shape, strict=True)) + rank[0] * _least(rank[1], rank[2])
+    return values + SCALE_BYTES * scales
+
+
+def tucker_flops(rank: Sequence[Any], shape: Sequence[int]) -> Any:
+    """Floating-point operations of a forward, for each row; ranks may be broadcast tensors."""
+    out, in1, in2 = rank
+    projections = sum(2 * r * d * (r != d) for r, d in zip(rank, shape, strict=True))
+    return projections + 2 * out * in1 * in2 + 2 * _least(_least(out * in1, out * in2), in1 * in2)
+
+
+def _least(first: Any, second: Any) -> Any:
+    return torch.minimum(first, second) if isinstance(first, Tensor) else min(first, second)

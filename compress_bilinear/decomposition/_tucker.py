@@ -1,23 +1,35 @@
 """Tucker: HOSVD for the start and for the choice of ranks, HOOI to refine.
 
 Sources: De Lathauwer, De Moor, Vandewalle, "A multilinear singular value decomposition" and "On the best rank-1 and
-rank-(R1, ..., RN) approximation" (SIAM J. Matrix Anal. Appl., 2000). Grams and cores are in float64: a float32 Gram
-loses every singular value below 1e-3 of the largest.
+rank-(R1, ..., RN) approximation" (SIAM J. Matrix Anal. Appl., 2000); Vannieuwenhoven, Vandebril, Meerbergen, "A new
+truncation strategy for the higher-order singular value decomposition" (SIAM J. Sci. Comput., 2012).
 """
 
+import math
 from collections.abc import Sequence
+from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
+from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
 from ..errors import InfeasibleError
-from ._rank import check_tucker_rank, check_weight, tucker_bytes
-from ._types import Factors, TuckerDecomposition
+from ._clock import Clock, Progress
+from ._rank import check_tucker_rank, check_weight
+from ._source import Basis, Source, gram, leading, mode_product
+from ._subspace import truncated
+from ._truncation import Target, Triple, best_block
+from ._types import Factors, TuckerDecomposition, relative
 
+_ABSORBED = tuple(product((False, True), (False, True), (False, True)))  # the modes, in each family of ranks
 _MAX_SWEEPS = 30
-_TOLERANCE = 1e-7  # HOOI stops where a sweep lowers the error by less than this part of it
+_TOLERANCE = 1e-4  # HOOI stops where a sweep lowers the error by less than this part of it
+_ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an orthogonal iteration
+_FEW_SWEEPS = 4  # while ranks are still being chosen
+_NEAR = 1.05  # times the best first choice: HOOI is tried on those
+_ROUNDS = 4  # of widening the ranks and choosing again
+_ATTEMPTS = 6  # at a target that rounding to the weight's dtype made miss
 
 
 def tucker(
@@ -25,137 +37,226 @@ def tucker(
     rank: TuckerRank,
     *,
     quantize: Quantize | None = None,
+    cost: Cost = "bytes",
+    max_seconds: float | None = None,
+    progress: Progress | None = None,
 ) -> TuckerDecomposition:
     """Decompose a three-way weight into a core and three factors with orthonormal columns.
 
+    A mode whose rank is its size has the identity for its factor: it is absorbed into the core, which is smaller and
+    loses nothing. So a target may give Tucker-2 or tensor-train shapes, wherever these are the cheapest.
+
     Args:
         weight: (O, I, J), any floating dtype, on any device.
-        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the fewest bytes with relative error at most e,
-            before the factors are rounded to the weight's dtype; or `MaxSize(f)`, the lowest error within f of the
-            weight's bytes.
+        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the lowest cost with a relative error of at most e, after
+            the factors are rounded to the weight's dtype; or `MaxSize(f)`, the lowest error within f of the weight's
+            bytes.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
+        cost: what a `MaxError` makes small: stored "bytes", "parameters", or "flops" of a forward. (`MaxSize` is
+            always of bytes.)
+        max_seconds: time to refine in; the start, an HOSVD, is always completed. None refines to convergence.
+        progress: called with the part done and the relative error so far.
 
     Returns:
         A `TuckerDecomposition` in the weight's dtype and device; its `error` is the true residual in float64 after
-        that rounding.
+        that rounding. Beside the weight, the solver holds at most twice its bytes (float16: three times).
 
     Raises:
         CompressionError: the weight is not three-way, floating, finite and non-empty.
-        ConfigError: a rank is not within 1..size of its mode.
+        ConfigError: a rank is not within 1..size of its mode, or an option is not one of those above.
         InfeasibleError: no triple meets the target.
     """
     check_weight(weight)
     check_quantize(quantize)
-    wide = weight.detach().double()
-    peak = float(wide.abs().max())
-    wide = wide / peak if peak > 0 else wide  # squares of 1e-200 or 1e+200 leave float64's range
+    check_cost(cost)
+    clock = Clock(max_seconds, progress)
     if isinstance(rank, (MaxError, MaxSize)):
-        basis = [leading(wide, mode, wide.shape[mode]) for mode in range(3)]
-        rank = _choose(project(wide, basis), rank, weight.element_size(), quantize)
-        basis = [u[:, :r] for u, r in zip(basis, rank, strict=True)]
-    else:
-        check_tucker_rank(rank, weight.shape)
-        basis = truncated(wide, rank)
-    basis = refine(wide, basis)
-    core = project(wide, basis) * (peak if peak > 0 else 1.0)
-    result = TuckerDecomposition(core.to(weight.dtype), cast(Factors, tuple(u.to(weight.dtype) for u in basis)))
+        return _to_target(weight, rank, quantize, cost, clock)
+    check_tucker_rank(rank, weight.shape)
+    source = Source(weight)
+    return _result(weight, source, refine(source, truncated(source, rank, source.dtype), clock))
+
+
+def _to_target(
+    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, cost: Cost, clock: Clock
+) -> TuckerDecomposition:
+    source = Source(weight)
+
+    def attempt(wanted: MaxError | MaxSize) -> tuple[TuckerDecomposition, float]:
+        aim = Target(wanted, source.shape, weight.element_size(), quantize, cost)
+        result = _result(weight, source, _chosen(source, aim, clock))
+        return result, result.error or 0.0
+
+    if isinstance(target, MaxSize):
+        return attempt(target)[0]
+    wanted = target.error
+    for k in range(_ATTEMPTS):
+        result, error = attempt(MaxError(wanted))
+        if error <= target.error:
+            return result
+        # truncation and rounding errors add in quadrature
+        left = target.error**2 - 1.1 * (error**2 - wanted**2)
+        wanted = max(min(math.sqrt(max(left, 0.0)), wanted * (1 - 1e-12 * 100**k)), target.error / 2)
+    raise InfeasibleError(
+        f"A relative error of {target.error:g} is out of reach of {str(weight.dtype).removeprefix('torch.')} factors: "
+        f"rounding alone keeps it at {error:.3g}."
+    )
+
+
+def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
+    core = source.project(basis).double() / source.scale
+    factors = [
+        torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
+        for size, u in zip(source.shape, basis, strict=True)
+    ]
+    result = TuckerDecomposition(core.to(weight.dtype), cast(Factors, tuple(factors)))
     return TuckerDecomposition(result.core, result.factors, result.relative_error(weight))
 
 
-def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """The mode's unfolding: (d_mode, product of the others)."""
-    return tensor.movedim(mode, 0).flatten(1)
-
-
-def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """Tensor ×_mode matrixᵀ for a matrix (d_mode, r): the axis d_mode becomes r."""
-    return torch.tensordot(tensor, matrix, dims=([mode], [0])).movedim(-1, mode)
-
-
-def leading(tensor: Tensor, mode: int, count: int) -> Tensor:
-    """The `count` leading left singular vectors of an unfolding (d, count), by its Gram matrix."""
-    flat = unfold(tensor, mode)
-    vectors: Tensor = torch.linalg.eigh(flat @ flat.T)[1]
-    return vectors.flip(1)[:, :count].contiguous()
-
-
-def project(tensor: Tensor, basis: Sequence[Tensor], skip: int | None = None) -> Tensor:
-    """Tensor ×_m U_mᵀ over all modes but `skip`, those that shrink most first."""
-    order = sorted((mode for mode in range(3) if mode != skip), key=lambda m: basis[m].shape[1] / basis[m].shape[0])
-    for mode in order:
-        tensor = mode_product(tensor, basis[mode], mode)
-    return tensor
-
-
-def truncated(tensor: Tensor, rank: Sequence[int]) -> list[Tensor]:
-    """The sequentially truncated HOSVD (Vannieuwenhoven et al., 2012), the mode that shrinks most first."""
-    basis: dict[int, Tensor] = {}
-    for mode in sorted(range(3), key=lambda m: rank[m] / tensor.shape[m]):
-        basis[mode] = leading(tensor, mode, rank[mode])
-        tensor = mode_product(tensor, basis[mode], mode)
-    return [basis[mode] for mode in range(3)]
-
-
-def refine(tensor: Tensor, basis: list[Tensor]) -> list[Tensor]:
+def refine(source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS) -> Basis:
     """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles."""
-    if all(u.shape[0] == u.shape[1] for u in basis):
-        return basis
-    total = float(tensor.square().sum())
-    kept = float(project(tensor, basis).square().sum())
-    for _ in range(_MAX_SWEEPS):
-        for mode in range(3):
-            if basis[mode].shape[0] > basis[mode].shape[1]:  # a square factor has nothing to gain
-                basis[mode] = leading(project(tensor, basis, skip=mode), mode, basis[mode].shape[1])
-        now = float(project(tensor, basis).square().sum())
-        if now - kept <= 2 * _TOLERANCE * max(total - now, 0.0):
+    basis = list(basis)
+    modes = [mode for mode in range(3) if basis[mode] is not None]
+    energy = 0.0
+    for k in range(sweeps if modes else 0):
+        before = energy
+        partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
+        for mode in modes:
+            if partial is None or mode == 2:
+                part = source.project(basis, skip=mode)
+            else:  # the product with the last mode serves the first two
+                part = mode_product(partial, basis[1 - mode], 1 - mode)
+            if mode == 1:
+                partial = None
+            basis[mode], energy = _dominant(part.movedim(mode, 0).flatten(1), basis[mode])  # type: ignore[arg-type]
+        lost = max(source.total - energy, 0.0)
+        clock.report(k / sweeps, relative(lost, source.total))
+        # with one mode there is nothing to alternate with
+        if len(modes) == 1 or clock.left() <= 0 or (k and energy - before <= 2 * _TOLERANCE * lost):
             break
-        kept = now
     return basis
 
 
-def _tail(tensor: Tensor, axis: int) -> Tensor:
-    """The sum of all entries after each, along an axis."""
-    sums = tensor.flip(axis).cumsum(axis).flip(axis)
-    return torch.cat([sums.narrow(axis, 1, sums.shape[axis] - 1), torch.zeros_like(sums.narrow(axis, 0, 1))], axis)
+def _dominant(flat: Tensor, current: Tensor) -> tuple[Tensor, float]:
+    """The dominant left singular vectors of an unfolding (d, n), as many as there are now, and their energy.
 
-
-def _choose(
-    core: Tensor,  # the full HOSVD core (O, I, J)
-    target: MaxError | MaxSize,
-    itemsize: int,
-    quantize: Quantize | None,
-) -> tuple[int, int, int]:
-    """The best triple under the target, by exact search over all of them.
-
-    The factors are orthogonal, so the squared error of keeping the leading (a, b, c) block of the full core is what
-    lies outside that block: cumulative sums give it for every triple.
+    Where they are few among many, by one step of orthogonal iteration from the present ones: near convergence it is
+    as good, and costs a fraction of the eigenvectors.
     """
-    energy = core.square()
-    total = energy.sum()
-    if float(total) == 0:
-        return 1, 1, 1
-    # summed from the outside, all positive: the total less what is inside would lose errors below 1e-8
-    beyond_out = _tail(energy.sum((1, 2)), 0)
-    beyond_in1 = _tail(energy.sum(2).cumsum(0), 1)
-    beyond_in2 = _tail(energy.cumsum(0).cumsum(1), 2)
-    error = ((beyond_out[:, None, None] + beyond_in1[:, :, None] + beyond_in2) / total).sqrt()
-    axes = [torch.arange(1, size + 1, device=core.device) for size in core.shape]
-    ranks = [axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]]
-    size = tucker_bytes(ranks, core.shape, itemsize, quantize).double()
-    original = core.numel() * itemsize
-    match target:
-        case MaxError(error=limit):
-            size[error > limit] = torch.inf
-            # of the triples that cost the same, the more accurate; the error is below 1 byte's weight
-            best = int((size + error).argmin())
-        case MaxSize(fraction=fraction):
-            budget = fraction * original
-            if float(size[0, 0, 0]) > budget:
-                raise InfeasibleError(
-                    f"Rank (1, 1, 1) stores {int(size[0, 0, 0])} bytes. MaxSize({fraction:.4g}) of the weight's "
-                    f"{original} bytes allows {int(budget)}."
-                )
-            error[size > budget] = torch.inf
-            best = int(error.argmin())
-    out, in1, in2 = (int(i) for i in torch.unravel_index(torch.tensor(best), core.shape))
-    return out + 1, in1 + 1, in2 + 1
+    size, kept = current.shape
+    if size >= _ITERATED and 3 * kept <= size:
+        basis = torch.linalg.qr(flat @ (flat.T @ current))[0]
+        return basis, float((basis.T @ flat).norm().double()) ** 2
+    wide = flat.double()
+    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    return vectors[:, -kept:].flip(1).to(flat.dtype), float(values[-kept:].sum())
+
+
+def _chosen(source: Source, target: Target, clock: Clock) -> Basis:
+    """The best ranks for a target, and bases for them.
+
+    The first choice is exact for the full HOSVD, among the ranks that absorb the same modes into the core. From the
+    best few of these choices, HOOI at slightly larger ranks packs more energy into a smaller block, in which the
+    choice is made again; within that block ranks are then lowered while HOOI still meets the target.
+    """
+    target.check_feasible()
+    if source.total == 0:
+        return truncated(source, (1, 1, 1))
+    square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
+    core = source.rotate(square)
+    families = [best_block(core, 0.0, source.total, target, absorbed) for absorbed in _ABSORBED]
+    del core
+    choices = sorted(choice for choice in families if choice is not None)  # full ranks, at least, meet any MaxError
+    best_key, rank = choices[0]
+    best: Basis = _columns(square, rank)
+    near = [rank for (first, _), rank in choices if first <= _NEAR * best_key[0]]
+    for k, rank in enumerate(near):
+        clock.report(0.1 + 0.8 * k / len(near), 1.0)
+        if clock.left() <= 0:
+            break
+        key, packed = _packed(source, square, rank, target, clock)
+        if packed is not None and key < best_key:
+            best_key, best = key, packed
+    refined = refine(source, best, clock)
+    rank = _rank(source, best)
+    lost = source.lost(refined)
+    return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
+
+
+def _packed(
+    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, clock: Clock
+) -> tuple[tuple[float, float], Basis | None]:
+    """Better bases than those of the HOSVD, at ranks near the given ones or lower."""
+    best_key, best = (math.inf, math.inf), None
+    for _ in range(_ROUNDS):
+        if clock.left() <= 0:
+            break
+        wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
+        basis, core = _ordered(source, refine(source, _columns(basis, wide), clock, _FEW_SWEEPS))
+        outside = source.lost(_columns(basis, wide))
+        again = best_block(core, outside, source.total, target)
+        if again is None:
+            break
+        rank, inner = _lowered(Source(core), outside, again[1], source.total, target, clock)
+        lifted = [_lift(u, v, d) for u, v, d in zip(basis, inner, source.shape, strict=True)]
+        key = target.key(rank, source.lost(lifted))
+        if not key < best_key:
+            break
+        best_key, best = key, lifted
+    return best_key, best
+
+
+def _rank(source: Source, basis: Basis) -> Triple:
+    out, in1, in2 = (size if u is None else u.shape[1] for size, u in zip(source.shape, basis, strict=True))
+    return out, in1, in2
+
+
+def _columns(basis: Sequence[Tensor], rank: Sequence[int]) -> Basis:
+    """The leading columns; None where all of them are kept, which is the identity in other coordinates."""
+    return [None if r == u.shape[0] else u[:, :r].contiguous() for u, r in zip(basis, rank, strict=True)]
+
+
+def _lift(basis: Tensor, inner: Tensor | None, size: int) -> Tensor | None:
+    """A basis within a subspace, as one of the whole space."""
+    lifted = basis if inner is None else basis @ inner.to(basis.dtype)
+    return None if lifted.shape[1] == size else lifted
+
+
+def _ordered(source: Source, basis: Basis) -> tuple[list[Tensor], Tensor]:
+    """The same subspaces in the coordinates of the HOSVD of their own core, and that core."""
+    core = source.project(basis)
+    ordered: list[Tensor] = []
+    for mode, u in enumerate(basis):
+        turn = leading(gram(core, mode), core.shape[mode], source.dtype)
+        core = mode_product(core, turn, mode)
+        ordered.append(turn if u is None else u @ turn)
+    return ordered, core.contiguous()
+
+
+def _lowered(
+    core: Source, outside: float, rank: Triple, total: float, target: Target, clock: Clock
+) -> tuple[Triple, Basis]:
+    """Ranks lowered one at a time while HOOI within the core meets a `MaxError`; the core's leading block meets it."""
+    identity = [torch.eye(size, dtype=core.dtype, device=core.weight.device) for size in core.shape]
+    basis: Basis = _columns(identity, rank)
+    if not isinstance(target.wanted, MaxError):
+        return rank, basis
+    lowered = True
+    while lowered and clock.left() > 0:
+        lowered = False
+        out, in1, in2 = rank
+        fewer = [r for r in ((out - 1, in1, in2), (out, in1 - 1, in2), (out, in1, in2 - 1)) if min(r) > 0]
+        for candidate in sorted(fewer, key=target.price):
+            if target.price(candidate) >= target.price(rank):
+                continue
+            trial = refine(core, _columns_of(core, basis, candidate), clock, _FEW_SWEEPS)
+            if target.meets(candidate, outside + core.lost(trial), total):
+                rank, basis, lowered = candidate, trial, True
+                break
+    return rank, basis
+
+
+def _columns_of(core: Source, basis: Basis, rank: Triple) -> Basis:
+    """The best columns of the given bases at lower ranks: those of the HOSVD of what they keep."""
+    ordered, _ = _ordered(core, basis)
+    return [None if r == size else u[:, :r].contiguous() for u, r, size in zip(ordered, rank, core.shape, strict=True)]

@@ -14,7 +14,7 @@ from ..errors import CompressionError
 Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 MODES = ("out", "in1", "in2")
-_CHUNK = 2**22  # elements of the float64 slices in which a residual is summed: 32 MiB
+_CHUNK = 2**18  # elements of the float64 slices in which a residual is summed: 2 MiB, which caches hold
 
 
 def _check_tensors(named: dict[str, Tensor]) -> None:
@@ -76,17 +76,27 @@ class _Decomposition:
         return relative_error(weight, lambda rows: self._rows(rows, torch.float64))
 
 
+def peak(tensor: Tensor) -> float:
+    """The largest magnitude, without a copy; NaN or infinity where the tensor has one."""
+    least, most = torch.aminmax(tensor.detach())
+    return max(-float(least), float(most)) if not bool(torch.isnan(most)) else math.nan
+
+
 def relative_error(
     weight: Tensor,  # (O, I, J)
     approximation: Callable[[slice], Tensor],
 ) -> float:
     """‖W − Ŵ‖ / ‖W‖ (Frobenius), slice by slice in float64; `approximation` gives Ŵ[rows] in float64."""
-    peak = float(weight.detach().abs().max()) or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
+    largest = peak(weight)
+    scale = 1.0 if 1e-100 < largest < 1e100 else largest or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
     residual = total = 0.0
     for rows in row_slices(weight.shape):
         exact = weight.detach()[rows].double()
-        total += float((exact / peak).square().sum())
-        residual += float(((exact - approximation(rows)) / peak).square().sum())
+        difference = approximation(rows).sub_(exact)
+        if scale != 1.0:
+            exact, difference = exact / scale, difference.div_(scale)
+        total += float(exact.norm()) ** 2
+        residual += float(difference.norm()) ** 2
     return relative(residual, total)
 
 
@@ -138,8 +148,8 @@ class CPDecomposition(_Decomposition):
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         out, in1, in2 = (factor.to(dtype) for factor in self.factors)
-        left = torch.einsum("or,ir->oir", out[rows] * self.weights.to(dtype), in1)
-        return left @ in2.T
+        left = (out[rows] * self.weights.to(dtype))[:, None] * in1
+        return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.cp_tensor.CPTensor` of torch tensors."""
@@ -189,8 +199,20 @@ class TuckerDecomposition(_Decomposition):
 
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         out, in1, in2 = (factor.to(dtype) for factor in self.factors)
-        projected = torch.einsum("oa,abc->obc", out[rows], self.core.to(dtype))
-        return in1 @ projected @ in2.T
+        projected = (out[rows] @ self.core.to(dtype).flatten(1)).unflatten(1, self.core.shape[1:])
+        left = torch.matmul(in1, projected)
+        return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
+
+    def absorbed(self) -> Self:
+        """The same with every square factor multiplied into the core and replaced by the identity, which is smaller."""
+        core, factors = self.core, list(self.factors)
+        for mode, factor in enumerate(factors):
+            identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+            if factor.shape[0] == factor.shape[1] and not torch.equal(factor, identity):
+                core = torch.tensordot(factor.double(), core.double(), dims=([1], [mode])).movedim(0, mode)
+                factors[mode] = identity
+        out, in1, in2 = factors
+        return type(self)(core.to(self.core.dtype).contiguous(), (out, in1, in2), self.error)
 
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.tucker_tensor.TuckerTensor` of torch tensors."""

@@ -66,3 +66,17 @@ def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
     """How to read a (possibly wrapped) linear layer's weight in a given dtype."""
     weight = linear.weight
     return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[return-value]
+
+
+class AddBias(nn.Module):
+    """What is left of an output projection that has been absorbed into the core: its bias (O,), or nothing."""
+
+    def __init__(
+        self, size: int, bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input (..., O) plus the bias, in the input's dtype."""
+        return input if self.bias is None else input + self.bias.to(input.dtype)

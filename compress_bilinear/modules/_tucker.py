@@ -5,18 +5,21 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..config import Quantize, TuckerRank, check_quantize
-from ..decomposition import TuckerDecomposition, check_tucker_rank, tucker
+from ..decomposition import TuckerDecomposition, check_tucker_rank, tucker, tucker_flops
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
-from ._linear import fill_linear, linear_weight, make_linear
+from ._linear import AddBias, fill_linear, linear_weight, make_linear
 
 
 class TuckerBilinear(ProjectedBilinear):
     """y = out_proj(core(in1_proj(x1), in2_proj(x2))): a bilinear layer whose weight has Tucker rank (R_o, R_i, R_j).
 
     I·R_i + J·R_j + O·R_o + R_o·R_i·R_j parameters. `core` is a `DenseBilinear` without bias, so its weight is
-    `core.weight`, of shape (R_o, R_i, R_j). With "int8" the projections have one float32 scale for each component and
-    the core one for each fibre along its longer input axis.
+    `core.weight`, of shape (R_o, R_i, R_j). A mode whose rank is its size is absorbed into the core: it has no
+    projection (`nn.Identity` on an input, the bias alone on the output) and no parameters of its own.
+
+    With "int8" the projections have one float32 scale for each component and the core one for each fibre along its
+    longer input axis.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -31,6 +34,10 @@ class TuckerBilinear(ProjectedBilinear):
     """
 
     method = "tucker"
+
+    in1_proj: nn.Module
+    in2_proj: nn.Module
+    out_proj: nn.Module
 
     def __init__(
         self,
@@ -48,10 +55,16 @@ class TuckerBilinear(ProjectedBilinear):
         super().__init__(in1_features, in2_features, out_features, quantize)
         check_tucker_rank(rank, (out_features, in1_features, in2_features), "the layer")
         self._rank = (rank[0], rank[1], rank[2])
-        self.in1_proj = make_linear(in1_features, rank[1], False, quantize, 0, device, dtype)
-        self.in2_proj = make_linear(in2_features, rank[2], False, quantize, 0, device, dtype)
+        for name, size, kept in (("in1_proj", in1_features, rank[1]), ("in2_proj", in2_features, rank[2])):
+            absorbed = kept == size
+            self.add_module(
+                name, nn.Identity() if absorbed else make_linear(size, kept, False, quantize, 0, device, dtype)
+            )
         self.core = DenseBilinear(rank[1], rank[2], rank[0], False, device, dtype, quantize=quantize)
-        self.out_proj = make_linear(rank[0], out_features, bias, quantize, 1, device, dtype)
+        if rank[0] == out_features:
+            self.out_proj = AddBias(out_features, bias, device, dtype)
+        else:
+            self.out_proj = make_linear(rank[0], out_features, bias, quantize, 1, device, dtype)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -65,13 +78,18 @@ class TuckerBilinear(ProjectedBilinear):
         *,
         quantize: Quantize | None = None,
     ) -> Self:
-        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device."""
+        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device.
+
+        A square factor is multiplied into the core.
+        """
+        decomposition = decomposition.absorbed()
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        fill_linear(new.out_proj, decomposition.factors[0], 1)
-        fill_linear(new.in1_proj, decomposition.factors[1].T, 0)
-        fill_linear(new.in2_proj, decomposition.factors[2].T, 0)
+        transposed = (decomposition.factors[0], decomposition.factors[1].T, decomposition.factors[2].T)
+        for layer, factor, axis in zip((new.out_proj, new.in1_proj, new.in2_proj), transposed, (1, 0, 0), strict=True):
+            if not isinstance(layer, (nn.Identity, AddBias)):
+                fill_linear(layer, factor, axis)
         new.core = DenseBilinear.from_weight(decomposition.core, quantize=quantize)
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
@@ -86,12 +104,26 @@ class TuckerBilinear(ProjectedBilinear):
     @property
     def flops_per_row(self) -> int:
         sizes = (self.out_features, self.in1_features, self.in2_features)
-        return 2 * sum(r * d for r, d in zip(self.rank, sizes, strict=True)) + self.core.flops_per_row
+        return tucker_flops(self.rank, sizes)
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
-        core = self.core.dense_rows(slice(None), dtype)
-        return in1.T @ torch.einsum("oa,abc->obc", out[rows], core) @ in2
+        dense = self.core.dense_rows(slice(None), dtype)
+        if isinstance(self.out_proj, AddBias):
+            dense = dense[rows]
+        else:
+            dense = torch.einsum("oa,abc->obc", linear_weight(self.out_proj)(dtype)[rows], dense)
+        if not isinstance(self.in1_proj, nn.Identity):
+            dense = linear_weight(self.in1_proj)(dtype).T @ dense
+        if not isinstance(self.in2_proj, nn.Identity):
+            dense = dense @ linear_weight(self.in2_proj)(dtype)
+        return dense
+
+    def _first_weight(self) -> Tensor | None:
+        for layer in (self.in1_proj, self.in2_proj, self.core, self.out_proj):
+            weight = getattr(layer, "weight", None)
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                return weight
+        return None
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))

@@ -4,7 +4,9 @@ import compress_bilinear
 from compress_bilinear import errors
 
 CHILDREN = [
-    value for value in vars(errors).values() if isinstance(value, type) and value is not errors.CompressionError
+    value
+    for value in vars(errors).values()
+    if isinstance(value, type) and not issubclass(value, Warning) and value is not errors.CompressionError
 ]
 
 

@@ -4,9 +4,11 @@ from support import DTYPES, assert_matches_reference
 from torch import nn
 
 from compress_bilinear import DenseBilinear, TuckerBilinear, ops
-from compress_bilinear.decomposition import TuckerDecomposition
-from compress_bilinear.errors import ConfigError
+from compress_bilinear.decomposition import TuckerDecomposition, tucker_bytes
+from compress_bilinear.errors import ConfigError, InputError
+from compress_bilinear.measure import stored_bytes
 from compress_bilinear.modules import QuantizedLinear
+from compress_bilinear.modules._linear import AddBias
 from compress_bilinear.ops import reference
 
 RANK = (4, 3, 6)
@@ -32,7 +34,39 @@ def test_it_stands_for_the_tensor_of_its_decomposition(dtype):
     assert layer.to_dense().dtype == dtype
 
 
-@pytest.mark.parametrize("rank", [(1, 1, 1), RANK, (5, 9, 7)])
+@pytest.mark.parametrize("rank", [(5, 3, 6), (4, 9, 6), (4, 3, 7), (5, 9, 6), (4, 9, 7), (5, 3, 7), (5, 9, 7)], ids=str)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_full_rank_is_absorbed_into_the_core(rank, quantize, bias):
+    _, decomposition = example(rank)
+    layer = TuckerBilinear.from_decomposition(decomposition, normal(5, seed=3) if bias else None, quantize=quantize)
+    exact = decomposition.to_tensor()
+    absorbed = [type(part) for part in (layer.out_proj, layer.in1_proj, layer.in2_proj)]
+    assert [kind in (nn.Identity, AddBias) for kind in absorbed] == [
+        r == d for r, d in zip(rank, (5, 9, 7), strict=True)
+    ]
+    assert float((layer.to_dense(torch.float64).detach() - exact).norm() / exact.norm()) < (0.02 if quantize else 1e-12)
+    bias_bytes = 40 if bias else 0
+    assert stored_bytes(layer) == tucker_bytes(rank, (5, 9, 7), 8, quantize) + bias_bytes
+    input1, input2 = normal(11, 9), normal(11, 7, seed=1)
+    expected = reference.bilinear_dense(input1, input2, layer.to_dense(torch.float64), layer.bias)
+    assert_matches_reference(layer(input1, input2).detach(), expected.detach())
+    pairs = layer.pairwise(input1[None, :3], input2[None, :4])
+    assert_matches_reference(pairs[0, 2, 3].detach(), layer(input1[2:3], input2[3:4])[0].detach())
+    with pytest.raises(InputError, match=r"\(..., 9\)"):
+        layer(input2, input2)
+
+
+def test_a_square_factor_that_is_no_identity_is_multiplied_into_the_core():
+    generator = torch.Generator().manual_seed(0)
+    factors = [torch.randn(d, d, generator=generator, dtype=torch.float64) for d in (5, 9, 7)]
+    decomposition = TuckerDecomposition(normal(5, 9, 7), tuple(factors))
+    layer = TuckerBilinear.from_decomposition(decomposition)
+    assert list(layer.state_dict()) == ["core.weight"]
+    torch.testing.assert_close(layer.core.weight.detach(), decomposition.to_tensor(), rtol=1e-12, atol=1e-10)
+
+
+@pytest.mark.parametrize("rank", [(1, 1, 1), RANK])
 def test_the_forward_is_the_reference_of_its_parts(rank):
     layer, _ = example(rank)
     input1, input2 = normal(11, 9), normal(11, 7, seed=1)
@@ -77,7 +111,8 @@ def test_int8_has_a_scale_for_each_component_and_for_each_fibre_of_the_core(rank
 @pytest.mark.parametrize("rank", [RANK, (5, 2, 2)])
 def test_flops_are_those_of_the_projections_and_of_the_core(rank):
     layer, _ = example(rank)
-    assert layer.flops_per_row == 2 * (5 * rank[0] + 9 * rank[1] + 7 * rank[2]) + ops.dense_flops(rank)
+    projections = sum(2 * r * d for r, d in zip(rank, (5, 9, 7), strict=True) if r < d)
+    assert layer.flops_per_row == projections + ops.dense_flops(rank)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""What a process of its own measures of one contestant on one weight: seconds, peak memory, and the error found anew.
+
+Nothing that a solver says about its own result is believed: error, amplification and the error after rounding to
+8 bits are computed here from the factors, in float64, slice by slice.
+"""
+
+import ctypes
+import math
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants import Contestant, Parts, solver
+from benchmarks.weights import Weight
+
+_SLICE = 2**22  # elements of a float64 slice
+_ONCE = 5.0  # seconds above which a call is not repeated
+_WARM_UP = ((6, 5, 4), (32, 32, 32))
+
+
+def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any]:
+    """Solve once for the memory, repeat where that was quick, check the result."""
+    for shape in _WARM_UP:  # first calls load code, start threads and grow the allocator's pools
+        solver(*_small(contestant, shape))()
+    weight = case.read(folder)
+    call = solver(contestant, weight, case.cp_rank if contestant.method == "cp" else case.tucker_rank)
+    (found, seconds), memory = with_peak(lambda: timed(call))
+    samples = [seconds]
+    if seconds <= _ONCE:
+        samples += [timed(call)[1] for _ in range(4 if seconds < 1 else 2)]
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive") if samples[1:] else [seconds] * 3
+    head, factors = found
+    return {
+        "rank": "x".join(map(str, head.shape)),
+        "parameters": sum(f.numel() for f in factors) + (head.numel() if head.dim() == 3 else 0),
+        "error": relative_error(weight, found),
+        "seconds": median,
+        "lower_quartile": lower,
+        "upper_quartile": upper,
+        "peak_memory_x": memory / (weight.numel() * weight.element_size()),
+        "amplification": amplification(found) if head.dim() == 1 else "",
+        "error_after_int8": relative_error(weight, rounded(found)),
+    }
+
+
+def succeed(case: Weight, contestant: Contestant, folder: Path, seeds: int) -> dict[str, Any]:
+    """Solve from many seeds: how often the exact answer is found, and how near the others come."""
+    weight = case.read(folder)
+    solver(contestant, weight, case.cp_rank)()
+    errors, amplified, samples, failures = [], [], [], 0
+    for seed in range(seeds):
+        start = time.perf_counter()
+        try:
+            found = solver(replace(contestant, seed=seed), weight, case.cp_rank)()
+        except Exception:  # a singular solve is one way to fail; it counts
+            failures += 1
+            continue
+        finally:
+            samples.append(time.perf_counter() - start)
+        errors.append(relative_error(weight, found))
+        amplified.append(amplification(found))
+    errors = [error if math.isfinite(error) else math.inf for error in errors] + [math.inf] * failures
+    return {
+        "rank": case.cp_rank,
+        "tolerance": "" if case.tolerance is None else case.tolerance,
+        "seeds": seeds,
+        "found": "" if case.tolerance is None else sum(error <= case.tolerance for error in errors),
+        "raised": failures,
+        "best_error": min(errors),
+        "median_error": statistics.median(errors),
+        "worst_error": max(errors),
+        "median_amplification": statistics.median(amplified) if amplified else "",
+        "median_seconds": statistics.median(samples),
+    }
+
+
+def timed(call: Callable[[], Parts]) -> tuple[Parts, float]:
+    """What a call returns, and its seconds."""
+    start = time.perf_counter()
+    found = call()
+    return found, time.perf_counter() - start
+
+
+def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
+    """What a call returns, and the bytes by which the process's resident memory rose at most meanwhile."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what comes
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = _status("VmRSS")
+    except OSError:
+        before, found = _maximum(), call()
+        return found, _maximum() - before
+    found = call()
+    return found, _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
+def _maximum() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _small(contestant: Contestant, shape: tuple[int, int, int]) -> tuple[Contestant, Tensor, Any]:
+    budget = None if contestant.max_seconds is None else min(0.1, contestant.max_seconds)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    rank = {"cp": min(shape) // 2, "tucker": tuple(size // 2 for size in shape), "max_error": None}
+    return replace(contestant, sweeps=3, max_seconds=budget), weight, rank[contestant.method]
+
+
+def relative_error(weight: Tensor, found: Parts) -> float:
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius), in float64."""
+    head, (out, in1, in2) = (found[0].double(), tuple(factor.double() for factor in found[1]))
+    rows = max(1, _SLICE // weight[0].numel())
+    residual = total = 0.0
+    for start in range(0, weight.shape[0], rows):
+        part, exact = out[start : start + rows], weight[start : start + rows].double()
+        if head.dim() == 1:
+            slices = in1 @ ((part * head)[:, :, None] * in2.T)
+        else:
+            slices = in1 @ torch.tensordot(part, head, 1) @ in2.T
+        residual += float((exact - slices).square().sum())
+        total += float(exact.square().sum())
+    return math.sqrt(residual / total)
+
+
+def amplification(found: Parts) -> float:
+    """sqrt(Σ_r ‖component r‖²) / ‖their sum‖ of a CP: how much the components cancel."""
+    head, factors = found
+    inner = torch.outer(head.double(), head.double())
+    for factor in factors:
+        inner = inner * (factor.double().T @ factor.double())
+    total = float(inner.sum())
+    return math.sqrt(float(inner.diagonal().sum()) / total) if total > 0 else math.inf
+
+
+def rounded(found: Parts) -> Parts:
+    """Rounded to int8 and back: a scale for each factor's column, and for each (R_o, R_i) fibre of a core."""
+    head, (out, in1, in2) = found
+    head = _int8(head, 2) if head.dim() == 3 else head  # a CP's weights go into the scales
+    return head, (_int8(out, 0), _int8(in1, 0), _int8(in2, 0))
+
+
+def _int8(values: Tensor, axis: int) -> Tensor:
+    scale = values.double().abs().amax(axis, keepdim=True) / 127
+    scale = scale.where(scale > 0, torch.ones_like(scale))
+    return (values.double() / scale).round() * scale

@@ -1,0 +1,229 @@
+"""CP by alternating least squares, penalised and accelerated, on a tensor of norm 1.
+
+Minimises ‖T − [[A, B, C]]‖² + μ Σ_r λ_r² with λ_r = ‖a_r‖‖b_r‖‖c_r‖. The penalty keeps components from growing and
+cancelling (degeneracy: de Silva and Lim, 2008; the ridge: Paatero, 1997). With it the exact step for one factor is a
+solve with V + μ diag V, V the Hadamard product of the other two Grams. Between sweeps the factors are extrapolated,
+which is undone where the objective rises (heavy ball with restarts: Mitchell, Ye, De Sterck, 2020).
+
+Products with the tensor are in its dtype; Grams, solves and the objective are in float64.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._clock import Clock
+
+_TOLERANCE = 1e-6
+_SETTLED = 3
+_LEAST_PRODUCT = 2**20  # elements of a partial product that are always held at once
+PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
+_MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
+
+
+@dataclass
+class Iterate:
+    """Factors (d_m, R), the objective there, and its parts: the squared residual, Σ λ_r² and the squared norm."""
+
+    factors: list[Tensor]
+    objective: float = math.inf
+    residual: float = math.inf
+    sizes: float = math.inf
+    norm: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """Relative to a tensor of norm 1."""
+        return math.sqrt(max(self.residual, 0.0))
+
+    @property
+    def amplification(self) -> float:
+        """sqrt(Σ λ_r²) relative to the norm of the approximation."""
+        return math.sqrt(self.sizes / max(self.norm, 1e-300))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a solve: at most `sweeps`, and no longer than until this fraction of the clock's time is spent.
+
+    `reserve` keeps time for so many more sweeps. `tolerance` ends it where sweeps lower the objective by less than
+    this part of it, three times in a row; `enough`, where the squared residual is at most that. `first` and `last` are
+    the penalties, from the one to the other geometrically over the first `falling` of the stage. `span` is the part of
+    the whole solve that it is.
+    """
+
+    sweeps: int
+    until: float = 1.0
+    reserve: float = 0.0
+    tolerance: float = _TOLERANCE
+    enough: float = 0.0
+    first: float = PENALTY
+    last: float = PENALTY
+    falling: float = 0.7
+    span: tuple[float, float] = (0.0, 1.0)
+
+    def penalty(self, done: float) -> float:
+        """In steps, since objectives under different penalties do not compare."""
+        if self.first == self.last:
+            return self.last
+        return float(self.first * (self.last / self.first) ** min(1.0, done / self.falling))
+
+
+def descend(
+    tensor: Tensor,  # (a, b, c)
+    factors: Sequence[Tensor],
+    stage: Stage,
+    clock: Clock,
+    scale: float = 1.0,
+) -> Iterate:
+    """Accelerated sweeps; returns the best iterate under the last penalty reached. At least one sweep is made.
+
+    The tensor is meant times `scale`, which gives it, or the tensor that it is the core of, norm 1.
+    """
+    best = Iterate(balanced([factor.to(tensor.dtype) for factor in factors]))
+    previous = best.factors
+    sweeper = Sweeper(tensor, factors[0].shape[1], scale)
+    momentum = settled = 0
+    begun, penalty = clock.elapsed(), math.nan
+    limit = clock.left(stage.until)
+    for k in range(stage.sweeps):
+        before = clock.elapsed()
+        done = max(k / stage.sweeps, (before - begun) / max(limit, 1e-9))
+        if stage.penalty(done) != penalty:
+            penalty = stage.penalty(done)
+            best.objective = math.inf
+        step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * momentum) if momentum else 0.0
+        pairs = zip(best.factors, previous, strict=True)
+        new = sweeper.sweep([torch.lerp(p, b, 1 + step) for b, p in pairs] if step else best.factors, penalty)
+        clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * done, new.error)
+        if new.objective < best.objective:  # not where it is NaN
+            settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
+            previous, best = best.factors, new
+            momentum += 1
+        elif step == 0.0:
+            break  # a plain sweep cannot rise but by rounding: this is the minimum
+        else:
+            momentum = 0
+        if (
+            settled >= _SETTLED
+            or best.residual <= stage.enough
+            or clock.left(stage.until) < (1 + stage.reserve) * (clock.elapsed() - before)
+        ):
+            break
+    return best
+
+
+def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
+    """The same components with equal norms in the three factors."""
+    norms = torch.stack([factor.norm(dim=0) for factor in factors])
+    scale = norms.prod(0) ** (1 / 3) / norms.where(norms > 0, 1.0)
+    return [factor * s for factor, s in zip(factors, scale, strict=True)]
+
+
+def measured(tensor: Tensor, factors: Sequence[Tensor], penalty: float) -> Iterate:
+    """The objective at given factors."""
+    grams = [wide_gram(factor) for factor in factors]
+    right = Sweeper(tensor, factors[0].shape[1]).last(factors[0], factors[1])
+    inner = float(torch.sum(right * factors[2], dtype=torch.float64))
+    return _iterate(list(factors), grams[0] * grams[1] * grams[2], inner, penalty)
+
+
+def _iterate(factors: list[Tensor], model: Tensor, inner: float, penalty: float) -> Iterate:
+    # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
+    norm, sizes = float(model.sum()), float(model.diagonal().sum())
+    residual = 1.0 - 2 * inner + norm if math.isfinite(norm) else math.nan
+    return Iterate(factors, residual + penalty * sizes, residual, sizes, norm)
+
+
+def wide_gram(factor: Tensor) -> Tensor:
+    """(R, R) in float64."""
+    wide = factor.double()
+    return wide.T @ wide
+
+
+class Sweeper:
+    """Sweeps over one tensor. Its buffers are kept from sweep to sweep: fresh memory would cost as much as the work.
+
+    Partial products T ×_3 C of shape (a, b, R) serve two updates. Where they would be larger than T they are made in
+    chunks of columns, twice.
+    """
+
+    def __init__(self, tensor: Tensor, rank: int, scale: float = 1.0) -> None:
+        self._tensor, self._scale = tensor, scale
+        plane = tensor.shape[0] * tensor.shape[1]
+        most = max(_LEAST_PRODUCT, tensor.numel())
+        width = rank if plane * rank <= most else max(1, most // 4 // plane)
+        self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
+        self._product = tensor.new_empty(plane * width)
+        self._scratch = tensor.new_empty(max(plane * width, tensor.shape[1] * rank))
+
+    def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
+        """Each factor in turn replaced by the best for the others."""
+        first, second, third = factors
+        gram2, gram3 = wide_gram(second), wide_gram(third)
+        first = _update(self._first(second, third), gram2 * gram3, penalty)
+        gram1 = wide_gram(first)
+        second = _update(self._second(first, third), gram1 * gram3, penalty)
+        gram2 = wide_gram(second)
+        normal = gram1 * gram2
+        right = self.last(first, second)
+        third = _update(right, normal, penalty)
+        inner = float(torch.sum(right * third, dtype=torch.float64))
+        return _iterate(balanced((first, second, third)), normal * wide_gram(third), inner, penalty)
+
+    def _partial(self, third: Tensor, columns: slice) -> Tensor:
+        a, b, _ = self._tensor.shape
+        part = third[:, columns]
+        product = self._product[: a * b * part.shape[1]].view(a * b, -1)
+        return torch.matmul(self._tensor.flatten(0, 1), part, out=product).view(a, b, -1)
+
+    def _first(self, second: Tensor, third: Tensor) -> Tensor:
+        """Σ_jk T_ijk B_jr C_kr: (a, R)."""
+        parts = []
+        for columns in self._columns:
+            product = self._partial(third, columns)
+            scratch = self._scratch[: product.numel()].view_as(product)
+            parts.append(torch.mul(product, second[:, columns], out=scratch).sum(1))
+        return torch.cat(parts, dim=1).mul_(self._scale)
+
+    def _second(self, first: Tensor, third: Tensor) -> Tensor:
+        """Σ_ik T_ijk A_ir C_kr: (b, R)."""
+        a, b, _ = self._tensor.shape
+        parts = []
+        for columns in self._columns:
+            whole = len(self._columns) == 1  # then `_first` has left it
+            product = self._product.view(a, b, -1) if whole else self._partial(third, columns)
+            scratch = self._scratch[: product.numel()].view_as(product)
+            parts.append(torch.mul(product, first[:, None, columns], out=scratch).sum(0))
+        return torch.cat(parts, dim=1).mul_(self._scale)
+
+    def last(self, first: Tensor, second: Tensor) -> Tensor:
+        """Σ_ij T_ijk A_ir B_jr: (c, R). Of the Khatri-Rao product of A and B, only some rows are held at once."""
+        size, rank = second.shape
+        rows = self._scratch.numel() // (size * rank)
+        total: Tensor | None = None
+        for start in range(0, len(first), rows):
+            some = first[start : start + rows, None]
+            pairs = torch.mul(some, second, out=self._scratch[: len(some) * size * rank].view(len(some), size, rank))
+            part = pairs.flatten(0, 1).T @ self._tensor[start : start + rows].flatten(0, 1)  # faster than its transpose
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total.T.mul_(self._scale)
+
+
+def _update(right: Tensor, normal: Tensor, penalty: float) -> Tensor:
+    """The factor F that solves F (V + μ diag V) = M; the least-norm one where that is singular."""
+    system = normal.clone()
+    diagonal = system.diagonal()
+    # a component that has died has a zero row and column: 1 on its diagonal leaves it at zero
+    diagonal.mul_(1 + penalty + 1e-15).add_(diagonal == 0)
+    triangle, failed = torch.linalg.cholesky_ex(system)  # as exact as if the diagonal were scaled to ones
+    if int(failed):
+        scale = diagonal.rsqrt()
+        values, vectors = torch.linalg.eigh(system * scale[:, None] * scale)
+        inverse = torch.where(values > 1e-14 * values[-1], 1 / values, 0.0)
+        return ((right.double() * scale @ vectors * inverse) @ vectors.T * scale).to(right.dtype)
+    return torch.cholesky_solve(right.T.double(), triangle).T.to(right.dtype)

@@ -1,0 +1,256 @@
+"""CP at a given rank: cheap starts on a small core, the best one refined on ever larger ones and on the whole tensor.
+
+The core is that of an HOSVD, whose leading blocks hold most of the energy (the compression of Bro and Andersson, 1998,
+in several steps). So a coarse solution, which costs a fraction of a sweep over the whole, is a good start for the next
+size. On the whole, sweeps alternate with sweeps on the core that the factors then span.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ._als import PENALTY, Iterate, Stage, descend
+from ._clock import Clock
+from ._newton import finish
+from ._source import Source, mode_product
+from ._starts import hosvd_start, pencil_start, random_start
+from ._subspace import blocks, compressed, lifted
+from ._types import CPDecomposition
+
+AMPLIFICATION_LIMIT = 3.0
+
+_FIRST_PENALTY = 1e-1  # while components find their places
+_LEVELS = (0.5, 0.75, 1.0)  # of the core's sizes; starts are tried on the first
+_LEVEL_SWEEPS = (30, 30, 40)
+_LEVEL_TIMES = (0.25, 0.5, 0.75)  # of the time budget, when each ends; the rest is for the whole tensor
+_STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
+_MOST_STARTS = 24
+_CHEAP = 2**17  # elements of a core times the rank with which a sweep costs next to nothing
+_CYCLES = 4  # of a few sweeps on the whole and more on the core that the factors span
+_CYCLE_SWEEPS = (1, 20)
+_CYCLE_TIMES = (0.85, 0.9, 0.95, 1.0)
+_SWEEPS = 150  # on the whole
+_FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the rank
+_SMALLER = 3  # times fewer elements make a core worth cycles
+_EXACT = 1e-3  # squared residual under which a tensor may be exactly of low rank
+_PROMISING = 0.1  # squared residual above which none of that is to be hoped for
+_NEWTON_CHEAP = 600  # unknowns with which Newton's method costs less than sweeps
+_NEWTON_UNKNOWNS = 3000
+_KEPT = 4  # of the starts of a small tensor that are followed to their minima
+_ZERO = 1e-13  # squared residual
+_ROUNDING = 1e-12  # squared norm left out by a core that holds the whole tensor
+_PROBE = 2**17  # elements of a weight in which its closing is timed
+_LEAST_PENALTY = 1e-16
+
+
+def as_result(weight: Tensor, source: Source, factors: Sequence[Tensor]) -> CPDecomposition:
+    """Normalised, sorted, rounded to the weight's dtype and measured; factors are of the weight over its norm."""
+    wide = [factor.double() for factor in factors]
+    norms = torch.stack([factor.norm(dim=0) for factor in wide])
+    weights = norms.prod(0)
+    order = weights.argsort(descending=True, stable=True)
+    columns = [(f / n.where(n > 0, 1.0))[:, order] for f, n in zip(wide, norms, strict=True)]
+    out, in1, in2 = (column.to(weight.dtype) for column in columns)
+    scaled = weights[order] * (math.sqrt(source.total) / source.scale)
+    result = CPDecomposition(scaled.to(torch.promote_types(weight.dtype, torch.float32)), (out, in1, in2))
+    return CPDecomposition(result.weights, result.factors, result.relative_error(weight))
+
+
+def solve(
+    source: Source,
+    rank: int,
+    seed: int,
+    clock: Clock,
+    start: Sequence[Tensor] | None = None,
+    effort: float = 1.0,
+    enough: float = 0.0,
+) -> Iterate:
+    """Factors for the weight over its norm, in the order of its axes.
+
+    Args:
+        start: factors (d_m, R) to go on from, instead of the starts.
+        effort: below 1, a single start, and so many fewer sweeps.
+        enough: an error at which to stop, where there is a start.
+    """
+    if source.total == 0:
+        device, dtype = source.weight.device, source.dtype
+        return Iterate([torch.zeros(size, rank, dtype=dtype, device=device) for size in source.shape], 0.0, 0.0, 0.0)
+    if 1 in source.shape:
+        return _matrix(source, rank)
+    generator = torch.Generator().manual_seed(seed)
+    order = sorted(range(3), key=lambda m: source.shape[m])  # the longest last: partial products are smallest so
+    if start is None:
+        basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
+        if found.residual < _EXACT and source.dtype != torch.float64:
+            # float32 cannot tell a small residual from rounding
+            source = Source(source.weight, torch.float64)
+            basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
+        factors = lifted(basis, found.factors)
+        if outside <= _ROUNDING:
+            return replace(found, factors=_in_order(factors, order))
+    else:
+        factors = [start[m] for m in order]
+    best = _on_whole(*source.permuted(order), factors, clock, effort, enough)
+    return replace(best, factors=_in_order(best.factors, order))
+
+
+def _closing_seconds(source: Source, rank: int) -> float:
+    """About what `as_result` will take, from a part of it."""
+    begun = time.perf_counter()
+    part = source.weight[: max(1, _PROBE // math.prod(source.shape[1:]))]
+    factors = [torch.ones(size, rank, dtype=part.dtype, device=part.device) for size in part.shape]
+    CPDecomposition(factors[0][0], (factors[0], factors[1], factors[2])).relative_error(part)
+    return (time.perf_counter() - begun) * source.shape[0] / len(part)
+
+
+def is_small(source: Source, rank: int) -> bool:
+    """Whether sweeps cost next to nothing."""
+    return math.prod(min(size, rank) for size in source.shape) * rank <= _CHEAP
+
+
+def _in_order(factors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
+    return [factors[order.index(mode)] for mode in range(3)]
+
+
+def _compressed_solve(
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock, effort: float
+) -> tuple[list[Tensor], Iterate, float]:
+    """The bases and the CP of the core, with the axes in this order, and the squared norm that the core leaves out."""
+    sizes = [min(size, 3 * rank // 2) for size in source.shape]
+    if math.prod(sizes) * _FAR_SMALLER > math.prod(source.shape):
+        sizes = [min(size, rank) for size in source.shape]
+    basis, core = compressed(source, sizes, generator)
+    core = core.permute(*order).contiguous()
+    whole = all(u.shape[0] == u.shape[1] for u in basis)
+    outside = 0.0 if whole else max(1 - float(core.double().square().sum()), 0.0)
+    clock.prepared(_closing_seconds(source, rank))
+    return [basis[m] for m in order], _on_core(core, outside, rank, generator, clock, effort), outside
+
+
+def _on_core(
+    core: Tensor, outside: float, rank: int, generator: torch.Generator, clock: Clock, effort: float
+) -> Iterate:
+    """The best CP of the core that the starts lead to, over its leading blocks."""
+    last = outside <= _ROUNDING
+    small = core.numel() * rank <= _CHEAP
+    coarse = core if small else blocks(core, _LEVELS[0])
+    starts = 1 if effort < 1 else max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // (core.numel() * rank)))
+    sweeps = max(3, round(_LEVEL_SWEEPS[0] * effort))
+    scouts: list[Iterate] = []
+    for k in range(starts):
+        begin = (random_start if k else hosvd_start)(coarse, rank, generator)
+        before, span = clock.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
+        stage = Stage(sweeps, _LEVEL_TIMES[0], first=_FIRST_PENALTY, span=span)
+        scouts.append(descend(coarse, begin, stage, clock))
+        if clock.left(_LEVEL_TIMES[0]) < clock.elapsed() - before:
+            break
+    scouts.sort(key=lambda scout: scout.objective)
+    newton = sum(core.shape) * rank <= _NEWTON_CHEAP
+    best: Iterate | None = None
+    for scout in scouts[: _KEPT if newton else 1]:
+        found = _settled(core, scout.factors, outside, last, newton, clock, effort)
+        best = found if best is None or found.objective < best.objective else best
+        if best.residual < _ZERO:
+            break
+    assert best is not None
+    if not clock.limited and best.residual >= _ZERO and outside < _EXACT:
+        begun = pencil_start(core, rank, generator)
+        found = best if begun is None else _settled(core, begun, outside, last, newton, clock, effort)
+        best = found if found.objective < best.objective else best
+    return best
+
+
+def _settled(
+    core: Tensor, factors: Sequence[Tensor], outside: float, last: bool, newton: bool, clock: Clock, effort: float
+) -> Iterate:
+    """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
+    best = Iterate(list(factors))
+    for level, sweeps, until in zip(_LEVELS[1:], _LEVEL_SWEEPS[1:], _LEVEL_TIMES[1:], strict=True):
+        block = blocks(core, level)
+        if level < 1 and len(best.factors[0]) >= len(block):
+            continue  # the start was on the whole core
+        final = last and level == 1
+        stage = Stage(
+            max(1, round(effort * (_SWEEPS if final else sweeps))),
+            1.0 if final else until,
+            reserve=0.2 if final else 0.0,
+            tolerance=1e-6 if final else 1e-5,
+            span=(0.3, 0.9 if last else 0.5),
+        )
+        best = descend(block, _padded(best.factors, block), stage, clock)
+    if newton and clock.left() > 0 and best.residual < _PROMISING:
+        best = finish(core, best.factors, PENALTY, outside)
+    return _released(core, best, clock, outside)
+
+
+def _on_whole(
+    tensor: Tensor, scale: float, factors: Sequence[Tensor], clock: Clock, effort: float, enough: float
+) -> Iterate:
+    """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
+    rank = factors[0].shape[1]
+    best = Iterate(list(factors))
+    small = math.prod(min(size, rank) for size in tensor.shape) * _SMALLER < tensor.numel()
+    for k in range(_CYCLES if small else 0):
+        span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
+        best = descend(tensor, best.factors, Stage(_CYCLE_SWEEPS[0], _CYCLE_TIMES[k], 1.5, span=span), clock, scale)
+        if clock.left(_CYCLE_TIMES[k]) <= 0:
+            break
+        basis = [torch.linalg.qr(f)[0] if f.shape[0] > rank else None for f in best.factors]
+        core = tensor
+        for mode in (2, 1, 0):
+            core = mode_product(core, basis[mode], mode)
+        inside = [f if u is None else u.T @ f for u, f in zip(basis, best.factors, strict=True)]
+        stage = Stage(_CYCLE_SWEEPS[1], _CYCLE_TIMES[k], tolerance=1e-5, span=span)
+        found = descend(core.contiguous(), inside, stage, clock, scale)
+        best = replace(found, factors=lifted(basis, found.factors))
+    sweeps = max(1, round(effort * _SWEEPS))
+    best = descend(tensor, best.factors, Stage(sweeps, reserve=0.2, enough=enough**2, span=(0.5, 1.0)), clock, scale)
+    return _released(tensor, best, clock, scale=scale)
+
+
+def _padded(factors: Sequence[Tensor], core: Tensor) -> list[Tensor]:
+    """Factors of a leading block as factors of the core."""
+    return [torch.cat([f, f.new_zeros(size - len(f), f.shape[1])]) for f, size in zip(factors, core.shape, strict=True)]
+
+
+def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0, scale: float = 1.0) -> Iterate:
+    """Lower the penalty while it is what holds the error up, as it does on weights that are exactly low rank."""
+    penalty = PENALTY
+    if best.residual > _EXACT:
+        return best
+    tensor = tensor.double() * scale
+    newton = sum(tensor.shape) * best.factors[0].shape[1] <= _NEWTON_UNKNOWNS
+    while best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
+        penalty *= 1e-3 if newton else 1e-1
+        begin = [factor.double() for factor in best.factors]
+        lower = (
+            finish(tensor, begin, penalty, outside)
+            if newton
+            else descend(tensor, begin, Stage(_SWEEPS, first=penalty, last=penalty), clock)
+        )
+        if not lower.residual < best.residual:
+            break
+        best = lower
+        if best.amplification > AMPLIFICATION_LIMIT and best.residual > _ZERO:
+            break  # it buys accuracy by cancelling, and `cp` will say so
+    return best
+
+
+def _matrix(source: Source, rank: int) -> Iterate:
+    """The best CP of a tensor with a mode of size 1: the truncated SVD (Eckart and Young, 1936)."""
+    single = next(mode for mode in range(3) if source.shape[mode] == 1)
+    first, second = (mode for mode in range(3) if mode != single)
+    tensor, scale = source.permuted((0, 1, 2))
+    unit = tensor * scale
+    left, values, right = torch.linalg.svd(unit.squeeze(single), full_matrices=False)
+    kept = min(rank, values.shape[0])
+    factors = [unit.new_zeros(size, rank) for size in unit.shape]  # rank above the matrix's: zero components
+    factors[single][0, :kept] = 1.0
+    factors[first][:, :kept] = left[:, :kept] * values[:kept].sqrt()
+    factors[second][:, :kept] = right[:kept].T * values[:kept].sqrt()
+    lost = float(values[kept:].double().square().sum())
+    return Iterate(factors, lost, lost, 1 - lost, 1 - lost)

@@ -1,0 +1,159 @@
+"""A weight as the solvers read it: slab by slab, in the working dtype, so that no whole copy of it is needed.
+
+Sums of squares and Grams are in float64 whatever the working dtype: a float32 Gram loses every singular value below
+about 1e-4 of the largest.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ._types import peak
+
+Basis: TypeAlias = Sequence[Tensor | None]
+"""Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
+
+_SLAB = 2**20  # elements of a slab
+_SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
+
+
+class Source:
+    """A weight (O, I, J) times a power of two that keeps the squares of its entries within range.
+
+    Attributes:
+        dtype: the working dtype; float64 for float64 weights and small ones, else float32.
+        total: the squared Frobenius norm of the scaled weight.
+        scale: the power of two.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.weight = weight.detach().contiguous()  # another layout would round otherwise
+        self.shape: tuple[int, int, int] = tuple(weight.shape)  # type: ignore[assignment]
+        small = weight.numel() <= _SMALL
+        self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 or small else torch.float32)
+        largest = peak(self.weight)
+        # a weight of usual size is read as it is, which saves a pass over it
+        self.scale = 1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** -math.frexp(largest)[1]
+        self.total = sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
+
+    def read(self, rows: slice) -> Tensor:
+        """Rows of the scaled weight in the working dtype."""
+        return self._scaled(self.weight[rows])
+
+    def _scaled(self, part: Tensor) -> Tensor:
+        # float16 could not hold the scaled value before it is widened; float64's scale must not pass through float32
+        part = part.to(self.dtype) if self.scale > 1e-30 else part.double()
+        return part if self.scale == 1.0 else (part * self.scale).to(self.dtype)
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the first axis, each of about `_SLAB` elements or one output, and what they hold."""
+        rows = max(1, _SLAB // max(1, self.shape[1] * self.shape[2]))
+        for start in range(0, self.shape[0], rows):
+            which = slice(start, min(start + rows, self.shape[0]))
+            yield which, self.read(which)
+
+    def gram(self, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """The unfolding times its transpose (d, d)."""
+        if mode == 0:
+            return self._gram_out(dtype)
+        size = self.shape[mode]
+        total = torch.zeros(size, size, dtype=dtype, device=self.weight.device)
+        for _, slab in self.slabs():
+            wide = slab.to(dtype)
+            flat = wide.movedim(mode, 0).flatten(1) if mode == 1 else wide.flatten(0, 1).T
+            total += flat @ flat.T
+        return total
+
+    def _gram_out(self, dtype: torch.dtype) -> Tensor:
+        size = self.shape[0]
+        total = torch.zeros(size, size, dtype=dtype, device=self.weight.device)
+        for part in self._columns():
+            flat = self._scaled(part).to(dtype).flatten(1)
+            total += flat @ flat.T
+        return total
+
+    def permuted(self, order: Sequence[int]) -> tuple[Tensor, float]:
+        """The weight in the working dtype, contiguous in this order of its axes, and a factor that gives it norm 1.
+
+        It is the caller's own tensor where that will do.
+        """
+        factor = 1 / math.sqrt(self.total)
+        view = self.weight.permute(*order)
+        if self.scale == 1.0 and view.dtype == self.dtype and view.is_contiguous():
+            return view, factor
+        copy = torch.empty(view.shape, dtype=self.dtype, device=view.device)
+        target = copy.permute(*(list(order).index(m) for m in range(3)))
+        for rows, slab in self.slabs():
+            target[rows] = slab
+        return copy, factor
+
+    def project(self, basis: Basis, skip: int | None = None) -> Tensor:
+        """W ×_m U_mᵀ over all modes but `skip`, for U_m (d_m, r_m) in the working dtype; None leaves a mode."""
+        out, in1, in2 = (None if mode == skip else u for mode, u in enumerate(basis))
+        if in1 is None and in2 is None and out is not None:
+            return torch.cat([mode_product(self._scaled(part), out, 0) for part in self._columns()], dim=1)
+        sizes = [size if u is None else u.shape[1] for size, u in zip(self.shape, (None, in1, in2), strict=True)]
+        result = torch.empty(sizes, dtype=self.dtype, device=self.weight.device)
+        for rows, slab in self.slabs():
+            if sizes[1] * self.shape[2] < sizes[2] * self.shape[1]:  # the axis that shrinks more goes first
+                result[rows] = mode_product(mode_product(slab, in1, 1), in2, 2)
+            else:
+                result[rows] = mode_product(mode_product(slab, in2, 2), in1, 1)
+        return mode_product(result, out, 0)
+
+    def _columns(self) -> Iterator[Tensor]:
+        """Slabs of the second axis, as they are in the weight."""
+        columns = max(1, _SLAB // max(1, self.shape[0] * self.shape[2]))
+        for start in range(0, self.shape[1], columns):
+            yield self.weight[:, start : start + columns]
+
+    def rotate(self, basis: Sequence[Tensor]) -> Tensor:
+        """`project` for square U_m, in one tensor of the working dtype: the full HOSVD core."""
+        core = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
+        for rows, slab in self.slabs():
+            core[rows] = mode_product(slab @ basis[2], basis[1], 1)
+        flat = core.flatten(1)
+        columns = max(1, _SLAB // self.shape[0])
+        for start in range(0, flat.shape[1], columns):
+            part = flat[:, start : start + columns]
+            part.copy_(basis[0].T @ part)
+        return core
+
+    def lost(self, basis: Basis) -> float:
+        """The squared norm of what the projection on the bases leaves out, from the residual itself."""
+        core, out = self.project(basis), basis[0]
+        core = core if basis[1] is None else torch.matmul(basis[1], core)
+        lost = 0.0
+        for rows, slab in self.slabs():
+            kept = core[rows] if out is None else (out[rows] @ core.flatten(1)).unflatten(1, core.shape[1:])
+            kept = kept if basis[2] is None else kept @ basis[2].T
+            lost += float((slab - kept).double().square().sum())
+        return lost
+
+
+def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
+    """Tensor ×_mode matrixᵀ for a matrix (d_mode, r): the axis d_mode becomes r. No permuted copies."""
+    if matrix is None:
+        return tensor
+    match mode:
+        case 0:
+            return (matrix.T @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
+        case 1:
+            return torch.matmul(matrix.T, tensor)
+        case _:
+            return tensor @ matrix
+
+
+def gram(tensor: Tensor, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The Gram matrix of a small tensor's unfolding."""
+    flat = tensor.movedim(mode, 0).flatten(1).to(dtype)
+    return flat @ flat.T
+
+
+def leading(gram_matrix: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """The `count` leading eigenvectors of a Gram matrix, that is left singular vectors of the unfolding."""
+    vectors: Tensor = torch.linalg.eigh(gram_matrix)[1]
+    return vectors.flip(1)[:, :count].to(dtype).contiguous()

@@ -1,0 +1,86 @@
+"""The Tucker core on which CP begins: small, in HOSVD coordinates, made by fast products in the working dtype."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._source import Basis, Source, gram, leading, mode_product
+
+_LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than CP's own sweeps
+_OVERSAMPLED = 8
+_SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from
+
+
+def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+    """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, about in the coordinates of its HOSVD."""
+    shrinking = any(2 * k < d for k, d in zip(sizes, source.shape, strict=True))
+    if source.weight.numel() >= _LARGE and shrinking:
+        basis, core = _sketched(source, sizes, generator)
+    else:
+        basis = truncated(source, sizes, source.dtype)
+        core = source.project(basis)
+    core = core * source.total**-0.5
+    # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too
+    turned: list[Tensor] = []
+    for mode, u in enumerate(basis):
+        if u is None:
+            u = leading(_sampled_gram(core, mode), core.shape[mode], source.dtype)
+            core = mode_product(core, u, mode)
+        turned.append(u)
+    return turned, core
+
+
+def _sampled_gram(core: Tensor, mode: int) -> Tensor:
+    """The Gram of an unfolding's strided sample: coordinates need not be exact, and the whole would cost a sweep."""
+    flat = core.movedim(mode, 0).flatten(1)
+    stride = max(1, flat.shape[1] // (_SAMPLED * flat.shape[0]))
+    stride -= stride % 2 == 0 and stride > 1  # odd, for the columns' period is often even
+    part = flat[:, ::stride].to(torch.promote_types(core.dtype, torch.float32))
+    return part @ part.T
+
+
+def truncated(source: Source, sizes: Sequence[int], dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
+    """The sequentially truncated HOSVD, the mode that shrinks most first; None for full modes. Grams are in `dtype`."""
+    basis: list[Tensor | None] = [None, None, None]
+    rest: Tensor | None = None
+    for mode in sorted(range(3), key=lambda m: sizes[m] / source.shape[m]):
+        if sizes[mode] < source.shape[mode]:
+            matrix = source.gram(mode, dtype) if rest is None else gram(rest, mode, dtype)
+            basis[mode] = leading(matrix, sizes[mode], source.dtype)
+            rest = source.project(basis) if rest is None else mode_product(rest, basis[mode], mode)
+    return basis
+
+
+def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:
+    """A random range finder (Halko, Martinsson, Tropp, 2011) for each mode, by a power step within the others' ranges.
+
+    Returns the bases and the core.
+    """
+    device, dtype = source.weight.device, source.dtype
+    draws: list[Tensor] = []
+    for size, kept in zip(source.shape, sizes, strict=True):
+        draw = torch.randn(size, min(size, kept + _OVERSAMPLED), generator=generator, dtype=torch.float64)
+        draws.append(torch.linalg.qr(draw)[0].to(device, dtype))
+    basis: list[Tensor | None] = [None if d == k else u for d, k, u in zip(source.shape, sizes, draws, strict=True)]
+    for mode, u in enumerate(basis):
+        if u is not None:
+            flat = source.project(basis, skip=mode).movedim(mode, 0).flatten(1)
+            basis[mode] = torch.linalg.qr(flat @ (flat.T @ u))[0]
+    core = source.project(basis)
+    for mode, u in enumerate(basis):
+        if u is not None:
+            turn = leading(gram(core, mode), sizes[mode], dtype)
+            basis[mode], core = u @ turn, mode_product(core, turn, mode)
+    return basis, core
+
+
+def blocks(core: Tensor, fraction: float) -> Tensor:
+    """The leading block with this fraction of each size."""
+    a, b, c = (max(1, -(-int(1000 * fraction) * size // 1000)) for size in core.shape)
+    return core[:a, :b, :c].contiguous()
+
+
+def lifted(basis: Basis, factors: Sequence[Tensor]) -> list[Tensor]:
+    """Factors in the coordinates of the whole."""
+    return [factor if u is None else u.to(factor.dtype) @ factor for u, factor in zip(basis, factors, strict=True)]
