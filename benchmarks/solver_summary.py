@@ -31,7 +31,7 @@ def show(rows: Sequence[Row], exact: Sequence[Row]) -> None:
         columns |= {"best_error": "Best error", "median_error": "Median", "worst_error": "Worst"}
         columns |= {"median_amplification": "Amplif.", "median_seconds": "Seconds"}
         console.print(_table(exact, columns))
-    for line in [*tucker_lines(rows), *cp_lines(rows), *max_error_lines(rows), *exact_lines(exact)]:
+    for line in [*tucker_lines(rows), *cp_lines(rows), *pace_lines(rows), *max_error_lines(rows), *exact_lines(exact)]:
         console.print(line, highlight=False, markup=False)
 
 
@@ -98,6 +98,27 @@ def cp_lines(rows: Sequence[Row]) -> Iterator[str]:
                 f"({better['contestant']} {theirs:.4f}); memory {_short(ours['peak_memory_x'])}x "
                 f"({_short(better['peak_memory_x'])}x)"
             )
+
+
+def pace_lines(rows: Sequence[Row]) -> Iterator[str]:
+    """The least time measured in which ours is at most as far off as TensorLy's better start, relative to its faster."""
+    needed = []
+    for case in _cases(rows):
+        found = _by_contestant(row for row in rows if row["case"] == case and row["method"] == "cp")
+        starts = [found[name, FULL] for name in STARTS if (name, FULL) in found]
+        ours = [row for (name, _), row in found.items() if name == "ours"]
+        if not starts or not case.startswith("power_"):
+            continue
+        error = min(float(row["error"]) for row in starts)
+        seconds = [float(row["seconds"]) for row in ours if float(row["error"]) <= error]
+        if not seconds:
+            yield f"CP {case}: TensorLy's error was not reached"
+            continue
+        needed.append(min(seconds) / min(float(row["seconds"]) for row in starts))
+        yield f"CP {case}: TensorLy's error within {needed[-1]:.3f} of its time"
+    if needed:
+        mean = statistics.geometric_mean(needed)
+        yield f"CP, {len(needed)} power-law cases: TensorLy's error within {mean:.3f} of its time (geometric mean)"
 
 
 def max_error_lines(rows: Sequence[Row]) -> Iterator[str]:

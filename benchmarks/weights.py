@@ -126,8 +126,9 @@ TRAINED = (
 )
 SYNTHETIC = (
     Weight("power_50x100x100", lambda: power_law((50, 100, 100)), 64, (16, 32, 32)),
-    Weight("power_128x128x128", lambda: power_law((128, 128, 128)), 128, (32, 32, 32)),
-    Weight("power_97x148x148", lambda: power_law((97, 148, 148)), 96, (32, 48, 48)),
+    Weight("power_128x128x128", lambda: power_law((128, 128, 128)), 64, (32, 32, 32)),
+    Weight("power_128x128x128_r128", lambda: power_law((128, 128, 128)), 128),
+    Weight("power_97x148x148", lambda: power_law((97, 148, 148)), 64, (32, 48, 48)),
     Weight("power_97x768x768", lambda: power_law((97, 768, 768)), 64, (32, 96, 96)),
 )
 EXACT = (

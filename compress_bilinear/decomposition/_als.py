@@ -9,7 +9,7 @@ Products with the tensor are in its dtype; Grams, solves and the objective are i
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from ._clock import Clock
 _TOLERANCE = 1e-6
 _SETTLED = 3
 _LEAST_PRODUCT = 2**20  # elements of a partial product that are always held at once
+_SCRATCH = 2**19  # elements of what is summed at once, which caches hold
 PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
 
@@ -158,7 +159,7 @@ class Sweeper:
         width = rank if plane * rank <= most else max(1, most // 4 // plane)
         self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
         self._product = tensor.new_empty(plane * width)
-        self._scratch = tensor.new_empty(max(plane * width, tensor.shape[1] * rank))
+        self._scratch = tensor.new_empty(max(min(plane * width, _SCRATCH), tensor.shape[1] * rank))
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
@@ -180,37 +181,46 @@ class Sweeper:
         product = self._product[: a * b * part.shape[1]].view(a * b, -1)
         return torch.matmul(self._tensor.flatten(0, 1), part, out=product).view(a, b, -1)
 
+    def _times(self, product: Tensor, other: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The product (a, b, r) times another, some rows at a time."""
+        a, b, width = product.shape
+        step = max(1, self._scratch.numel() // (b * width))
+        for start in range(0, a, step):
+            rows = slice(start, min(start + step, a))
+            part = product[rows]
+            scratch = self._scratch[: part.numel()].view_as(part)
+            yield rows, torch.mul(part, other[rows] if len(other) == a else other, out=scratch)
+
     def _first(self, second: Tensor, third: Tensor) -> Tensor:
         """Σ_jk T_ijk B_jr C_kr: (a, R)."""
-        parts = []
+        result = second.new_empty(self._tensor.shape[0], second.shape[1])
         for columns in self._columns:
             product = self._partial(third, columns)
-            scratch = self._scratch[: product.numel()].view_as(product)
-            parts.append(torch.mul(product, second[:, columns], out=scratch).sum(1))
-        return torch.cat(parts, dim=1).mul_(self._scale)
+            for rows, part in self._times(product, second[None, :, columns].expand(1, -1, -1)):
+                torch.sum(part, 1, out=result[rows, columns])
+        return result.mul_(self._scale)
 
     def _second(self, first: Tensor, third: Tensor) -> Tensor:
         """Σ_ik T_ijk A_ir C_kr: (b, R)."""
         a, b, _ = self._tensor.shape
-        parts = []
+        result = first.new_zeros(b, first.shape[1])
         for columns in self._columns:
             whole = len(self._columns) == 1  # then `_first` has left it
             product = self._product.view(a, b, -1) if whole else self._partial(third, columns)
-            scratch = self._scratch[: product.numel()].view_as(product)
-            parts.append(torch.mul(product, first[:, None, columns], out=scratch).sum(0))
-        return torch.cat(parts, dim=1).mul_(self._scale)
+            for _, part in self._times(product, first[:, None, columns]):
+                result[:, columns] += part.sum(0)
+        return result.mul_(self._scale)
 
     def last(self, first: Tensor, second: Tensor) -> Tensor:
         """Σ_ij T_ijk A_ir B_jr: (c, R). Of the Khatri-Rao product of A and B, only some rows are held at once."""
         size, rank = second.shape
-        rows = self._scratch.numel() // (size * rank)
-        total: Tensor | None = None
-        for start in range(0, len(first), rows):
-            some = first[start : start + rows, None]
+        step = self._scratch.numel() // (size * rank)
+        total = first.new_zeros(rank, self._tensor.shape[2])
+        for start in range(0, len(first), step):
+            some = first[start : start + step, None]
             pairs = torch.mul(some, second, out=self._scratch[: len(some) * size * rank].view(len(some), size, rank))
-            part = pairs.flatten(0, 1).T @ self._tensor[start : start + rows].flatten(0, 1)  # faster than its transpose
-            total = part if total is None else total.add_(part)
-        assert total is not None
+            flat = self._tensor[start : start + step].flatten(0, 1)
+            total.addmm_(pairs.flatten(0, 1).T, flat)  # faster than its transpose
         return total.T.mul_(self._scale)
 
 

@@ -5,7 +5,7 @@ about 1e-4 of the largest.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -16,7 +16,8 @@ from ._types import peak
 Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
-_SLAB = 2**20  # elements of a slab
+_SLAB = 2**20  # elements of a slab, at most
+_LEAST_SLAB = 2**15
 _SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 
@@ -49,31 +50,13 @@ class Source:
         return part if self.scale == 1.0 else (part * self.scale).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the first axis, each of about `_SLAB` elements or one output, and what they hold."""
-        rows = max(1, _SLAB // max(1, self.shape[1] * self.shape[2]))
-        for start in range(0, self.shape[0], rows):
-            which = slice(start, min(start + rows, self.shape[0]))
-            yield which, self.read(which)
+        """Slices of the first axis, and what they hold."""
+        for rows in slab_slices(self.shape, 0):
+            yield rows, self.read(rows)
 
     def gram(self, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The unfolding times its transpose (d, d)."""
-        if mode == 0:
-            return self._gram_out(dtype)
-        size = self.shape[mode]
-        total = torch.zeros(size, size, dtype=dtype, device=self.weight.device)
-        for _, slab in self.slabs():
-            wide = slab.to(dtype)
-            flat = wide.movedim(mode, 0).flatten(1) if mode == 1 else wide.flatten(0, 1).T
-            total += flat @ flat.T
-        return total
-
-    def _gram_out(self, dtype: torch.dtype) -> Tensor:
-        size = self.shape[0]
-        total = torch.zeros(size, size, dtype=dtype, device=self.weight.device)
-        for part in self._columns():
-            flat = self._scaled(part).to(dtype).flatten(1)
-            total += flat @ flat.T
-        return total
+        return gram(self.weight, mode, dtype, self._scaled)
 
     def permuted(self, order: Sequence[int]) -> tuple[Tensor, float]:
         """The weight in the working dtype, contiguous in this order of its axes, and a factor that gives it norm 1.
@@ -94,7 +77,8 @@ class Source:
         """W ×_m U_mᵀ over all modes but `skip`, for U_m (d_m, r_m) in the working dtype; None leaves a mode."""
         out, in1, in2 = (None if mode == skip else u for mode, u in enumerate(basis))
         if in1 is None and in2 is None and out is not None:
-            return torch.cat([mode_product(self._scaled(part), out, 0) for part in self._columns()], dim=1)
+            columns = slab_slices(self.shape, 1)
+            return torch.cat([mode_product(self._scaled(self.weight[:, c]), out, 0) for c in columns], dim=1)
         sizes = [size if u is None else u.shape[1] for size, u in zip(self.shape, (None, in1, in2), strict=True)]
         result = torch.empty(sizes, dtype=self.dtype, device=self.weight.device)
         for rows, slab in self.slabs():
@@ -104,22 +88,14 @@ class Source:
                 result[rows] = mode_product(mode_product(slab, in2, 2), in1, 1)
         return mode_product(result, out, 0)
 
-    def _columns(self) -> Iterator[Tensor]:
-        """Slabs of the second axis, as they are in the weight."""
-        columns = max(1, _SLAB // max(1, self.shape[0] * self.shape[2]))
-        for start in range(0, self.shape[1], columns):
-            yield self.weight[:, start : start + columns]
-
     def rotate(self, basis: Sequence[Tensor]) -> Tensor:
         """`project` for square U_m, in one tensor of the working dtype: the full HOSVD core."""
         core = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
         for rows, slab in self.slabs():
             core[rows] = mode_product(slab @ basis[2], basis[1], 1)
         flat = core.flatten(1)
-        columns = max(1, _SLAB // self.shape[0])
-        for start in range(0, flat.shape[1], columns):
-            part = flat[:, start : start + columns]
-            part.copy_(basis[0].T @ part)
+        for columns in slab_slices(flat.shape, 1):
+            flat[:, columns] = basis[0].T @ flat[:, columns]
         return core
 
     def lost(self, basis: Basis) -> float:
@@ -142,15 +118,34 @@ def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
         case 0:
             return (matrix.T @ tensor.flatten(1)).unflatten(1, tensor.shape[1:])
         case 1:
-            return torch.matmul(matrix.T, tensor)
+            return torch.bmm(matrix.T.expand(tensor.shape[0], -1, -1), tensor)  # matmul would copy the tensor
         case _:
             return tensor @ matrix
 
 
-def gram(tensor: Tensor, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The Gram matrix of a small tensor's unfolding."""
-    flat = tensor.movedim(mode, 0).flatten(1).to(dtype)
-    return flat @ flat.T
+def slab_slices(shape: Sequence[int], axis: int) -> Iterator[slice]:
+    """Slices of an axis, each of about an eighth of the tensor, or `_SLAB` elements, or at least one index."""
+    numel = math.prod(shape)
+    step = max(1, min(_SLAB, max(_LEAST_SLAB, numel // 8)) * shape[axis] // max(1, numel))
+    for start in range(0, shape[axis], step):
+        yield slice(start, min(start + step, shape[axis]))
+
+
+def gram(
+    tensor: Tensor,  # (a, b, c)
+    mode: int,
+    dtype: torch.dtype = torch.float64,
+    prepare: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    """The Gram matrix (d, d) of an unfolding, summed over slabs that `prepare` is applied to."""
+    size = tensor.shape[mode]
+    total = torch.zeros(size, size, dtype=dtype, device=tensor.device)
+    along = 1 if mode == 0 else 0
+    for part in slab_slices(tensor.shape, along):
+        slab = prepare(tensor[:, part] if along else tensor[part]).to(dtype)
+        flat = slab.flatten(0, 1).T if mode == 2 else slab.movedim(mode, 0).flatten(1)
+        total += flat @ flat.T
+    return total
 
 
 def leading(gram_matrix: Tensor, count: int, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,7 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     else:
         basis = truncated(source, sizes, source.dtype)
         core = source.project(basis)
-    core = core * source.total**-0.5
+    core.mul_(source.total**-0.5)
     # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too
     turned: list[Tensor] = []
     for mode, u in enumerate(basis):

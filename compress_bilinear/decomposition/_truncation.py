@@ -13,7 +13,8 @@ from ..errors import InfeasibleError
 from ._rank import tucker_bytes, tucker_flops, tucker_parameters
 from ._types import relative
 
-_SLAB = 2**20  # triples looked at together
+_SLAB = 2**20  # triples looked at together, at most
+_LEAST_SLAB = 2**14
 
 Triple = tuple[int, int, int]
 
@@ -84,7 +85,7 @@ def best_block(
     """
     target.check_feasible()
     sizes = core.shape
-    rows = max(1, _SLAB // (sizes[1] * sizes[2]))
+    rows = max(1, max(_LEAST_SLAB, min(_SLAB, core.numel() // 16)) // (sizes[1] * sizes[2]))
     by_out = torch.stack([slab.double().square().sum() for slab in core])
     beyond_out = _tail(by_out, 0)
     inside = torch.zeros(sizes[1:], dtype=torch.float64, device=core.device)

@@ -25,6 +25,7 @@ from ._types import Factors, TuckerDecomposition, relative
 _ABSORBED = tuple(product((False, True), (False, True), (False, True)))  # the modes, in each family of ranks
 _MAX_SWEEPS = 30
 _TOLERANCE = 1e-4  # HOOI stops where a sweep lowers the error by less than this part of it
+_GRAM_LIMIT = 1e-11  # squared relative error near which singular values are lost in a Gram's rounding
 _ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an orthogonal iteration
 _FEW_SWEEPS = 4  # while ranks are still being chosen
 _NEAR = 1.05  # times the best first choice: HOOI is tried on those
@@ -117,7 +118,7 @@ def refine(source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS
     """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles."""
     basis = list(basis)
     modes = [mode for mode in range(3) if basis[mode] is not None]
-    energy = 0.0
+    energy, exact = 0.0, False
     for k in range(sweeps if modes else 0):
         before = energy
         partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
@@ -128,28 +129,35 @@ def refine(source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS
                 part = mode_product(partial, basis[1 - mode], 1 - mode)
             if mode == 1:
                 partial = None
-            basis[mode], energy = _dominant(part.movedim(mode, 0).flatten(1), basis[mode])  # type: ignore[arg-type]
+            basis[mode], energy = _dominant(part, mode, basis[mode], exact)  # type: ignore[arg-type]
+            del part  # before the next is made
         lost = max(source.total - energy, 0.0)
         clock.report(k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
         if len(modes) == 1 or clock.left() <= 0 or (k and energy - before <= 2 * _TOLERANCE * lost):
-            break
+            if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
+                break
+            exact = True  # and go on, for what Grams cannot see
     return basis
 
 
-def _dominant(flat: Tensor, current: Tensor) -> tuple[Tensor, float]:
-    """The dominant left singular vectors of an unfolding (d, n), as many as there are now, and their energy.
+def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool) -> tuple[Tensor, float]:
+    """The dominant left singular vectors of an unfolding, as many as there are now, and their energy.
 
     Where they are few among many, by one step of orthogonal iteration from the present ones: near convergence it is
-    as good, and costs a fraction of the eigenvectors.
+    as good, and costs a fraction of the eigenvectors. `exact` takes no Gram, which would square small singular values.
     """
     size, kept = current.shape
+    if exact:
+        flat = tensor.movedim(mode, 0).flatten(1)
+        left, singular, _ = torch.linalg.svd(flat, full_matrices=False)
+        return left[:, :kept].contiguous(), float(singular[:kept].square().sum())
     if size >= _ITERATED and 3 * kept <= size:
+        flat = tensor.movedim(mode, 0).flatten(1)
         basis = torch.linalg.qr(flat @ (flat.T @ current))[0]
-        return basis, float((basis.T @ flat).norm().double()) ** 2
-    wide = flat.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
-    return vectors[:, -kept:].flip(1).to(flat.dtype), float(values[-kept:].sum())
+        return basis, float((basis.T @ flat).double().square().sum())
+    values, vectors = torch.linalg.eigh(gram(tensor, mode))
+    return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum())
 
 
 def _chosen(source: Source, target: Target, clock: Clock) -> Basis:
