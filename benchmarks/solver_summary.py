@@ -101,7 +101,7 @@ def cp_lines(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def pace_lines(rows: Sequence[Row]) -> Iterator[str]:
-    """The least time measured in which ours is at most as far off as TensorLy's better start, relative to its faster."""
+    """The least time in which ours was as close as TensorLy's better start, relative to that of its faster one."""
     needed = []
     for case in _cases(rows):
         found = _by_contestant(row for row in rows if row["case"] == case and row["method"] == "cp")

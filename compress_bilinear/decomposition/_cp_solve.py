@@ -37,6 +37,7 @@ _SWEEPS = 150  # on the whole
 _FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the rank
 _SMALLER = 3  # times fewer elements make a core worth cycles
 _EXACT = 1e-3  # squared residual under which a tensor may be exactly of low rank
+_FLOAT32_LIMIT = 1e-5  # squared residual under which float64 is needed
 _PROMISING = 0.1  # squared residual above which none of that is to be hoped for
 _NEWTON_CHEAP = 600  # unknowns with which Newton's method costs less than sweeps
 _NEWTON_UNKNOWNS = 3000
@@ -85,8 +86,8 @@ def solve(
     order = sorted(range(3), key=lambda m: source.shape[m])  # the longest last: partial products are smallest so
     if start is None:
         basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
-        if found.residual < _EXACT and source.dtype != torch.float64:
-            # float32 cannot tell a small residual from rounding
+        if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64:
+            # float32 cannot tell so small a residual from rounding
             source = Source(source.weight, torch.float64)
             basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
         factors = lifted(basis, found.factors)
@@ -183,7 +184,7 @@ def _settled(
         )
         best = descend(block, _padded(best.factors, block), stage, clock)
     if newton and clock.left() > 0 and best.residual < _PROMISING:
-        best = finish(core, best.factors, PENALTY, outside)
+        best = finish(core, best.factors, PENALTY, outside, clock)
     return _released(core, best, clock, outside)
 
 
@@ -228,7 +229,7 @@ def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0,
         penalty *= 1e-3 if newton else 1e-1
         begin = [factor.double() for factor in best.factors]
         lower = (
-            finish(tensor, begin, penalty, outside)
+            finish(tensor, begin, penalty, outside, clock)
             if newton
             else descend(tensor, begin, Stage(_SWEEPS, first=penalty, last=penalty), clock)
         )

@@ -11,19 +11,24 @@ import torch
 from torch import Tensor
 
 from ._als import Iterate, balanced, measured
+from ._clock import Clock
 
 _STEPS = 100
 _DAMPING = 1e-2  # at the start, relative to the mean of the diagonal
 _LEAST_DAMPING = 1e-15
 
 
-def finish(tensor: Tensor, factors: Sequence[Tensor], penalty: float, outside: float = 0.0) -> Iterate:
+def finish(
+    tensor: Tensor, factors: Sequence[Tensor], penalty: float, outside: float = 0.0, clock: Clock | None = None
+) -> Iterate:
     """Levenberg-Marquardt steps from the given factors to a minimum of the penalised objective; all in float64."""
     tensor = tensor.double()
     best = measured_exactly(tensor, balanced([factor.double() for factor in factors]), penalty, outside)
     damping = _DAMPING
     matrix, gradient = _normal_equations(tensor, best.factors, penalty)
     for _ in range(_STEPS):
+        if clock is not None and clock.left() <= 0:
+            break
         mean = matrix.diagonal().mean()
         damped = matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (damping * mean)
         triangle, failed = torch.linalg.cholesky_ex(damped)

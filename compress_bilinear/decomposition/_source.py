@@ -17,7 +17,7 @@ Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
 _SLAB = 2**20  # elements of a slab, at most
-_LEAST_SLAB = 2**15
+_LEAST_SLAB = 2**17
 _SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 

@@ -10,7 +10,7 @@ from support import bilinear, low_rank
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, selection, state_dicts
+from compress_bilinear import cli, selection, state_dicts, surgery
 from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
@@ -81,6 +81,10 @@ MISTAKES = {
     "folder": (("compress", "folder", *TO, *TUCKER), "should be a file. Found a folder"),
     "not a checkpoint": (("compress", "notes.txt", *TO, *TUCKER), "should be a .safetensors file"),
     "pickled module": (("compress", "module.pt", *TO, *TUCKER), "pickled Python objects, which are not loaded"),
+    "no time": (
+        ("compress", "layer.pt", *TO, *TUCKER, "--max-seconds", "0"),
+        "`max_seconds` should be a positive number or None. Found 0.0",
+    ),
     "no rank": (("compress", "layer.pt", *TO), "takes one of --rank, --max-error and --max-size. Found none"),
     "two targets": (
         ("compress", "layer.pt", *TO, *TUCKER, "--max-size", "0.1"),
@@ -191,6 +195,27 @@ class TestCompress:
         assert loaded.rel.rank == expected.rel.rank
         assert torch.equal(loaded.rel.to_dense(), expected.rel.to_dense())
         assert isinstance(loaded.blocks[0], nn.Bilinear)
+
+    @pytest.mark.parametrize("method", [("--method", "cp", "--rank", "4"), TUCKER], ids=["cp", "tucker"])
+    def test_a_time_limit_reaches_the_solver(self, run, monkeypatch, method):
+        limits, solve = [], surgery.solve
+        monkeypatch.setattr(
+            surgery, "solve", lambda layer, config, limit, progress: limits.append(limit) or solve(layer, config, limit)
+        )
+        assert run("compress", "net.pt", *TO, *method, "--layers", "rel", "--max-seconds", "5")[0] == 0
+        assert limits == [pytest.approx(5, abs=1)]
+
+    def test_ctrl_c_in_a_solve_writes_nothing_and_keeps_an_old_output(self, run, folder, monkeypatch):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        (folder / "small.safetensors").write_text("old")
+        before = sorted(folder.rglob("*"))
+        monkeypatch.setattr(surgery, "solve", interrupted)
+        status, _, err = run("compress", "net.pt", *TO, *TUCKER, "--layers", "rel", "--report", "report.json")
+        assert (status, err) == (130, "compress-bilinear: interrupted\n")
+        assert sorted(folder.rglob("*")) == before
+        assert (folder / "small.safetensors").read_text() == "old"
 
     def test_a_layer_that_is_the_whole_file_needs_no_pattern(self, run):
         assert run("compress", "layer.pt", *TO, *TUCKER)[0] == 0

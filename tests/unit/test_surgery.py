@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize, prune
 
 import compress_bilinear as cb
 from compress_bilinear import selection, surgery
+from compress_bilinear.decomposition._als import Sweeper
 from compress_bilinear.errors import ConfigError, MatchError, StalePlanError
 from compress_bilinear.measure import Latency, Timing, stored_bytes
 
@@ -560,3 +561,100 @@ class TestReport:
         out, err = capsys.readouterr()
         assert out == ""
         assert ("Solving" in err) == shown
+
+
+class TestTimeLimit:
+    def test_it_is_shared_by_the_sizes_of_the_layers_that_are_left(self, net, monkeypatch):
+        now, shares, solved = [0.0], [], selection.solve
+        monkeypatch.setattr(surgery.time, "perf_counter", lambda: now[0])
+
+        def solve(layer, config, max_seconds, progress):
+            shares.append(max_seconds)
+            now[0] += 1.0
+            return solved(layer, config)
+
+        monkeypatch.setattr(surgery, "solve", solve)
+        run(cb.plan, net, TUCKER, max_seconds=9.0)
+        # three layers of one size: 9 / 3, then 8 / 2, then 7
+        assert shares == pytest.approx([3.0, 4.0, 7.0])
+
+    def test_without_one_nothing_is_limited(self, net, monkeypatch):
+        shares, solved = [], selection.solve
+        monkeypatch.setattr(
+            surgery, "solve", lambda layer, config, seconds, progress: shares.append(seconds) or solved(layer, config)
+        )
+        run(cb.plan, net, TUCKER)
+        assert shares == [None] * 3
+
+    @pytest.mark.parametrize("config", [cb.CPConfig(rank=4), TUCKER, cb.CPConfig(rank=cb.MaxSize(0.3))], ids=str)
+    def test_the_shortest_still_compresses(self, net, config):
+        _, report = run(cb.compress, net, config, max_seconds=1e-9)
+        assert decisions(report) == dict.fromkeys(NAMES, "replaced")
+
+    @pytest.mark.parametrize("value", [0, -3, "1"])
+    def test_it_is_a_positive_number(self, net, value):
+        with pytest.raises(ConfigError, match="`max_seconds` should be a positive number or None"):
+            run(cb.plan, net, TUCKER, max_seconds=value)
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_ctrl_c_in_a_solve_leaves_the_model_as_it_was(self, net, inplace, monkeypatch):
+        before, modules, calls = state_of(net), dict(net.named_modules()), []
+
+        def interrupted(self, factors, penalty):
+            calls.append(penalty)
+            if len(calls) > 40:
+                raise KeyboardInterrupt
+            return sweep(self, factors, penalty)
+
+        sweep = Sweeper.sweep
+        monkeypatch.setattr(Sweeper, "sweep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(cb.compress, net, cb.CPConfig(rank=4), inplace=inplace, progress=True)
+        assert dict(net.named_modules()) == modules
+        assert_same_state(net, before)
+
+
+def test_a_long_solve_shows_the_layer_and_its_error(net, capsys):
+    run(cb.plan, net, cb.CPConfig(rank=4), progress=True)
+    shown = capsys.readouterr().err
+    assert "Solving" in shown
+    assert "error 0." in shown
+
+
+def test_cancelling_components_are_reported_and_not_warned_of():
+    layer = nn.Bilinear(2, 2, 2)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.weight[0, 0, 1] = layer.weight[0, 1, 0] = layer.weight[1, 0, 0] = 1
+    _, report = run(cb.compress, layer, cb.CPConfig(rank=2), force=True)
+    assert report.layers[0].amplification > 3
+    assert "its components cancel (amplification" in report.layers[0].reason
+
+
+def test_absorbed_modes_count_nothing_and_survive_saving(tmp_path):
+    net = Net()
+    config = cb.TuckerConfig(rank=(3, IN1, 4))
+    new, report = run(cb.compress, net, config)
+    assert report.layers[0].params_after == 3 * IN1 * 4 + OUT * 3 + IN2 * 4 + OUT
+    cb.save(new, tmp_path / "small.safetensors")
+    again = cb.load(tmp_path / "small.safetensors", Net())
+    assert torch.equal(again(*rows()), new(*rows()))
+
+
+@pytest.mark.parametrize("rank", [(OUT, 3, 4), (3, IN1, IN2), (OUT, IN1, 4)], ids=str)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_absorbed_modes_train_compile_and_take_autocast(rank, quantize):
+    layer = cb.TuckerBilinear.from_bilinear(planted(), rank, quantize=quantize)
+    input1, input2 = (part.requires_grad_() for part in rows())
+    layer(input1, input2).sum().backward()
+    assert bool(input1.grad.any())
+    assert bool(input2.grad.any())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(input1, input2).dtype == torch.bfloat16
+    exported = torch.export.export(layer, rows()).module()
+    torch.testing.assert_close(exported(*rows()), layer(*rows()))
+    copied = copy.deepcopy(layer)
+    copied.load_state_dict(layer.state_dict())
+    assert torch.equal(copied(*rows()), layer(*rows()))

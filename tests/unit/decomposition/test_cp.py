@@ -1,3 +1,4 @@
+import itertools
 import math
 import warnings
 
@@ -8,7 +9,7 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import AmplificationWarning, MaxError, MaxSize
-from compress_bilinear.decomposition import cp, cp_bytes
+from compress_bilinear.decomposition import _als, _clock, cp, cp_bytes
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 pytestmark = pytest.mark.filterwarnings("ignore::compress_bilinear.AmplificationWarning")
@@ -219,3 +220,134 @@ def test_components_that_cancel_are_warned_of(weight, rank):
     with pytest.warns(AmplificationWarning, match=f"components of rank {rank} cancel: amplification"):
         found = cp(weight, rank)
     assert found.amplification > 3
+
+
+def collinear(seed, shape=(32, 64, 64), rank=24, cosine=0.9):
+    """An exact CP whose columns have this cosine with each other, in every factor."""
+    generator = torch.Generator().manual_seed(seed)
+    gram = torch.full((rank, rank), cosine, dtype=torch.float64).fill_diagonal_(1.0)
+    draws = (torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in shape)
+    factors = [torch.linalg.qr(draw)[0] @ torch.linalg.cholesky(gram).T for draw in draws]
+    return torch.einsum("or,ir,jr->oij", *factors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(2))
+def test_collinear_components_are_found(seed, dtype):
+    assert cp(collinear(seed).to(dtype), 24, seed=seed).error < 1e-5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_products_of_matrices_are_found_to_rounding_by_nearly_every_seed(seed):
+    assert cp(matrix_multiplication(2, 2, 2), 7, seed=seed).error < 1e-6
+
+
+def test_an_exact_float16_weight_is_as_close_as_its_rounding():
+    found = cp(low_rank((40, 50, 45), 6).half(), 6)
+    assert found.error < 2e-3
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [NOISY, NOISY.float(), low_rank((50, 45, 40), 60), low_rank((50, 45, 40), 60).float()],
+    ids=["small", "small float32", "large", "large float32"],
+)
+@pytest.mark.parametrize("rank", [4, 45, MaxError(0.7), MaxSize(0.2)], ids=repr)
+def test_the_weight_is_not_written_to(weight, rank):
+    before = weight.clone()
+    cp(weight, rank, max_seconds=0.5)
+    assert torch.equal(weight, before)
+
+
+def test_a_large_weight_in_float32_is_as_good_as_in_float64():
+    weight = low_rank((60, 50, 40), 200)
+    wide, narrow = cp(weight, 30), cp(weight.float(), 30)
+    assert narrow.error == pytest.approx(wide.error, rel=2e-3)
+
+
+def test_the_error_falls_with_the_rank_above_the_modes_sizes():
+    weight = low_rank((16, 16, 16), 300)
+    errors = [cp(weight, rank).error for rank in (8, 16, 32, 64)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_threads_change_rounding_only():
+    weight, threads = low_rank((60, 50, 40), 200).float(), torch.get_num_threads()
+    errors = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            errors.append(cp(weight, 20, seed=1).error)
+    finally:
+        torch.set_num_threads(threads)
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+class TestTimeLimit:
+    WEIGHT = low_rank((60, 50, 40), 200).float()
+
+    def test_the_shortest_gives_a_result_and_more_time_a_better_one(self):
+        least, longest = cp(self.WEIGHT, 30, max_seconds=1e-9), cp(self.WEIGHT, 30)
+        assert longest.error < least.error < 1
+
+    def test_sweeps_end_with_it(self, monkeypatch):
+        # a clock that a sweep moves on by a second
+        now, sweep = [0.0], _als.Sweeper.sweep
+        monkeypatch.setattr(_clock.time, "perf_counter", lambda: now[0])
+
+        def slow(self, *args):
+            now[0] += 1
+            return sweep(self, *args)
+
+        monkeypatch.setattr(_als.Sweeper, "sweep", slow)
+        cp(self.WEIGHT, 30, max_seconds=20)
+        assert 15 <= now[0] <= 20
+
+    def test_an_error_that_is_not_met_in_time_is_infeasible(self):
+        with pytest.raises(InfeasibleError, match=r"within 1e-09 s; the lowest was 0\.\d+, at rank \d+"):
+            cp(self.WEIGHT, MaxError(0.05), max_seconds=1e-9)
+
+    @pytest.mark.parametrize("value", [0, -1.0, "soon", math.nan])
+    def test_it_is_a_positive_number(self, value):
+        with pytest.raises(ConfigError, match="`max_seconds` should be a positive number or None"):
+            cp(NOISY, 3, max_seconds=value)
+
+
+class TestProgress:
+    @pytest.mark.parametrize("rank", [5, MaxError(0.5), MaxSize(0.3)], ids=repr)
+    def test_it_never_goes_back_and_ends_near_the_error(self, rank):
+        seen = []
+        found = cp(FULL, rank, progress=lambda done, error: seen.append((done, error)))
+        assert len(seen) > 3
+        for now, later in itertools.pairwise(seen):
+            assert 0 <= now[0] <= later[0] <= 1
+            assert now[1] >= later[1]
+        assert seen[-1][1] == pytest.approx(found.error, rel=0.05)
+
+    def test_what_it_raises_ends_the_solve(self):
+        def stop(done, error):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cp(FULL, 5, progress=stop)
+
+
+@pytest.mark.parametrize("rank", [64, 1000])
+def test_a_rank_above_the_product_bound_is_an_error(rank):
+    with pytest.raises(ConfigError, match=f"at most 63, the least product of two of the sizes .* Found {rank}"):
+        cp(low_rank((9, 11, 7), 3), rank)
+
+
+@pytest.mark.parametrize("axis", range(3))
+def test_a_slice_a_million_times_the_others_is_no_obstacle(axis):
+    weight = low_rank((9, 11, 7), 50)
+    weight.select(axis, 2).mul_(1e6)
+    bound = torch.linalg.svdvals(weight.select(axis, 2))  # the slice is a matrix; CP of rank 5 can take 5 of its ranks
+    assert cp(weight, 5).error <= 1.01 * float(bound[5:].norm() / bound.norm())
+
+
+def test_an_unamplified_result_is_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cp(low_rank((10, 13, 9), 3), 3).amplification < 3

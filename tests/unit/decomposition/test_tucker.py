@@ -8,7 +8,7 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import tucker, tucker_bytes
+from compress_bilinear.decomposition import tucker, tucker_bytes, tucker_flops, tucker_parameters
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)
@@ -177,3 +177,124 @@ def test_the_same_weight_gives_the_same_result_in_any_layout_and_leaves_it_as_it
 def test_a_weight_whose_singular_values_decay_fast_keeps_its_small_ones():
     # float32 Grams would stop at 1e-4
     assert tucker(hilbert(30), (10, 10, 10)).error < 1e-8
+
+
+def test_the_hilbert_tensor_reaches_1e_8_at_the_smallest_ranks_that_permit_it():
+    weight = hilbert(60)
+    values = torch.linalg.svdvals(weight.flatten(1))
+    least = next(r for r in range(1, 60) if float(values[r:].norm() / values.norm()) <= 1e-8)
+    assert tucker(weight, (least, least, least)).error <= 1e-8
+    found = tucker(weight, MaxError(1e-8))
+    assert found.rank == (least, least, least)
+    assert found.error <= 1e-8
+
+
+def test_ranks_beyond_what_grams_see_still_lower_the_error():
+    errors = [tucker(hilbert(40), (r, r, r)).error for r in (11, 12, 13)]
+    assert errors[1] < 0.3 * errors[0]
+    assert errors[2] < 0.3 * errors[1] < 1e-9
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 9), (8, 1, 9), (8, 9, 1), (1, 1, 6), (1, 1, 1)])
+def test_a_mode_of_size_1_is_absorbed(shape):
+    weight = low_rank(shape, 30)
+    rank = tuple(max(1, size // 2) for size in shape)
+    found = tucker(weight, rank)
+    for size, factor in zip(shape, found.factors, strict=True):
+        assert size > 1 or torch.equal(factor, torch.ones(1, 1, dtype=torch.float64))
+    if shape == (1, 8, 9):
+        values = torch.linalg.svdvals(weight[0])
+        assert found.error == pytest.approx(float(values[4:].norm() / values.norm()), rel=1e-9)
+
+
+@pytest.mark.parametrize("rank", [(10, 4, 3), (3, 13, 3), (3, 4, 9), (10, 13, 3), (10, 13, 9)], ids=str)
+def test_a_full_rank_has_the_identity_for_its_factor(rank):
+    found = tucker(NOISY, rank)
+    for r, size, factor in zip(rank, NOISY.shape, found.factors, strict=True):
+        assert torch.equal(factor, torch.eye(size, dtype=torch.float64)) == (r == size)
+        torch.testing.assert_close(factor.T @ factor, torch.eye(r, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_a_weight_that_is_a_tensor_train_becomes_one():
+    # G1 (O, 2), G2 (2, I, 3), G3 (3, J): in1 is at full rank, and its factor would be all cost
+    generator = torch.Generator().manual_seed(0)
+    cores = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((20, 2), (2, 6, 3), (3, 25))]
+    found = tucker(torch.einsum("oa,aib,bj->oij", *cores), MaxError(1e-6))
+    assert found.rank == (2, 6, 3)
+    assert torch.equal(found.factors[1], torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cost", ["bytes", "parameters", "flops"])
+def test_the_cost_that_is_asked_for_is_the_lowest(cost):
+    weight = low_rank((30, 8, 16), 300)
+    costs = {"bytes": lambda r: tucker_bytes(r, weight.shape, 8, None)}
+    costs |= {
+        "parameters": lambda r: tucker_parameters(r, weight.shape),
+        "flops": lambda r: tucker_flops(r, weight.shape),
+    }
+    found = {other: tucker(weight, MaxError(0.5), cost=other).rank for other in costs}
+    assert costs[cost](found[cost]) == min(costs[cost](rank) for rank in found.values())
+
+
+def test_another_cost_is_an_error():
+    with pytest.raises(ConfigError, match=r"`cost` should be one of 'bytes', 'parameters', 'flops'\. Found 'time'\."):
+        tucker(NOISY, MaxError(0.5), cost="time")
+
+
+def st_hosvd(weight, error):
+    """Parameters of the sequentially truncated HOSVD that gives each mode a third of the squared error."""
+    rest, allowed, ranks = weight, error**2 / 3 * float(weight.square().sum()), []
+    for mode in range(3):
+        left, values, _ = torch.linalg.svd(rest.movedim(mode, 0).flatten(1), full_matrices=False)
+        tails = values.square().flip(0).cumsum(0).flip(0)
+        ranks.append(max(1, int((tails > allowed).sum())))
+        rest = torch.tensordot(rest, left[:, : ranks[-1]], dims=([mode], [0])).movedim(-1, mode)
+    return ranks[0] * ranks[1] * ranks[2] + sum(r * d for r, d in zip(ranks, weight.shape, strict=True))
+
+
+@pytest.mark.parametrize("error", [0.6, 0.3])
+def test_fewer_parameters_than_an_even_split_of_the_error(error):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, 28, generator=generator, dtype=torch.float64)
+    for mode, size in enumerate(weight.shape):  # singular values that fall by a power law
+        weight *= torch.arange(1, size + 1).pow(-0.7).view([-1 if m == mode else 1 for m in range(3)])
+    found = tucker(weight, MaxError(error))
+    assert found.error <= error
+    assert tucker_parameters(found.rank, weight.shape) < 0.9 * st_hosvd(weight, error)
+
+
+@pytest.mark.parametrize("error", [0.9, 0.5, 0.1, 1e-3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_max_error_holds_after_rounding_to_any_dtype(error, dtype):
+    found = tucker(NOISY.to(dtype), MaxError(error))
+    assert found.error <= error
+
+
+@pytest.mark.parametrize("rank", [(3, 4, 5), (10, 4, 9), MaxError(0.3), MaxSize(0.4)], ids=repr)
+@pytest.mark.parametrize(
+    "weight", [NOISY, NOISY.float(), low_rank((50, 45, 40), 60).float()], ids=["64", "32", "large"]
+)
+def test_the_weight_is_not_written_to(weight, rank):
+    before = weight.clone()
+    tucker(weight, rank)
+    assert torch.equal(weight, before)
+
+
+def test_a_time_limit_returns_the_start_at_least_and_still_meets_the_target():
+    weight = low_rank((30, 28, 26), 400)
+    assert tucker(weight, (6, 6, 6), max_seconds=1e-9).error >= tucker(weight, (6, 6, 6)).error
+    assert tucker(weight, MaxError(0.5), max_seconds=1e-9).error <= 0.5
+
+
+@pytest.mark.parametrize("rank", [(3, 4, 5), MaxError(0.3)], ids=repr)
+def test_progress_never_goes_back_and_may_end_the_solve(rank):
+    seen = []
+    tucker(FULL, rank, progress=lambda done, error: seen.append(done))
+    assert seen
+    assert seen == sorted(seen)
+
+    def stop(done, error):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tucker(FULL, rank, progress=stop)
