@@ -143,10 +143,16 @@ def _shown(value: Any) -> Any:
 
 
 def _write(out: Path, rows: Sequence[Row], exact: Sequence[Row]) -> None:
+    """Write the rows; those of other cases that are there already stay."""
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("solvers_cpu.csv", rows), ("solvers_exact_cpu.csv", exact)):
         if not part:
             continue
+        if (out / name).exists():
+            with open(out / name, newline="", encoding="utf-8") as file:
+                kept = [row for row in csv.DictReader(file) if row["case"] not in {new["case"] for new in part}]
+            order = [case.name for case in (*SUITE, *QUICK)]
+            part = sorted([*kept, *part], key=lambda row: order.index(row["case"]))
         with written_atomically(out / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(part[0]))
             writer.writeheader()
@@ -159,7 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; all but the quick ones where none is given")
     parser.add_argument("--quick", action="store_true", help="a few contestants on tiny tensors")
-    parser.add_argument("--out", type=Path, help="folder for the results; a whole run has benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder for the results, in which other cases' rows stay; a whole run has benchmarks/results",
+    )
     parser.add_argument("--timeout", type=float, default=900, help="most seconds for one measurement")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -187,10 +197,10 @@ def main() -> None:
             for row in run.rows(case):
                 (exact if case.exact else rows).append(row)
                 progress.update(task, advance=1, description=f"{case.name}: after {row['contestant']}")
+                if out is not None:  # each time, for a run that is cut short
+                    _write(out, rows, exact)
             case.path(run.folder).unlink()
-            if out is not None:  # after each case, for a run that is cut short
-                _write(out, rows, exact)
-    solver_summary.show(rows, exact)
+    solver_summary.show(rows, exact)  # of this run only
     if out is not None:
         print(f"Wrote {out}")
         _plot(out)

@@ -17,6 +17,7 @@ class ProgressBars:
 
     def __init__(self, shown: bool | None = None) -> None:
         console = Console(stderr=True)
+        self._shown = sys.stderr.isatty() if shown is None else shown
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
         self._progress = Progress(
             *columns,
@@ -24,19 +25,24 @@ class ProgressBars:
             TimeElapsedColumn(),
             console=console,
             transient=console.is_terminal,
-            disable=not (sys.stderr.isatty() if shown is None else shown),
+            disable=not self._shown,
         )
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._shown:
+            self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.stop()
+        if self._shown:  # stopping prints a newline where there is no terminal
+            self._progress.stop()
 
     def track(self, items: Iterable[_T], what: str) -> Iterable[_T]:
         """The items, counted as they are taken."""
-        total = len(items) if hasattr(items, "__len__") else None  # type: ignore[arg-type]
+        try:
+            total = len(items)  # type: ignore[arg-type]
+        except TypeError:  # also a DataLoader over a stream, which has a __len__ that raises
+            total = None
         task = self._progress.add_task(what, total=total, note="")
         for item in items:
             yield item

@@ -20,6 +20,7 @@ from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBiline
 from .report import AS_CONFIGURED, LayerReport
 
 _ATTEMPTS = 4  # at a target that rounding made miss
+_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,11 +66,18 @@ def solve(
     if not bool(weight.any()):
         raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
     rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
-    begun = time.perf_counter()
+    begun, shown = time.perf_counter(), [0.0]
+
+    def report(done: float, error: float) -> None:
+        shown[0] = max(shown[0], done)  # an attempt begins anew, a bar does not
+        if progress is not None:
+            progress(shown[0], error)
 
     def attempt(rank: object) -> Candidate:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - begun), 1e-3)
-        return _decompose(weight, bias, config, rank, left, progress)
+        if left is not None and isinstance(rank, MaxError):
+            left /= 2  # and the rest for another attempt
+        return _decompose(weight, bias, config, rank, left, report)
 
     if not isinstance(rank, MaxError):
         try:
@@ -77,6 +85,8 @@ def solve(
         except InfeasibleError as error:
             raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
     target = rank.error
+    if config.quantize is not None:
+        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
     for _ in range(_ATTEMPTS):
         found = attempt(MaxError(target))
         if found.weight_error <= rank.error:

@@ -3,7 +3,8 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -23,7 +24,6 @@ from .selection import Candidate, Decision, judge, keep, solve
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
-_T = TypeVar("_T")
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -172,15 +172,16 @@ def plan(
         entries: list[_Entry] = []
         misfits: list[tuple[Config, ConfigError | None]] = []
         solving = bars.parts("Solving", len(selected))
-        seconds = _TimeShares(
-            max_seconds, [f.layer for (f, _), no in zip(selected, refusals, strict=True) if no is None]
-        )
+        pairs = zip(selected, refusals, strict=True)
+        decomposed = [f.layer for (f, c), no in pairs if no is None and not isinstance(c, DenseConfig)]
+        seconds = _TimeShares(max_seconds, decomposed)
         for k, ((found, wanted), refusal) in enumerate(zip(selected, refusals, strict=True)):
             if refusal is not None:
                 entries.append(_Entry(found, keep(found, wanted, refusal)))
                 continue
             try:
-                candidate = solve(found.layer, wanted, seconds.take(found.layer), solving(k, found.label))
+                with seconds.share(found.layer) as share:
+                    candidate = solve(found.layer, wanted, share, solving(k, found.label))
             except ConfigError as error:
                 misfit = _named(error, found.label)
                 misfits.append((wanted, misfit))
@@ -241,17 +242,19 @@ class _TimeShares:
 
     def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
         self._left = max_seconds
-        self._elements = sum(layer.weight.numel() for layer in layers)
-        self._since = time.perf_counter()
+        self._sizes = {id(layer): layer.weight.numel() for layer in layers}
 
-    def take(self, layer: nn.Bilinear) -> float | None:
-        if self._left is None:
-            return None
-        now = time.perf_counter()
-        self._left, self._since = max(self._left - (now - self._since), 1e-3), now
-        share = self._left * layer.weight.numel() / max(self._elements, 1)
-        self._elements -= layer.weight.numel()
-        return share
+    @contextmanager
+    def share(self, layer: nn.Bilinear) -> Iterator[float | None]:
+        """This layer's part; only what is spent within the context is gone."""
+        rest = sum(self._sizes.values())
+        size = self._sizes.pop(id(layer), 0)
+        begun = time.perf_counter()
+        try:
+            yield None if self._left is None else max(self._left * size / max(rest, 1), 1e-3)
+        finally:
+            if self._left is not None:
+                self._left = max(self._left - (time.perf_counter() - begun), 0.0)
 
 
 def compare_layers(

@@ -20,7 +20,8 @@ from ._clock import Clock
 _TOLERANCE = 1e-6
 _SETTLED = 3
 _LEAST_PRODUCT = 2**20  # elements of a partial product that are always held at once
-_SCRATCH = 2**19  # elements of what is summed at once, which caches hold
+_SCRATCH = 2**19  # elements of what is summed at once, at most, which caches hold
+_LEAST_SCRATCH = 2**16
 PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
 
@@ -99,7 +100,7 @@ def descend(
         step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * momentum) if momentum else 0.0
         pairs = zip(best.factors, previous, strict=True)
         new = sweeper.sweep([torch.lerp(p, b, 1 + step) for b, p in pairs] if step else best.factors, penalty)
-        clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * done, new.error)
+        clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
             previous, best = best.factors, new
@@ -122,14 +123,6 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     norms = torch.stack([factor.norm(dim=0) for factor in factors])
     scale = norms.prod(0) ** (1 / 3) / norms.where(norms > 0, 1.0)
     return [factor * s for factor, s in zip(factors, scale, strict=True)]
-
-
-def measured(tensor: Tensor, factors: Sequence[Tensor], penalty: float) -> Iterate:
-    """The objective at given factors."""
-    grams = [wide_gram(factor) for factor in factors]
-    right = Sweeper(tensor, factors[0].shape[1]).last(factors[0], factors[1])
-    inner = float(torch.sum(right * factors[2], dtype=torch.float64))
-    return _iterate(list(factors), grams[0] * grams[1] * grams[2], inner, penalty)
 
 
 def _iterate(factors: list[Tensor], model: Tensor, inner: float, penalty: float) -> Iterate:
@@ -159,7 +152,8 @@ class Sweeper:
         width = rank if plane * rank <= most else max(1, most // 4 // plane)
         self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
         self._product = tensor.new_empty(plane * width)
-        self._scratch = tensor.new_empty(max(min(plane * width, _SCRATCH), tensor.shape[1] * rank))
+        scratch = min(_SCRATCH, max(_LEAST_SCRATCH, tensor.numel() // 4))
+        self._scratch = tensor.new_empty(max(min(plane * width, scratch), tensor.shape[1] * rank))
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
@@ -232,6 +226,8 @@ def _update(right: Tensor, normal: Tensor, penalty: float) -> Tensor:
     diagonal.mul_(1 + penalty + 1e-15).add_(diagonal == 0)
     triangle, failed = torch.linalg.cholesky_ex(system)  # as exact as if the diagonal were scaled to ones
     if int(failed):
+        if not bool(torch.isfinite(system).all()):
+            return torch.full_like(right, torch.nan)  # which no descent accepts
         scale = diagonal.rsqrt()
         values, vectors = torch.linalg.eigh(system * scale[:, None] * scale)
         inverse = torch.where(values > 1e-14 * values[-1], 1 / values, 0.0)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import torch
 from torch import Tensor
 
 from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
@@ -35,14 +36,15 @@ def cp(
         seed: of the random starts. The same seed gives the same result, up to rounding on another number of threads.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
         max_seconds: time after which the best so far is returned; None goes on to convergence. At least one sweep is
-            made. With a limit, results depend on the machine's speed.
+            made. With a limit, results depend on the machine's speed, and a `MaxError` that has not been met by then is
+            infeasible.
         progress: called with the part done and the relative error so far.
 
     Returns:
         A `CPDecomposition` in the weight's dtype and device: unit columns, components by descending weight. Its
         `error` is the true residual in float64 after that rounding. Beside a large weight, the solver holds at most
         three times its bytes; beside a small one, or at ranks far above the modes' sizes, some float64 matrices of
-        R x R as well.
+        R x R as well. Weights that are nearly exact are finished in float64, which takes up to twice that.
 
     Warns:
         AmplificationWarning: components cancel, by an `amplification` above 3.
@@ -50,19 +52,20 @@ def cp(
     Raises:
         CompressionError: the weight is not three-way, floating, finite and non-empty.
         ConfigError: the rank is not positive, or above min(OI, OJ, IJ); or `max_seconds` is not positive.
-        InfeasibleError: no rank that stores fewer bytes than the weight meets the target.
+        InfeasibleError: no rank that stores fewer bytes than the weight meets the target, or none did in time.
     """
     check_weight(weight)
     check_quantize(quantize)
     clock = Clock(max_seconds, progress)
-    source = Source(weight)
-    match rank:
-        case MaxError():
+    if isinstance(rank, MaxSize):
+        rank = affordable(weight, rank, quantize)
+    elif not isinstance(rank, MaxError):
+        check_cp_rank(rank, weight.shape)
+    with torch.autocast(weight.device.type, enabled=False):  # the solver chooses its precision itself
+        source = Source(weight)
+        if isinstance(rank, MaxError):
             result = search(weight, source, rank, seed, quantize, clock)
-        case MaxSize():
-            result = as_result(weight, source, solve(source, affordable(weight, rank, quantize), seed, clock).factors)
-        case _:
-            check_cp_rank(rank, weight.shape)
+        else:
             result = as_result(weight, source, solve(source, rank, seed, clock).factors)
     if result.amplification > AMPLIFICATION_LIMIT:
         warnings.warn(

@@ -72,14 +72,15 @@ def _attempts(
 
     def attempt(rank: int, near: CPDecomposition | None) -> CPDecomposition:
         nonlocal count
+        begin, end = count / (count + 4), (count + 1) / (count + 5)
         count += 1
-        limited = Clock(_SHARE * max(clock.left(), 1e-3)) if clock.limited else Clock()
+        seconds = _SHARE * max(clock.left(), 1e-3) if clock.limited else None
+        limited = Clock(seconds, lambda done, error: clock.report(begin + (end - begin) * done, error))
         if near is None or is_small(source, rank):
             solved = solve(source, rank, seed, limited)
         else:
             solved = solve(source, rank, seed, limited, _resized(source, near, rank, seed), _QUICK, enough)
         result = as_result(weight, source, solved.factors)
-        clock.report(count / (count + 4), result.error or 0.0)
         return result
 
     return attempt
@@ -92,7 +93,7 @@ def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> lis
     factors = [(factor[:, :kept].double() * weights.pow(1 / 3)) for factor in near.factors]
     generator = torch.Generator().manual_seed(seed)
     scale = float(weights.min().pow(1 / 3))
-    fresh = [torch.randn(len(f), rank - kept, generator=generator, dtype=torch.float64) for f in factors]
+    fresh = [torch.randn(len(f), rank - kept, generator=generator, dtype=torch.float64, device="cpu") for f in factors]
     fresh = [f * (scale / f.norm(dim=0).clamp_min(1e-300)) for f in fresh]
     return [torch.cat([f, g.to(f)], dim=1).to(source.dtype) for f, g in zip(factors, fresh, strict=True)]
 

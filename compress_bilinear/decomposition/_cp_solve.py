@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._als import PENALTY, Iterate, Stage, descend
 from ._clock import Clock
-from ._newton import finish
+from ._newton import finish, measured_exactly
 from ._source import Source, mode_product
 from ._starts import hosvd_start, pencil_start, random_start
 from ._subspace import blocks, compressed, lifted
@@ -74,8 +74,7 @@ def solve(
 
     Args:
         start: factors (d_m, R) to go on from, instead of the starts.
-        effort: below 1, a single start, and so many fewer sweeps.
-        enough: an error at which to stop, where there is a start.
+        effort, enough: where there is a start, a factor on the number of sweeps, and an error at which to stop.
     """
     if source.total == 0:
         device, dtype = source.weight.device, source.dtype
@@ -85,11 +84,13 @@ def solve(
     generator = torch.Generator().manual_seed(seed)
     order = sorted(range(3), key=lambda m: source.shape[m])  # the longest last: partial products are smallest so
     if start is None:
-        basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
-        if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64:
+        basis, found, outside = _compressed_solve(source, rank, order, generator, clock)
+        if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and clock.left() > clock.elapsed():
             # float32 cannot tell so small a residual from rounding
-            source = Source(source.weight, torch.float64)
-            basis, found, outside = _compressed_solve(source, rank, order, generator, clock, effort)
+            wide = Source(source.weight, torch.float64)
+            again = _compressed_solve(wide, rank, order, generator, clock)
+            if again[1].residual <= max(abs(found.residual), 1e-7):
+                source, (basis, found, outside) = wide, again
         factors = lifted(basis, found.factors)
         if outside <= _ROUNDING:
             return replace(found, factors=_in_order(factors, order))
@@ -118,7 +119,7 @@ def _in_order(factors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
 
 
 def _compressed_solve(
-    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock, effort: float
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock
 ) -> tuple[list[Tensor], Iterate, float]:
     """The bases and the CP of the core, with the axes in this order, and the squared norm that the core leaves out."""
     sizes = [min(size, 3 * rank // 2) for size in source.shape]
@@ -129,23 +130,20 @@ def _compressed_solve(
     whole = all(u.shape[0] == u.shape[1] for u in basis)
     outside = 0.0 if whole else max(1 - float(core.double().square().sum()), 0.0)
     clock.prepared(_closing_seconds(source, rank))
-    return [basis[m] for m in order], _on_core(core, outside, rank, generator, clock, effort), outside
+    return [basis[m] for m in order], _on_core(core, outside, rank, generator, clock), outside
 
 
-def _on_core(
-    core: Tensor, outside: float, rank: int, generator: torch.Generator, clock: Clock, effort: float
-) -> Iterate:
+def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator, clock: Clock) -> Iterate:
     """The best CP of the core that the starts lead to, over its leading blocks."""
     last = outside <= _ROUNDING
     small = core.numel() * rank <= _CHEAP
     coarse = core if small else blocks(core, _LEVELS[0])
-    starts = 1 if effort < 1 else max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // (core.numel() * rank)))
-    sweeps = max(3, round(_LEVEL_SWEEPS[0] * effort))
+    starts = max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // (core.numel() * rank)))
     scouts: list[Iterate] = []
     for k in range(starts):
         begin = (random_start if k else hosvd_start)(coarse, rank, generator)
         before, span = clock.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
-        stage = Stage(sweeps, _LEVEL_TIMES[0], first=_FIRST_PENALTY, span=span)
+        stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=_FIRST_PENALTY, span=span)
         scouts.append(descend(coarse, begin, stage, clock))
         if clock.left(_LEVEL_TIMES[0]) < clock.elapsed() - before:
             break
@@ -153,20 +151,21 @@ def _on_core(
     newton = sum(core.shape) * rank <= _NEWTON_CHEAP
     best: Iterate | None = None
     for scout in scouts[: _KEPT if newton else 1]:
-        found = _settled(core, scout.factors, outside, last, newton, clock, effort)
+        found = _settled(core, scout.factors, outside, last, newton, clock)
         best = found if best is None or found.objective < best.objective else best
         if best.residual < _ZERO:
             break
     assert best is not None
-    if not clock.limited and best.residual >= _ZERO and outside < _EXACT:
+    promising = _ZERO <= best.residual < _PROMISING and outside < _EXACT
+    if promising and clock.left() > clock.elapsed():
         begun = pencil_start(core, rank, generator)
-        found = best if begun is None else _settled(core, begun, outside, last, newton, clock, effort)
+        found = best if begun is None else _settled(core, begun, outside, last, newton, clock)
         best = found if found.objective < best.objective else best
     return best
 
 
 def _settled(
-    core: Tensor, factors: Sequence[Tensor], outside: float, last: bool, newton: bool, clock: Clock, effort: float
+    core: Tensor, factors: Sequence[Tensor], outside: float, last: bool, newton: bool, clock: Clock
 ) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
     best = Iterate(list(factors))
@@ -176,7 +175,7 @@ def _settled(
             continue  # the start was on the whole core
         final = last and level == 1
         stage = Stage(
-            max(1, round(effort * (_SWEEPS if final else sweeps))),
+            _SWEEPS if final else sweeps,
             1.0 if final else until,
             reserve=0.2 if final else 0.0,
             tolerance=1e-6 if final else 1e-5,
@@ -223,8 +222,15 @@ def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0,
     penalty = PENALTY
     if best.residual > _EXACT:
         return best
-    tensor = tensor.double() * scale
-    newton = sum(tensor.shape) * best.factors[0].shape[1] <= _NEWTON_UNKNOWNS
+    if best.factors[0].dtype != torch.float64 or tensor.dtype != torch.float64:  # float32's residual is mostly rounding
+        tensor = tensor.double()
+        best = measured_exactly(tensor * scale, [factor.double() for factor in best.factors], penalty, outside)
+    if best.residual >= 10 * penalty:
+        return best
+    tensor = tensor * scale
+    # with many more unknowns than entries, sweeps find one of the many solutions sooner
+    unknowns = sum(tensor.shape) * best.factors[0].shape[1]
+    newton = unknowns <= max(_NEWTON_CHEAP, min(_NEWTON_UNKNOWNS, tensor.numel()))
     while best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
         penalty *= 1e-3 if newton else 1e-1
         begin = [factor.double() for factor in best.factors]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._als import Iterate, balanced, measured
+from ._als import Iterate, balanced, wide_gram
 from ._clock import Clock
 
 _STEPS = 100
@@ -56,10 +56,11 @@ def finish(
 
 def measured_exactly(tensor: Tensor, factors: list[Tensor], penalty: float, outside: float) -> Iterate:
     """The objective with the residual from the difference itself, for small tensors: it does not cancel."""
-    found = measured(tensor, factors, penalty)
+    model = wide_gram(factors[0]) * wide_gram(factors[1]) * wide_gram(factors[2])
+    norm, sizes = float(model.sum()), float(model.diagonal().sum())
     difference = torch.einsum("ir,jr,kr->ijk", *factors) - tensor
     residual = float(difference.square().sum()) + outside
-    return Iterate(factors, residual + penalty * found.sizes, residual, found.sizes, found.norm)
+    return Iterate(factors, residual + penalty * sizes, residual, sizes, norm)
 
 
 def _normal_equations(tensor: Tensor, factors: Sequence[Tensor], penalty: float) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,9 @@ class Source:
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 or small else torch.float32)
         largest = peak(self.weight)
         # a weight of usual size is read as it is, which saves a pass over it
-        self.scale = 1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** -math.frexp(largest)[1]
+        self.scale = (
+            1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** -max(-1000, min(1000, math.frexp(largest)[1]))
+        )
         self.total = sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
 
     def read(self, rows: slice) -> Tensor:
@@ -45,8 +47,8 @@ class Source:
         return self._scaled(self.weight[rows])
 
     def _scaled(self, part: Tensor) -> Tensor:
-        # float16 could not hold the scaled value before it is widened; float64's scale must not pass through float32
-        part = part.to(self.dtype) if self.scale > 1e-30 else part.double()
+        # float16 could not hold the scaled value before it is widened; an extreme scale must not pass through float32
+        part = part.to(self.dtype) if 1e-30 < self.scale < 1e30 else part.double()
         return part if self.scale == 1.0 else (part * self.scale).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:

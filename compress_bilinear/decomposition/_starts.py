@@ -6,7 +6,7 @@ from torch import Tensor
 
 def random_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
     """Unit Gaussian columns, drawn on the CPU, so that a seed means the same on every device."""
-    draws = [torch.randn(size, rank, generator=generator, dtype=torch.float64) for size in core.shape]
+    draws = [torch.randn(size, rank, generator=generator, dtype=torch.float64, device="cpu") for size in core.shape]
     return [(draw / draw.norm(dim=0)).to(core) for draw in draws]
 
 
@@ -33,7 +33,7 @@ def pencil_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Te
     if min(core.shape[first], core.shape[second]) < rank or core.shape[small] < 2:
         return None
     cube = core.double().permute(small, first, second)[:, :rank, :rank].cpu()
-    mixes = torch.randn(2, core.shape[small], generator=generator, dtype=torch.float64)
+    mixes = torch.randn(2, core.shape[small], generator=generator, dtype=torch.float64, device="cpu")
     one, two = torch.einsum("ms,sij->mij", mixes, cube)
     solved, failed = torch.linalg.solve_ex(two.T, one.T)  # (one two⁻¹)ᵀ
     if int(failed) or not bool(torch.isfinite(solved).all()):
@@ -47,7 +47,7 @@ def pencil_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Te
     factors = [torch.empty(0)] * 3
     factors[small] = (u[:, :, 0] * s[:, :1]).T
     factors[first], factors[second] = left, vh[:, 0].T
-    full = [torch.zeros(size, rank, dtype=torch.float64) for size in core.shape]
+    full = [torch.zeros(size, rank, dtype=torch.float64, device="cpu") for size in core.shape]
     for target, factor in zip(full, factors, strict=True):
         target[: factor.shape[0]] = factor
     return [factor.to(core) for factor in full]

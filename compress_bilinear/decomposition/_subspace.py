@@ -60,7 +60,7 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
     device, dtype = source.weight.device, source.dtype
     draws: list[Tensor] = []
     for size, kept in zip(source.shape, sizes, strict=True):
-        draw = torch.randn(size, min(size, kept + _OVERSAMPLED), generator=generator, dtype=torch.float64)
+        draw = torch.randn(size, min(size, kept + _OVERSAMPLED), generator=generator, dtype=torch.float64, device="cpu")
         draws.append(torch.linalg.qr(draw)[0].to(device, dtype))
     basis: list[Tensor | None] = [None if d == k else u for d, k, u in zip(source.shape, sizes, draws, strict=True)]
     for mode, u in enumerate(basis):

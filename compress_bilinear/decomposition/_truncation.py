@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -50,9 +51,12 @@ class Target:
 
     def check_feasible(self) -> None:
         """Raise InfeasibleError where not even the smallest ranks are within the budget."""
-        if isinstance(self.wanted, MaxSize) and self.price((1, 1, 1)) > self.budget:
+        if not isinstance(self.wanted, MaxSize):
+            return
+        least = min(product(*({1, size} for size in self.shape)), key=self.price)  # a full rank may be the cheapest
+        if self.price(least) > self.budget:
             raise InfeasibleError(
-                f"Rank (1, 1, 1) stores {self.price((1, 1, 1))} bytes. MaxSize({self.wanted.fraction:.4g}) of the "
+                f"Rank {least} stores {self.price(least)} bytes. MaxSize({self.wanted.fraction:.4g}) of the "
                 f"weight's {int(self.budget / self.wanted.fraction)} bytes allows {int(self.budget)}."
             )
 
@@ -83,7 +87,6 @@ def best_block(
     outside it: cumulative sums of squares give it for every triple. They are summed from the outside, all positive:
     the total less what is inside would lose errors below 1e-8.
     """
-    target.check_feasible()
     sizes = core.shape
     rows = max(1, max(_LEAST_SLAB, min(_SLAB, core.numel() // 16)) // (sizes[1] * sizes[2]))
     by_out = torch.stack([slab.double().square().sum() for slab in core])

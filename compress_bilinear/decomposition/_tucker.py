@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
-from ..errors import InfeasibleError
 from ._clock import Clock, Progress
 from ._rank import check_tucker_rank, check_weight
 from ._source import Basis, Source, gram, leading, mode_product
@@ -66,27 +65,29 @@ def tucker(
     Raises:
         CompressionError: the weight is not three-way, floating, finite and non-empty.
         ConfigError: a rank is not within 1..size of its mode, or an option is not one of those above.
-        InfeasibleError: no triple meets the target.
+        InfeasibleError: not even the smallest ranks are within a `MaxSize`.
     """
     check_weight(weight)
     check_quantize(quantize)
     check_cost(cost)
     clock = Clock(max_seconds, progress)
-    if isinstance(rank, (MaxError, MaxSize)):
-        return _to_target(weight, rank, quantize, cost, clock)
-    check_tucker_rank(rank, weight.shape)
-    source = Source(weight)
-    return _result(weight, source, refine(source, truncated(source, rank, source.dtype), clock))
+    with torch.autocast(weight.device.type, enabled=False):  # the solver chooses its precision itself
+        if isinstance(rank, (MaxError, MaxSize)):
+            return _to_target(weight, rank, quantize, cost, clock)
+        check_tucker_rank(rank, weight.shape)
+        source = Source(weight)
+        return _result(weight, source, refine(source, truncated(source, rank, source.dtype), clock, progress=0.0))
 
 
 def _to_target(
     weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, cost: Cost, clock: Clock
 ) -> TuckerDecomposition:
     source = Source(weight)
+    square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
 
     def attempt(wanted: MaxError | MaxSize) -> tuple[TuckerDecomposition, float]:
         aim = Target(wanted, source.shape, weight.element_size(), quantize, cost)
-        result = _result(weight, source, _chosen(source, aim, clock))
+        result = _result(weight, source, _chosen(source, square, aim, clock))
         return result, result.error or 0.0
 
     if isinstance(target, MaxSize):
@@ -99,10 +100,8 @@ def _to_target(
         # truncation and rounding errors add in quadrature
         left = target.error**2 - 1.1 * (error**2 - wanted**2)
         wanted = max(min(math.sqrt(max(left, 0.0)), wanted * (1 - 1e-12 * 100**k)), target.error / 2)
-    raise InfeasibleError(
-        f"A relative error of {target.error:g} is out of reach of {str(weight.dtype).removeprefix('torch.')} factors: "
-        f"rounding alone keeps it at {error:.3g}."
-    )
+    # the weight itself, all modes absorbed, has no rounding to suffer from
+    return _result(weight, source, (None, None, None))
 
 
 def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
@@ -115,8 +114,13 @@ def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition
     return TuckerDecomposition(result.core, result.factors, result.relative_error(weight))
 
 
-def refine(source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS) -> Basis:
-    """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles."""
+def refine(
+    source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
+) -> Basis:
+    """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles.
+
+    `progress` is the part of the solve that is done before it; None reports nothing.
+    """
     basis = list(basis)
     modes = [mode for mode in range(3) if basis[mode] is not None]
     energy, exact = 0.0, False
@@ -133,7 +137,8 @@ def refine(source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS
             basis[mode], energy = _dominant(part, mode, basis[mode], exact)  # type: ignore[arg-type]
             del part  # before the next is made
         lost = max(source.total - energy, 0.0)
-        clock.report(k / sweeps, relative(lost, source.total))
+        if progress is not None:
+            clock.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
         if len(modes) == 1 or clock.left() <= 0 or (k and energy - before <= 2 * _TOLERANCE * lost):
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
@@ -152,6 +157,8 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool) -> tuple[
     if exact:
         flat = tensor.movedim(mode, 0).flatten(1)
         left, singular, _ = torch.linalg.svd(flat, full_matrices=False)
+        if left.shape[1] < kept:  # of fewer columns than asked for, completed to an orthonormal basis
+            left = torch.linalg.qr(torch.cat([left, current], dim=1))[0]
         return left[:, :kept].contiguous(), float(singular[:kept].square().sum())
     if size >= _ITERATED and 3 * kept <= size:
         flat = tensor.movedim(mode, 0).flatten(1)
@@ -161,7 +168,7 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool) -> tuple[
     return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum())
 
 
-def _chosen(source: Source, target: Target, clock: Clock) -> Basis:
+def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clock) -> Basis:
     """The best ranks for a target, and bases for them.
 
     The first choice is exact for the full HOSVD, among the ranks that absorb the same modes into the core. From the
@@ -171,29 +178,30 @@ def _chosen(source: Source, target: Target, clock: Clock) -> Basis:
     target.check_feasible()
     if source.total == 0:
         return truncated(source, (1, 1, 1))
-    square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
     core = source.rotate(square)
     families = [best_block(core, 0.0, source.total, target, absorbed) for absorbed in _ABSORBED]
     del core
     choices = sorted(choice for choice in families if choice is not None)  # full ranks, at least, meet any MaxError
     best_key, rank = choices[0]
     best: Basis = _columns(square, rank)
+    best_error = relative(source.lost(best), source.total)
     near = [rank for (first, _), rank in choices if first <= _NEAR * best_key[0]]
     for k, rank in enumerate(near):
-        clock.report(0.1 + 0.8 * k / len(near), 1.0)
+        done = 0.1 + 0.8 * k / len(near)
+        clock.report(done, best_error)
         if clock.left() <= 0:
             break
-        key, packed = _packed(source, square, rank, target, clock)
+        key, packed = _packed(source, square, rank, target, clock, done)
         if packed is not None and key < best_key:
             best_key, best = key, packed
-    refined = refine(source, best, clock)
+    refined = refine(source, best, clock, progress=0.9)
     rank = _rank(source, best)
     lost = source.lost(refined)
     return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
 
 
 def _packed(
-    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, clock: Clock
+    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, clock: Clock, done: float
 ) -> tuple[tuple[float, float], Basis | None]:
     """Better bases than those of the HOSVD, at ranks near the given ones or lower."""
     best_key, best = (math.inf, math.inf), None
@@ -208,8 +216,10 @@ def _packed(
             break
         rank, inner = _lowered(Source(core), outside, again[1], source.total, target, clock)
         lifted = [_lift(u, v, d) for u, v, d in zip(basis, inner, source.shape, strict=True)]
-        key = target.key(rank, source.lost(lifted))
-        if not key < best_key:
+        lost = source.lost(lifted)
+        key = target.key(rank, lost)
+        clock.report(done, relative(lost, source.total))
+        if not key < best_key or not target.meets(rank, lost, source.total):
             break
         best_key, best = key, lifted
     return best_key, best
@@ -258,14 +268,8 @@ def _lowered(
         for candidate in sorted(fewer, key=target.price):
             if target.price(candidate) >= target.price(rank):
                 continue
-            trial = refine(core, _columns_of(core, basis, candidate), clock, _FEW_SWEEPS)
-            if target.meets(candidate, outside + core.lost(trial), total):
+            trial = refine(core, _columns(_ordered(core, basis)[0], candidate), clock, _FEW_SWEEPS)
+            if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True
                 break
     return rank, basis
-
-
-def _columns_of(core: Source, basis: Basis, rank: Triple) -> Basis:
-    """The best columns of the given bases at lower ranks: those of the HOSVD of what they keep."""
-    ordered, _ = _ordered(core, basis)
-    return [None if r == size else u[:, :r].contiguous() for u, r, size in zip(ordered, rank, core.shape, strict=True)]

@@ -92,9 +92,9 @@ def relative_error(
     residual = total = 0.0
     for rows in row_slices(weight.shape):
         exact = weight.detach()[rows].double()
-        difference = approximation(rows).sub_(exact)
+        difference = approximation(rows) - exact  # not in place: it may be a view of a layer's own weight
         if scale != 1.0:
-            exact, difference = exact / scale, difference.div_(scale)
+            exact, difference = exact / scale, difference / scale
         total += float(exact.norm()) ** 2
         residual += float(difference.norm()) ** 2
     return relative(residual, total)

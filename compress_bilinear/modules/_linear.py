@@ -71,11 +71,14 @@ def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
 class AddBias(nn.Module):
     """What is left of an output projection that has been absorbed into the core: its bias (O,), or nothing."""
 
+    bias: nn.Parameter | None
+
     def __init__(
         self, size: int, bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
+        added = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", added)
 
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from support import assert_matches_reference, assert_same_state, bilinear, low_r
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, ops
+from compress_bilinear import cli, decomposition, ops, selection
 from compress_bilinear.errors import CheckpointError, CompressionError, ConfigError, InputError
 
 
@@ -205,3 +206,96 @@ def test_a_deeply_nested_report_and_description_are_clear_errors(tmp_path):
         cb.load(tmp_path / "deep", Net())
     report = json.loads(quick(Net())[1].to_json())
     assert cb.Report.from_dict(copy.deepcopy(report)).to_dict() == report
+
+
+class TestSolvers:
+    """What a review of the solvers found."""
+
+    @pytest.mark.parametrize("config", [cb.DenseConfig(), cb.TuckerConfig(rank=(4, 5, 6))], ids=["dense", "absorbed"])
+    def test_measuring_a_float64_layer_leaves_its_weight_alone(self, config):
+        layer = bilinear(5, 6, 4, dtype=torch.float64)
+        new, report = cb.compress(layer, config, force=True, measure_latency=False)
+        torch.testing.assert_close(new.to_dense().detach(), layer.weight.detach(), rtol=0, atol=0)
+        assert report.layers[0].weight_error == 0
+
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_an_absorbed_output_needs_no_bias(self, inplace):
+        net = nn.Sequential(bilinear(9, 8, 2, bias=False))
+        new, report = cb.compress(net, cb.TuckerConfig(rank=(2, 3, 3)), inplace=inplace, measure_latency=False)
+        assert report.layers[0].decision == "replaced"
+        assert new[0].bias is None
+
+    def test_calibration_takes_a_stream_without_a_length(self):
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter([(torch.ones(6), torch.ones(7))] * 4)
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = bilinear(6, 7, 5)
+
+            def forward(self, x1, x2):
+                return self.layer(x1, x2)
+
+        batches = torch.utils.data.DataLoader(Stream(), batch_size=2)
+        plan = cb.plan(Net(), cb.TuckerConfig(rank=(2, 2, 2)), calibration=batches, measure_latency=False)
+        assert plan.report.layers[0].calibration_rows == 4
+
+    @pytest.mark.parametrize("scale", [1e-7, 1e5, 1e7])
+    def test_ranks_do_not_depend_on_the_scale_of_the_core(self, scale):
+        weight = 1 + 0.3 * low_rank((40, 40, 40), 400) / low_rank((40, 40, 40), 400).std()
+        expected = decomposition.tucker(weight, cb.MaxError(0.2))
+        found = decomposition.tucker(weight * scale, cb.MaxError(0.2))
+        assert (found.rank, found.error <= 0.2) == (expected.rank, True)
+
+    @pytest.mark.parametrize("weight", [low_rank((10, 10, 10), 1), torch.zeros(10, 10, 10)], ids=["rank 1", "zero"])
+    @pytest.mark.parametrize("rank", [(8, 2, 2), (2, 9, 3)], ids=str)
+    def test_a_rank_beyond_the_weights_is_still_the_one_asked_for(self, weight, rank):
+        found = decomposition.tucker(weight, rank)
+        assert found.rank == rank
+        for factor in found.factors:
+            torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).to(factor), rtol=0, atol=1e-6)
+
+    def test_a_size_that_only_an_absorbed_mode_fits_is_feasible(self):
+        # (1, 1, 1) stores 21 numbers, (4, 1, 1) only 20
+        rank = decomposition.tucker(low_rank((4, 8, 8), 50), cb.MaxSize(20.5 / 256)).rank
+        assert decomposition.tucker_parameters(rank, (4, 8, 8)) == 20
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "scale"), [((6, 5, 7), torch.float64, 1e-310), ((50, 45, 40), torch.float32, 1e-41)]
+    )
+    def test_subnormal_weights_are_decomposed(self, shape, dtype, scale):
+        weight = (low_rank(shape, 2) * scale).to(dtype)
+        for found in (decomposition.cp(weight, 2), decomposition.tucker(weight, (2, 2, 2))):
+            assert math.isfinite(found.error)
+
+    def test_a_default_device_does_not_matter(self):
+        weight = low_rank((6, 7, 8), 30)
+        expected = decomposition.cp(weight, 3).error
+        with torch.device("meta"):
+            assert decomposition.cp(weight, 3).error == pytest.approx(expected)
+
+    def test_autocast_does_not_matter(self):
+        weight = low_rank((50, 45, 40), 5, noise=0.01).float()
+        expected = decomposition.cp(weight, 5).error
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert decomposition.cp(weight, 5).error == pytest.approx(expected, rel=1e-3)
+            assert decomposition.tucker(weight, (5, 5, 5)).error < 1.01 * expected
+
+    def test_a_solve_of_several_attempts_has_one_progress(self):
+        seen = []
+        config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
+        selection.solve(bilinear(20, 18, 12), config, None, lambda done, error: seen.append(done))
+        assert seen == sorted(seen)
+
+    def test_an_int8_error_is_met_within_a_time_limit(self):
+        net = nn.Sequential(bilinear(30, 30, 20))
+        config = cb.CPConfig(rank=cb.MaxError(0.9), quantize="int8")
+        _, report = cb.compress(net, config, max_seconds=60, measure_latency=False)
+        assert report.layers[0].decision == "replaced"
+        assert report.layers[0].weight_error <= 0.9
+
+    def test_more_time_is_never_much_worse_for_an_exact_weight(self):
+        weight = low_rank((60, 70, 80), 10).float()
+        assert decomposition.cp(weight, 10, max_seconds=20).error < 1e-5

@@ -470,7 +470,7 @@ class TestVerdicts:
         assert report.layers[0].bytes_after == stored_bytes(new.first) <= 0.2 * stored_bytes(net.first)
 
     def test_a_max_size_out_of_reach_is_kept_with_the_reason(self, net):
-        assert "Rank (1, 1, 1) stores 124 bytes" in reason(net, cb.TuckerConfig(rank=cb.MaxSize(0.01)))
+        assert "Rank (8, 1, 1) stores 120 bytes" in reason(net, cb.TuckerConfig(rank=cb.MaxSize(0.01)))
 
     def test_what_is_not_smaller_is_kept_unless_forced(self, net):
         config = cb.TuckerConfig(rank=(8, 12, 10))

@@ -5,8 +5,9 @@ import torch
 from support import low_rank
 
 from compress_bilinear.decomposition import _als
-from compress_bilinear.decomposition._als import Stage, Sweeper, balanced, descend, measured
+from compress_bilinear.decomposition._als import Stage, Sweeper, balanced, descend
 from compress_bilinear.decomposition._clock import Clock
+from compress_bilinear.decomposition._newton import measured_exactly
 
 SHAPES = [(5, 6, 7), (1, 4, 9), (6, 1, 3), (13, 8, 4)]
 
@@ -33,6 +34,7 @@ def objective(tensor, parts, penalty):
 def test_products_with_the_tensor(monkeypatch, limits, shape, rank):
     monkeypatch.setattr(_als, "_LEAST_PRODUCT", limits[0])
     monkeypatch.setattr(_als, "_SCRATCH", limits[1])
+    monkeypatch.setattr(_als, "_LEAST_SCRATCH", limits[1])
     tensor, (first, second, third) = unit(shape), factors(shape, rank)
     sweeper = Sweeper(tensor, rank, scale=0.5)
     for found, equation, others in (
@@ -46,7 +48,7 @@ def test_products_with_the_tensor(monkeypatch, limits, shape, rank):
 @pytest.mark.parametrize("penalty", [0.0, 1e-3, 0.1])
 def test_the_objective_is_that_of_its_definition(penalty):
     tensor, parts = unit((5, 6, 7)), factors((5, 6, 7), 4)
-    for found in (measured(tensor, parts, penalty), Sweeper(tensor, 4).sweep(parts, penalty)):
+    for found in (measured_exactly(tensor, parts, penalty, 0.0), Sweeper(tensor, 4).sweep(parts, penalty)):
         assert found.objective == pytest.approx(objective(tensor, found.factors, penalty), rel=1e-9)
         assert found.residual == pytest.approx(objective(tensor, found.factors, 0.0), rel=1e-9)
         model = torch.einsum("ir,jr,kr->ijk", *found.factors)

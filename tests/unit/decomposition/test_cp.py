@@ -323,7 +323,8 @@ class TestProgress:
         for now, later in itertools.pairwise(seen):
             assert 0 <= now[0] <= later[0] <= 1
             assert now[1] >= later[1]
-        assert seen[-1][1] == pytest.approx(found.error, rel=0.05)
+        # a search also passes by ranks above the one it ends at
+        assert seen[-1][1] <= 1.05 * found.error
 
     def test_what_it_raises_ends_the_solve(self):
         def stop(done, error):

@@ -72,11 +72,11 @@ def test_a_family_of_ranks_keeps_to_itself(absorbed):
 def test_what_lies_outside_the_core_counts():
     block = CORE[:3, :4, :4]
     outside = lost((3, 4, 4))
-    target = Target(MaxError(0.7), SHAPE, 8, None, "bytes")
+    target = Target(MaxError(0.9), SHAPE, 8, None, "bytes")
     _, rank = best_block(block, outside, TOTAL, target)
-    allowed = [r for r in triples((3, 4, 4)) if lost(r, block) + outside <= 0.49 * TOTAL]
+    allowed = [r for r in triples((3, 4, 4)) if lost(r, block) + outside <= 0.81 * TOTAL]
     assert rank in allowed
-    assert best_block(block, 0.5 * TOTAL, TOTAL, target) is None
+    assert best_block(block, 0.82 * TOTAL, TOTAL, target) is None
 
 
 def test_costs_are_those_of_the_layer_that_stores_them():
@@ -92,5 +92,5 @@ def test_float64_tails_do_not_cancel():
     core = torch.zeros(2, 1, 1, dtype=torch.float64)
     core[0], core[1] = 1.0, 1e-10
     for error, rank in ((2e-10, 1), (0.5e-10, 2)):
-        target = Target(MaxError(error), (2, 1, 1), 8, None, "parameters")
+        target = Target(MaxError(error), (40, 1, 1), 8, None, "parameters")
         assert best_block(core, 0.0, 1.0, target)[1][0] == rank

@@ -110,7 +110,7 @@ def test_int8_fits_a_larger_rank_into_the_same_bytes():
 
 
 def test_a_size_too_small_for_rank_1_is_infeasible():
-    with pytest.raises(InfeasibleError, match=r"Rank \(1, 1, 1\) stores 264 bytes. .* 9360 bytes allows 93."):
+    with pytest.raises(InfeasibleError, match=r"Rank \(1, 1, 9\) stores 256 bytes. .* 9360 bytes allows 93."):
         tucker(NOISY, MaxSize(0.01))
 
 
