@@ -54,6 +54,7 @@ class Run:
     folder: Path
     timeout: float
     quick: bool
+    method: str | None = None
 
     def plan(self, case: Weight) -> list[Contestant]:
         """Who is measured on a case, in order: TensorLy's starts first, for the budgets are fractions of their time."""
@@ -74,7 +75,7 @@ class Run:
         if self.quick:
             spared = {"TensorLy svd", "TensorLy sampled", "TensorLy randomized", "pyttb hosvd", "pyttb tucker_als"}
             chosen = [c for c in chosen if c.name not in spared and c.fraction in (None, 0.1) and c.sweeps == SWEEPS[0]]
-        return chosen
+        return [contestant for contestant in chosen if self.method in (None, contestant.method)]
 
     def rows(self, case: Weight) -> Iterator[Row]:
         """A row for each contestant, one after another."""
@@ -138,19 +139,23 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _key(row: Row) -> tuple[Any, ...]:
+    return row["case"], row["contestant"], row["setting"], row.get("method")
+
+
 def _shown(value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) else value
 
 
 def _write(out: Path, rows: Sequence[Row], exact: Sequence[Row]) -> None:
-    """Write the rows; those of other cases that are there already stay."""
+    """Write the rows; others that are there already stay."""
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("solvers_cpu.csv", rows), ("solvers_exact_cpu.csv", exact)):
         if not part:
             continue
         if (out / name).exists():
             with open(out / name, newline="", encoding="utf-8") as file:
-                kept = [row for row in csv.DictReader(file) if row["case"] not in {new["case"] for new in part}]
+                kept = [row for row in csv.DictReader(file) if _key(row) not in {_key(new) for new in part}]
             order = [case.name for case in (*SUITE, *QUICK)]
             part = sorted([*kept, *part], key=lambda row: order.index(row["case"]))
         with written_atomically(out / name) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -168,8 +173,9 @@ def main() -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        help="folder for the results, in which other cases' rows stay; a whole run has benchmarks/results",
+        help="folder for the results, in which other rows stay; a whole run has benchmarks/results",
     )
+    parser.add_argument("--method", choices=["cp", "tucker", "max_error"], help="only these contestants")
     parser.add_argument("--timeout", type=float, default=900, help="most seconds for one measurement")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -190,7 +196,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         Progress(*columns, console=Console(stderr=True), transient=True) as progress,
     ):
-        run = Run(Path(folder), options.timeout, options.quick)
+        run = Run(Path(folder), options.timeout, options.quick, options.method)
         task = progress.add_task("", total=sum(len(run.plan(case)) for case in chosen))
         for case in chosen:
             progress.update(task, description=case.name)

@@ -33,7 +33,8 @@ _CHEAP = 2**17  # elements of a core times the rank with which a sweep costs nex
 _CYCLES = 4  # of a few sweeps on the whole and more on the core that the factors span
 _CYCLE_SWEEPS = (1, 20)
 _CYCLE_TIMES = (0.85, 0.9, 0.95, 1.0)
-_SWEEPS = 150  # on the whole
+_SWEEPS = 150  # on the whole, after the core
+_LAST_SWEEPS = 400  # on a core that is the whole
 _FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the rank
 _SMALLER = 3  # times fewer elements make a core worth cycles
 _EXACT = 1e-3  # squared residual under which a tensor may be exactly of low rank
@@ -175,7 +176,7 @@ def _settled(
             continue  # the start was on the whole core
         final = last and level == 1
         stage = Stage(
-            _SWEEPS if final else sweeps,
+            _LAST_SWEEPS if final else sweeps,
             1.0 if final else until,
             reserve=0.2 if final else 0.0,
             tolerance=1e-6 if final else 1e-5,
