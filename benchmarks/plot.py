@@ -68,7 +68,7 @@ def draw(source: Path, target: Path) -> bool:
 
 
 _NOTE = (
-    ". Lines: ours with a budget of 1/30, 1/10, 3/10 and all of TensorLy's time; TensorLy random with 10, 30, 100"
+    ". Lines: ours with budgets from 1/30 to 0.4 of TensorLy's time; TensorLy random with 10, 30, 100"
     " sweeps.\nRing: our default call. Arrow: above the axis."
 )
 
