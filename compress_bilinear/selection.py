@@ -66,12 +66,13 @@ def solve(
     if not bool(weight.any()):
         raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
     rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
-    begun, shown = time.perf_counter(), [0.0]
+    begun, shown = time.perf_counter(), 0.0
 
     def report(done: float, error: float) -> None:
-        shown[0] = max(shown[0], done)  # an attempt begins anew, a bar does not
+        nonlocal shown
+        shown = max(shown, done)  # an attempt begins anew, a bar does not
         if progress is not None:
-            progress(shown[0], error)
+            progress(shown, error)
 
     def attempt(rank: object) -> Candidate:
         left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - begun), 1e-3)

@@ -164,7 +164,8 @@ def plan(
     selected = discovery.select(model, _configs(config), include, exclude)
     owners = discovery.parameter_owners(model)
     refusals = [discovery.refusal(found, owners) for found, _ in selected]
-    open_layers = {found.label: found.layer for (found, _), no in zip(selected, refusals, strict=True) if no is None}
+    outcomes = [(*pair, refusal) for pair, refusal in zip(selected, refusals, strict=True)]
+    open_layers = {found.label: found.layer for found, _, refusal in outcomes if refusal is None}
     with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
@@ -172,10 +173,9 @@ def plan(
         entries: list[_Entry] = []
         misfits: list[tuple[Config, ConfigError | None]] = []
         solving = bars.parts("Solving", len(selected))
-        pairs = zip(selected, refusals, strict=True)
-        decomposed = [f.layer for (f, c), no in pairs if no is None and not isinstance(c, DenseConfig)]
+        decomposed = [found.layer for found, c, no in outcomes if no is None and not isinstance(c, DenseConfig)]
         seconds = _TimeShares(max_seconds, decomposed)
-        for k, ((found, wanted), refusal) in enumerate(zip(selected, refusals, strict=True)):
+        for k, (found, wanted, refusal) in enumerate(outcomes):
             if refusal is not None:
                 entries.append(_Entry(found, keep(found, wanted, refusal)))
                 continue

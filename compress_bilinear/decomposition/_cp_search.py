@@ -80,8 +80,7 @@ def _attempts(
             solved = solve(source, rank, seed, limited)
         else:
             solved = solve(source, rank, seed, limited, _resized(source, near, rank, seed), _QUICK, enough)
-        result = as_result(weight, source, solved.factors)
-        return result
+        return as_result(weight, source, solved.factors)
 
     return attempt
 

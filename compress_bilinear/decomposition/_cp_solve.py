@@ -223,22 +223,19 @@ def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0,
     penalty = PENALTY
     if best.residual > _EXACT:
         return best
-    if best.factors[0].dtype != torch.float64 or tensor.dtype != torch.float64:  # float32's residual is mostly rounding
-        tensor = tensor.double()
-        best = measured_exactly(tensor * scale, [factor.double() for factor in best.factors], penalty, outside)
-    if best.residual >= 10 * penalty:
-        return best
-    tensor = tensor * scale
+    narrow = tensor.dtype != torch.float64 or best.factors[0].dtype != torch.float64
+    tensor = tensor.double() * scale
+    if narrow:  # float32's residual is mostly rounding
+        best = measured_exactly(tensor, [factor.double() for factor in best.factors], penalty, outside)
     # with many more unknowns than entries, sweeps find one of the many solutions sooner
     unknowns = sum(tensor.shape) * best.factors[0].shape[1]
     newton = unknowns <= max(_NEWTON_CHEAP, min(_NEWTON_UNKNOWNS, tensor.numel()))
     while best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
         penalty *= 1e-3 if newton else 1e-1
-        begin = [factor.double() for factor in best.factors]
         lower = (
-            finish(tensor, begin, penalty, outside, clock)
+            finish(tensor, best.factors, penalty, outside, clock)
             if newton
-            else descend(tensor, begin, Stage(_SWEEPS, first=penalty, last=penalty), clock)
+            else descend(tensor, best.factors, Stage(_SWEEPS, first=penalty, last=penalty), clock)
         )
         if not lower.residual < best.residual:
             break

@@ -1,7 +1,7 @@
 """A weight as the solvers read it: slab by slab, in the working dtype, so that no whole copy of it is needed.
 
-Sums of squares and Grams are in float64 whatever the working dtype: a float32 Gram loses every singular value below
-about 1e-4 of the largest.
+Sums of squares are in float64, and so are Grams unless a caller asks for less: a float32 Gram loses every singular
+value below about 1e-4 of the largest.
 """
 
 import math
@@ -42,11 +42,8 @@ class Source:
         )
         self.total = sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
 
-    def read(self, rows: slice) -> Tensor:
-        """Rows of the scaled weight in the working dtype."""
-        return self._scaled(self.weight[rows])
-
     def _scaled(self, part: Tensor) -> Tensor:
+        """Part of the weight, scaled, in the working dtype."""
         # float16 could not hold the scaled value before it is widened; an extreme scale must not pass through float32
         part = part.to(self.dtype) if 1e-30 < self.scale < 1e30 else part.double()
         return part if self.scale == 1.0 else (part * self.scale).to(self.dtype)
@@ -54,7 +51,7 @@ class Source:
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the first axis, and what they hold."""
         for rows in slab_slices(self.shape, 0):
-            yield rows, self.read(rows)
+            yield rows, self._scaled(self.weight[rows])
 
     def gram(self, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The unfolding times its transpose (d, d)."""
@@ -103,7 +100,7 @@ class Source:
     def lost(self, basis: Basis) -> float:
         """The squared norm of what the projection on the bases leaves out, from the residual itself."""
         core, out = self.project(basis), basis[0]
-        core = core if basis[1] is None else torch.matmul(basis[1], core)
+        core = core if basis[1] is None else mode_product(core, basis[1].T, 1)
         lost = 0.0
         for rows, slab in self.slabs():
             kept = core[rows] if out is None else (out[rows] @ core.flatten(1)).unflatten(1, core.shape[1:])

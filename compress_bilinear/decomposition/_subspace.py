@@ -1,4 +1,4 @@
-"""The Tucker core on which CP begins: small, in HOSVD coordinates, made by fast products in the working dtype."""
+"""Subspaces to begin in: the truncated HOSVD, and the small core in its coordinates on which CP begins."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     if source.weight.numel() >= _LARGE and shrinking:
         basis, core = _sketched(source, sizes, generator)
     else:
-        basis = truncated(source, sizes, source.dtype)
+        basis = truncated(source, sizes)
         core = source.project(basis)
     core.mul_(source.total**-0.5)
     # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too
@@ -40,13 +40,16 @@ def _sampled_gram(core: Tensor, mode: int) -> Tensor:
     return part @ part.T
 
 
-def truncated(source: Source, sizes: Sequence[int], dtype: torch.dtype = torch.float64) -> list[Tensor | None]:
-    """The sequentially truncated HOSVD, the mode that shrinks most first; None for full modes. Grams are in `dtype`."""
+def truncated(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
+    """The sequentially truncated HOSVD, the mode that shrinks most first; None for full modes.
+
+    Grams are in the working dtype: it is a start, which HOOI or ALS refine.
+    """
     basis: list[Tensor | None] = [None, None, None]
     rest: Tensor | None = None
     for mode in sorted(range(3), key=lambda m: sizes[m] / source.shape[m]):
         if sizes[mode] < source.shape[mode]:
-            matrix = source.gram(mode, dtype) if rest is None else gram(rest, mode, dtype)
+            matrix = source.gram(mode, source.dtype) if rest is None else gram(rest, mode, source.dtype)
             basis[mode] = leading(matrix, sizes[mode], source.dtype)
             rest = source.project(basis) if rest is None else mode_product(rest, basis[mode], mode)
     return basis

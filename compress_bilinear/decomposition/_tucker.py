@@ -76,7 +76,7 @@ def tucker(
             return _to_target(weight, rank, quantize, cost, clock)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
-        return _result(weight, source, refine(source, truncated(source, rank, source.dtype), clock, progress=0.0))
+        return _result(weight, source, refine(source, truncated(source, rank), clock, progress=0.0))
 
 
 def _to_target(
