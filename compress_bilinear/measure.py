@@ -46,7 +46,7 @@ def weight_error(
 ) -> float:
     """‖W − Ŵ‖ / ‖W‖ (Frobenius), with Ŵ from what `module` stores; summed in float64, slice by slice."""
     with torch.no_grad():
-        return relative_error(weight, lambda rows: module.dense_rows(rows, torch.float64))
+        return relative_error(weight, lambda rows, values: values.sub_(module.dense_rows(rows, torch.float64)))
 
 
 def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float | None:

@@ -65,6 +65,10 @@ class _Decomposition:
     def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         raise NotImplementedError
 
+    def _subtraction(self) -> Callable[[slice, Tensor], object]:
+        """What takes Ŵ[rows] from a contiguous float64 tensor, in place."""
+        raise NotImplementedError
+
     def to_tensor(self) -> Tensor:
         """The tensor (O, I, J) that the factors stand for, in their dtype."""
         return self._rows(slice(None), self.factors[0].dtype)
@@ -73,7 +77,7 @@ class _Decomposition:
         """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
         if tuple(weight.shape) != self.shape:
             raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
-        return relative_error(weight, lambda rows: self._rows(rows, torch.float64))
+        return relative_error(weight, self._subtraction())
 
 
 def peak(tensor: Tensor) -> float:
@@ -84,20 +88,25 @@ def peak(tensor: Tensor) -> float:
 
 def relative_error(
     weight: Tensor,  # (O, I, J)
-    approximation: Callable[[slice], Tensor],
+    subtract: Callable[[slice, Tensor], object],
 ) -> float:
-    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slice by slice in float64; `approximation` gives Ŵ[rows] in float64."""
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slice by slice in float64; `subtract` takes Ŵ[rows] from W[rows] in place."""
     largest = peak(weight)
     scale = 1.0 if 1e-100 < largest < 1e100 else largest or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
     residual = total = 0.0
+    buffer = torch.empty(0, dtype=torch.float64, device=weight.device)
     for rows in row_slices(weight.shape):
-        exact = weight.detach()[rows].double()
-        difference = approximation(rows) - exact  # not in place: it may be a view of a layer's own weight
-        if scale != 1.0:
-            exact, difference = exact / scale, difference / scale
-        total += float(exact.norm()) ** 2
-        residual += float(difference.norm()) ** 2
+        part = weight.detach()[rows]
+        buffer = buffer if buffer.numel() else torch.empty(part.shape, dtype=torch.float64, device=weight.device)
+        values = buffer[: len(part)].copy_(part)
+        total += _squared(values, scale)
+        subtract(rows, values)
+        residual += _squared(values, scale)
     return relative(residual, total)
+
+
+def _squared(values: Tensor, scale: float) -> float:
+    return float((values if scale == 1.0 else values / scale).norm()) ** 2
 
 
 def relative(residual: float, total: float) -> float:
@@ -151,6 +160,16 @@ class CPDecomposition(_Decomposition):
         left = (out[rows] * self.weights.to(dtype))[:, None] * in1
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
+    def _subtraction(self) -> Callable[[slice, Tensor], object]:
+        out, in1, in2 = (factor.double() for factor in self.factors)
+        out, right = out * self.weights.double(), in2.T.contiguous()
+
+        def subtract(rows: slice, values: Tensor) -> None:
+            left = out[rows, None] * in1
+            values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
+
+        return subtract
+
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.cp_tensor.CPTensor` of torch tensors."""
         from tensorly.cp_tensor import CPTensor
@@ -202,6 +221,16 @@ class TuckerDecomposition(_Decomposition):
         projected = (out[rows] @ self.core.to(dtype).flatten(1)).unflatten(1, self.core.shape[1:])
         left = torch.matmul(in1, projected)
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
+
+    def _subtraction(self) -> Callable[[slice, Tensor], object]:
+        out, in1, in2 = (factor.double() for factor in self.factors)
+        core, right = self.core.double().flatten(1), in2.T.contiguous()
+
+        def subtract(rows: slice, values: Tensor) -> None:
+            left = torch.matmul(in1, (out[rows] @ core).unflatten(1, self.core.shape[1:]))
+            values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
+
+        return subtract
 
     def absorbed(self) -> Self:
         """The same with every square factor multiplied into the core and replaced by the identity, which is smaller."""
