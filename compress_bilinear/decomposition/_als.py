@@ -9,7 +9,7 @@ Products with the tensor are in its dtype; Grams, solves and the objective are i
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,20 +21,24 @@ _TOLERANCE = 1e-6
 _SETTLED = 3
 _LEAST_PRODUCT = 2**20  # elements of a partial product that are always held at once
 _SCRATCH = 2**19  # elements of what is summed at once, at most, which caches hold
-_LEAST_SCRATCH = 2**16
 PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
 
 
 @dataclass
 class Iterate:
-    """Factors (d_m, R), the objective there, and its parts: the squared residual, Σ λ_r² and the squared norm."""
+    """Factors (d_m, R), the objective there, and its parts: the squared residual, Σ λ_r² and the squared norm.
+
+    `previous` and `momentum` are what a descent goes on with: the factors before, and how often they have improved.
+    """
 
     factors: list[Tensor]
     objective: float = math.inf
     residual: float = math.inf
     sizes: float = math.inf
     norm: float = 0.0
+    previous: list[Tensor] | None = None
+    momentum: int = 0
 
     @property
     def error(self) -> float:
@@ -45,6 +49,12 @@ class Iterate:
     def amplification(self) -> float:
         """sqrt(Σ λ_r²) relative to the norm of the approximation."""
         return math.sqrt(self.sizes / max(self.norm, 1e-300))
+
+    def moved(self, transform: Callable[[int, Tensor], Tensor]) -> "Iterate":
+        """In other coordinates, each factor by what `transform` makes of its mode and itself."""
+        factors = [transform(mode, factor) for mode, factor in enumerate(self.factors)]
+        previous = self.previous and [transform(mode, factor) for mode, factor in enumerate(self.previous)]
+        return Iterate(factors, previous=previous, momentum=self.momentum)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ class Stage:
 
 def descend(
     tensor: Tensor,  # (a, b, c)
-    factors: Sequence[Tensor],
+    start: Iterate,
     stage: Stage,
     clock: Clock,
     scale: float = 1.0,
@@ -85,10 +95,9 @@ def descend(
 
     The tensor is meant times `scale`, which gives it, or the tensor that it is the core of, norm 1.
     """
-    best = Iterate(balanced([factor.to(tensor.dtype) for factor in factors]))
-    previous = best.factors
-    sweeper = Sweeper(tensor, factors[0].shape[1], scale)
-    momentum = settled = 0
+    best = start.moved(lambda _, factor: factor.to(tensor.dtype))
+    sweeper = Sweeper(tensor, best.factors[0].shape[1], scale)
+    settled = 0
     begun, penalty = clock.elapsed(), math.nan
     limit = clock.left(stage.until)
     for k in range(stage.sweeps):
@@ -97,18 +106,20 @@ def descend(
         if stage.penalty(done) != penalty:
             penalty = stage.penalty(done)
             best.objective = math.inf
-        step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * momentum) if momentum else 0.0
-        pairs = zip(best.factors, previous, strict=True)
-        new = sweeper.sweep([torch.lerp(p, b, 1 + step) for b, p in pairs] if step else best.factors, penalty)
+        step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * best.momentum) if best.momentum else 0.0
+        ahead = best.factors
+        if step and best.previous is not None:
+            ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
+        new = sweeper.sweep(ahead, penalty)
         clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
-            previous, best = best.factors, new
-            momentum += 1
+            new.previous, new.momentum = best.factors, best.momentum + 1
+            best = new
         elif step == 0.0:
             break  # a plain sweep cannot rise but by rounding: this is the minimum
         else:
-            momentum = 0
+            best.momentum = 0
         if (
             settled >= _SETTLED
             or best.residual <= stage.enough
@@ -120,16 +131,14 @@ def descend(
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     """The same components with equal norms in the three factors."""
-    norms = torch.stack([factor.norm(dim=0) for factor in factors])
-    scale = norms.prod(0) ** (1 / 3) / norms.where(norms > 0, 1.0)
-    return [factor * s for factor, s in zip(factors, scale, strict=True)]
+    return _balanced(factors, torch.stack([factor.double().square().sum(0) for factor in factors]))
 
 
-def _iterate(factors: list[Tensor], model: Tensor, inner: float, penalty: float) -> Iterate:
-    # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
-    norm, sizes = float(model.sum()), float(model.diagonal().sum())
-    residual = 1.0 - 2 * inner + norm if math.isfinite(norm) else math.nan
-    return Iterate(factors, residual + penalty * sizes, residual, sizes, norm)
+def _balanced(factors: Sequence[Tensor], squares: Tensor) -> list[Tensor]:
+    """`balanced`, given the columns' squared norms (3, R)."""
+    logs = squares.clamp_min(1e-300).log_()
+    scale = torch.exp((logs.mean(0) - logs) / 2).clamp_max_(1e30)  # of a column of zeros, which it leaves
+    return [factor * s for factor, s in zip(factors, scale.to(factors[0].dtype), strict=True)]
 
 
 def wide_gram(factor: Tensor) -> Tensor:
@@ -152,28 +161,39 @@ class Sweeper:
         width = rank if plane * rank <= most else max(1, most // 4 // plane)
         self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
         self._product = tensor.new_empty(plane * width)
-        scratch = min(_SCRATCH, max(_LEAST_SCRATCH, tensor.numel() // 4))
-        self._scratch = tensor.new_empty(max(min(plane * width, scratch), tensor.shape[1] * rank))
+        self._scratch = tensor.new_empty(max(min(plane * width, _SCRATCH), tensor.shape[1] * rank))
+        whole = len(self._columns) == 1 and plane * rank <= self._scratch.numel()
+        shape = (*tensor.shape[:2], rank)
+        self._whole = self._scratch[: plane * rank].view(shape) if whole else None  # nothing is done in parts
+        self._ridge = torch.ones(rank, rank, dtype=torch.float64, device=tensor.device)
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
-        first, second, third = factors
+        self._ridge.fill_diagonal_(1 + penalty + 1e-15)
+        _, second, third = factors
         gram2, gram3 = wide_gram(second), wide_gram(third)
-        first = _update(self._first(second, third), gram2 * gram3, penalty)
+        first = self._update(self._first(second, third), gram2 * gram3)
         gram1 = wide_gram(first)
-        second = _update(self._second(first, third), gram1 * gram3, penalty)
+        second = self._update(self._second(first, third), gram1 * gram3)
         gram2 = wide_gram(second)
         normal = gram1 * gram2
         right = self.last(first, second)
-        third = _update(right, normal, penalty)
-        inner = float(torch.sum(right * third, dtype=torch.float64))
-        return _iterate(balanced((first, second, third)), normal * wide_gram(third), inner, penalty)
+        third = self._update(right, normal)
+        gram3 = wide_gram(third)
+        # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
+        inner = self._scale * float(torch.sum(right * third, dtype=torch.float64))
+        model = normal * gram3
+        norm, sizes = float(model.sum()), float(model.diagonal().sum())
+        residual = 1.0 - 2 * inner + norm if math.isfinite(norm) else math.nan
+        squares = torch.stack((gram1.diagonal(), gram2.diagonal(), gram3.diagonal()))
+        balance = _balanced((first, second, third), squares)
+        return Iterate(balance, residual + penalty * sizes, residual, sizes, norm)
 
     def _partial(self, third: Tensor, columns: slice) -> Tensor:
         a, b, _ = self._tensor.shape
         part = third[:, columns]
         product = self._product[: a * b * part.shape[1]].view(a * b, -1)
-        return torch.matmul(self._tensor.flatten(0, 1), part, out=product).view(a, b, -1)
+        return torch.mm(self._tensor.flatten(0, 1), part, out=product).view(a, b, -1)
 
     def _times(self, product: Tensor, other: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The product (a, b, r) times another, some rows at a time."""
@@ -187,26 +207,33 @@ class Sweeper:
 
     def _first(self, second: Tensor, third: Tensor) -> Tensor:
         """Σ_jk T_ijk B_jr C_kr: (a, R)."""
+        if self._whole is not None:
+            return torch.mul(self._partial(third, self._columns[0]), second, out=self._whole).sum(1)
         result = second.new_empty(self._tensor.shape[0], second.shape[1])
         for columns in self._columns:
             product = self._partial(third, columns)
             for rows, part in self._times(product, second[None, :, columns].expand(1, -1, -1)):
                 torch.sum(part, 1, out=result[rows, columns])
-        return result.mul_(self._scale)
+        return result
 
     def _second(self, first: Tensor, third: Tensor) -> Tensor:
         """Σ_ik T_ijk A_ir C_kr: (b, R)."""
         a, b, _ = self._tensor.shape
+        if self._whole is not None:
+            return torch.mul(self._product.view(a, b, -1), first[:, None], out=self._whole).sum(0)
         result = first.new_zeros(b, first.shape[1])
         for columns in self._columns:
             whole = len(self._columns) == 1  # then `_first` has left it
             product = self._product.view(a, b, -1) if whole else self._partial(third, columns)
             for _, part in self._times(product, first[:, None, columns]):
                 result[:, columns] += part.sum(0)
-        return result.mul_(self._scale)
+        return result
 
     def last(self, first: Tensor, second: Tensor) -> Tensor:
         """Σ_ij T_ijk A_ir B_jr: (c, R). Of the Khatri-Rao product of A and B, only some rows are held at once."""
+        if self._whole is not None:
+            pairs = torch.mul(first[:, None], second, out=self._whole)
+            return torch.mm(pairs.flatten(0, 1).T, self._tensor.flatten(0, 1)).T  # faster than its transpose
         size, rank = second.shape
         step = self._scratch.numel() // (size * rank)
         total = first.new_zeros(rank, self._tensor.shape[2])
@@ -214,22 +241,31 @@ class Sweeper:
             some = first[start : start + step, None]
             pairs = torch.mul(some, second, out=self._scratch[: len(some) * size * rank].view(len(some), size, rank))
             flat = self._tensor[start : start + step].flatten(0, 1)
-            total.addmm_(pairs.flatten(0, 1).T, flat)  # faster than its transpose
-        return total.T.mul_(self._scale)
+            total.addmm_(pairs.flatten(0, 1).T, flat)
+        return total.T
+
+    def _update(self, right: Tensor, gram: Tensor) -> Tensor:
+        """The factor F that solves F (V + μ diag V) = M times the scale; the least-norm one where that is singular."""
+        triangle, failed = torch.linalg.cholesky_ex(gram * self._ridge)  # as exact as with a diagonal of ones
+        if int(failed):
+            return _deficient(right.double() * self._scale, gram * self._ridge).to(right.dtype)
+        if right.dtype == torch.float64:
+            return torch.cholesky_solve(right.T, triangle).T.mul_(self._scale)
+        # M is no more exact than float32, so a rounded inverse loses no more, and costs less than a solve
+        inverse = torch.cholesky_inverse(triangle).to(right.dtype)
+        return torch.addmm(right.new_empty(right.shape), right, inverse, beta=0, alpha=self._scale)
 
 
-def _update(right: Tensor, normal: Tensor, penalty: float) -> Tensor:
-    """The factor F that solves F (V + μ diag V) = M; the least-norm one where that is singular."""
-    system = normal.clone()
+def _deficient(right: Tensor, system: Tensor) -> Tensor:
+    """The least-norm solution of F V = M where V is singular; NaN, which no descent accepts, where it is not finite."""
+    if not bool(torch.isfinite(system).all()):
+        return torch.full_like(right, torch.nan)
     diagonal = system.diagonal()
-    # a component that has died has a zero row and column: 1 on its diagonal leaves it at zero
-    diagonal.mul_(1 + penalty + 1e-15).add_(diagonal == 0)
-    triangle, failed = torch.linalg.cholesky_ex(system)  # as exact as if the diagonal were scaled to ones
-    if int(failed):
-        if not bool(torch.isfinite(system).all()):
-            return torch.full_like(right, torch.nan)  # which no descent accepts
-        scale = diagonal.rsqrt()
-        values, vectors = torch.linalg.eigh(system * scale[:, None] * scale)
-        inverse = torch.where(values > 1e-14 * values[-1], 1 / values, 0.0)
-        return ((right.double() * scale @ vectors * inverse) @ vectors.T * scale).to(right.dtype)
-    return torch.cholesky_solve(right.T.double(), triangle).T.to(right.dtype)
+    diagonal.add_(diagonal == 0)  # a component that has died has a zero row and column: this leaves it at zero
+    triangle, failed = torch.linalg.cholesky_ex(system)
+    if not int(failed):
+        return torch.cholesky_solve(right.T, triangle).T
+    scale = diagonal.rsqrt()
+    values, vectors = torch.linalg.eigh(system * scale[:, None] * scale)
+    inverse = torch.where(values > 1e-14 * values[-1], 1 / values, 0.0)
+    return (right * scale @ vectors * inverse) @ vectors.T * scale

@@ -7,18 +7,18 @@ size. On the whole, sweeps alternate with sweeps on the core that the factors th
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ._als import PENALTY, Iterate, Stage, descend
+from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._clock import Clock
 from ._newton import finish, measured_exactly
-from ._source import Source, mode_product
+from ._source import Basis, Source, mode_product
 from ._starts import hosvd_start, pencil_start, random_start
-from ._subspace import blocks, compressed, lifted
+from ._subspace import blocks, compressed
 from ._types import CPDecomposition
 
 AMPLIFICATION_LIMIT = 3.0
@@ -26,7 +26,9 @@ AMPLIFICATION_LIMIT = 3.0
 _FIRST_PENALTY = 1e-1  # while components find their places
 _LEVELS = (0.5, 0.75, 1.0)  # of the core's sizes; starts are tried on the first
 _LEVEL_SWEEPS = (30, 30, 40)
-_LEVEL_TIMES = (0.25, 0.5, 0.75)  # of the time budget, when each ends; the rest is for the whole tensor
+_LEVEL_TIMES = (0.15, 0.4, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
+_PENALTIES = (_FIRST_PENALTY, 2e-2, 4e-3, PENALTY, PENALTY)  # where each begins and the last ends
+_HURRIED = 0.8  # of a time budget, until the penalty has fallen
 _STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
 _MOST_STARTS = 24
 _CHEAP = 2**17  # elements of a core times the rank with which a sweep costs next to nothing
@@ -92,12 +94,12 @@ def solve(
             again = _compressed_solve(wide, rank, order, generator, clock)
             if again[1].residual <= max(abs(found.residual), 1e-7):
                 source, (basis, found, outside) = wide, again
-        factors = lifted(basis, found.factors)
+        begun = found.moved(_lifting(basis))
         if outside <= _ROUNDING:
-            return replace(found, factors=_in_order(factors, order))
+            return replace(found, factors=_in_order(begun.factors, order))
     else:
-        factors = [start[m] for m in order]
-    best = _on_whole(*source.permuted(order), factors, clock, effort, enough)
+        begun = Iterate(balanced([start[m] for m in order]))
+    best = _on_whole(*source.permuted(order), begun, clock, effort, enough)
     return replace(best, factors=_in_order(best.factors, order))
 
 
@@ -144,15 +146,16 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
     for k in range(starts):
         begin = (random_start if k else hosvd_start)(coarse, rank, generator)
         before, span = clock.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
-        stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=_FIRST_PENALTY, span=span)
-        scouts.append(descend(coarse, begin, stage, clock))
+        first, last_ = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
+        stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=first, last=last_, falling=0.7 if small else 1.0, span=span)
+        scouts.append(descend(coarse, Iterate(begin), stage, clock))
         if clock.left(_LEVEL_TIMES[0]) < clock.elapsed() - before:
             break
     scouts.sort(key=lambda scout: scout.objective)
     newton = sum(core.shape) * rank <= _NEWTON_CHEAP
     best: Iterate | None = None
     for scout in scouts[: _KEPT if newton else 1]:
-        found = _settled(core, scout.factors, outside, last, newton, clock)
+        found = _settled(core, scout, outside, last, newton, clock)
         best = found if best is None or found.objective < best.objective else best
         if best.residual < _ZERO:
             break
@@ -160,62 +163,89 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
     promising = _ZERO <= best.residual < _PROMISING and outside < _EXACT
     if promising and clock.left() > clock.elapsed():
         begun = pencil_start(core, rank, generator)
-        found = best if begun is None else _settled(core, begun, outside, last, newton, clock)
+        found = best if begun is None else _settled(core, Iterate(begun), outside, last, newton, clock)
         best = found if found.objective < best.objective else best
     return best
 
 
 def _settled(
-    core: Tensor, factors: Sequence[Tensor], outside: float, last: bool, newton: bool, clock: Clock
+    core: Tensor, start: Iterate, outside: float, last: bool, newton: bool, clock: Clock
 ) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
-    best = Iterate(list(factors))
-    for level, sweeps, until in zip(_LEVELS[1:], _LEVEL_SWEEPS[1:], _LEVEL_TIMES[1:], strict=True):
+    best = start
+    for k, level in enumerate(_LEVELS[1:], start=1):
         block = blocks(core, level)
         if level < 1 and len(best.factors[0]) >= len(block):
             continue  # the start was on the whole core
         final = last and level == 1
+        first, least = _penalties(k, clock)
         stage = Stage(
-            _LAST_SWEEPS if final else sweeps,
-            1.0 if final else until,
+            _LAST_SWEEPS if final else _LEVEL_SWEEPS[k],
+            1.0 if final else _LEVEL_TIMES[k],
             reserve=0.2 if final else 0.0,
             tolerance=1e-6 if final else 1e-5,
+            first=first,
+            last=PENALTY if final else least,
+            falling=1.0,
             span=(0.3, 0.9 if last else 0.5),
         )
-        best = descend(block, _padded(best.factors, block), stage, clock)
+        best = descend(block, best.moved(_padding(block)), stage, clock)
     if newton and clock.left() > 0 and best.residual < _PROMISING:
         best = finish(core, best.factors, PENALTY, outside, clock)
     return _released(core, best, clock, outside)
 
 
+def _penalties(level: int, clock: Clock) -> tuple[float, float]:
+    """With which the descent on a level, or on the whole after the last, begins and ends."""
+    if not clock.limited:
+        return _PENALTIES[level], _PENALTIES[level + 1]
+    fall = PENALTY / _FIRST_PENALTY
+    times = (0.0, *_LEVEL_TIMES, 1.0)
+    begin, end = (_FIRST_PENALTY * fall ** min(1.0, time / _HURRIED) for time in times[level : level + 2])
+    return begin, end
+
+
 def _on_whole(
-    tensor: Tensor, scale: float, factors: Sequence[Tensor], clock: Clock, effort: float, enough: float
+    tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float
 ) -> Iterate:
     """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
-    rank = factors[0].shape[1]
-    best = Iterate(list(factors))
-    small = math.prod(min(size, rank) for size in tensor.shape) * _SMALLER < tensor.numel()
+    rank = start.factors[0].shape[1]
+    best = start
+    smaller = _FAR_SMALLER if clock.limited else _SMALLER
+    small = math.prod(min(size, rank) for size in tensor.shape) * smaller < tensor.numel()
     for k in range(_CYCLES if small else 0):
         span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
-        best = descend(tensor, best.factors, Stage(_CYCLE_SWEEPS[0], _CYCLE_TIMES[k], 1.5, span=span), clock, scale)
+        best = descend(tensor, best, Stage(_CYCLE_SWEEPS[0], _CYCLE_TIMES[k], 1.5, span=span), clock, scale)
         if clock.left(_CYCLE_TIMES[k]) <= 0:
             break
         basis = [torch.linalg.qr(f)[0] if f.shape[0] > rank else None for f in best.factors]
         core = tensor
         for mode in (2, 1, 0):
             core = mode_product(core, basis[mode], mode)
-        inside = [f if u is None else u.T @ f for u, f in zip(basis, best.factors, strict=True)]
+        inside = Iterate([f if u is None else u.T @ f for u, f in zip(basis, best.factors, strict=True)])
         stage = Stage(_CYCLE_SWEEPS[1], _CYCLE_TIMES[k], tolerance=1e-5, span=span)
         found = descend(core.contiguous(), inside, stage, clock, scale)
-        best = replace(found, factors=lifted(basis, found.factors))
+        best = found.moved(_lifting(basis))
+    first, last = _penalties(3, clock) if start.previous else (PENALTY, PENALTY)
     sweeps = max(1, round(effort * _SWEEPS))
-    best = descend(tensor, best.factors, Stage(sweeps, reserve=0.2, enough=enough**2, span=(0.5, 1.0)), clock, scale)
+    stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
+    best = descend(tensor, best, stage, clock, scale)
     return _released(tensor, best, clock, scale=scale)
 
 
-def _padded(factors: Sequence[Tensor], core: Tensor) -> list[Tensor]:
-    """Factors of a leading block as factors of the core."""
-    return [torch.cat([f, f.new_zeros(size - len(f), f.shape[1])]) for f, size in zip(factors, core.shape, strict=True)]
+def _padding(core: Tensor) -> Callable[[int, Tensor], Tensor]:
+    """Takes factors of a leading block to factors of the core."""
+    return lambda mode, f: torch.cat([f, f.new_zeros(core.shape[mode] - len(f), f.shape[1])])
+
+
+def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
+    """Takes factors in a subspace of each mode to the coordinates of the whole."""
+
+    def lift(mode: int, factor: Tensor) -> Tensor:
+        u = basis[mode]
+        return factor if u is None else u.to(factor.dtype) @ factor
+
+    return lift
 
 
 def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0, scale: float = 1.0) -> Iterate:
@@ -235,7 +265,7 @@ def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0,
         lower = (
             finish(tensor, best.factors, penalty, outside, clock)
             if newton
-            else descend(tensor, best.factors, Stage(_SWEEPS, first=penalty, last=penalty), clock)
+            else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), clock)
         )
         if not lower.residual < best.residual:
             break

@@ -47,7 +47,7 @@ def truncated(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
     """
     basis: list[Tensor | None] = [None, None, None]
     rest: Tensor | None = None
-    for mode in sorted(range(3), key=lambda m: sizes[m] / source.shape[m]):
+    for mode in sorted(range(3), key=lambda m: (sizes[m] / source.shape[m], -m)):  # the last needs no copies
         if sizes[mode] < source.shape[mode]:
             matrix = source.gram(mode, source.dtype) if rest is None else gram(rest, mode, source.dtype)
             basis[mode] = leading(matrix, sizes[mode], source.dtype)
@@ -82,8 +82,3 @@ def blocks(core: Tensor, fraction: float) -> Tensor:
     """The leading block with this fraction of each size."""
     a, b, c = (max(1, -(-int(1000 * fraction) * size // 1000)) for size in core.shape)
     return core[:a, :b, :c].contiguous()
-
-
-def lifted(basis: Basis, factors: Sequence[Tensor]) -> list[Tensor]:
-    """Factors in the coordinates of the whole."""
-    return [factor if u is None else u.to(factor.dtype) @ factor for u, factor in zip(basis, factors, strict=True)]
