@@ -10,7 +10,7 @@ Products with the tensor are in its dtype; Grams, solves and the objective are i
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ class Iterate:
         return math.sqrt(self.sizes / max(self.norm, 1e-300))
 
     def moved(self, transform: Callable[[int, Tensor], Tensor]) -> "Iterate":
-        """In other coordinates, each factor by what `transform` makes of its mode and itself."""
+        """In other coordinates: each factor is what `transform` makes of its mode and itself, without loss."""
         factors = [transform(mode, factor) for mode, factor in enumerate(self.factors)]
         previous = self.previous and [transform(mode, factor) for mode, factor in enumerate(self.previous)]
-        return Iterate(factors, previous=previous, momentum=self.momentum)
+        return replace(self, factors=factors, previous=previous)
 
 
 @dataclass(frozen=True)

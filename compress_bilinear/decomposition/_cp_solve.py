@@ -33,8 +33,8 @@ _STARTS = 3  # one from the HOSVD, the others random; more where they cost next 
 _MOST_STARTS = 24
 _CHEAP = 2**17  # elements of a core times the rank with which a sweep costs next to nothing
 _CYCLES = 4  # of a few sweeps on the whole and more on the core that the factors span
-_CYCLE_SWEEPS = (1, 20)
-_CYCLE_TIMES = (0.85, 0.9, 0.95, 1.0)
+_CYCLE_SWEEPS = 20
+_PROJECTION = 0.7  # of a sweep on the whole, about: the time that its core takes
 _SWEEPS = 150  # on the whole, after the core
 _LAST_SWEEPS = 400  # on a core that is the whole
 _FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the rank
@@ -96,7 +96,7 @@ def solve(
                 source, (basis, found, outside) = wide, again
         begun = found.moved(_lifting(basis))
         if outside <= _ROUNDING:
-            return replace(found, factors=_in_order(begun.factors, order))
+            return replace(begun, factors=_in_order(begun.factors, order))
     else:
         begun = Iterate(balanced([start[m] for m in order]))
     best = _on_whole(*source.permuted(order), begun, clock, effort, enough)
@@ -213,23 +213,28 @@ def _on_whole(
     best = start
     smaller = _FAR_SMALLER if clock.limited else _SMALLER
     small = math.prod(min(size, rank) for size in tensor.shape) * smaller < tensor.numel()
+    sweep = 0.0  # seconds
     for k in range(_CYCLES if small else 0):
         span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
-        best = descend(tensor, best, Stage(_CYCLE_SWEEPS[0], _CYCLE_TIMES[k], 1.5, span=span), clock, scale)
-        if clock.left(_CYCLE_TIMES[k]) <= 0:
+        begun = clock.elapsed()
+        best = descend(tensor, best, Stage(1, span=span), clock, scale)
+        sweep = clock.elapsed() - begun
+        if clock.left() <= _PROJECTION * sweep:
             break
         basis = [torch.linalg.qr(f)[0] if f.shape[0] > rank else None for f in best.factors]
         core = tensor
         for mode in (2, 1, 0):
             core = mode_product(core, basis[mode], mode)
-        inside = Iterate([f if u is None else u.T @ f for u, f in zip(basis, best.factors, strict=True)])
-        stage = Stage(_CYCLE_SWEEPS[1], _CYCLE_TIMES[k], tolerance=1e-5, span=span)
-        found = descend(core.contiguous(), inside, stage, clock, scale)
-        best = found.moved(_lifting(basis))
-    first, last = _penalties(3, clock) if start.previous else (PENALTY, PENALTY)
-    sweeps = max(1, round(effort * _SWEEPS))
-    stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
-    best = descend(tensor, best, stage, clock, scale)
+        inside = best.moved(_lifting([None if u is None else u.T for u in basis]))
+        stage = Stage(_CYCLE_SWEEPS, tolerance=1e-5, span=span)
+        best = descend(core.contiguous(), inside, stage, clock, scale).moved(_lifting(basis))
+        if clock.left() <= sweep:
+            break
+    if not small or clock.left() > sweep:
+        first, last = _penalties(3, clock) if start.previous and not small else (PENALTY, PENALTY)
+        sweeps = max(1, round(effort * _SWEEPS))
+        stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
+        best = descend(tensor, best, stage, clock, scale)
     return _released(tensor, best, clock, scale=scale)
 
 
@@ -239,7 +244,7 @@ def _padding(core: Tensor) -> Callable[[int, Tensor], Tensor]:
 
 
 def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
-    """Takes factors in a subspace of each mode to the coordinates of the whole."""
+    """Takes factors in a subspace of each mode to the coordinates of the whole; with transposed bases, back."""
 
     def lift(mode: int, factor: Tensor) -> Tensor:
         u = basis[mode]

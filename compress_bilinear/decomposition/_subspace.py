@@ -14,8 +14,7 @@ _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode fro
 
 def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, about in the coordinates of its HOSVD."""
-    shrinking = any(2 * k < d for k, d in zip(sizes, source.shape, strict=True))
-    if source.weight.numel() >= _LARGE and shrinking:
+    if source.weight.numel() >= _LARGE and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
         basis, core = _sketched(source, sizes, generator)
     else:
         basis = truncated(source, sizes)
@@ -56,25 +55,34 @@ def truncated(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
 
 
 def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:
-    """A random range finder (Halko, Martinsson, Tropp, 2011) for each mode, by a power step within the others' ranges.
+    """A random range finder (Halko, Martinsson, Tropp, 2011) in a sequentially truncated HOSVD.
 
-    Returns the bases and the core.
+    The two longest modes that shrink take turns, each by a power step on what the other's basis leaves, of which the
+    first is random; the third mode comes from a Gram of the rest, which is small by then. Returns bases and core.
     """
-    device, dtype = source.weight.device, source.dtype
-    draws: list[Tensor] = []
-    for size, kept in zip(source.shape, sizes, strict=True):
-        draw = torch.randn(size, min(size, kept + _OVERSAMPLED), generator=generator, dtype=torch.float64, device="cpu")
-        draws.append(torch.linalg.qr(draw)[0].to(device, dtype))
-    basis: list[Tensor | None] = [None if d == k else u for d, k, u in zip(source.shape, sizes, draws, strict=True)]
-    for mode, u in enumerate(basis):
-        if u is not None:
-            flat = source.project(basis, skip=mode).movedim(mode, 0).flatten(1)
-            basis[mode] = torch.linalg.qr(flat @ (flat.T @ u))[0]
-    core = source.project(basis)
-    for mode, u in enumerate(basis):
-        if u is not None:
-            turn = leading(gram(core, mode), sizes[mode], dtype)
-            basis[mode], core = u @ turn, mode_product(core, turn, mode)
+    shrinking = [mode for mode, (size, kept) in enumerate(zip(source.shape, sizes, strict=True)) if kept < size]
+    *third, second, first = sorted(shrinking, key=lambda mode: source.shape[mode])
+    basis: list[Tensor | None] = [None, None, None]
+
+    def draw(mode: int) -> Tensor:
+        size = source.shape[mode]
+        wide = min(size, sizes[mode] + _OVERSAMPLED)
+        normal = torch.randn(size, wide, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.linalg.qr(normal)[0].to(source.weight.device, source.dtype)
+
+    basis[second] = draw(second)
+    for mode, other in ((first, second), (second, first), (first, second)):
+        rest = source.project([u if m == other else None for m, u in enumerate(basis)])
+        u = basis[mode]
+        flat = rest.movedim(mode, 0).flatten(1)
+        basis[mode] = torch.linalg.qr(flat @ (flat.T @ (draw(mode) if u is None else u)))[0]
+    core = mode_product(rest, basis[first], first)
+    for mode in third:
+        basis[mode] = leading(gram(core, mode), sizes[mode], source.dtype)
+        core = mode_product(core, basis[mode], mode)
+    for mode in (first, second):
+        turn = leading(gram(core, mode), sizes[mode], source.dtype)
+        basis[mode], core = basis[mode] @ turn, mode_product(core, turn, mode)
     return basis, core
 
 
