@@ -14,11 +14,7 @@ _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode fro
 
 def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
     """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, about in the coordinates of its HOSVD."""
-    if source.weight.numel() >= _LARGE and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
-        basis, core = _sketched(source, sizes, generator)
-    else:
-        basis = truncated(source, sizes)
-        core = source.project(basis)
+    basis, core = start(source, sizes, generator)
     core.mul_(source.total**-0.5)
     # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too
     turned: list[Tensor] = []
@@ -30,6 +26,13 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     return turned, core
 
 
+def start(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:
+    """Orthonormal U_m (d_m, k_m) near the leading singular vectors, None for full modes, and the core T ×_m U_mᵀ."""
+    if source.weight.numel() >= _LARGE and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
+        return _sketched(source, sizes, generator)
+    return truncated(source, sizes)
+
+
 def _sampled_gram(core: Tensor, mode: int) -> Tensor:
     """The Gram of an unfolding's strided sample: coordinates need not be exact, and the whole would cost a sweep."""
     flat = core.movedim(mode, 0).flatten(1)
@@ -39,8 +42,8 @@ def _sampled_gram(core: Tensor, mode: int) -> Tensor:
     return part @ part.T
 
 
-def truncated(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
-    """The sequentially truncated HOSVD, the mode that shrinks most first; None for full modes.
+def truncated(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor | None], Tensor]:
+    """The sequentially truncated HOSVD, the mode that shrinks most first: bases, None for full modes, and the core.
 
     Grams are in the working dtype: it is a start, which HOOI or ALS refine.
     """
@@ -51,7 +54,7 @@ def truncated(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
             matrix = source.gram(mode, source.dtype) if rest is None else gram(rest, mode, source.dtype)
             basis[mode] = leading(matrix, sizes[mode], source.dtype)
             rest = source.project(basis) if rest is None else mode_product(rest, basis[mode], mode)
-    return basis
+    return basis, source.project(basis) if rest is None else rest
 
 
 def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:

@@ -17,14 +17,15 @@ from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, 
 from ._clock import Clock, Progress
 from ._rank import check_tucker_rank, check_weight
 from ._source import Basis, Source, gram, leading, mode_product
-from ._subspace import truncated
+from ._subspace import start, truncated
 from ._truncation import Target, Triple, best_block
 from ._types import Factors, TuckerDecomposition, relative
 
 _ABSORBED = tuple(product((False, True), (False, True), (False, True)))  # the modes, in each family of ranks
 _MAX_SWEEPS = 30
-_TOLERANCE = 1e-4  # HOOI stops where a sweep lowers the error by less than this part of it
+_TOLERANCE = 5e-4  # HOOI stops where a sweep lowers the error by less than this part of it
 _GRAM_LIMIT = 1e-11  # squared relative error near which singular values are lost in a Gram's rounding
+_NARROW_LIMIT = 1e-4  # the same for float32, with room
 _ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an orthogonal iteration
 _FEW_SWEEPS = 4  # while ranks are still being chosen
 _NEAR = 1.05  # times the best first choice: HOOI is tried on those
@@ -76,7 +77,8 @@ def tucker(
             return _to_target(weight, rank, quantize, cost, clock)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
-        return _result(weight, source, refine(source, truncated(source, rank), clock, progress=0.0))
+        basis, _ = start(source, rank, torch.Generator().manual_seed(0))
+        return _result(weight, source, refine(source, basis, clock, progress=0.0))
 
 
 def _to_target(
@@ -123,7 +125,7 @@ def refine(
     """
     basis = list(basis)
     modes = [mode for mode in range(3) if basis[mode] is not None]
-    energy, exact = 0.0, False
+    energy, exact, narrow = 0.0, False, True
     for k in range(sweeps if modes else 0):
         before = energy
         partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
@@ -134,24 +136,30 @@ def refine(
                 part = mode_product(partial, basis[1 - mode], 1 - mode)
             if mode == 1:
                 partial = None
-            basis[mode], energy = _dominant(part, mode, basis[mode], exact)  # type: ignore[arg-type]
+            precision = source.dtype if narrow else torch.float64
+            basis[mode], energy = _dominant(part, mode, basis[mode], exact, precision)  # type: ignore[arg-type]
             del part  # before the next is made
         lost = max(source.total - energy, 0.0)
+        used, narrow = narrow, lost > _NARROW_LIMIT * source.total
         if progress is not None:
             clock.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
-        if len(modes) == 1 or clock.left() <= 0 or (k and energy - before <= 2 * _TOLERANCE * lost):
+        settled = len(modes) == 1 or (k and energy - before <= 2 * _TOLERANCE * lost)
+        if clock.left() <= 0 or (settled and (narrow or not used)):
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
     return basis
 
 
-def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool) -> tuple[Tensor, float]:
+def _dominant(
+    tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype
+) -> tuple[Tensor, float]:
     """The dominant left singular vectors of an unfolding, as many as there are now, and their energy.
 
     Where they are few among many, by one step of orthogonal iteration from the present ones: near convergence it is
-    as good, and costs a fraction of the eigenvectors. `exact` takes no Gram, which would square small singular values.
+    as good, and costs a fraction of the eigenvectors. `exact` takes no Gram, which would square small singular values;
+    else `precision` is that of the Gram.
     """
     size, kept = current.shape
     if exact:
@@ -164,8 +172,8 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool) -> tuple[
         flat = tensor.movedim(mode, 0).flatten(1)
         basis = torch.linalg.qr(flat @ (flat.T @ current))[0]
         return basis, float((basis.T @ flat).double().square().sum())
-    values, vectors = torch.linalg.eigh(gram(tensor, mode))
-    return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum())
+    values, vectors = torch.linalg.eigh(gram(tensor, mode, precision))
+    return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum(dtype=torch.float64))
 
 
 def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clock) -> Basis:
@@ -177,7 +185,7 @@ def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clo
     """
     target.check_feasible()
     if source.total == 0:
-        return truncated(source, (1, 1, 1))
+        return truncated(source, (1, 1, 1))[0]
     core = source.rotate(square)
     families = [best_block(core, 0.0, source.total, target, absorbed) for absorbed in _ABSORBED]
     del core

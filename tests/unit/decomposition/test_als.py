@@ -5,7 +5,7 @@ import torch
 from support import low_rank
 
 from compress_bilinear.decomposition import _als
-from compress_bilinear.decomposition._als import Stage, Sweeper, balanced, descend
+from compress_bilinear.decomposition._als import Iterate, Stage, Sweeper, balanced, descend
 from compress_bilinear.decomposition._clock import Clock
 from compress_bilinear.decomposition._newton import measured_exactly
 
@@ -34,15 +34,24 @@ def objective(tensor, parts, penalty):
 def test_products_with_the_tensor(monkeypatch, limits, shape, rank):
     monkeypatch.setattr(_als, "_LEAST_PRODUCT", limits[0])
     monkeypatch.setattr(_als, "_SCRATCH", limits[1])
-    monkeypatch.setattr(_als, "_LEAST_SCRATCH", limits[1])
     tensor, (first, second, third) = unit(shape), factors(shape, rank)
-    sweeper = Sweeper(tensor, rank, scale=0.5)
+    sweeper = Sweeper(tensor, rank)
     for found, equation, others in (
         (sweeper._first(second, third), "ijk,jr,kr->ir", (second, third)),
         (sweeper._second(first, third), "ijk,ir,kr->jr", (first, third)),
         (sweeper.last(first, second), "ijk,ir,jr->kr", (first, second)),
     ):
-        torch.testing.assert_close(found, 0.5 * torch.einsum(equation, tensor, *others), rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(found, torch.einsum(equation, tensor, *others), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_sweep_over_a_scaled_tensor_is_one_over_the_tensor(dtype):
+    tensor, parts = unit((13, 8, 4)), factors((13, 8, 4), 5)
+    exact = Sweeper(tensor, 5).sweep(parts, 1e-3)
+    found = Sweeper((tensor / 7).to(dtype), 5, scale=7.0).sweep([part.to(dtype) for part in parts], 1e-3)
+    assert found.objective == pytest.approx(exact.objective, rel=1e-4 if dtype == torch.float32 else 1e-10)
+    for one, other in zip(found.factors, exact.factors, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-2 if dtype == torch.float32 else 1e-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1e-3, 0.1])
@@ -77,24 +86,33 @@ def test_a_component_that_has_died_stays_dead_and_the_others_live():
 
 def test_equal_components_do_not_break_the_solve():
     tensor, parts = unit((5, 6, 7)), factors((5, 6, 7), 1)
-    found = descend(tensor, [part.repeat(1, 4) for part in parts], Stage(5, first=0.0, last=0.0), Clock())
+    found = descend(tensor, Iterate([part.repeat(1, 4) for part in parts]), Stage(5, first=0.0, last=0.0), Clock())
     assert math.isfinite(found.objective)
 
 
 def test_a_descent_never_ends_above_where_a_sweep_begins():
     tensor = unit((13, 8, 4))
     begun = Sweeper(tensor, 5).sweep(balanced(factors((13, 8, 4), 5)), _als.PENALTY)
-    assert descend(tensor, begun.factors, Stage(50), Clock()).objective <= begun.objective
+    assert descend(tensor, begun, Stage(50), Clock()).objective <= begun.objective
 
 
 def test_a_descent_is_done_where_it_is_close_enough():
     tensor = unit((13, 8, 4), noise=0.1)
     reports = []
-    found = descend(
-        tensor, factors((13, 8, 4), 5), Stage(500, enough=0.5), Clock(progress=lambda *report: reports.append(report))
-    )
+    clock = Clock(progress=lambda *report: reports.append(report))
+    found = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(500, enough=0.5), clock)
     assert found.residual <= 0.5
     assert len(reports) < 50
+
+
+def test_a_descent_goes_on_with_the_momentum_of_another():
+    tensor = unit((13, 8, 4))
+    whole = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(12), Clock())
+    first = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(6), Clock())
+    assert first.momentum > 1
+    again = descend(tensor, first.moved(lambda _, factor: factor.clone()), Stage(6), Clock())
+    assert again.objective == pytest.approx(whole.objective, rel=1e-9)
+    assert descend(tensor, Iterate(first.factors), Stage(6), Clock()).objective > again.objective
 
 
 def test_a_penalty_falls_to_its_last_value_and_stays():
