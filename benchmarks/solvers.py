@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = 20
-FRACTIONS = (1 / 30, 0.07, 0.1, 0.15, 0.2, 0.4)
+FRACTIONS = (1 / 30, 0.07, 0.1, 0.12, 0.15, 0.18, 0.25, 0.4)
 SWEEPS = (100, 10, 30)  # of TensorLy's random start, as a curve
 EXACT_SWEEPS = 1000
 MEASURED = (

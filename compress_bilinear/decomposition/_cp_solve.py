@@ -26,11 +26,12 @@ AMPLIFICATION_LIMIT = 3.0
 _FIRST_PENALTY = 1e-1  # while components find their places
 _LEVELS = (0.5, 0.75, 1.0)  # of the core's sizes; starts are tried on the first
 _LEVEL_SWEEPS = (30, 30, 40)
-_LEVEL_TIMES = (0.15, 0.4, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
+_LEVEL_TIMES = (0.08, 0.28, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
 _PENALTIES = (_FIRST_PENALTY, 2e-2, 4e-3, PENALTY, PENALTY)  # where each begins and the last ends
 _HURRIED = 0.8  # of a time budget, until the penalty has fallen
 _STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
 _MOST_STARTS = 24
+_SCOUTING = 0.05  # of the time left, at most, for the starts beyond the first
 _CHEAP = 2**17  # elements of a core times the rank with which a sweep costs next to nothing
 _CYCLES = 4  # of a few sweeps on the whole and more on the core that the factors span
 _CYCLE_SWEEPS = 20
@@ -149,7 +150,8 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
         first, last_ = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
         stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=first, last=last_, falling=0.7 if small else 1.0, span=span)
         scouts.append(descend(coarse, Iterate(begin), stage, clock))
-        if clock.left(_LEVEL_TIMES[0]) < clock.elapsed() - before:
+        taken = clock.elapsed() - before
+        if clock.left(_LEVEL_TIMES[0]) < taken or (not small and clock.left() * _SCOUTING < starts * taken):
             break
     scouts.sort(key=lambda scout: scout.objective)
     newton = sum(core.shape) * rank <= _NEWTON_CHEAP
