@@ -20,17 +20,22 @@ from torch import Tensor
 
 from benchmarks.contestants import Contestant, Parts, solver
 from benchmarks.weights import Weight
+from compress_bilinear import TuckerBilinear
+from compress_bilinear.decomposition import TuckerDecomposition
 
 _SLICE = 2**22  # elements of a float64 slice
 _ONCE = 5.0  # seconds above which a call is not repeated
 _WARM_UP = ((6, 5, 4), (32, 32, 32))
+_SMALL = 2**21  # elements of a weight that is also warmed up for by noise of its own shape
 
 
 def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any]:
     """Solve once for the memory, repeat where that was quick, check the result."""
-    for shape in _WARM_UP:  # first calls load code, start threads and grow the allocator's pools
-        solver(*_small(contestant, shape))()
     weight = case.read(folder)
+    # first calls load code, start threads and grow the libraries' pools: beside a small weight that is most of it
+    same = (tuple(weight.shape),) if weight.numel() <= _SMALL else ()
+    for shape in (*_WARM_UP, *same):
+        solver(*_noise(contestant, shape))()
     call = solver(contestant, weight, case.cp_rank if contestant.method == "cp" else case.tucker_rank)
     (found, seconds), memory = with_peak(lambda: timed(call))
     if seconds <= _ONCE:  # then the first call's cost is in its firsts, such as threads that start; repeat it warm
@@ -40,10 +45,10 @@ def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any
         found = sorted((run[0] for run in runs), key=lambda found: relative_error(weight, found))[len(runs) // 2]
     else:
         lower = upper = seconds
-    head, factors = found
+    head = found[0]
     return {
         "rank": "x".join(map(str, head.shape)),
-        "parameters": sum(_stored(f) for f in factors) + (head.numel() if head.dim() == 3 else 0),
+        "parameters": _parameters(contestant, found),
         "error": relative_error(weight, found),
         "seconds": seconds,
         "lower_quartile": lower,
@@ -54,10 +59,15 @@ def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any
     }
 
 
-def _stored(factor: Tensor) -> int:
-    """Numbers in a factor; an identity has been absorbed into the core and stores none."""
-    identity = torch.eye(*factor.shape, dtype=factor.dtype)
-    return 0 if factor.shape[0] == factor.shape[1] > 1 and torch.equal(factor, identity) else factor.numel()
+def _parameters(contestant: Contestant, found: Parts) -> int:
+    """All numbers of core and factors; of ours, those that its layer stores, which has the rest in an identity."""
+    head, factors = found
+    if head.dim() == 1:
+        return sum(factor.numel() for factor in factors)
+    if contestant.name == "ours":
+        layer = TuckerBilinear.from_decomposition(TuckerDecomposition(head, factors))
+        return sum(parameter.numel() for parameter in layer.parameters())
+    return head.numel() + sum(factor.numel() for factor in factors)
 
 
 def succeed(case: Weight, contestant: Contestant, folder: Path, seeds: int) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def _maximum() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _small(contestant: Contestant, shape: tuple[int, int, int]) -> tuple[Contestant, Tensor, Any]:
+def _noise(contestant: Contestant, shape: tuple[int, int, int]) -> tuple[Contestant, Tensor, Any]:
     budget = None if contestant.max_seconds is None else min(0.1, contestant.max_seconds)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     rank = {"cp": min(shape) // 2, "tucker": tuple(size // 2 for size in shape), "max_error": None}

@@ -21,7 +21,7 @@ from .errors import CheckpointError, CompressionError
 from .files import written_atomically
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 METADATA_KEY = "compress_bilinear"
 
 

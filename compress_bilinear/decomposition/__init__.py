@@ -3,6 +3,7 @@
 from ._clock import Progress, check_max_seconds
 from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
+from ._interpolation import interpolation, is_interpolated
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
@@ -17,6 +18,8 @@ __all__ = [
     "check_weight",
     "cp",
     "cp_bytes",
+    "interpolation",
+    "is_interpolated",
     "relative",
     "relative_error",
     "tucker",

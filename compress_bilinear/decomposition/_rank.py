@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..config import Quantize, check_rank
 from ..errors import CompressionError, ConfigError
+from ._interpolation import is_interpolated
 from ._types import MODES, peak
 
 SCALE_BYTES = 4  # a float32 scale
+INDEX_BYTES = 4  # an int32 index
 
 
 def check_weight(weight: Tensor) -> None:
@@ -62,28 +64,38 @@ def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize 
 
 
 def tucker_parameters(rank: Sequence[Any], shape: Sequence[int]) -> Any:
-    """Numbers in core and factors; ranks may be broadcast tensors. A mode of full rank has no factor: see `tucker`."""
-    factors = sum(r * d * (r != d) for r, d in zip(rank, shape, strict=True))
-    return rank[0] * rank[1] * rank[2] + factors
+    """Numbers in core and factors as `TuckerBilinear` stores them; ranks may be broadcast tensors.
+
+    A factor (d, r) takes r d numbers, or r (d − r) in interpolative form: none where the rank is the size.
+    """
+    return rank[0] * rank[1] * rank[2] + _factor_numbers(rank, shape)
+
+
+def _factor_numbers(rank: Sequence[Any], shape: Sequence[int]) -> Any:
+    return sum(r * (d - r * is_interpolated(r, d)) for r, d in zip(rank, shape, strict=True))
 
 
 def tucker_bytes(rank: Sequence[Any], shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> Any:
     """Bytes of core and factors as `TuckerBilinear` stores them, without bias; ranks may be broadcast tensors.
 
-    int8 has a scale for each factor's column and for each fibre of the core along its longer input axis.
+    An interpolative factor has an index for each of its rows. int8 has a scale for each factor's column and for each
+    fibre of the core along its longer input axis.
     """
     values = tucker_parameters(rank, shape)
+    indices = sum(d * is_interpolated(r, d) * (r != d) for r, d in zip(rank, shape, strict=True))
     if quantize is None:
-        return values * itemsize
+        return values * itemsize + INDEX_BYTES * indices
     scales = sum(r * (r != d) for r, d in zip(rank, shape, strict=True)) + rank[0] * _least(rank[1], rank[2])
-    return values + SCALE_BYTES * scales
+    return values + SCALE_BYTES * scales + INDEX_BYTES * indices
 
 
 def tucker_flops(rank: Sequence[Any], shape: Sequence[int]) -> Any:
     """Floating-point operations of a forward, for each row; ranks may be broadcast tensors."""
     out, in1, in2 = rank
-    projections = sum(2 * r * d * (r != d) for r, d in zip(rank, shape, strict=True))
-    return projections + 2 * out * in1 * in2 + 2 * _least(_least(out * in1, out * in2), in1 * in2)
+    # an interpolative projection of an input adds its r products to as many of the inputs
+    added = sum(r * is_interpolated(r, d) * (r != d) for r, d in zip(rank[1:], shape[1:], strict=True))
+    core = 2 * out * in1 * in2 + 2 * _least(_least(out * in1, out * in2), in1 * in2)
+    return 2 * _factor_numbers(rank, shape) + added + core
 
 
 def _least(first: Any, second: Any) -> Any:

@@ -232,17 +232,6 @@ class TuckerDecomposition(_Decomposition):
 
         return subtract
 
-    def absorbed(self) -> Self:
-        """The same with every square factor multiplied into the core and replaced by the identity, which is smaller."""
-        core, factors = self.core, list(self.factors)
-        for mode, factor in enumerate(factors):
-            identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-            if factor.shape[0] == factor.shape[1] and not torch.equal(factor, identity):
-                core = torch.tensordot(factor.double(), core.double(), dims=([1], [mode])).movedim(0, mode)
-                factors[mode] = identity
-        out, in1, in2 = factors
-        return type(self)(core.to(self.core.dtype).contiguous(), (out, in1, in2), self.error)
-
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.tucker_tensor.TuckerTensor` of torch tensors."""
         from tensorly.tucker_tensor import TuckerTensor

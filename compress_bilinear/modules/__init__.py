@@ -3,7 +3,7 @@
 from ._base import CompressedBilinear
 from ._cp import CPBilinear
 from ._dense import DenseBilinear
-from ._linear import QuantizedLinear
+from ._linear import InterpolativeLinear, QuantizedLinear
 from ._tucker import TuckerBilinear
 
-__all__ = ["CPBilinear", "CompressedBilinear", "DenseBilinear", "QuantizedLinear", "TuckerBilinear"]
+__all__ = ["CPBilinear", "CompressedBilinear", "DenseBilinear", "InterpolativeLinear", "QuantizedLinear", "TuckerBilinear"]

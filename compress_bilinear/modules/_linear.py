@@ -64,6 +64,8 @@ def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:
 
 def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
     """How to read a (possibly wrapped) linear layer's weight in a given dtype."""
+    if isinstance(linear, InterpolativeLinear):
+        return linear.dense
     weight = linear.weight
     return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[return-value]
 
@@ -83,3 +85,80 @@ class AddBias(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""
         return input if self.bias is None else input + self.bias.to(input.dtype)
+
+
+class InterpolativeLinear(nn.Module):
+    """A linear map between d and r < d dimensions that takes r of the d as they are: its matrix holds an identity.
+
+    Narrowing, y = x[kept] + F x[others]; widening, y[kept] = x and y[others] = F x. r (d − r) weights instead of r d.
+
+    Attributes:
+        index: (d,), int32. Narrowing, the kept inputs and then the others; widening, where each output is among these.
+        rest: the linear map F of the others, plain or quantized.
+        bias: (out_features,) in floating point, or None.
+
+    Source: Cheng et al., "On the compression of low rank matrices" (2005), the interpolative decomposition.
+    """
+
+    bias: nn.Parameter | None
+    index: Tensor
+    rest: nn.Module
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        quantize: Quantize | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        size, rank = max(in_features, out_features), min(in_features, out_features)
+        self.register_buffer("index", torch.arange(size, dtype=torch.int32, device=device))
+        if self.widening:
+            self.rest = make_linear(rank, size - rank, False, quantize, 1, device, dtype)
+        else:
+            self.rest = make_linear(size - rank, rank, False, quantize, 0, device, dtype)
+        added = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", added)
+
+    @property
+    def widening(self) -> bool:
+        return self.out_features > self.in_features
+
+    def fill(
+        self,
+        order: Tensor,  # (d,)
+        coefficients: Tensor,  # (d − r, r)
+    ) -> None:
+        """Store the matrix (d, r) whose rows `order` are [I; F], or its transpose, as `interpolation` gives it."""
+        self.index = (order.argsort() if self.widening else order).to(torch.int32)
+        if self.widening:
+            fill_linear(self.rest, coefficients, 1)
+        else:
+            fill_linear(self.rest, coefficients.T, 0)
+
+    def forward(
+        self,
+        input: Tensor,  # (..., in_features)
+    ) -> Tensor:  # (..., out_features)
+        if self.widening:
+            output = torch.cat([input, self.rest(input).to(input.dtype)], dim=-1).index_select(-1, self.index)
+            return output if self.bias is None else output + self.bias.to(output.dtype)
+        ordered = input.index_select(-1, self.index)
+        kept, others = ordered.split([self.out_features, self.in_features - self.out_features], dim=-1)
+        narrow = kept + self.rest(others)
+        return narrow if self.bias is None else narrow + self.bias.to(narrow.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix (out_features, in_features)."""
+        weight = linear_weight(self.rest)(dtype)
+        identity = torch.eye(min(self.in_features, self.out_features), dtype=dtype, device=weight.device)
+        if self.widening:
+            return torch.cat([identity, weight]).index_select(0, self.index)
+        return torch.cat([identity, weight], dim=1).index_select(1, self.index.argsort())
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -5,18 +5,26 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..config import Quantize, TuckerRank, check_quantize
-from ..decomposition import TuckerDecomposition, check_tucker_rank, tucker, tucker_flops
+from ..decomposition import (
+    TuckerDecomposition,
+    check_tucker_rank,
+    interpolation,
+    is_interpolated,
+    tucker,
+    tucker_flops,
+)
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
-from ._linear import AddBias, fill_linear, linear_weight, make_linear
+from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
 
 
 class TuckerBilinear(ProjectedBilinear):
     """y = out_proj(core(in1_proj(x1), in2_proj(x2))): a bilinear layer whose weight has Tucker rank (R_o, R_i, R_j).
 
     I·R_i + J·R_j + O·R_o + R_o·R_i·R_j parameters. `core` is a `DenseBilinear` without bias, so its weight is
-    `core.weight`, of shape (R_o, R_i, R_j). A mode whose rank is its size is absorbed into the core: it has no
-    projection (`nn.Identity` on an input, the bias alone on the output) and no parameters of its own.
+    `core.weight`, of shape (R_o, R_i, R_j). A mode whose rank R is more than half of its size d has an interpolative
+    projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its size is absorbed
+    into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
 
     With "int8" the projections have one float32 scale for each component and the core one for each fibre along its
     longer input axis.
@@ -55,16 +63,19 @@ class TuckerBilinear(ProjectedBilinear):
         super().__init__(in1_features, in2_features, out_features, quantize)
         check_tucker_rank(rank, (out_features, in1_features, in2_features), "the layer")
         self._rank = (rank[0], rank[1], rank[2])
-        for name, size, kept in (("in1_proj", in1_features, rank[1]), ("in2_proj", in2_features, rank[2])):
-            absorbed = kept == size
-            self.add_module(
-                name, nn.Identity() if absorbed else make_linear(size, kept, False, quantize, 0, device, dtype)
-            )
+
+        def projection(size: int, kept: int, widening: bool, bias: bool) -> nn.Module:
+            ends = (kept, size) if widening else (size, kept)
+            if kept == size:
+                return AddBias(size, bias, device, dtype) if widening else nn.Identity()
+            if is_interpolated(kept, size):
+                return InterpolativeLinear(*ends, bias, quantize, device, dtype)
+            return make_linear(*ends, bias, quantize, int(widening), device, dtype)
+
+        self.in1_proj = projection(in1_features, rank[1], False, False)
+        self.in2_proj = projection(in2_features, rank[2], False, False)
         self.core = DenseBilinear(rank[1], rank[2], rank[0], False, device, dtype, quantize=quantize)
-        if rank[0] == out_features:
-            self.out_proj = AddBias(out_features, bias, device, dtype)
-        else:
-            self.out_proj = make_linear(rank[0], out_features, bias, quantize, 1, device, dtype)
+        self.out_proj = projection(out_features, rank[0], True, bias)
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -80,17 +91,22 @@ class TuckerBilinear(ProjectedBilinear):
     ) -> Self:
         """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device.
 
-        A square factor is multiplied into the core.
+        Of a factor (d, r) with r > d / 2, the part that is not stored is multiplied into the core: see `interpolation`.
         """
-        decomposition = decomposition.absorbed()
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        transposed = (decomposition.factors[0], decomposition.factors[1].T, decomposition.factors[2].T)
-        for layer, factor, axis in zip((new.out_proj, new.in1_proj, new.in2_proj), transposed, (1, 0, 0), strict=True):
-            if not isinstance(layer, (nn.Identity, AddBias)):
-                fill_linear(layer, factor, axis)
-        new.core = DenseBilinear.from_weight(decomposition.core, quantize=quantize)
+        core = decomposition.core
+        for mode, layer in enumerate((new.out_proj, new.in1_proj, new.in2_proj)):
+            factor = decomposition.factors[mode]
+            if is_interpolated(factor.shape[1], factor.shape[0]):
+                order, coefficients, turn = interpolation(factor)
+                core = torch.tensordot(turn, core.double(), dims=([1], [mode])).movedim(0, mode)
+                if isinstance(layer, InterpolativeLinear):
+                    layer.fill(order, coefficients.to(dtype))
+            else:
+                fill_linear(layer, factor.T if mode else factor, 0 if mode else 1)
+        new.core = DenseBilinear.from_weight(core.to(dtype).contiguous(), quantize=quantize)
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new

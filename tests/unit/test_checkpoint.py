@@ -259,7 +259,7 @@ DAMAGE = {
     "flipped byte": (flip, "damaged or edited"),
     "edited description": (edited(layer_with(rank=[2, 2, 2]), False), "damaged or edited"),
     "edited tensor": (edited(lambda d, t: t["rel.core.weight"].zero_(), False), "damaged or edited"),
-    "version": (edited(lambda d, t: d.update(version=1), True), "format version 2. Found 1"),
+    "version": (edited(lambda d, t: d.update(version=1), True), "format version 3. Found 1"),
     "no version": (edited(lambda d, t: d.pop("version"), True), "damaged or edited"),
     "no layers": (edited(lambda d, t: d.pop("layers"), True), "damaged or edited"),
     "unknown field": (edited(layer_with(colour="red"), True), "damaged or edited"),

@@ -80,11 +80,23 @@ def test_what_lies_outside_the_core_counts():
 
 
 def test_costs_are_those_of_the_layer_that_stores_them():
-    assert tucker_parameters((2, 3, 4), SHAPE) == 2 * 3 * 4 + 2 * 4 + 3 * 6 + 4 * 5
+    assert tucker_parameters((2, 3, 2), SHAPE) == 2 * 3 * 2 + 2 * 4 + 3 * 6 + 2 * 5
+    assert tucker_parameters((2, 3, 4), SHAPE) == 2 * 3 * 4 + 2 * 4 + 3 * 6 + 4 * 1  # one beside an identity
     assert tucker_parameters((4, 3, 5), SHAPE) == 4 * 3 * 5 + 3 * 6  # two modes absorbed
-    assert tucker_flops((2, 3, 4), SHAPE) == 2 * (2 * 4 + 3 * 6 + 4 * 5) + dense_flops((2, 3, 4))
+    assert tucker_flops((2, 3, 2), SHAPE) == 2 * (2 * 4 + 3 * 6 + 2 * 5) + dense_flops((2, 3, 2))
+    assert tucker_flops((2, 3, 4), SHAPE) == 2 * (2 * 4 + 3 * 6 + 4 * 1) + 4 + dense_flops((2, 3, 4))
     assert tucker_flops(SHAPE, SHAPE) == dense_flops(SHAPE)
     assert tucker_bytes((4, 3, 5), SHAPE, 4, "int8") == 60 + 18 + 4 * (3 + 4 * 3)
+    assert tucker_bytes((2, 3, 4), SHAPE, 4, None) == 4 * (24 + 8 + 18 + 4) + 4 * 5  # and an index for each row
+
+
+def test_costs_of_many_ranks_at_once_are_those_of_each():
+    axes = [torch.arange(1, size + 1) for size in SHAPE]
+    ranks = [axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]]
+    for cost in (tucker_parameters, tucker_flops, lambda r, s: tucker_bytes(r, s, 2, "int8")):
+        together = cost(ranks, SHAPE)
+        for rank in triples(SHAPE):
+            assert int(together[rank[0] - 1, rank[1] - 1, rank[2] - 1]) == cost(rank, SHAPE)
 
 
 def test_float64_tails_do_not_cancel():

@@ -263,9 +263,9 @@ def test_casting(dtype, kind):
     if kind[1] == "int8":
         stored = {name: value for name, value in layer.state_dict().items() if not name.endswith("bias")}
         assert all(torch.equal(value, before[name]) for name, value in stored.items())
-        assert {value.dtype for value in stored.values()} == {torch.int8, torch.float32}
-    else:
-        assert {value.dtype for value in layer.state_dict().values()} == {dtype}
+        assert {value.dtype for value in stored.values()} - {torch.int32} == {torch.int8, torch.float32}
+    else:  # an index stays one
+        assert {value.dtype for value in layer.state_dict().values()} - {torch.int32} == {dtype}
 
 
 @for_kinds()

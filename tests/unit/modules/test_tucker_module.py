@@ -7,11 +7,12 @@ from compress_bilinear import DenseBilinear, TuckerBilinear, ops
 from compress_bilinear.decomposition import TuckerDecomposition, tucker_bytes
 from compress_bilinear.errors import ConfigError, InputError
 from compress_bilinear.measure import stored_bytes
-from compress_bilinear.modules import QuantizedLinear
+from compress_bilinear.modules import InterpolativeLinear, QuantizedLinear
 from compress_bilinear.modules._linear import AddBias
 from compress_bilinear.ops import reference
 
-RANK = (4, 3, 6)
+RANK = (4, 3, 6)  # of (5, 9, 7): two modes are near their sizes
+PLAIN = (2, 3, 3)
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
@@ -66,25 +67,47 @@ def test_a_square_factor_that_is_no_identity_is_multiplied_into_the_core():
     torch.testing.assert_close(layer.core.weight.detach(), decomposition.to_tensor(), rtol=1e-12, atol=1e-10)
 
 
-@pytest.mark.parametrize("rank", [(1, 1, 1), RANK])
+@pytest.mark.parametrize("rank", [(1, 1, 1), PLAIN, RANK, (3, 5, 4)])
 def test_the_forward_is_the_reference_of_its_parts(rank):
     layer, _ = example(rank)
     input1, input2 = normal(11, 9), normal(11, 7, seed=1)
-    factors = (layer.out_proj.weight, layer.in1_proj.weight.T, layer.in2_proj.weight.T)
+    out, in1, in2 = (
+        part.dense(torch.float64) if isinstance(part, InterpolativeLinear) else part.weight
+        for part in (layer.out_proj, layer.in1_proj, layer.in2_proj)
+    )
+    factors = (out, in1.T, in2.T)
     expected = reference.bilinear_tucker(input1, input2, layer.core.weight, factors, layer.bias)
     assert_matches_reference(layer(input1, input2).detach(), expected.detach())
 
 
 def test_it_is_made_of_ordinary_linear_layers_and_a_dense_core():
-    layer = TuckerBilinear(9, 7, 5, RANK)
+    layer = TuckerBilinear(9, 7, 5, PLAIN)
     assert [type(part) for part in layer.children()] == [nn.Linear, nn.Linear, DenseBilinear, nn.Linear]
     assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
         "in1_proj.weight": (3, 9),
-        "in2_proj.weight": (6, 7),
-        "core.weight": (4, 3, 6),
-        "out_proj.weight": (5, 4),
+        "in2_proj.weight": (3, 7),
+        "core.weight": (2, 3, 3),
+        "out_proj.weight": (5, 2),
         "out_proj.bias": (5,),
     }
+
+
+def test_a_rank_near_its_size_stores_only_what_is_beside_an_identity():
+    layer = TuckerBilinear(9, 7, 5, RANK)
+    assert {name: tuple(value.shape) for name, value in layer.state_dict().items()} == {
+        "in1_proj.weight": (3, 9),
+        "in2_proj.index": (7,),
+        "in2_proj.rest.weight": (6, 1),
+        "core.weight": (4, 3, 6),
+        "out_proj.index": (5,),
+        "out_proj.rest.weight": (1, 4),
+        "out_proj.bias": (5,),
+    }
+    layer, decomposition = example()
+    kept = {int(row) for row in layer.in2_proj.index[:6]}
+    matrix = layer.in2_proj.dense(torch.float64)
+    assert torch.equal(matrix[:, sorted(kept)], torch.eye(6, dtype=torch.float64))
+    assert torch.linalg.matrix_rank(torch.cat([matrix.T, decomposition.factors[2]], dim=1)) == 6  # the same space
 
 
 def test_it_shares_no_memory_with_its_decomposition():
@@ -96,7 +119,7 @@ def test_it_shares_no_memory_with_its_decomposition():
     assert torch.equal(decomposition.to_tensor(), before)
 
 
-@pytest.mark.parametrize(("rank", "core"), [((4, 3, 6), (4, 3, 1)), ((4, 6, 3), (4, 1, 3))])
+@pytest.mark.parametrize(("rank", "core"), [((2, 2, 3), (2, 2, 1)), ((2, 4, 3), (2, 1, 3))])
 def test_int8_has_a_scale_for_each_component_and_for_each_fibre_of_the_core(rank, core):
     layer, decomposition = example(rank, quantize="int8")
     projections = (layer.in1_proj, layer.in2_proj, layer.out_proj)
@@ -108,11 +131,43 @@ def test_int8_has_a_scale_for_each_component_and_for_each_fibre_of_the_core(rank
     assert float((layer.to_dense(torch.float64) - exact).norm() / exact.norm()) < 0.02
 
 
-@pytest.mark.parametrize("rank", [RANK, (5, 2, 2)])
-def test_flops_are_those_of_the_projections_and_of_the_core(rank):
+@pytest.mark.parametrize(
+    ("rank", "projections"),
+    [
+        (PLAIN, 2 * (2 * 5 + 3 * 9 + 3 * 7)),
+        (RANK, 2 * (4 * 1 + 3 * 9 + 6 * 1) + 6),  # the kept inputs are added
+        ((5, 2, 2), 2 * (2 * 9 + 2 * 7)),
+        ((5, 8, 7), 2 * 8 + 8),
+    ],
+)
+def test_flops_are_those_of_the_projections_and_of_the_core(rank, projections):
     layer, _ = example(rank)
-    projections = sum(2 * r * d for r, d in zip(rank, (5, 9, 7), strict=True) if r < d)
     assert layer.flops_per_row == projections + ops.dense_flops(rank)
+
+
+@pytest.mark.parametrize("rank", [(3, 5, 4), (4, 8, 6), (4, 9, 4), (2, 5, 7)], ids=str)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_interpolative_layer_is_as_good_as_its_decomposition(rank, quantize, dtype):
+    layer, decomposition = example(rank, dtype=dtype, quantize=quantize)
+    exact = decomposition.to_tensor().double()
+    found = layer.to_dense(torch.float64).detach()
+    rounding = 0.02 if quantize else {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 0.02)
+    assert float((found - exact).norm() / exact.norm()) < rounding
+    assert stored_bytes(layer) == tucker_bytes(rank, (5, 9, 7), dtype.itemsize, quantize) + 5 * dtype.itemsize
+    input1, input2 = normal(11, 9, dtype=dtype), normal(11, 7, seed=1, dtype=dtype)
+    expected = reference.bilinear_dense(input1.double(), input2.double(), found, layer.bias.double())
+    assert_matches_reference(layer(input1, input2).detach(), expected.detach())
+
+
+def test_an_interpolative_layer_has_the_gradients_of_the_dense_weight():
+    layer, _ = example((4, 8, 6))
+    input1, input2 = normal(11, 9).requires_grad_(), normal(11, 7, seed=1).requires_grad_()
+    wanted = [input1, input2, *layer.parameters()]
+    gradients = torch.autograd.grad(layer(input1, input2).square().sum(), wanted)
+    dense = reference.bilinear_dense(input1, input2, layer.to_dense(), layer.bias)
+    for found, expected in zip(gradients, torch.autograd.grad(dense.square().sum(), wanted), strict=True):
+        assert_matches_reference(found, expected)
 
 
 @pytest.mark.parametrize(
