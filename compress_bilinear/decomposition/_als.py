@@ -165,28 +165,31 @@ class Sweeper:
         whole = len(self._columns) == 1 and plane * rank <= self._scratch.numel()
         shape = (*tensor.shape[:2], rank)
         self._whole = self._scratch[: plane * rank].view(shape) if whole else None  # nothing is done in parts
-        self._ridge = torch.ones(rank, rank, dtype=torch.float64, device=tensor.device)
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
-        self._ridge.fill_diagonal_(1 + penalty + 1e-15)
+        # at ranks above the sizes, these R x R matrices are most of the memory: each goes as soon as it can
         _, second, third = factors
-        gram2, gram3 = wide_gram(second), wide_gram(third)
-        first = self._update(self._first(second, third), gram2 * gram3)
+        gram3 = wide_gram(third)
+        normal = wide_gram(second).mul_(gram3)
+        first = self._update(self._first(second, third), normal, penalty)
         gram1 = wide_gram(first)
-        second = self._update(self._second(first, third), gram1 * gram3)
+        torch.mul(gram1, gram3, out=normal)
+        del gram3
+        second = self._update(self._second(first, third), normal, penalty)
         gram2 = wide_gram(second)
-        normal = gram1 * gram2
+        torch.mul(gram1, gram2, out=normal)
+        squares = [gram1.diagonal().clone(), gram2.diagonal().clone()]
+        del gram1, gram2
         right = self.last(first, second)
-        third = self._update(right, normal)
+        third = self._update(right, normal, penalty)
         gram3 = wide_gram(third)
         # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
         inner = self._scale * float(torch.sum(right * third, dtype=torch.float64))
-        model = normal * gram3
+        model = normal.mul_(gram3)
         norm, sizes = float(model.sum()), float(model.diagonal().sum())
         residual = 1.0 - 2 * inner + norm if math.isfinite(norm) else math.nan
-        squares = torch.stack((gram1.diagonal(), gram2.diagonal(), gram3.diagonal()))
-        balance = _balanced((first, second, third), squares)
+        balance = _balanced((first, second, third), torch.stack((*squares, gram3.diagonal())))
         return Iterate(balance, residual + penalty * sizes, residual, sizes, norm)
 
     def _partial(self, third: Tensor, columns: slice) -> Tensor:
@@ -244,16 +247,23 @@ class Sweeper:
             total.addmm_(pairs.flatten(0, 1).T, flat)
         return total.T
 
-    def _update(self, right: Tensor, gram: Tensor) -> Tensor:
+    def _update(self, right: Tensor, normal: Tensor, penalty: float) -> Tensor:
         """The factor F that solves F (V + μ diag V) = M times the scale; the least-norm one where that is singular."""
-        triangle, failed = torch.linalg.cholesky_ex(gram * self._ridge)  # as exact as with a diagonal of ones
+        diagonal = normal.diagonal()
+        plain = diagonal.clone()
+        diagonal.mul_(1 + penalty + 1e-15)
+        triangle, failed = torch.linalg.cholesky_ex(normal)  # as exact as with a diagonal of ones
         if int(failed):
-            return _deficient(right.double() * self._scale, gram * self._ridge).to(right.dtype)
-        if right.dtype == torch.float64:
-            return torch.cholesky_solve(right.T, triangle).T.mul_(self._scale)
-        # M is no more exact than float32, so a rounded inverse loses no more, and costs less than a solve
-        inverse = torch.cholesky_inverse(triangle).to(right.dtype)
-        return torch.addmm(right.new_empty(right.shape), right, inverse, beta=0, alpha=self._scale)
+            solved = _deficient(right.double() * self._scale, normal.clone()).to(right.dtype)
+        elif right.dtype == torch.float64:
+            solved = torch.cholesky_solve(right.T, triangle).T.mul_(self._scale)
+        else:
+            # M is no more exact than float32, so a rounded inverse loses no more, and costs less than a solve
+            inverse = torch.cholesky_inverse(triangle, out=triangle).to(right.dtype)
+            del triangle
+            solved = torch.addmm(right.new_empty(right.shape), right, inverse, beta=0, alpha=self._scale)
+        diagonal.copy_(plain)
+        return solved
 
 
 def _deficient(right: Tensor, system: Tensor) -> Tensor:

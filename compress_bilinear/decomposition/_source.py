@@ -122,10 +122,10 @@ def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
             return tensor @ matrix
 
 
-def slab_slices(shape: Sequence[int], axis: int) -> Iterator[slice]:
+def slab_slices(shape: Sequence[int], axis: int, least: int = _LEAST_SLAB) -> Iterator[slice]:
     """Slices of an axis, each of about an eighth of the tensor, or `_SLAB` elements, or at least one index."""
     numel = math.prod(shape)
-    step = max(1, min(_SLAB, max(_LEAST_SLAB, numel // 8)) * shape[axis] // max(1, numel))
+    step = max(1, min(_SLAB, max(least, numel // 8)) * shape[axis] // max(1, numel))
     for start in range(0, shape[axis], step):
         yield slice(start, min(start + step, shape[axis]))
 
@@ -140,7 +140,8 @@ def gram(
     size = tensor.shape[mode]
     total = torch.zeros(size, size, dtype=dtype, device=tensor.device)
     along = 1 if mode == 0 else 0
-    for part in slab_slices(tensor.shape, along):
+    least = _LEAST_SLAB if dtype == tensor.dtype else _LEAST_SLAB // 2  # copies to a wider dtype
+    for part in slab_slices(tensor.shape, along, least):
         slab = prepare(tensor[:, part] if along else tensor[part]).to(dtype)
         flat = slab.flatten(0, 1).T if mode == 2 else slab.movedim(mode, 0).flatten(1)
         total += flat @ flat.T

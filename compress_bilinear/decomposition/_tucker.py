@@ -77,7 +77,7 @@ def tucker(
             return _to_target(weight, rank, quantize, cost, clock)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
-        basis, _ = start(source, rank, torch.Generator().manual_seed(0))
+        basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
         return _result(weight, source, refine(source, basis, clock, progress=0.0))
 
 
@@ -107,7 +107,8 @@ def _to_target(
 
 
 def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
-    core = source.project(basis).double() / source.scale
+    core = source.project(basis)
+    core = core if source.scale == 1.0 else core.double() / source.scale
     factors = [
         torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
         for size, u in zip(source.shape, basis, strict=True)

@@ -15,6 +15,7 @@ Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 MODES = ("out", "in1", "in2")
 _CHUNK = 2**18  # elements of the float64 slices in which a residual is summed: 2 MiB, which caches hold
+_LEAST_CHUNK = 2**14  # of a small weight, beside which larger slices would take the most memory
 
 
 def _check_tensors(named: dict[str, Tensor]) -> None:
@@ -29,7 +30,7 @@ def _check_tensors(named: dict[str, Tensor]) -> None:
                 f"`{name}` should be {first.dtype} on {first.device}, as the first part is. "
                 f"Found {tensor.dtype} on {tensor.device}."
             )
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.numel() and not math.isfinite(peak(tensor)):
             raise CompressionError(f"`{name}` should be finite. Found NaN or infinity.")
 
 
@@ -47,8 +48,9 @@ def _as_torch(value: Any) -> Tensor:
 
 
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first axis of an (O, I, J) tensor, each of about `_CHUNK` elements or one output."""
-    rows = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+    """Slices of the first axis of an (O, I, J) tensor, each of at most `_CHUNK` elements, or one output."""
+    chunk = max(_LEAST_CHUNK, min(_CHUNK, math.prod(shape) // 8))
+    rows = max(1, chunk // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 
@@ -224,10 +226,16 @@ class TuckerDecomposition(_Decomposition):
 
     def _subtraction(self) -> Callable[[slice, Tensor], object]:
         out, in1, in2 = (factor.double() for factor in self.factors)
-        core, right = self.core.double().flatten(1), in2.T.contiguous()
+        right = in2.T.contiguous()
+        small = self.core.numel() <= max(_CHUNK, math.prod(self.shape) // 8)
+        parts = (self.core.double(),) if small else self.core.split(max(1, _CHUNK // self.core[0].numel()))
 
         def subtract(rows: slice, values: Tensor) -> None:
-            left = torch.matmul(in1, (out[rows] @ core).unflatten(1, self.core.shape[1:]))
+            core, begin = values.new_zeros(len(values), self.core[0].numel()), 0
+            for part in parts:  # a large core is not widened at once
+                core.addmm_(out[rows, begin : begin + len(part)], part.flatten(1).double())
+                begin += len(part)
+            left = torch.bmm(in1.expand(len(values), -1, -1), core.unflatten(1, self.core.shape[1:]))
             values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
 
         return subtract

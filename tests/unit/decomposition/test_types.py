@@ -69,7 +69,7 @@ def test_relative_error_is_that_of_the_residual_in_any_chunks(example, chunk, mo
 
 @pytest.mark.parametrize("chunk", [1, 63, 64, 126, 1000])
 def test_row_slices_cover_the_first_axis_once(chunk, monkeypatch):
-    monkeypatch.setattr(_types, "_CHUNK", chunk)
+    monkeypatch.setattr(_types, "_LEAST_CHUNK", chunk)
     slices = list(row_slices(SHAPE))
     assert [row for part in slices for row in range(5)[part]] == list(range(5))
     assert all(part.stop - part.start <= max(1, chunk // 63) for part in slices)
