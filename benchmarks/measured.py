@@ -2,6 +2,9 @@
 
 Nothing that a solver says about its own result is believed: error, amplification and the error after rounding to
 8 bits are computed here from the factors, in float64, slice by slice.
+
+Peak memory is what the process grew by; beside a small weight, where pools and code outweigh the work, it is what the
+allocators of PyTorch and NumPy held.
 """
 
 import ctypes
@@ -9,9 +12,11 @@ import math
 import resource
 import statistics
 import time
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +31,17 @@ from compress_bilinear.decomposition import TuckerDecomposition
 _SLICE = 2**22  # elements of a float64 slice
 _ONCE = 5.0  # seconds above which a call is not repeated
 _WARM_UP = ((6, 5, 4), (32, 32, 32))
-_SMALL = 2**21  # elements of a weight that is also warmed up for by noise of its own shape
+_SMALL = 2**21  # elements of a weight that the resident memory of a process is too coarse for
 
 
 def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any]:
     """Solve once for the memory, repeat where that was quick, check the result."""
     weight = case.read(folder)
-    # first calls load code, start threads and grow the libraries' pools: beside a small weight that is most of it
-    same = (tuple(weight.shape),) if weight.numel() <= _SMALL else ()
-    for shape in (*_WARM_UP, *same):
+    for shape in _WARM_UP:  # first calls load code, start threads and grow the libraries' pools
         solver(*_noise(contestant, shape))()
     call = solver(contestant, weight, case.cp_rank if contestant.method == "cp" else case.tucker_rank)
-    (found, seconds), memory = with_peak(lambda: timed(call))
+    small = weight.numel() <= _SMALL
+    (found, seconds), memory = (timed(call), 0) if small else with_peak(lambda: timed(call))
     if seconds <= _ONCE:  # then the first call's cost is in its firsts, such as threads that start; repeat it warm
         runs = sorted((timed(call) for _ in range(5 if seconds < 1 else 2)), key=lambda run: run[1])
         lower, seconds, upper = statistics.quantiles([run[1] for run in runs], n=4, method="inclusive")
@@ -45,6 +49,8 @@ def measure(case: Weight, contestant: Contestant, folder: Path) -> dict[str, Any
         found = sorted((run[0] for run in runs), key=lambda found: relative_error(weight, found))[len(runs) // 2]
     else:
         lower = upper = seconds
+    if small:  # now, for a profiler slows what comes after it
+        memory = with_allocated(call)
     head = found[0]
     return {
         "rank": "x".join(map(str, head.shape)),
@@ -120,6 +126,19 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
         return found, _maximum() - before
     found = call()
     return found, _status("VmHWM") - before
+
+
+def with_allocated(call: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's allocator and NumPy held at once for a call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        tracemalloc.start()  # which sees NumPy's arrays
+        call()
+        arrays = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    recorded = profile.profiler.kineto_results.events()  # `profile.events()` has only what no operator asked for
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
+    return max(accumulate((change for _, change in changes), initial=0)) + arrays
 
 
 def _status(field: str) -> int:
