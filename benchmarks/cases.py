@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear.decomposition import cp_bytes, tucker_bytes
+from compress_bilinear.decomposition import cp_bytes, tucker_parameters
 from compress_bilinear.measure import dense_calls
 from compress_bilinear.modules import CompressedBilinear
 
@@ -60,7 +60,7 @@ def tucker_rank(case: Case, fraction: float) -> tuple[int, int, int]:
     best = (1, 1, 1)
     for step in range(1, 101):
         rank = tuple(max(1, step * size // 100) for size in case.shape)
-        if tucker_bytes(rank, case.shape, 1, None) <= fraction * case.out * case.in1 * case.in2:
+        if tucker_parameters(rank, case.shape) <= fraction * case.out * case.in1 * case.in2:
             best = (rank[0], rank[1], rank[2])
     return best
 

@@ -129,7 +129,8 @@ def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def with_allocated(call: Callable[[], object]) -> int:
-    """The most bytes that PyTorch's allocator and NumPy held at once for a call."""
+    """The most bytes that PyTorch's allocator held at once for a call, and NumPy's arrays; workspaces of LAPACK are
+    seen where PyTorch asks for them."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         tracemalloc.start()  # which sees NumPy's arrays
@@ -137,8 +138,8 @@ def with_allocated(call: Callable[[], object]) -> int:
         arrays = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     recorded = profile.profiler.kineto_results.events()  # `profile.events()` has only what no operator asked for
-    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded if event.name() == "[memory]")
-    return max(accumulate((change for _, change in changes), initial=0)) + arrays
+    changes = sorted((event for event in recorded if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0)) + arrays
 
 
 def _status(field: str) -> int:

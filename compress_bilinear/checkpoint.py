@@ -80,10 +80,10 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     expected = module.state_dict()
     _check_names(expected, own, f"layer {description.name or '(root)'!r}")
-    quantized = ("qdata", "scale")  # the names of tensors whose dtypes are fixed
-    floating = {value.dtype for name, value in own.items() if not name.endswith(quantized)}
+    given = ("qdata", "scale", "index")  # the names of tensors whose dtypes are fixed
+    floating = {value.dtype for name, value in own.items() if not name.endswith(given)}
     for name, value in own.items():
-        fixed = expected[name].dtype if name.endswith(quantized) else None
+        fixed = expected[name].dtype if name.endswith(given) else None
         if fixed is None and not value.is_floating_point():
             raise CheckpointError(f"Tensor {prefix + name!r} should be floating. Found {value.dtype}.")
         if value.shape != expected[name].shape or (fixed is not None and value.dtype != fixed) or len(floating) > 1:
@@ -92,6 +92,8 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
                 f"{f' and dtype {fixed}' if fixed is not None else ' and the dtype of its layer'}. "
                 f"Found {tuple(value.shape)} and {value.dtype}."
             )
+        if name.endswith("index") and not torch.equal(value.sort()[0].cpu(), torch.arange(len(value)).int()):
+            raise CheckpointError(f"Tensor {prefix + name!r} should hold each of 0..{len(value) - 1} once.")
     module.load_state_dict(own, assign=True)
     return module
 

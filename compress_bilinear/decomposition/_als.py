@@ -5,7 +5,8 @@ cancelling (degeneracy: de Silva and Lim, 2008; the ridge: Paatero, 1997). With 
 solve with V + μ diag V, V the Hadamard product of the other two Grams. Between sweeps the factors are extrapolated,
 which is undone where the objective rises (heavy ball with restarts: Mitchell, Ye, De Sterck, 2020).
 
-Products with the tensor are in its dtype; Grams, solves and the objective are in float64.
+Products with the tensor, and with the inverse of a system, are in its dtype; Grams, systems and the objective are in
+float64.
 """
 
 import math
@@ -78,7 +79,7 @@ class Stage:
     span: tuple[float, float] = (0.0, 1.0)
 
     def penalty(self, done: float) -> float:
-        """In steps, since objectives under different penalties do not compare."""
+        """Geometrically between the two; objectives under different penalties do not compare."""
         if self.first == self.last:
             return self.last
         return float(self.first * (self.last / self.first) ** min(1.0, done / self.falling))
@@ -131,14 +132,15 @@ def descend(
 
 def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
     """The same components with equal norms in the three factors."""
-    return _balanced(factors, torch.stack([factor.double().square().sum(0) for factor in factors]))
+    squares = torch.stack([factor.double().square().sum(0) for factor in factors])
+    return _balanced([factor.clone() for factor in factors], squares)
 
 
 def _balanced(factors: Sequence[Tensor], squares: Tensor) -> list[Tensor]:
-    """`balanced`, given the columns' squared norms (3, R)."""
+    """`balanced`, given the columns' squared norms (3, R); in place."""
     logs = squares.clamp_min(1e-300).log_()
     scale = torch.exp((logs.mean(0) - logs) / 2).clamp_max_(1e30)  # of a column of zeros, which it leaves
-    return [factor * s for factor, s in zip(factors, scale.to(factors[0].dtype), strict=True)]
+    return [factor.mul_(s) for factor, s in zip(factors, scale.to(factors[0].dtype), strict=True)]
 
 
 def wide_gram(factor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import warnings
 
-import torch
 from torch import Tensor
 
 from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
@@ -11,7 +10,7 @@ from ._clock import Clock, Progress
 from ._cp_search import search
 from ._cp_solve import AMPLIFICATION_LIMIT, as_result, solve
 from ._rank import check_cp_rank, check_weight, cp_bytes, most_rank
-from ._source import Source
+from ._source import Source, full_precision
 from ._types import CPDecomposition
 
 
@@ -61,7 +60,7 @@ def cp(
         rank = affordable(weight, rank, quantize)
     elif not isinstance(rank, MaxError):
         check_cp_rank(rank, weight.shape)
-    with torch.autocast(weight.device.type, enabled=False):  # the solver chooses its precision itself
+    with full_precision(weight.device):
         source = Source(weight)
         if isinstance(rank, MaxError):
             result = search(weight, source, rank, seed, quantize, clock)

@@ -100,6 +100,8 @@ def solve(
             return replace(begun, factors=_in_order(begun.factors, order))
     else:
         begun = Iterate(balanced([start[m] for m in order]))
+        if clock.limited:
+            clock.prepared(_closing_seconds(source, rank))
     best = _on_whole(*source.permuted(order), begun, clock, effort, enough)
     return replace(best, factors=_in_order(best.factors, order))
 
@@ -133,7 +135,8 @@ def _compressed_solve(
     core = core.permute(*order).contiguous()
     whole = all(u.shape[0] == u.shape[1] for u in basis)
     outside = 0.0 if whole else max(1 - float(core.double().square().sum()), 0.0)
-    clock.prepared(_closing_seconds(source, rank))
+    if clock.limited:
+        clock.prepared(_closing_seconds(source, rank))
     return [basis[m] for m in order], _on_core(core, outside, rank, generator, clock), outside
 
 
@@ -147,8 +150,9 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
     for k in range(starts):
         begin = (random_start if k else hosvd_start)(coarse, rank, generator)
         before, span = clock.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
-        first, last_ = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
-        stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=first, last=last_, falling=0.7 if small else 1.0, span=span)
+        highest, lowest = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
+        falling = 0.7 if small else 1.0
+        stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=highest, last=lowest, falling=falling, span=span)
         scouts.append(descend(coarse, Iterate(begin), stage, clock))
         taken = clock.elapsed() - before
         if clock.left(_LEVEL_TIMES[0]) < taken or (not small and clock.left() * _SCOUTING < starts * taken):
@@ -170,17 +174,16 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
     return best
 
 
-def _settled(
-    core: Tensor, start: Iterate, outside: float, last: bool, newton: bool, clock: Clock
-) -> Iterate:
+def _settled(core: Tensor, start: Iterate, outside: float, last: bool, newton: bool, clock: Clock) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
     best = start
+    whole = all(len(factor) == size for factor, size in zip(start.factors, core.shape, strict=True))
     for k, level in enumerate(_LEVELS[1:], start=1):
+        if level < 1 and whole:
+            continue
         block = blocks(core, level)
-        if level < 1 and len(best.factors[0]) >= len(block):
-            continue  # the start was on the whole core
         final = last and level == 1
-        first, least = _penalties(k, clock)
+        first, least = (PENALTY, PENALTY) if whole else _penalties(k, clock)  # where it begins, it has fallen already
         stage = Stage(
             _LAST_SWEEPS if final else _LEVEL_SWEEPS[k],
             1.0 if final else _LEVEL_TIMES[k],
@@ -188,7 +191,7 @@ def _settled(
             tolerance=1e-6 if final else 1e-5,
             first=first,
             last=PENALTY if final else least,
-            falling=1.0,
+            falling=1.0 if not final else _HURRIED if clock.limited else 0.25,
             span=(0.3, 0.9 if last else 0.5),
         )
         best = descend(block, best.moved(_padding(block)), stage, clock)
@@ -207,9 +210,7 @@ def _penalties(level: int, clock: Clock) -> tuple[float, float]:
     return begin, end
 
 
-def _on_whole(
-    tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float
-) -> Iterate:
+def _on_whole(tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float) -> Iterate:
     """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
     rank = start.factors[0].shape[1]
     best = start
@@ -219,7 +220,8 @@ def _on_whole(
     for k in range(_CYCLES if small else 0):
         span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
         begun = clock.elapsed()
-        best = descend(tensor, best, Stage(1, span=span), clock, scale)
+        # plain: one accelerated sweep may rise, and there may be no time for another
+        best = descend(tensor, replace(best, momentum=0), Stage(1, span=span), clock, scale)
         sweep = clock.elapsed() - begun
         if clock.left() <= _PROJECTION * sweep:
             break

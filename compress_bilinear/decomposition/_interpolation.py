@@ -28,24 +28,37 @@ def interpolation(
 
     No coefficient exceeds 1.1 in magnitude, or hardly, so that T is about as well conditioned as the factor.
     """
-    wide = factor.detach().double()
+    size, rank = factor.shape
+    wide = factor.detach().double().cpu()  # small, and worked on entry by entry
+    if size == rank:
+        order, coefficients = torch.arange(size, device="cpu"), wide[:0]
+    else:
+        order, coefficients = _chosen_rows(wide)
+    kept, by_kept = order[:rank].sort()
+    others, by_others = order[rank:].sort()
+    parts = (torch.cat([kept, others]), coefficients[by_others][:, by_kept], wide[kept])
+    return tuple(part.to(factor.device) for part in parts)  # type: ignore[return-value]
+
+
+def _chosen_rows(wide: Tensor) -> tuple[Tensor, Tensor]:
+    """An order of the rows (d,), the kept first, and the coefficients (d − r, r) of the others."""
     size, rank = wide.shape
     permutation, lower, _ = torch.linalg.lu(wide)
     order = permutation.argmax(0)
     # pivoting gives a first choice of rows, whatever the factor's rank is: U = P L R = P [I; L₂ L₁⁻¹] L₁ R
-    columns = torch.linalg.solve_triangular(lower[:rank], lower, upper=False, left=False, unitriangular=True)
-    for _ in range(2 * size if size > rank else 0):
-        flat = int(columns[rank:].abs().argmax())
-        row, column = rank + flat // rank, flat % rank
-        if not abs(float(columns[row, column])) > _LARGEST:
+    first = torch.linalg.solve_triangular(lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True)
+    coefficients = first.contiguous()
+    for _ in range(2 * size):
+        flat = int(coefficients.abs().argmax())
+        row, column = divmod(flat, rank)
+        pivot = float(coefficients[row, column])
+        if not abs(pivot) > _LARGEST:
             break
-        # the row takes the place of the one that is this column's unit vector
-        new = columns[row].clone()
-        old = columns[:, column].clone()
-        new[column] -= 1
-        columns -= torch.outer(old, new / old[row])
-        columns[[row, column]] = columns[[column, row]]
-        order[[row, column]] = order[[column, row]]
-    kept, by_kept = order[:rank].sort()
-    others, by_others = order[rank:].sort()
-    return torch.cat([kept, others]), columns[rank:][by_others][:, by_kept], wide[kept]
+        # this row takes the place of the one that is the column's unit vector
+        new = coefficients[row] / pivot
+        new[column] -= 1 / pivot
+        coefficients -= torch.outer(coefficients[:, column].clone(), new)
+        coefficients[row] = -new
+        coefficients[row, column] += 1
+        order[[row + rank, column]] = order[[column, row + rank]]
+    return order, coefficients

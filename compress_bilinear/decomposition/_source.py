@@ -6,6 +6,7 @@ value below about 1e-4 of the largest.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias
 
 import torch
@@ -19,6 +20,24 @@ Basis: TypeAlias = Sequence[Tensor | None]
 _SLAB = 2**20  # elements of a slab, at most
 _LEAST_SLAB = 2**17
 _SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32 nor bfloat16 in float32 products: the solvers choose their precision themselves."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set by PyTorch's newer names, which do not mix with these
+        before = None
+    with torch.autocast(device.type, enabled=False):
+        if before in (None, "highest"):
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 class Source:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._source import Basis, Source, gram, leading, mode_product
+from ._source import Source, gram, leading, mode_product
 
-_LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than CP's own sweeps
+_LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
 _OVERSAMPLED = 8
 _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from
 
@@ -65,7 +65,6 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
     """
     shrinking = [mode for mode, (size, kept) in enumerate(zip(source.shape, sizes, strict=True)) if kept < size]
     *third, second, first = sorted(shrinking, key=lambda mode: source.shape[mode])
-    basis: list[Tensor | None] = [None, None, None]
 
     def draw(mode: int) -> Tensor:
         size = source.shape[mode]
@@ -73,19 +72,19 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
         normal = torch.randn(size, wide, generator=generator, dtype=torch.float64, device="cpu")
         return torch.linalg.qr(normal)[0].to(source.weight.device, source.dtype)
 
-    basis[second] = draw(second)
+    sketches = {mode: draw(mode) for mode in (second, first)}
     for mode, other in ((first, second), (second, first), (first, second)):
-        rest = source.project([u if m == other else None for m, u in enumerate(basis)])
-        u = basis[mode]
+        rest = source.project([sketches[other] if m == other else None for m in range(3)])
         flat = rest.movedim(mode, 0).flatten(1)
-        basis[mode] = torch.linalg.qr(flat @ (flat.T @ (draw(mode) if u is None else u)))[0]
-    core = mode_product(rest, basis[first], first)
+        sketches[mode] = torch.linalg.qr(flat @ (flat.T @ sketches[mode]))[0]
+    core = mode_product(rest, sketches[first], first)
+    basis: list[Tensor | None] = [None, None, None]
     for mode in third:
         basis[mode] = leading(gram(core, mode), sizes[mode], source.dtype)
         core = mode_product(core, basis[mode], mode)
     for mode in (first, second):
         turn = leading(gram(core, mode), sizes[mode], source.dtype)
-        basis[mode], core = basis[mode] @ turn, mode_product(core, turn, mode)
+        basis[mode], core = sketches[mode] @ turn, mode_product(core, turn, mode)
     return basis, core
 
 

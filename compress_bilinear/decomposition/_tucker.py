@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
 from ._clock import Clock, Progress
 from ._rank import check_tucker_rank, check_weight
-from ._source import Basis, Source, gram, leading, mode_product
+from ._source import Basis, Source, full_precision, gram, leading, mode_product
 from ._subspace import start, truncated
 from ._truncation import Target, Triple, best_block
 from ._types import Factors, TuckerDecomposition, relative
@@ -45,7 +45,8 @@ def tucker(
     """Decompose a three-way weight into a core and three factors with orthonormal columns.
 
     A mode whose rank is its size has the identity for its factor: it is absorbed into the core, which is smaller and
-    loses nothing. So a target may give Tucker-2 or tensor-train shapes, wherever these are the cheapest.
+    loses nothing. So a target may give Tucker-2 or tensor-train shapes, wherever these are the cheapest. Costs are
+    those of `TuckerBilinear`, which stores a factor (d, r) with r > d / 2 as r (d − r) numbers: see `interpolation`.
 
     Args:
         weight: (O, I, J), any floating dtype, on any device.
@@ -72,7 +73,7 @@ def tucker(
     check_quantize(quantize)
     check_cost(cost)
     clock = Clock(max_seconds, progress)
-    with torch.autocast(weight.device.type, enabled=False):  # the solver chooses its precision itself
+    with full_precision(weight.device):
         if isinstance(rank, (MaxError, MaxSize)):
             return _to_target(weight, rank, quantize, cost, clock)
         check_tucker_rank(rank, weight.shape)
@@ -126,7 +127,7 @@ def refine(
     """
     basis = list(basis)
     modes = [mode for mode in range(3) if basis[mode] is not None]
-    energy, exact, narrow = 0.0, False, True
+    energy, exact, narrow = 0.0, False, source.dtype != torch.float64
     for k in range(sweeps if modes else 0):
         before = energy
         partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
@@ -141,7 +142,7 @@ def refine(
             basis[mode], energy = _dominant(part, mode, basis[mode], exact, precision)  # type: ignore[arg-type]
             del part  # before the next is made
         lost = max(source.total - energy, 0.0)
-        used, narrow = narrow, lost > _NARROW_LIMIT * source.total
+        used, narrow = narrow, narrow and lost > _NARROW_LIMIT * source.total
         if progress is not None:
             clock.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
@@ -153,9 +154,7 @@ def refine(
     return basis
 
 
-def _dominant(
-    tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype
-) -> tuple[Tensor, float]:
+def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype) -> tuple[Tensor, float]:
     """The dominant left singular vectors of an unfolding, as many as there are now, and their energy.
 
     Where they are few among many, by one step of orthogonal iteration from the present ones: near convergence it is
@@ -261,6 +260,18 @@ def _ordered(source: Source, basis: Basis) -> tuple[list[Tensor], Tensor]:
     return ordered, core.contiguous()
 
 
+def _cheaper(rank: Triple, target: Target) -> list[Triple]:
+    """For each mode, the next lower rank that costs less: near half of a size, one below may cost more."""
+    found: list[Triple] = []
+    for mode in range(3):
+        for lower in range(rank[mode] - 1, 0, -1):
+            out, in1, in2 = (lower if m == mode else r for m, r in enumerate(rank))
+            if target.price((out, in1, in2)) < target.price(rank):
+                found.append((out, in1, in2))
+                break
+    return found
+
+
 def _lowered(
     core: Source, outside: float, rank: Triple, total: float, target: Target, clock: Clock
 ) -> tuple[Triple, Basis]:
@@ -272,11 +283,7 @@ def _lowered(
     lowered = True
     while lowered and clock.left() > 0:
         lowered = False
-        out, in1, in2 = rank
-        fewer = [r for r in ((out - 1, in1, in2), (out, in1 - 1, in2), (out, in1, in2 - 1)) if min(r) > 0]
-        for candidate in sorted(fewer, key=target.price):
-            if target.price(candidate) >= target.price(rank):
-                continue
+        for candidate in sorted(_cheaper(rank, target), key=target.price):
             trial = refine(core, _columns(_ordered(core, basis)[0], candidate), clock, _FEW_SWEEPS)
             if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True

@@ -64,16 +64,13 @@ class _Decomposition:
         out, in1, in2 = self.factors
         return out.shape[0], in1.shape[0], in2.shape[0]
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        raise NotImplementedError
-
     def _subtraction(self) -> Callable[[slice, Tensor], object]:
         """What takes Ŵ[rows] from a contiguous float64 tensor, in place."""
         raise NotImplementedError
 
     def to_tensor(self) -> Tensor:
         """The tensor (O, I, J) that the factors stand for, in their dtype."""
-        return self._rows(slice(None), self.factors[0].dtype)
+        raise NotImplementedError
 
     def relative_error(self, weight: Tensor) -> float:
         """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
@@ -157,14 +154,15 @@ class CPDecomposition(_Decomposition):
             inner = inner * (factor.double().T @ factor.double())
         return relative(float(inner.diagonal().sum()), max(0.0, float(inner.sum())))
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
-        left = (out[rows] * self.weights.to(dtype))[:, None] * in1
+    def to_tensor(self) -> Tensor:
+        """The tensor (O, I, J) that the factors stand for, in their dtype."""
+        out, in1, in2 = self.factors
+        left = (out * self.weights.to(out.dtype))[:, None] * in1
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
     def _subtraction(self) -> Callable[[slice, Tensor], object]:
-        out, in1, in2 = (factor.double() for factor in self.factors)
-        out, right = out * self.weights.double(), in2.T.contiguous()
+        out, in1, in2 = (factor.detach().double() for factor in self.factors)
+        out, right = out * self.weights.detach().double(), in2.T.contiguous()
 
         def subtract(rows: slice, values: Tensor) -> None:
             left = out[rows, None] * in1
@@ -218,24 +216,25 @@ class TuckerDecomposition(_Decomposition):
         out, in1, in2 = self.core.shape
         return out, in1, in2
 
-    def _rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
-        projected = (out[rows] @ self.core.to(dtype).flatten(1)).unflatten(1, self.core.shape[1:])
+    def to_tensor(self) -> Tensor:
+        """The tensor (O, I, J) that the factors stand for, in their dtype."""
+        out, in1, in2 = self.factors
+        projected = (out @ self.core.flatten(1)).unflatten(1, self.core.shape[1:])
         left = torch.matmul(in1, projected)
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
     def _subtraction(self) -> Callable[[slice, Tensor], object]:
-        out, in1, in2 = (factor.double() for factor in self.factors)
-        right = in2.T.contiguous()
-        small = self.core.numel() <= max(_CHUNK, math.prod(self.shape) // 8)
-        parts = (self.core.double(),) if small else self.core.split(max(1, _CHUNK // self.core[0].numel()))
+        out, in1, in2 = (factor.detach().double() for factor in self.factors)
+        right, whole = in2.T.contiguous(), self.core.detach()
+        small = whole.numel() <= max(_CHUNK, math.prod(self.shape) // 8)
+        parts = (whole.double(),) if small else whole.split(max(1, _CHUNK // whole[0].numel()))
 
         def subtract(rows: slice, values: Tensor) -> None:
-            core, begin = values.new_zeros(len(values), self.core[0].numel()), 0
+            core, begin = values.new_zeros(len(values), whole[0].numel()), 0
             for part in parts:  # a large core is not widened at once
                 core.addmm_(out[rows, begin : begin + len(part)], part.flatten(1).double())
                 begin += len(part)
-            left = torch.bmm(in1.expand(len(values), -1, -1), core.unflatten(1, self.core.shape[1:]))
+            left = torch.bmm(in1.expand(len(values), -1, -1), core.unflatten(1, whole.shape[1:]))
             values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
 
         return subtract

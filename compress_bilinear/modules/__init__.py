@@ -6,4 +6,11 @@ from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._tucker import TuckerBilinear
 
-__all__ = ["CPBilinear", "CompressedBilinear", "DenseBilinear", "InterpolativeLinear", "QuantizedLinear", "TuckerBilinear"]
+__all__ = [
+    "CPBilinear",
+    "CompressedBilinear",
+    "DenseBilinear",
+    "InterpolativeLinear",
+    "QuantizedLinear",
+    "TuckerBilinear",
+]

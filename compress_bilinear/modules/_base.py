@@ -161,8 +161,8 @@ class ProjectedBilinear(CompressedBilinear):
     """A small product between linear layers: what CP and Tucker have in common.
 
     Attributes:
-        in1_proj, in2_proj, out_proj: ordinary linear layers (without, without and with the bias); for a mode that is
-            absorbed into a Tucker core, the identity.
+        in1_proj, in2_proj, out_proj: linear layers (without, without and with the bias), ordinary ones but for a
+            Tucker mode of rank above half of its size: see `InterpolativeLinear`; at full rank, the identity.
     """
 
     in1_proj: nn.Module

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..config import Quantize
 from ..quantization import QuantizedTensor
@@ -49,8 +50,13 @@ def make_linear(
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
     weight = QuantizedTensor.empty((out_features, in_features), dim=1 - component, device=device)
-    added = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-    return QuantizedLinear(weight, added)
+    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype))
+
+
+def _zero_bias(
+    size: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> nn.Parameter | None:
+    return nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
 
 def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:
@@ -79,8 +85,7 @@ class AddBias(nn.Module):
         self, size: int, bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        added = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", added)
+        self.register_parameter("bias", _zero_bias(size, bias, device, dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""
@@ -121,12 +126,19 @@ class InterpolativeLinear(nn.Module):
             self.rest = make_linear(rank, size - rank, False, quantize, 1, device, dtype)
         else:
             self.rest = make_linear(size - rank, rank, False, quantize, 0, device, dtype)
-        added = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", added)
+        self.register_parameter("bias", _zero_bias(out_features, bias, device, dtype))
 
     @property
     def widening(self) -> bool:
+        """Whether the output has the d dimensions."""
         return self.out_features > self.in_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.index
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.index.dtype != torch.int32:  # .type(dtype) on a parent converts integers too
+            self.index = before.to(device=self.index.device)
+        return self
 
     def fill(
         self,
@@ -153,12 +165,11 @@ class InterpolativeLinear(nn.Module):
         return narrow if self.bias is None else narrow + self.bias.to(narrow.dtype)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The matrix (out_features, in_features)."""
+        """The matrix (out_features, in_features), differentiable in what is stored."""
         weight = linear_weight(self.rest)(dtype)
         identity = torch.eye(min(self.in_features, self.out_features), dtype=dtype, device=weight.device)
         if self.widening:
             return torch.cat([identity, weight]).index_select(0, self.index)
         return torch.cat([identity, weight], dim=1).index_select(1, self.index.argsort())
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+    extra_repr = QuantizedLinear.extra_repr

@@ -89,7 +89,7 @@ class TuckerBilinear(ProjectedBilinear):
         *,
         quantize: Quantize | None = None,
     ) -> Self:
-        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device.
+        """The layer whose weight is `decomposition.to_tensor()`, up to rounding, in its dtype and on its device.
 
         Of a factor (d, r) with r > d / 2, the part that is not stored is multiplied into the core: see `interpolation`.
         """
@@ -101,7 +101,8 @@ class TuckerBilinear(ProjectedBilinear):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
-                core = torch.tensordot(turn, core.double(), dims=([1], [mode])).movedim(0, mode)
+                if not torch.equal(turn, torch.eye(len(turn), dtype=turn.dtype, device=turn.device)):
+                    core = torch.tensordot(turn, core.double(), dims=([1], [mode])).movedim(0, mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
             else:
@@ -113,7 +114,7 @@ class TuckerBilinear(ProjectedBilinear):
 
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, rank: TuckerRank, *, quantize: Quantize | None = None) -> Self:
-        """The layer whose weight is `decomposition.tucker(layer.weight, rank)`; raises what that raises."""
+        """The layer of `decomposition.tucker(layer.weight, rank)`, up to rounding; raises what that raises."""
         bias = None if layer.bias is None else layer.bias.detach()
         return cls.from_decomposition(tucker(layer.weight.detach(), rank, quantize=quantize), bias, quantize=quantize)
 

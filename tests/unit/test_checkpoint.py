@@ -22,6 +22,8 @@ CONFIGS = {
     "cp int8": cb.CPConfig(rank=2, quantize="int8"),
     "tucker": cb.TuckerConfig(rank=(2, 3, 2)),
     "tucker int8": cb.TuckerConfig(rank=(2, 3, 2), quantize="int8"),
+    "tucker near full": cb.TuckerConfig(rank=(5, 3, 7)),
+    "tucker near full int8": cb.TuckerConfig(rank=(5, 7, 2), quantize="int8"),
     "dense": cb.DenseConfig(),
     "dense int8": cb.DenseConfig(quantize="int8"),
 }
@@ -85,7 +87,7 @@ def compressed(way: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 @cache
 def mixed() -> nn.Module:
     """`rel` as Tucker and `one` = `other` as int8 CP; not to be changed."""
-    return small(trained(), {"rel": CONFIGS["tucker"], "*": CONFIGS["cp int8"]})
+    return small(trained(), {"rel": CONFIGS["tucker near full"], "*": CONFIGS["cp int8"]})
 
 
 @pytest.fixture
@@ -247,6 +249,10 @@ def cast_scale(description, tensors) -> None:
     tensors["one.in1_proj.weight.scale"] = tensors["one.in1_proj.weight.scale"].double()
 
 
+def cast_index(description, tensors) -> None:
+    tensors["rel.out_proj.index"] = tensors["rel.out_proj.index"].long()
+
+
 DAMAGE = {
     "missing": (Path.unlink, "should be a file. Found none"),
     "empty": (lambda path: path.write_bytes(b""), "should be a whole safetensors file"),
@@ -273,6 +279,8 @@ DAMAGE = {
     "reshaped tensor": (edited(lambda d, t: t.update({"norm.bias": torch.ones(1)}), True), "'norm.bias' should be"),
     "mixed dtypes": (edited(cast, True), "the dtype of its layer"),
     "other scale": (edited(cast_scale, True), "dtype torch.float32"),
+    "other index": (edited(cast_index, True), "dtype torch.int32"),
+    "repeated index": (edited(lambda d, t: t["rel.out_proj.index"].zero_(), True), "each of 0..6 once"),
     "extra tensor": (edited(lambda d, t: t.update(extra=torch.ones(1)), True), "unexpected extra"),
 }
 
@@ -400,7 +408,7 @@ class TestSaving:
 
     def test_the_description_names_the_layers(self, saved):
         assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read(saved)[1]] == [
-            (("rel",), "tucker", (2, 3, 2)),
+            (("rel",), "tucker", (5, 3, 7)),
             (("one", "other"), "cp", 2),
         ]
 

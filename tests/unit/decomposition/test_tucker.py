@@ -8,7 +8,7 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import tucker, tucker_bytes, tucker_flops, tucker_parameters
+from compress_bilinear.decomposition import _subspace, cp, tucker, tucker_bytes, tucker_flops, tucker_parameters
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)
@@ -177,6 +177,36 @@ def test_the_same_weight_gives_the_same_result_in_any_layout_and_leaves_it_as_it
 def test_a_weight_whose_singular_values_decay_fast_keeps_its_small_ones():
     # float32 Grams would stop at 1e-4
     assert tucker(hilbert(30), (10, 10, 10)).error < 1e-8
+
+
+def test_float32_weights_are_solved_beyond_what_float32_grams_see():
+    weight = hilbert(60).float()
+    # singular values from the fifth on are below 1e-4 of the largest
+    assert tucker(weight, (7, 7, 7)).error < 1.5 * tucker(weight.double(), (7, 7, 7)).error < 1e-4
+
+
+def test_a_large_weight_is_begun_by_a_sketch_and_ends_as_well(monkeypatch):
+    weight = low_rank((9, 60, 57), 40, noise=0.3)
+    exact = tucker(weight, (4, 12, 11)).error
+    monkeypatch.setattr(_subspace, "_LARGE", 1)
+    assert tucker(weight, (4, 12, 11)).error < 1.003 * exact
+    assert tucker(torch.zeros(9, 60, 57), (4, 12, 11)).error == 0
+
+
+@pytest.mark.parametrize("method", [tucker, cp])
+def test_low_precision_products_are_off_while_solving_and_on_again_after(method):
+    weight, found = low_rank((9, 10, 11), 5, noise=0.3), []
+    torch.set_float32_matmul_precision("medium")
+    try:
+        method(weight, 3 if method is cp else (3, 3, 3), progress=lambda *_: found.append(precision()))
+        assert set(found) == {"highest"}
+        assert precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def precision():
+    return torch.get_float32_matmul_precision()
 
 
 def test_the_hilbert_tensor_reaches_1e_8_at_the_smallest_ranks_that_permit_it():

@@ -61,7 +61,8 @@ def test_ranks_are_those_of_the_parts():
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_relative_error_is_that_of_the_residual_in_any_chunks(example, chunk, monkeypatch):
     monkeypatch.setattr(_types, "_CHUNK", chunk)
-    found = example(torch.float32)
+    monkeypatch.setattr(_types, "_LEAST_CHUNK", chunk)
+    found = example(torch.float32, rank=4 if example is cp_example else (5, 6, 8))
     weight = normal(*SHAPE)
     expected = float((weight - reference(found)).norm() / weight.norm())
     assert found.relative_error(weight) == pytest.approx(expected, rel=1e-12)

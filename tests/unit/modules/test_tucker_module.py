@@ -160,6 +160,15 @@ def test_an_interpolative_layer_is_as_good_as_its_decomposition(rank, quantize, 
     assert_matches_reference(layer(input1, input2).detach(), expected.detach())
 
 
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_cast_of_everything_leaves_the_index(quantize):
+    layer, _ = example(dtype=torch.float32, quantize=quantize)
+    exact = layer.to_dense(torch.float64)
+    net = nn.Sequential(layer).type(torch.float64)
+    assert net[0].in2_proj.index.dtype == torch.int32
+    torch.testing.assert_close(net[0].to_dense(torch.float64), exact)
+
+
 def test_an_interpolative_layer_has_the_gradients_of_the_dense_weight():
     layer, _ = example((4, 8, 6))
     input1, input2 = normal(11, 9).requires_grad_(), normal(11, 7, seed=1).requires_grad_()
