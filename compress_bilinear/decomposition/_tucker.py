@@ -46,7 +46,7 @@ def tucker(
 
     A mode whose rank is its size has the identity for its factor: it is absorbed into the core, which is smaller and
     loses nothing. So a target may give Tucker-2 or tensor-train shapes, wherever these are the cheapest. Costs are
-    those of `TuckerBilinear`, which stores a factor (d, r) with r > d / 2 as r (d − r) numbers: see `interpolation`.
+    those of `TuckerBilinear`, which stores a factor (d, r) with r > 3 d / 4 as r (d − r) numbers: see `interpolation`.
 
     Args:
         weight: (O, I, J), any floating dtype, on any device.
@@ -261,7 +261,7 @@ def _ordered(source: Source, basis: Basis) -> tuple[list[Tensor], Tensor]:
 
 
 def _cheaper(rank: Triple, target: Target) -> list[Triple]:
-    """For each mode, the next lower rank that costs less: near half of a size, one below may cost more."""
+    """For each mode, the next lower rank that costs less: near three quarters of a size, one below may cost more."""
     found: list[Triple] = []
     for mode in range(3):
         for lower in range(rank[mode] - 1, 0, -1):

@@ -162,7 +162,7 @@ class ProjectedBilinear(CompressedBilinear):
 
     Attributes:
         in1_proj, in2_proj, out_proj: linear layers (without, without and with the bias), ordinary ones but for a
-            Tucker mode of rank above half of its size: see `InterpolativeLinear`; at full rank, the identity.
+            Tucker mode of rank near its size: see `InterpolativeLinear`; at full rank, the identity.
     """
 
     in1_proj: nn.Module

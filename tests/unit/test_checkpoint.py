@@ -22,7 +22,7 @@ CONFIGS = {
     "cp int8": cb.CPConfig(rank=2, quantize="int8"),
     "tucker": cb.TuckerConfig(rank=(2, 3, 2)),
     "tucker int8": cb.TuckerConfig(rank=(2, 3, 2), quantize="int8"),
-    "tucker near full": cb.TuckerConfig(rank=(5, 3, 7)),
+    "tucker near full": cb.TuckerConfig(rank=(6, 3, 7)),
     "tucker near full int8": cb.TuckerConfig(rank=(5, 7, 2), quantize="int8"),
     "dense": cb.DenseConfig(),
     "dense int8": cb.DenseConfig(quantize="int8"),
@@ -408,7 +408,7 @@ class TestSaving:
 
     def test_the_description_names_the_layers(self, saved):
         assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read(saved)[1]] == [
-            (("rel",), "tucker", (5, 3, 7)),
+            (("rel",), "tucker", (6, 3, 7)),
             (("one", "other"), "cp", 2),
         ]
 
