@@ -23,8 +23,8 @@ class TuckerBilinear(ProjectedBilinear):
 
     I·R_i + J·R_j + O·R_o + R_o·R_i·R_j parameters. `core` is a `DenseBilinear` without bias, so its weight is
     `core.weight`, of shape (R_o, R_i, R_j). A mode whose rank R is above three quarters of its size d has an
-    interpolative projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its size
-    is absorbed into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
+    interpolative projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its
+    size is absorbed into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
 
     With "int8" the projections have one float32 scale for each component and the core one for each fibre along its
     longer input axis.
@@ -91,7 +91,7 @@ class TuckerBilinear(ProjectedBilinear):
     ) -> Self:
         """The layer whose weight is `decomposition.to_tensor()`, up to rounding, in its dtype and on its device.
 
-        Of a factor (d, r) with r > 3 d / 4, the part that is not stored is multiplied into the core: see `interpolation`.
+        Of a factor (d, r) with r > 3 d / 4, what is not stored is multiplied into the core: see `interpolation`.
         """
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
