@@ -79,7 +79,7 @@ def tucker(
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, refine(source, basis, clock, progress=0.0))
+        return _result(weight, source, *_refined(source, basis, clock, progress=0.0))
 
 
 def _to_target(
@@ -107,8 +107,8 @@ def _to_target(
     return _result(weight, source, (None, None, None))
 
 
-def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
-    core = source.project(basis)
+def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = None) -> TuckerDecomposition:
+    core = source.project(basis) if core is None else core
     core = core if source.scale == 1.0 else core.double() / source.scale
     factors = [
         torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
@@ -121,17 +121,27 @@ def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition
 def refine(
     source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
 ) -> Basis:
+    """The bases of `_refined`."""
+    return _refined(source, basis, clock, sweeps, progress)[0]
+
+
+def _refined(
+    source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
+) -> tuple[Basis, Tensor | None]:
     """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles.
 
-    `progress` is the part of the solve that is done before it; None reports nothing.
+    `progress` is the part of the solve that is done before it; None reports nothing. Returns the core as well, which
+    the last step nearly has; None where there was nothing to do.
     """
     basis = list(basis)
+    part: Tensor | None = None
     modes = [mode for mode in range(3) if basis[mode] is not None]
     energy, exact, narrow = 0.0, False, source.dtype != torch.float64
     for k in range(sweeps if modes else 0):
-        before = energy
+        before, part = energy, None
         partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
         for mode in modes:
+            part = None  # before the next is made
             if partial is None or mode == 2:
                 part = source.project(basis, skip=mode)
             else:  # the product with the last mode serves the first two
@@ -140,7 +150,6 @@ def refine(
                 partial = None
             precision = source.dtype if narrow else torch.float64
             basis[mode], energy = _dominant(part, mode, basis[mode], exact, precision)  # type: ignore[arg-type]
-            del part  # before the next is made
         lost = max(source.total - energy, 0.0)
         used, narrow = narrow, narrow and lost > _NARROW_LIMIT * source.total
         if progress is not None:
@@ -151,7 +160,7 @@ def refine(
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
-    return basis
+    return basis, None if part is None else mode_product(part, basis[modes[-1]], modes[-1])
 
 
 def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype) -> tuple[Tensor, float]:
