@@ -102,10 +102,11 @@ def _ours_tucker(contestant: Contestant, weight: Tensor, rank: Rank3) -> Callabl
     return call
 
 
-def _tensorly_tucker(svd: str) -> Callable[[Contestant, Tensor, Rank3], Callable[[], Parts]]:
+def _tensorly_tucker(svd: str, backend: str = "pytorch") -> Callable[[Contestant, Tensor, Rank3], Callable[[], Parts]]:
     def prepare(contestant: Contestant, weight: Tensor, rank: Rank3) -> Callable[[], Parts]:
-        tucker = _tensorly().tucker
-        return lambda: _parts(tucker(weight, rank, svd=svd, random_state=contestant.seed))
+        tucker = _tensorly(backend).tucker
+        values = weight.numpy() if backend == "numpy" else weight
+        return lambda: _parts(tucker(values, rank, svd=svd, random_state=contestant.seed))
 
     return prepare
 
@@ -165,11 +166,11 @@ def _st_hosvd(contestant: Contestant, weight: Tensor, rank: None) -> Callable[[]
     return call
 
 
-def _tensorly() -> Any:
+def _tensorly(backend: str = "pytorch") -> Any:
     import tensorly
     import tensorly.decomposition
 
-    tensorly.set_backend("pytorch")
+    tensorly.set_backend(backend)
     return tensorly.decomposition
 
 
@@ -197,6 +198,7 @@ CP: dict[str, Callable[..., Callable[[], Parts]]] = {
 TUCKER: dict[str, Callable[..., Callable[[], Parts]]] = {
     "ours": _ours_tucker,
     "TensorLy": _tensorly_tucker("truncated_svd"),
+    "TensorLy numpy": _tensorly_tucker("truncated_svd", "numpy"),  # its default backend, on most shapes the slower
     "TensorLy randomized": _tensorly_tucker("randomized_svd"),
     "pyttb hosvd": _pyttb_hosvd,
     "pyttb tucker_als": _pyttb_hooi,

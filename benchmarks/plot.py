@@ -26,6 +26,7 @@ STYLES = {
     "TensorLy svd": ("#12355b", "D"),
     "TensorLy sampled": ("#6fb1e0", "v"),
     "TensorLy": ("#1f6fb4", "s"),
+    "TensorLy numpy": ("#12355b", "X"),
     "TensorLy randomized": ("#6fb1e0", "v"),
     "pyttb cp_als": ("#d99000", "^"),
     "pyttb tucker_als": ("#d99000", "^"),
