@@ -93,7 +93,9 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
                 f"Found {tuple(value.shape)} and {value.dtype}."
             )
         if name.endswith("index") and not torch.equal(value.sort()[0].cpu(), torch.arange(len(value)).int()):
-            raise CheckpointError(f"Tensor {prefix + name!r} should hold each of 0..{len(value) - 1} once.")
+            raise CheckpointError(
+                f"Tensor {prefix + name!r} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}."
+            )
     module.load_state_dict(own, assign=True)
     return module
 

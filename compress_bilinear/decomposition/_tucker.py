@@ -79,7 +79,7 @@ def tucker(
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, *_refined(source, basis, clock, progress=0.0))
+        return _result(weight, source, *refine(source, basis, clock, progress=0.0))
 
 
 def _to_target(
@@ -119,13 +119,6 @@ def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = 
 
 
 def refine(
-    source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
-) -> Basis:
-    """The bases of `_refined`."""
-    return _refined(source, basis, clock, sweeps, progress)[0]
-
-
-def _refined(
     source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
 ) -> tuple[Basis, Tensor | None]:
     """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles.
@@ -211,7 +204,7 @@ def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clo
         key, packed = _packed(source, square, rank, target, clock, done)
         if packed is not None and key < best_key:
             best_key, best = key, packed
-    refined = refine(source, best, clock, progress=0.9)
+    refined = refine(source, best, clock, progress=0.9)[0]
     rank = _rank(source, best)
     lost = source.lost(refined)
     return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
@@ -226,7 +219,7 @@ def _packed(
         if clock.left() <= 0:
             break
         wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
-        basis, core = _ordered(source, refine(source, _columns(basis, wide), clock, _FEW_SWEEPS))
+        basis, core = _ordered(source, refine(source, _columns(basis, wide), clock, _FEW_SWEEPS)[0])
         outside = source.lost(_columns(basis, wide))
         again = best_block(core, outside, source.total, target)
         if again is None:
@@ -293,7 +286,7 @@ def _lowered(
     while lowered and clock.left() > 0:
         lowered = False
         for candidate in sorted(_cheaper(rank, target), key=target.price):
-            trial = refine(core, _columns(_ordered(core, basis)[0], candidate), clock, _FEW_SWEEPS)
+            trial = refine(core, _columns(_ordered(core, basis)[0], candidate), clock, _FEW_SWEEPS)[0]
             if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True
                 break

@@ -93,10 +93,10 @@ def relative_error(
     largest = peak(weight)
     scale = 1.0 if 1e-100 < largest < 1e100 else largest or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
     residual = total = 0.0
-    buffer = torch.empty(0, dtype=torch.float64, device=weight.device)
-    for rows in row_slices(weight.shape):
+    slices = list(row_slices(weight.shape))
+    buffer = torch.empty_like(weight.detach()[slices[0]], dtype=torch.float64, memory_format=torch.contiguous_format)
+    for rows in slices:
         part = weight.detach()[rows]
-        buffer = buffer if buffer.numel() else torch.empty(part.shape, dtype=torch.float64, device=weight.device)
         values = buffer[: len(part)].copy_(part)
         total += _squared(values, scale)
         subtract(rows, values)
