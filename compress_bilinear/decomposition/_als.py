@@ -20,7 +20,7 @@ from ._clock import Clock
 
 _TOLERANCE = 1e-6
 _SETTLED = 3
-_LEAST_PRODUCT = 2**20  # elements of a partial product that are always held at once
+_LEAST_ROOM = 2**15  # elements of a partial product that may always be held
 _SCRATCH = 2**19  # elements of what is summed at once, at most, which caches hold
 PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
@@ -91,13 +91,16 @@ def descend(
     stage: Stage,
     clock: Clock,
     scale: float = 1.0,
+    room: int = 0,
 ) -> Iterate:
     """Accelerated sweeps; returns the best iterate under the last penalty reached. At least one sweep is made.
 
-    The tensor is meant times `scale`, which gives it, or the tensor that it is the core of, norm 1.
+    The tensor is meant times `scale`, which gives it, or the tensor that it is the core of, norm 1. `room` elements
+    may be held besides, or as many as it has.
     """
     best = start.moved(lambda _, factor: factor.to(tensor.dtype))
-    sweeper = Sweeper(tensor, best.factors[0].shape[1], scale)
+    del start  # a caller may have let go of it
+    sweeper = Sweeper(tensor, best.factors[0].shape[1], scale, room)
     settled = 0
     begun, penalty = clock.elapsed(), math.nan
     limit = clock.left(stage.until)
@@ -112,6 +115,7 @@ def descend(
         if step and best.previous is not None:
             ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
         new = sweeper.sweep(ahead, penalty)
+        del ahead
         clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
@@ -152,21 +156,20 @@ def wide_gram(factor: Tensor) -> Tensor:
 class Sweeper:
     """Sweeps over one tensor. Its buffers are kept from sweep to sweep: fresh memory would cost as much as the work.
 
-    Partial products T ×_3 C of shape (a, b, R) serve two updates. Where they would be larger than T they are made in
-    chunks of columns, twice.
+    A partial product T ×_3 C of shape (a, b, R) serves two updates. Where it has more than `room` elements, it is not
+    held, but made some rows at a time for the one, and done without for the other.
     """
 
-    def __init__(self, tensor: Tensor, rank: int, scale: float = 1.0) -> None:
+    def __init__(self, tensor: Tensor, rank: int, scale: float = 1.0, room: int = 0) -> None:
         self._tensor, self._scale = tensor, scale
-        plane = tensor.shape[0] * tensor.shape[1]
-        most = max(_LEAST_PRODUCT, tensor.numel())
-        width = rank if plane * rank <= most else max(1, most // 4 // plane)
-        self._columns = [slice(k, min(k + width, rank)) for k in range(0, rank, width)]
-        self._product = tensor.new_empty(plane * width)
-        self._scratch = tensor.new_empty(max(min(plane * width, _SCRATCH), tensor.shape[1] * rank))
-        whole = len(self._columns) == 1 and plane * rank <= self._scratch.numel()
-        shape = (*tensor.shape[:2], rank)
-        self._whole = self._scratch[: plane * rank].view(shape) if whole else None  # nothing is done in parts
+        a, b, c = tensor.shape
+        elements, room = a * b * rank, max(room, tensor.numel(), _LEAST_ROOM)
+        held = elements <= room
+        whole = 2 * elements <= room * 3 // 2 and elements <= _SCRATCH  # nothing is done in parts
+        most = min(_SCRATCH, room // 4 if held else room // 2)
+        self._scratch = tensor.new_empty(elements if whole else max(most, max(b, c) * rank))
+        self._whole = self._scratch.view(a, b, rank) if whole else None
+        self._product = tensor.new_empty(a, b, rank) if held else None
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
@@ -194,60 +197,61 @@ class Sweeper:
         balance = _balanced((first, second, third), torch.stack((*squares, gram3.diagonal())))
         return Iterate(balance, residual + penalty * sizes, residual, sizes, norm)
 
-    def _partial(self, third: Tensor, columns: slice) -> Tensor:
-        a, b, _ = self._tensor.shape
-        part = third[:, columns]
-        product = self._product[: a * b * part.shape[1]].view(a * b, -1)
-        return torch.mm(self._tensor.flatten(0, 1), part, out=product).view(a, b, -1)
-
-    def _times(self, product: Tensor, other: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The product (a, b, r) times another, some rows at a time."""
-        a, b, width = product.shape
-        step = max(1, self._scratch.numel() // (b * width))
+    def _rows(self, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the first axis, and scratch of shape (rows, width) for each."""
+        a = self._tensor.shape[0]
+        step = self._scratch.numel() // width
         for start in range(0, a, step):
             rows = slice(start, min(start + step, a))
-            part = product[rows]
-            scratch = self._scratch[: part.numel()].view_as(part)
-            yield rows, torch.mul(part, other[rows] if len(other) == a else other, out=scratch)
+            yield rows, self._scratch[: (rows.stop - start) * width].view(-1, width)
+
+    def _partial(self, third: Tensor, rows: slice, out: Tensor) -> Tensor:
+        """T ×_3 C, of some rows: (rows, b, R)."""
+        flat = self._tensor[rows].flatten(0, 1)
+        product = torch.mm(flat, third, out=out.view(flat.shape[0], -1))
+        return product.view(-1, self._tensor.shape[1], third.shape[1])
 
     def _first(self, second: Tensor, third: Tensor) -> Tensor:
         """Σ_jk T_ijk B_jr C_kr: (a, R)."""
-        if self._whole is not None:
-            return torch.mul(self._partial(third, self._columns[0]), second, out=self._whole).sum(1)
+        if self._product is not None:
+            self._partial(third, slice(None), self._product)
+            if self._whole is not None:
+                return torch.mul(self._product, second, out=self._whole).sum(1)
         result = second.new_empty(self._tensor.shape[0], second.shape[1])
-        for columns in self._columns:
-            product = self._partial(third, columns)
-            for rows, part in self._times(product, second[None, :, columns].expand(1, -1, -1)):
-                torch.sum(part, 1, out=result[rows, columns])
+        for rows, scratch in self._rows(second.numel()):
+            if self._product is None:
+                part = self._partial(third, rows, scratch).mul_(second)
+            else:
+                part = torch.mul(self._product[rows], second, out=scratch.view(-1, *second.shape))
+            torch.sum(part, 1, out=result[rows])
         return result
 
     def _second(self, first: Tensor, third: Tensor) -> Tensor:
         """Σ_ik T_ijk A_ir C_kr: (b, R)."""
-        a, b, _ = self._tensor.shape
+        if self._product is None:
+            return self._paired(self._tensor.transpose(1, 2), first, third).T
         if self._whole is not None:
-            return torch.mul(self._product.view(a, b, -1), first[:, None], out=self._whole).sum(0)
-        result = first.new_zeros(b, first.shape[1])
-        for columns in self._columns:
-            whole = len(self._columns) == 1  # then `_first` has left it
-            product = self._product.view(a, b, -1) if whole else self._partial(third, columns)
-            for _, part in self._times(product, first[:, None, columns]):
-                result[:, columns] += part.sum(0)
+            return torch.mul(self._product, first[:, None], out=self._whole).sum(0)
+        shape = self._product.shape[1:]
+        result = first.new_zeros(shape)
+        for rows, scratch in self._rows(shape.numel()):
+            result += torch.mul(self._product[rows], first[rows, None], out=scratch.view(-1, *shape)).sum(0)
         return result
 
     def last(self, first: Tensor, second: Tensor) -> Tensor:
-        """Σ_ij T_ijk A_ir B_jr: (c, R). Of the Khatri-Rao product of A and B, only some rows are held at once."""
+        """Σ_ij T_ijk A_ir B_jr: (c, R)."""
         if self._whole is not None:
             pairs = torch.mul(first[:, None], second, out=self._whole)
             return torch.mm(pairs.flatten(0, 1).T, self._tensor.flatten(0, 1)).T  # faster than its transpose
-        size, rank = second.shape
-        step = self._scratch.numel() // (size * rank)
-        total = first.new_zeros(rank, self._tensor.shape[2])
-        for start in range(0, len(first), step):
-            some = first[start : start + step, None]
-            pairs = torch.mul(some, second, out=self._scratch[: len(some) * size * rank].view(len(some), size, rank))
-            flat = self._tensor[start : start + step].flatten(0, 1)
-            total.addmm_(pairs.flatten(0, 1).T, flat)
-        return total.T
+        return self._paired(self._tensor, first, second).T
+
+    def _paired(self, tensor: Tensor, first: Tensor, other: Tensor) -> Tensor:
+        """Σ_ij T_ijk A_ir B_jr: (R, c). Of the Khatri-Rao product of A and B, only some rows are held at once."""
+        total = first.new_zeros(first.shape[1], tensor.shape[2])
+        for rows, scratch in self._rows(other.numel()):
+            pairs = torch.mul(first[rows, None], other, out=scratch.view(-1, *other.shape))
+            total.addmm_(pairs.flatten(0, 1).T, tensor[rows].flatten(0, 1))
+        return total
 
     def _update(self, right: Tensor, normal: Tensor, penalty: float) -> Tensor:
         """The factor F that solves F (V + μ diag V) = M times the scale; the least-norm one where that is singular."""

@@ -18,7 +18,7 @@ from ._clock import Clock
 from ._newton import finish, measured_exactly
 from ._source import Basis, Source, mode_product
 from ._starts import hosvd_start, pencil_start, random_start
-from ._subspace import blocks, compressed
+from ._subspace import Core, Whole, compressed
 from ._types import CPDecomposition
 
 AMPLIFICATION_LIMIT = 3.0
@@ -86,7 +86,7 @@ def solve(
     if 1 in source.shape:
         return _matrix(source, rank)
     generator = torch.Generator().manual_seed(seed)
-    order = sorted(range(3), key=lambda m: source.shape[m])  # the longest last: partial products are smallest so
+    order = _order(source.shape)
     if start is None:
         basis, found, outside = _compressed_solve(source, rank, order, generator, clock)
         if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and clock.left() > clock.elapsed():
@@ -115,6 +115,12 @@ def _closing_seconds(source: Source, rank: int) -> float:
     return (time.perf_counter() - begun) * source.shape[0] / len(part) / 2
 
 
+def _order(shape: Sequence[int]) -> tuple[int, int, int]:
+    """The longest mode last, for partial products are smallest so; of equal ones, that which needs no copy."""
+    longest = max((2, 0, 1), key=lambda mode: shape[mode])
+    return ((1, 2, 0), (0, 2, 1), (0, 1, 2))[longest]
+
+
 def is_small(source: Source, rank: int) -> bool:
     """Whether sweeps cost next to nothing."""
     return math.prod(min(size, rank) for size in source.shape) * rank <= _CHEAP
@@ -126,26 +132,37 @@ def _in_order(factors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
 
 def _compressed_solve(
     source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock
-) -> tuple[list[Tensor], Iterate, float]:
+) -> tuple[Basis, Iterate, float]:
     """The bases and the CP of the core, with the axes in this order, and the squared norm that the core leaves out."""
     sizes = [min(size, 3 * rank // 2) for size in source.shape]
     if math.prod(sizes) * _FAR_SMALLER > math.prod(source.shape):
         sizes = [min(size, rank) for size in source.shape]
-    basis, core = compressed(source, sizes, generator)
-    core = core.permute(*order).contiguous()
-    whole = all(u.shape[0] == u.shape[1] for u in basis)
-    outside = 0.0 if whole else max(1 - float(core.double().square().sum()), 0.0)
+    if tuple(sizes) == source.shape and not _is_cheap(sizes, rank):
+        core: Core = Whole(source, order)
+        basis: Basis = (None, None, None)
+    else:
+        turns, tensor = compressed(source, sizes, generator)
+        tensor = tensor.permute(*order).contiguous()
+        full = all(u.shape[0] == u.shape[1] for u in turns)
+        outside = 0.0 if full else max(1 - float(tensor.double().square().sum()), 0.0)
+        core = Core(tensor, outside, source.weight.numel())
+        basis = [turns[m] for m in order]
     if clock.limited:
         clock.prepared(_closing_seconds(source, rank))
-    return [basis[m] for m in order], _on_core(core, outside, rank, generator, clock), outside
+    return basis, _on_core(core, rank, generator, clock), core.outside
 
 
-def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator, clock: Clock) -> Iterate:
+def _is_cheap(sizes: Sequence[int], rank: int) -> bool:
+    """Whether sweeps over a core of this size cost next to nothing, or Newton's method less than they do."""
+    return math.prod(sizes) * rank <= _CHEAP or sum(sizes) * rank <= _NEWTON_CHEAP
+
+
+def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock) -> Iterate:
     """The best CP of the core that the starts lead to, over its leading blocks."""
-    last = outside <= _ROUNDING
-    small = core.numel() * rank <= _CHEAP
-    coarse = core if small else blocks(core, _LEVELS[0])
-    starts = max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // (core.numel() * rank)))
+    shape, elements = core.tensor.shape, core.tensor.numel()
+    small = elements * rank <= _CHEAP
+    coarse = core.block(1.0 if small else _LEVELS[0])
+    starts = max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // (elements * rank)))
     scouts: list[Iterate] = []
     for k in range(starts):
         begin = (random_start if k else hosvd_start)(coarse, rank, generator)
@@ -153,35 +170,38 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
         highest, lowest = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
         falling = 0.7 if small else 1.0
         stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=highest, last=lowest, falling=falling, span=span)
-        scouts.append(descend(coarse, Iterate(begin), stage, clock))
+        scouts.append(descend(coarse, Iterate(begin), stage, clock, room=core.room))
         taken = clock.elapsed() - before
         if clock.left(_LEVEL_TIMES[0]) < taken or (not small and clock.left() * _SCOUTING < starts * taken):
             break
-    scouts.sort(key=lambda scout: scout.objective)
-    newton = sum(core.shape) * rank <= _NEWTON_CHEAP
+    del coarse, begin
+    newton = sum(shape) * rank <= _NEWTON_CHEAP
+    scouts = sorted(scouts, key=lambda scout: scout.objective)[: _KEPT if newton else 1]
     best: Iterate | None = None
-    for scout in scouts[: _KEPT if newton else 1]:
-        found = _settled(core, scout, outside, last, newton, clock)
+    while scouts:
+        found = _settled(core, scouts.pop(0), newton, clock)
         best = found if best is None or found.objective < best.objective else best
         if best.residual < _ZERO:
             break
     assert best is not None
-    promising = _ZERO <= best.residual < _PROMISING and outside < _EXACT
+    promising = _ZERO <= best.residual < _PROMISING and core.outside < _EXACT
     if promising and clock.left() > clock.elapsed():
-        begun = pencil_start(core, rank, generator)
-        found = best if begun is None else _settled(core, Iterate(begun), outside, last, newton, clock)
+        pencil = pencil_start(core.tensor * core.scale, rank, generator)
+        begun = pencil and Iterate([core.turned(mode, factor) for mode, factor in enumerate(pencil)])
+        found = _settled(core, begun, newton, clock) if begun else best
         best = found if found.objective < best.objective else best
     return best
 
 
-def _settled(core: Tensor, start: Iterate, outside: float, last: bool, newton: bool, clock: Clock) -> Iterate:
+def _settled(core: Core, start: Iterate, newton: bool, clock: Clock) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
-    best = start
-    whole = all(len(factor) == size for factor, size in zip(start.factors, core.shape, strict=True))
+    best, last = start, core.outside <= _ROUNDING
+    whole = all(len(factor) == size for factor, size in zip(start.factors, core.tensor.shape, strict=True))
+    del start
     for k, level in enumerate(_LEVELS[1:], start=1):
         if level < 1 and whole:
             continue
-        block = blocks(core, level)
+        block = core.block(level)
         final = last and level == 1
         first, least = (PENALTY, PENALTY) if whole else _penalties(k, clock)  # where it begins, it has fallen already
         stage = Stage(
@@ -194,10 +214,12 @@ def _settled(core: Tensor, start: Iterate, outside: float, last: bool, newton: b
             falling=1.0 if not final else _HURRIED if clock.limited else 0.25,
             span=(0.3, 0.9 if last else 0.5),
         )
-        best = descend(block, best.moved(_padding(block)), stage, clock)
+        sizes = block.shape
+        best = best.moved(lambda mode, factor, sizes=sizes: core.padded(mode, factor, sizes[mode]))  # type: ignore[misc]
+        best = descend(block, best, stage, clock, core.scale if level == 1 else 1.0, core.room)
     if newton and clock.left() > 0 and best.residual < _PROMISING:
-        best = finish(core, best.factors, PENALTY, outside, clock)
-    return _released(core, best, clock, outside)
+        best = finish(core.tensor, best.factors, PENALTY, core.outside, clock)
+    return _released(core.tensor, best, clock, core.outside, core.scale)
 
 
 def _penalties(level: int, clock: Clock) -> tuple[float, float]:
@@ -240,11 +262,6 @@ def _on_whole(tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
         best = descend(tensor, best, stage, clock, scale)
     return _released(tensor, best, clock, scale=scale)
-
-
-def _padding(core: Tensor) -> Callable[[int, Tensor], Tensor]:
-    """Takes factors of a leading block to factors of the core."""
-    return lambda mode, f: torch.cat([f, f.new_zeros(core.shape[mode] - len(f), f.shape[1])])
 
 
 def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:

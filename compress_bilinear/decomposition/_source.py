@@ -18,7 +18,7 @@ Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
 _SLAB = 2**20  # elements of a slab, at most
-_LEAST_SLAB = 2**17
+_LEAST_SLAB = 2**13
 _SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 
@@ -77,13 +77,13 @@ class Source:
         return gram(self.weight, mode, dtype, self._scaled)
 
     def permuted(self, order: Sequence[int]) -> tuple[Tensor, float]:
-        """The weight in the working dtype, contiguous in this order of its axes, and a factor that gives it norm 1.
+        """The weight in the working dtype, with this order of its axes, and a factor that gives it norm 1.
 
-        It is the caller's own tensor where that will do.
+        The first two axes can be flattened without a copy. It is the caller's own tensor where that will do.
         """
         factor = 1 / math.sqrt(self.total)
         view = self.weight.permute(*order)
-        if self.scale == 1.0 and view.dtype == self.dtype and view.is_contiguous():
+        if self.scale == 1.0 and view.dtype == self.dtype and order[0] + 1 == order[1]:
             return view, factor
         copy = torch.empty(view.shape, dtype=self.dtype, device=view.device)
         target = copy.permute(*(list(order).index(m) for m in range(3)))
@@ -95,8 +95,10 @@ class Source:
         """W ×_m U_mᵀ over all modes but `skip`, for U_m (d_m, r_m) in the working dtype; None leaves a mode."""
         out, in1, in2 = (None if mode == skip else u for mode, u in enumerate(basis))
         if in1 is None and in2 is None and out is not None:
-            columns = slab_slices(self.shape, 1)
-            return torch.cat([mode_product(self._scaled(self.weight[:, c]), out, 0) for c in columns], dim=1)
+            result = torch.empty(out.shape[1], *self.shape[1:], dtype=self.dtype, device=self.weight.device)
+            for columns in slab_slices(self.shape, 1):
+                result[:, columns] = mode_product(self._scaled(self.weight[:, columns]), out, 0)
+            return result
         sizes = [size if u is None else u.shape[1] for size, u in zip(self.shape, (None, in1, in2), strict=True)]
         result = torch.empty(sizes, dtype=self.dtype, device=self.weight.device)
         for rows, slab in self.slabs():
@@ -104,6 +106,11 @@ class Source:
                 result[rows] = mode_product(mode_product(slab, in1, 1), in2, 2)
             else:
                 result[rows] = mode_product(mode_product(slab, in2, 2), in1, 1)
+        if out is not None and 2 * out.shape[1] > out.shape[0]:  # the result then needs no more memory than it has
+            flat = result.flatten(1)
+            for columns in slab_slices(flat.shape, 1):
+                flat[: out.shape[1], columns] = out.T @ flat[:, columns]
+            return result[: out.shape[1]]
         return mode_product(result, out, 0)
 
     def rotate(self, basis: Sequence[Tensor]) -> Tensor:
@@ -111,20 +118,17 @@ class Source:
         core = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
         for rows, slab in self.slabs():
             core[rows] = mode_product(slab @ basis[2], basis[1], 1)
-        flat = core.flatten(1)
-        for columns in slab_slices(flat.shape, 1):
-            flat[:, columns] = basis[0].T @ flat[:, columns]
-        return core
+        return turned_(core, basis[0], 0)
 
     def lost(self, basis: Basis) -> float:
         """The squared norm of what the projection on the bases leaves out, from the residual itself."""
-        core, out = self.project(basis), basis[0]
-        core = core if basis[1] is None else mode_product(core, basis[1].T, 1)
+        core, (out, in1, in2) = self.project(basis), basis
         lost = 0.0
         for rows, slab in self.slabs():
             kept = core[rows] if out is None else (out[rows] @ core.flatten(1)).unflatten(1, core.shape[1:])
-            kept = kept if basis[2] is None else kept @ basis[2].T
-            lost += float((slab - kept).double().square().sum())
+            kept = kept if in1 is None else mode_product(kept, in1.T, 1)
+            kept = kept if in2 is None else kept @ in2.T
+            lost += float(kept.sub_(slab).double().norm()) ** 2
         return lost
 
 
@@ -141,10 +145,19 @@ def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
             return tensor @ matrix
 
 
-def slab_slices(shape: Sequence[int], axis: int, least: int = _LEAST_SLAB) -> Iterator[slice]:
-    """Slices of an axis, each of about an eighth of the tensor, or `_SLAB` elements, or at least one index."""
+def turned_(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """`mode_product` with a square matrix, in place."""
+    along = 1 if mode == 0 else 0
+    for part in slab_slices(tensor.shape, along):
+        slab = tensor[:, part] if along else tensor[part]
+        slab.copy_(mode_product(slab, matrix, mode))
+    return tensor
+
+
+def slab_slices(shape: Sequence[int], axis: int, parts: int = 8) -> Iterator[slice]:
+    """Slices of an axis, each of about this part of the tensor, or `_SLAB` elements, or at least one index."""
     numel = math.prod(shape)
-    step = max(1, min(_SLAB, max(least, numel // 8)) * shape[axis] // max(1, numel))
+    step = max(1, min(_SLAB, max(_LEAST_SLAB * 8 // parts, numel // parts)) * shape[axis] // max(1, numel))
     for start in range(0, shape[axis], step):
         yield slice(start, min(start + step, shape[axis]))
 
@@ -159,11 +172,12 @@ def gram(
     size = tensor.shape[mode]
     total = torch.zeros(size, size, dtype=dtype, device=tensor.device)
     along = 1 if mode == 0 else 0
-    least = _LEAST_SLAB if dtype == tensor.dtype else _LEAST_SLAB // 2  # copies to a wider dtype
-    for part in slab_slices(tensor.shape, along, least):
+    for part in slab_slices(tensor.shape, along, 8 if dtype == tensor.dtype else 16):  # copies to a wider dtype
         slab = prepare(tensor[:, part] if along else tensor[part]).to(dtype)
         flat = slab.flatten(0, 1).T if mode == 2 else slab.movedim(mode, 0).flatten(1)
+        del slab
         total += flat @ flat.T
+        del flat  # before the next is made
     return total
 
 

@@ -1,4 +1,4 @@
-"""Subspaces to begin in: the truncated HOSVD, and the small core in its coordinates on which CP begins."""
+"""Subspaces to begin in: the truncated HOSVD, and the blocks in its coordinates on which CP begins."""
 
 from collections.abc import Sequence
 
@@ -88,7 +88,58 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
     return basis, core
 
 
-def blocks(core: Tensor, fraction: float) -> Tensor:
-    """The leading block with this fraction of each size."""
-    a, b, c = (max(1, -(-int(1000 * fraction) * size // 1000)) for size in core.shape)
-    return core[:a, :b, :c].contiguous()
+class Core:
+    """A tensor of norm 1, less what is `outside`, in about the coordinates of its HOSVD.
+
+    Its leading blocks hold most of the energy, so they are smaller problems to begin with.
+
+    Attributes:
+        tensor: with its axes in CP's order; meant times `scale`.
+        room: elements of the weight that it is of.
+    """
+
+    def __init__(self, tensor: Tensor, outside: float, room: int) -> None:
+        self.tensor, self.scale, self.outside, self.room = tensor, 1.0, outside, room
+
+    def block(self, fraction: float) -> Tensor:
+        """The leading block with this fraction of each size."""
+        a, b, c = self._sizes(fraction)
+        return self.tensor[:a, :b, :c].contiguous()
+
+    def padded(self, mode: int, factor: Tensor, size: int) -> Tensor:
+        """A factor of a leading block, as one of a block of this size, or of the tensor."""
+        return torch.cat([factor, factor.new_zeros(size - len(factor), factor.shape[1])])
+
+    def turned(self, mode: int, factor: Tensor) -> Tensor:
+        """A factor of the tensor, in the coordinates of the blocks."""
+        return factor
+
+    def _sizes(self, fraction: float) -> list[int]:
+        return [max(1, -(-int(1000 * fraction) * size // 1000)) for size in self.tensor.shape]
+
+
+class Whole(Core):
+    """A weight that has no smaller core. It stays in its own coordinates, and no turned copy of it is held."""
+
+    def __init__(self, source: Source, order: Sequence[int]) -> None:
+        super().__init__(source.permuted(order)[0], 0.0, source.weight.numel())
+        self.scale = source.total**-0.5
+        self._source, self._order = source, order
+        dtype = self.tensor.dtype
+        self._basis = [
+            leading(_sampled_gram(self.tensor, mode), size, dtype) for mode, size in enumerate(self.tensor.shape)
+        ]
+
+    def block(self, fraction: float) -> Tensor:
+        if fraction == 1:
+            return self.tensor
+        kept = [u[:, :size] for u, size in zip(self._basis, self._sizes(fraction), strict=True)]
+        projected = self._source.project([kept[self._order.index(mode)] for mode in range(3)])
+        return projected.permute(*self._order).mul(self.scale).contiguous()
+
+    def padded(self, mode: int, factor: Tensor, size: int) -> Tensor:
+        u = self._basis[mode]
+        return u[:, : len(factor)] @ factor if size == len(u) else super().padded(mode, factor, size)
+
+    def turned(self, mode: int, factor: Tensor) -> Tensor:
+        return self._basis[mode].T @ factor

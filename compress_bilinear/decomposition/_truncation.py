@@ -15,7 +15,7 @@ from ._rank import tucker_bytes, tucker_flops, tucker_parameters
 from ._types import relative
 
 _SLAB = 2**20  # triples looked at together, at most
-_LEAST_SLAB = 2**14
+_LEAST_SLAB = 2**12
 
 Triple = tuple[int, int, int]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
 from ._clock import Clock, Progress
 from ._rank import check_tucker_rank, check_weight
-from ._source import Basis, Source, full_precision, gram, leading, mode_product
+from ._source import Basis, Source, full_precision, gram, leading, mode_product, turned_
 from ._subspace import start, truncated
 from ._truncation import Target, Triple, best_block
 from ._types import Factors, TuckerDecomposition, relative
@@ -79,7 +79,7 @@ def tucker(
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, *refine(source, basis, clock, progress=0.0))
+        return _result(weight, source, *_refined(source, basis, clock, progress=0.0))
 
 
 def _to_target(
@@ -120,24 +120,38 @@ def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = 
 
 def refine(
     source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
+) -> Basis:
+    """`_refined`, without the core."""
+    return _refined(source, basis, clock, sweeps, progress, core=False)[0]
+
+
+def _refined(
+    source: Source,
+    basis: Basis,
+    clock: Clock,
+    sweeps: int = _MAX_SWEEPS,
+    progress: float | None = None,
+    core: bool = True,
 ) -> tuple[Basis, Tensor | None]:
     """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles.
 
     `progress` is the part of the solve that is done before it; None reports nothing. Returns the core as well, which
-    the last step nearly has; None where there was nothing to do.
+    the last step nearly has; None where there was nothing to do, or where it is not wanted.
     """
     basis = list(basis)
     part: Tensor | None = None
     modes = [mode for mode in range(3) if basis[mode] is not None]
     energy, exact, narrow = 0.0, False, source.dtype != torch.float64
+    # the product with the last mode serves the first two, unless it is nearly as large as the weight
+    shared = {0, 1, 2} == set(modes) and 2 * basis[2].shape[1] <= basis[2].shape[0]  # type: ignore[union-attr]
     for k in range(sweeps if modes else 0):
         before, part = energy, None
-        partial = source.project((None, None, basis[2])) if {0, 1} <= set(modes) and basis[2] is not None else None
+        partial = source.project((None, None, basis[2])) if shared else None
         for mode in modes:
             part = None  # before the next is made
             if partial is None or mode == 2:
                 part = source.project(basis, skip=mode)
-            else:  # the product with the last mode serves the first two
+            else:
                 part = mode_product(partial, basis[1 - mode], 1 - mode)
             if mode == 1:
                 partial = None
@@ -153,7 +167,7 @@ def refine(
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
-    return basis, None if part is None else mode_product(part, basis[modes[-1]], modes[-1])
+    return basis, mode_product(part, basis[modes[-1]], modes[-1]) if core and part is not None else None
 
 
 def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype) -> tuple[Tensor, float]:
@@ -204,7 +218,7 @@ def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clo
         key, packed = _packed(source, square, rank, target, clock, done)
         if packed is not None and key < best_key:
             best_key, best = key, packed
-    refined = refine(source, best, clock, progress=0.9)[0]
+    refined = refine(source, best, clock, progress=0.9)
     rank = _rank(source, best)
     lost = source.lost(refined)
     return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
@@ -219,12 +233,14 @@ def _packed(
         if clock.left() <= 0:
             break
         wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
-        basis, core = _ordered(source, refine(source, _columns(basis, wide), clock, _FEW_SWEEPS)[0])
-        outside = source.lost(_columns(basis, wide))
+        found = refine(source, _columns(basis, wide), clock, _FEW_SWEEPS)
+        outside = source.lost(found)
+        basis, core = _ordered(source, found)
         again = best_block(core, outside, source.total, target)
         if again is None:
             break
         rank, inner = _lowered(Source(core), outside, again[1], source.total, target, clock)
+        del core, found  # before the next are made
         lifted = [_lift(u, v, d) for u, v, d in zip(basis, inner, source.shape, strict=True)]
         lost = source.lost(lifted)
         key = target.key(rank, lost)
@@ -257,9 +273,9 @@ def _ordered(source: Source, basis: Basis) -> tuple[list[Tensor], Tensor]:
     ordered: list[Tensor] = []
     for mode, u in enumerate(basis):
         turn = leading(gram(core, mode), core.shape[mode], source.dtype)
-        core = mode_product(core, turn, mode)
+        turned_(core, turn, mode)
         ordered.append(turn if u is None else u @ turn)
-    return ordered, core.contiguous()
+    return ordered, core
 
 
 def _cheaper(rank: Triple, target: Target) -> list[Triple]:
@@ -280,13 +296,15 @@ def _lowered(
     """Ranks lowered one at a time while HOOI within the core meets a `MaxError`; the core's leading block meets it."""
     identity = [torch.eye(size, dtype=core.dtype, device=core.weight.device) for size in core.shape]
     basis: Basis = _columns(identity, rank)
+    del identity
     if not isinstance(target.wanted, MaxError):
         return rank, basis
     lowered = True
     while lowered and clock.left() > 0:
         lowered = False
+        ordered = _ordered(core, basis)[0]
         for candidate in sorted(_cheaper(rank, target), key=target.price):
-            trial = refine(core, _columns(_ordered(core, basis)[0], candidate), clock, _FEW_SWEEPS)[0]
+            trial = refine(core, _columns(ordered, candidate), clock, _FEW_SWEEPS)
             if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True
                 break

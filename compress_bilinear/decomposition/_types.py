@@ -47,10 +47,14 @@ def _as_torch(value: Any) -> Tensor:
     return value if isinstance(value, Tensor) else torch.as_tensor(value)
 
 
+def _chunk(shape: Sequence[int]) -> int:
+    """Elements to hold in float64 at once."""
+    return max(_LEAST_CHUNK, min(_CHUNK, math.prod(shape) // 8))
+
+
 def row_slices(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first axis of an (O, I, J) tensor, each of at most `_CHUNK` elements, or one output."""
-    chunk = max(_LEAST_CHUNK, min(_CHUNK, math.prod(shape) // 8))
-    rows = max(1, chunk // max(1, math.prod(shape[1:])))
+    """Slices of the first axis of an (O, I, J) tensor, each of at most `_chunk` elements, or one output."""
+    rows = max(1, _chunk(shape) // max(1, math.prod(shape[1:])))
     for start in range(0, shape[0], rows):
         yield slice(start, min(start + rows, shape[0]))
 
@@ -226,8 +230,9 @@ class TuckerDecomposition(_Decomposition):
     def _subtraction(self) -> Callable[[slice, Tensor], object]:
         out, in1, in2 = (factor.detach().double() for factor in self.factors)
         right, whole = in2.T.contiguous(), self.core.detach()
-        small = whole.numel() <= max(_CHUNK, math.prod(self.shape) // 8)
-        parts = (whole.double(),) if small else whole.split(max(1, _CHUNK // whole[0].numel()))
+        chunk = _chunk(self.shape)
+        small = whole.numel() <= max(chunk, math.prod(self.shape) // 8)
+        parts = (whole.double(),) if small else whole.split(max(1, chunk // whole[0].numel()))
 
         def subtract(rows: slice, values: Tensor) -> None:
             core, begin = values.new_zeros(len(values), whole[0].numel()), 0

@@ -28,14 +28,15 @@ def objective(tensor, parts, penalty):
     return float((tensor - model).square().sum() + penalty * sizes.square().sum())
 
 
-@pytest.mark.parametrize("limits", [(2**20, 2**18), (40, 30)], ids=["whole", "chunks"])
+@pytest.mark.parametrize("room", [2**20, 200, 0], ids=["whole", "held", "rows"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rank", [1, 3, 17])
-def test_products_with_the_tensor(monkeypatch, limits, shape, rank):
-    monkeypatch.setattr(_als, "_LEAST_PRODUCT", limits[0])
-    monkeypatch.setattr(_als, "_SCRATCH", limits[1])
+def test_products_with_the_tensor(monkeypatch, room, shape, rank):
+    monkeypatch.setattr(_als, "_LEAST_ROOM", 0)
+    if room < 2**20:
+        monkeypatch.setattr(_als, "_SCRATCH", 30)
     tensor, (first, second, third) = unit(shape), factors(shape, rank)
-    sweeper = Sweeper(tensor, rank)
+    sweeper = Sweeper(tensor, rank, room=room)
     for found, equation, others in (
         (sweeper._first(second, third), "ijk,jr,kr->ir", (second, third)),
         (sweeper._second(first, third), "ijk,ir,kr->jr", (first, third)),
