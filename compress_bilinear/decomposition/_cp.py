@@ -41,9 +41,9 @@ def cp(
 
     Returns:
         A `CPDecomposition` in the weight's dtype and device: unit columns, components by descending weight. Its
-        `error` is the true residual in float64 after that rounding. Beside a large weight, the solver holds at most
-        three times its bytes; beside a small one, or at ranks far above the modes' sizes, some float64 matrices of
-        R x R as well. Weights that are nearly exact are finished in float64, which takes up to twice that.
+        `error` is the true residual in float64 after that rounding. Beside the weight, the solver holds at most three
+        times its bytes; more beside those of under 2¹⁶ elements, which it works on in float64. Weights that are nearly
+        exact are finished in float64, which takes up to twice that.
 
     Warns:
         AmplificationWarning: components cancel, by an `amplification` above 3.

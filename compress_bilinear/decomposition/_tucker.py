@@ -61,8 +61,8 @@ def tucker(
 
     Returns:
         A `TuckerDecomposition` in the weight's dtype and device; its `error` is the true residual in float64 after
-        that rounding. Beside a large weight, the solver holds at most three times its bytes, but more where nearly
-        full ranks are asked for.
+        that rounding. Beside the weight, the solver holds at most three times its bytes; more beside those of under
+        2¹⁶ elements, which it works on in float64.
 
     Raises:
         CompressionError: the weight is not three-way, floating, finite and non-empty.
