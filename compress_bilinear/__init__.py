@@ -3,6 +3,7 @@
 from . import decomposition, ops
 from .checkpoint import load, save
 from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .conversion import dequantize, quantize
 from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
 from .report import LayerReport, Report
@@ -24,8 +25,10 @@ __all__ = [
     "TuckerConfig",
     "compress",
     "decomposition",
+    "dequantize",
     "load",
     "ops",
     "plan",
+    "quantize",
     "save",
 ]

@@ -65,6 +65,17 @@ def find(model: nn.Module) -> list[FoundLayer]:
     return [FoundLayer(tuple(found), layers[key]) for key, found in names.items()]
 
 
+def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
+    """The compressed layers by their first name, "" for the model itself; not those that are a part of another."""
+    found: dict[str, CompressedBilinear] = {}
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedBilinear) and id(module) not in inner:
+            found[name] = module
+            inner.update(id(part) for part in module.modules())
+    return found
+
+
 def select(
     model: nn.Module,
     configs: Mapping[str, Config],
@@ -77,8 +88,7 @@ def select(
     """
     found = find(model)
     if not found:
-        done = [name or "(root)" for name, part in model.named_modules() if isinstance(part, CompressedBilinear)]
-        top = [part for part in done if not part.endswith(".core")]
+        top = [name or "(root)" for name in find_compressed(model)]
         also = f" These are compressed already: {', '.join(top)}." if top else ""
         raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}")
     for module in model.modules():
@@ -145,7 +155,7 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def refusal(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
     layer = found.layer
-    reason = _other_behaviour(layer) or _hooked(layer) or _tied(layer, owners)
+    reason = _other_behaviour(layer) or hooked(layer) or _tied(layer, owners)
     return reason or (_unfit_values(layer) if values else None)
 
 
@@ -170,7 +180,8 @@ def _other_behaviour(layer: nn.Bilinear) -> str | None:
     return None
 
 
-def _hooked(layer: nn.Bilinear) -> str | None:
+def hooked(layer: nn.Module) -> str | None:
+    """Which hooks a replacement of the layer would not run; None where it has none."""
     for attribute, what in _HOOKS.items():
         if getattr(layer, attribute, None):
             return f"it has {what}, which a replacement would not run: remove them first"

@@ -23,7 +23,7 @@ FLOORS = (
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("selection",),
-    ("surgery", "checkpoint"),
+    ("surgery", "conversion", "checkpoint"),
     ("state_dicts", "demo"),
     ("cli",),
     ("__main__",),

@@ -4,6 +4,7 @@ from ._base import CompressedBilinear
 from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear
+from ._storage import stored_as
 from ._tucker import TuckerBilinear
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "InterpolativeLinear",
     "QuantizedLinear",
     "TuckerBilinear",
+    "stored_as",
 ]

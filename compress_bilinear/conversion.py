@@ -1,0 +1,104 @@
+"""Compressed layers in another storage format: back to floating point to be fine-tuned, and to 8 bits again."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from . import discovery
+from .config import Quantize, check_quantize
+from .errors import CompressionError, ConfigError, MatchError
+from .modules import CompressedBilinear, stored_as
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool = False) -> _Model:
+    """Store the 8-bit layers in floating point, as parameters that can be fine-tuned.
+
+    They have the same function, up to rounding in `dtype`, and take inputs of that dtype alone, as plain layers do.
+    Afterwards `cb.quantize(model)` rounds them to 8 bits again.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        dtype: of the factors. None takes that of each layer's bias; without one, of the model's first floating
+            parameter; without one, float32.
+        inplace: False leaves the model as it is and returns a copy.
+
+    Returns:
+        The model, its 8-bit layers in floating point. New factors require gradients; a bias keeps its flag.
+
+    Raises:
+        MatchError: no layer is stored in 8 bits; the message lists what there is.
+        ConfigError: `dtype` is not floating.
+        CompressionError: a layer has hooks or wrapped inner layers, which would be lost; or `inplace=True` where the
+            model is itself the layer. The model is left exactly as it was.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"`dtype` should be a floating torch.dtype or None. Found {dtype!r}.")
+    first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def convert(layer: CompressedBilinear) -> CompressedBilinear:
+        bias = layer.bias
+        kept = bias.dtype if isinstance(bias, torch.Tensor) else first
+        return stored_as(layer, None, dtype or kept)
+
+    return _converted(model, lambda layer: layer.quantize is not None, "stored in 8 bits", convert, inplace)
+
+
+def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
+    """Store compressed layers that are in floating point in 8 bits: the way back from `dequantize`.
+
+    It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold. For an `nn.Bilinear`, see `compress`, which
+    measures what that costs.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        quantize: the storage format.
+        inplace: False leaves the model as it is and returns a copy.
+
+    Raises:
+        MatchError: no compressed layer is in floating point; the message lists what there is.
+        ConfigError: another `quantize`.
+        CompressionError: as for `dequantize`; or factors are not finite.
+    """
+    check_quantize(quantize)
+    if quantize is None:
+        raise ConfigError("`quantize` should name a storage format. Found None: `dequantize` gives floating point.")
+
+    def convert(layer: CompressedBilinear) -> CompressedBilinear:
+        return stored_as(layer, quantize, torch.float32)
+
+    return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
+
+
+def _converted(
+    model: _Model,
+    wanted: Callable[[CompressedBilinear], bool],
+    what: str,
+    convert: Callable[[CompressedBilinear], CompressedBilinear],
+    inplace: bool,
+) -> _Model:
+    layers = discovery.find_compressed(model)
+    names = [name for name, layer in layers.items() if wanted(layer)]
+    if not names:
+        there = ", ".join(f"{name or '(root)'} ({layer.method}, {layer.quantize})" for name, layer in layers.items())
+        raise MatchError(f"The model should contain a compressed layer {what}. Found {there or 'no compressed layer'}.")
+    if inplace and names == [""]:
+        raise CompressionError(
+            "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
+            f"{type(model).__name__}: use what `inplace=False` returns."
+        )
+    for name in names:
+        hooked = discovery.hooked(layers[name])
+        if hooked is not None:
+            raise CompressionError(f"Layer {name or '(root)'!r} cannot be stored otherwise: {hooked}.")
+    target = model if inplace else copy.deepcopy(model)
+    found = discovery.find_compressed(target)
+    new = {id(found[name]): convert(found[name]) for name in names}
+    if names == [""]:
+        return new[id(target)]  # type: ignore[return-value]
+    discovery.swap(target, new)
+    return target
