@@ -1,12 +1,13 @@
 """The report as data, and its renderers."""
 
-from ._data import AS_CONFIGURED, SCHEMA_VERSION, LayerReport, Report
+from ._data import AS_CONFIGURED, SCHEMA_VERSION, FrontPoint, LayerReport, Report
 from ._format import error, size, size_change, speedup
 from ._terminal import compact_table, render_text
 
 __all__ = [
     "AS_CONFIGURED",
     "SCHEMA_VERSION",
+    "FrontPoint",
     "LayerReport",
     "Report",
     "compact_table",

@@ -9,11 +9,34 @@ from typing import Any, Literal, TypeAlias
 
 from ..errors import CompressionError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 AS_CONFIGURED = "as configured"  # the reason of a replacement with nothing more to say
 
 Rank: TypeAlias = int | tuple[int, int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontPoint:
+    """One replacement that was considered for a layer, with what it would cost and lose.
+
+    Attributes:
+        method: "keep", "dense", "cp" or "tucker"; `rank` and `quantize` as in `LayerReport`.
+        bytes: everything that it would store. `flops`: of a row.
+        weight_error, output_error: as in `LayerReport`; the latter on held-out calibration rows. None where unknown.
+        latency_ms: the median of a call; None where nothing was timed.
+        chosen: whether it is what the layer became.
+    """
+
+    method: str
+    rank: Rank = None
+    quantize: str | None = None
+    bytes: int
+    flops: int
+    weight_error: float | None = None
+    output_error: float | None = None
+    latency_ms: float | None = None
+    chosen: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +64,7 @@ class LayerReport:
         batch_size: rows in a timed call.
         backend: which code evaluates the replacement.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
+        front: the replacements that were considered, by bytes; empty where the config left no choice.
     """
 
     name: str
@@ -72,6 +96,7 @@ class LayerReport:
     batch_size: int | None = None
     backend: str | None = None
     amplification: float | None = None
+    front: tuple[FrontPoint, ...] = ()
 
     @property
     def label(self) -> str:
@@ -87,12 +112,15 @@ class Report:
         layers: one `LayerReport` for each layer that was selected, in the model's order.
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
         environment: device, dtype, threads and versions that the figures hold for.
+        metric_before, metric_after: the caller's own task metric of the whole model; None where none was given.
     """
 
     layers: tuple[LayerReport, ...]
     model_bytes_before: int
     model_bytes_after: int
     environment: Mapping[str, str | int]
+    metric_before: float | None = None
+    metric_after: float | None = None
 
     def __str__(self) -> str:
         from ._terminal import render_text
@@ -106,6 +134,8 @@ class Report:
             "environment": dict(self.environment),
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,
+            "metric_before": self.metric_before,
+            "metric_after": self.metric_after,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
         plain: dict[str, Any] = _plain(body)
@@ -125,12 +155,14 @@ class Report:
         if found != SCHEMA_VERSION:
             raise CompressionError(f"`schema_version` of a report should be {SCHEMA_VERSION}. Found {found!r}.")
         try:
-            layers = tuple(LayerReport(**{k: _tuples(v) for k, v in layer.items()}) for layer in data["layers"])
+            layers = tuple(_layer(layer) for layer in data["layers"])
             return cls(
                 layers=layers,
                 model_bytes_before=data["model_bytes_before"],
                 model_bytes_after=data["model_bytes_after"],
                 environment=dict(data["environment"]),
+                metric_before=data["metric_before"],
+                metric_after=data["metric_after"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is needed. Found {error}.") from error
@@ -159,6 +191,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _layer(entry: Mapping[str, Any]) -> LayerReport:
+    fields = {key: _tuples(value) for key, value in entry.items()}
+    points = (FrontPoint(**{key: _tuples(value) for key, value in point.items()}) for point in fields["front"])
+    return LayerReport(**fields | {"front": tuple(points)})
 
 
 def _tuples(value: Any) -> Any:

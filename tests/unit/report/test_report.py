@@ -13,6 +13,7 @@ from compress_bilinear.measure import Latency, Timing, stored_bytes
 from compress_bilinear.report import (
     AS_CONFIGURED,
     SCHEMA_VERSION,
+    FrontPoint,
     LayerReport,
     Report,
     error,
@@ -118,8 +119,16 @@ class TestJson:
         assert Report.from_json(report.to_json()) == report
         assert Report.from_dict(report.to_dict()) == report
 
+    def test_a_front_and_a_metric_come_back_equal(self):
+        points = (
+            FrontPoint(method="tucker", rank=(1, 2, 3), quantize="int8", bytes=9, flops=8, output_error=0.5),
+            FrontPoint(method="cp", rank=4, bytes=7, flops=6, weight_error=0.25, chosen=True),
+        )
+        report = dataclasses.replace(holding(layer(front=points)), metric_before=0.75, metric_after=0.5)
+        assert Report.from_json(report.to_json()) == report
+
     def test_it_carries_a_schema_version(self, report):
-        assert json.loads(report.to_json())["schema_version"] == SCHEMA_VERSION == 1
+        assert json.loads(report.to_json())["schema_version"] == SCHEMA_VERSION == 2
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_it_is_strict(self, value):
@@ -139,7 +148,7 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "problem"),
         [
-            (lambda data: data.update(schema_version=2), "`schema_version` of a report should be 1. Found 2"),
+            (lambda data: data.update(schema_version=3), "`schema_version` of a report should be 2. Found 3"),
             (lambda data: data.pop("schema_version"), "Found None"),
             (lambda data: data.pop("layers"), "layers"),
             (lambda data: data.pop("environment"), "environment"),
