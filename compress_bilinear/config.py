@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from .errors import ConfigError
 
-Quantize: TypeAlias = Literal["int8"]
+Quantize: TypeAlias = Literal["int8", "nf4"]
 """The storage formats besides the layer's own dtype."""
 
 
