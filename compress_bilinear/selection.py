@@ -11,11 +11,14 @@ from typing_extensions import assert_never
 
 from . import decomposition as decompose
 from . import ops
-from .calibration import LayerInputs
-from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .automatic import Chooser, without_bias
+from .calibration import FEWEST_ROWS
+from .config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
+from .decomposition import CPDecomposition
 from .discovery import FoundLayer, is_lazy
 from .errors import AmplificationWarning, InfeasibleError
-from .measure import Timing, output_error, parameter_count, stored_bytes, time_replacement, weight_error
+from .fitting import Fitted, Fitting
+from .measure import OutputError, Timing, parameter_count, stored_bytes, time_replacement, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 from .report import AS_CONFIGURED, LayerReport
 
@@ -33,18 +36,28 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A replacement that has been solved for: the module, its error as stored, and CP's amplification."""
+    """A replacement that has been solved for: the module, its error as stored, and CP's amplification.
+
+    Attributes:
+        output_error: on held-out rows, where it was fitted to others.
+        own_bias: whether its bias was corrected, and is no longer the layer's.
+        remark: what the report should say of how it was found; empty for nothing.
+    """
 
     module: CompressedBilinear
     weight_error: float
     amplification: float | None
+    output_error: float | None = None
+    own_bias: bool = False
+    remark: str = ""
 
 
 def solve(
     layer: nn.Bilinear,
-    config: Config,
+    config: LayerConfig,
     max_seconds: float | None = None,
     progress: decompose.Progress | None = None,
+    fitting: Fitting | None = None,
 ) -> Candidate:
     """Build the replacement that `config` asks for; `layer` is left as it is.
 
@@ -53,6 +66,7 @@ def solve(
 
     Args:
         max_seconds, progress: as in `decomposition.cp`.
+        fitting: of the layer's outputs, where there are rows to fit to.
 
     Raises:
         ConfigError: the rank does not fit the layer.
@@ -61,11 +75,20 @@ def solve(
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     if isinstance(config, DenseConfig):
+        if fitting is not None and config.quantize is not None:
+            return as_candidate(layer, fitting.dense(config))
         module = DenseBilinear.from_bilinear(layer, quantize=config.quantize)
         return Candidate(module, weight_error(weight, module), None)
     if not bool(weight.any()):
         raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
-    rank = _without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
+    on_output = isinstance(config.rank, MaxError) and config.rank.on == "output"
+    if on_output and fitting is None:
+        raise InfeasibleError(
+            f"{config.rank} needs calibration rows of the layer, at least {FEWEST_ROWS}. Found too few or none."
+        )
+    if fitting is not None and (on_output or (config.fit == "output" and not isinstance(config.rank, MaxError))):
+        return _fitted(layer, config, max_seconds, progress, fitting)
+    rank = without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
     begun, shown = time.perf_counter(), 0.0
 
     def report(done: float, error: float) -> None:
@@ -128,35 +151,60 @@ def _decompose(
             assert_never(config)
 
 
-def _without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
-    """A layer's budget as a fraction of its weight: the bias is stored as it was, and the weight has what is left."""
-    weight, total = layer.weight.numel() * layer.weight.element_size(), stored_bytes(layer)
-    left = target.fraction * total - (total - weight)
-    if left <= 0:
+def _fitted(
+    layer: nn.Bilinear,
+    config: CPConfig | TuckerConfig,
+    max_seconds: float | None,
+    progress: decompose.Progress | None,
+    fitting: Fitting,
+) -> Candidate:
+    """The replacement that loses least of the layer's outputs, on rows that it was not fitted to."""
+    if not isinstance(config.rank, MaxError):
+        rank = without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
+        try:
+            return as_candidate(layer, fitting.at(config, rank, seconds=max_seconds, progress=progress))
+        except InfeasibleError as error:
+            raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
+    fits = Chooser(layer, fitting, max_seconds, progress).smallest(config, config.rank.error)
+    met = [fit for fit in fits if fit.error <= config.rank.error]
+    if not met:
+        lowest = min((fit.error for fit in fits), default=math.inf)
         raise InfeasibleError(
-            f"The bias alone takes {total - weight} bytes. MaxSize({target.fraction:g}) of the layer's {total} bytes "
-            f"allows {int(target.fraction * total)}."
+            f"An output error of {config.rank.error:g} is out of reach of a {_method(config)} that is smaller than the "
+            f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
         )
-    return MaxSize(left / weight)
+    return as_candidate(layer, min(met, key=lambda fit: stored_bytes(fit.module)))
 
 
-def objection(layer: nn.Bilinear, candidate: Candidate, config: Config) -> str | None:
+def as_candidate(layer: nn.Bilinear, found: Fitted) -> Candidate:
+    """With the error of its weight."""
+    amplification = found.decomposition.amplification if isinstance(found.decomposition, CPDecomposition) else None
+    error = weight_error(layer.weight.detach(), found.module)
+    return Candidate(found.module, error, amplification, found.error if found.on_output else None, found.own_bias)
+
+
+def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> str | None:
     """Why a candidate is worse than the layer it would replace, or None: it must work, be smaller, and meet its target.
 
     An exact dense layer has the same bytes; whether it is faster is for `slowness` to say, after measuring.
     """
     if not math.isfinite(candidate.weight_error):
         return f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
-    if candidate.weight_error >= 1:
-        return f"it keeps nothing of the weight: the weight error is {candidate.weight_error:.3g}"
+    lost, what = candidate.weight_error, "weight"
+    if candidate.output_error is not None:
+        lost, what = candidate.output_error, "outputs"
+    if not lost < 1:
+        return f"it keeps nothing of the {what}: their error is {lost:.3g}"
     if isinstance(config, DenseConfig) and config.quantize is None:
         return None
     before, after = stored_bytes(layer), stored_bytes(candidate.module)
     if after >= before:
         return f"it is not smaller: it would store {after} bytes, the layer has {before}"
     rank = None if isinstance(config, DenseConfig) else config.rank
-    if isinstance(rank, MaxError) and candidate.weight_error > rank.error:
-        return f"its weight error {candidate.weight_error:.4g} misses the target {rank.error:g}"
+    if isinstance(rank, MaxError):
+        found = candidate.weight_error if rank.on == "weight" else candidate.output_error
+        if found is not None and found > rank.error:
+            return f"its {rank.on} error {found:.4g} misses the target {rank.error:g}"
     if isinstance(rank, MaxSize) and after > rank.fraction * before:
         return f"its {after} bytes miss the target of {rank.fraction:g} x {before}"
     return None
@@ -181,6 +229,8 @@ def _dtype(layer: nn.Bilinear) -> str:
 
 def _method(config: Config) -> str:
     match config:
+        case AutoConfig():
+            return "auto"
         case CPConfig():
             return "cp"
         case TuckerConfig():
@@ -196,7 +246,7 @@ def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
         "name": found.names[0],
         "aliases": tuple(found.names[1:]),
         "method": _method(config),
-        "quantize": config.quantize,
+        "quantize": None if isinstance(config, AutoConfig) else config.quantize,
         "shape": None,
         "params_before": 0,
         "bytes_before": 0,
@@ -217,9 +267,9 @@ def keep(found: FoundLayer, config: Config, reason: str, **known: Any) -> Decisi
 
 def judge(
     found: FoundLayer,
-    config: Config,
+    config: LayerConfig,
     candidate: Candidate,
-    inputs: LayerInputs | None,
+    measured: OutputError | None,
     unreached: bool,
     time_rows: int | None,
     force: bool,
@@ -227,16 +277,16 @@ def judge(
     """Measure a candidate and decide.
 
     Args:
-        inputs: rows to measure the output error on, where there are any; `unreached` says that calibration found none.
+        measured: the error on held-out rows, where there are any; `unreached` says that calibration found none.
         time_rows: rows in a timed call; None measures no latency.
         force: replace whatever speaks against it.
     """
     layer, module = found.layer, candidate.module.train(found.layer.training)
     known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
     known["amplification"] = candidate.amplification
-    if inputs is not None:
-        known["output_error"] = output_error(layer, module, inputs)
-        known["calibration_rows"] = len(inputs.input1)
+    if measured is not None:
+        known["output_error"] = measured.of(module)
+        known["calibration_rows"] = measured.rows
     against = objection(layer, candidate, config)
     found_error = known.get("output_error")
     if against is None and found_error is not None and not math.isfinite(found_error):

@@ -46,10 +46,18 @@ class Plan(Generic[_Model]):
     `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
     """
 
-    def __init__(self, model: _Model, entries: Sequence[_Entry], report: Report) -> None:
+    def __init__(
+        self, model: _Model, entries: Sequence[_Entry], report: Report, evaluate: Evaluate | None = None
+    ) -> None:
         self.model = model
         self.report = report
         self._entries = tuple(entries)
+        self._evaluate = evaluate
+
+    @property
+    def fronts(self) -> dict[str, tuple[FrontPoint, ...]]:
+        """For each layer by its name, the replacements that were considered, by bytes; of an `AutoConfig`."""
+        return {layer.label: layer.front for layer in self.report.layers if layer.front}
 
     def __str__(self) -> str:
         return render_text(self.report, title="Plan (the model is untouched)")
@@ -62,7 +70,8 @@ class Plan(Generic[_Model]):
                 that are replaced. True changes the model itself.
 
         Returns:
-            The compressed model and the report. Of a model that is itself the layer, its replacement.
+            The compressed model and the report, with the metric before and after where `plan` was given `evaluate`. Of
+            a model that is itself the layer, its replacement.
 
         Raises:
             StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
@@ -163,45 +172,36 @@ def plan(
     check_max_seconds(max_seconds)
     selected = discovery.select(model, _configs(config), include, exclude)
     owners = discovery.parameter_owners(model)
-    refusals = [discovery.refusal(found, owners) for found, _ in selected]
-    outcomes = [(*pair, refusal) for pair, refusal in zip(selected, refusals, strict=True)]
-    open_layers = {found.label: found.layer for found, _, refusal in outcomes if refusal is None}
+    requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
+    _check_calibrated(requests, calibration is not None)
+    open_layers = {each.found.label: each.found.layer for each in requests if each.refusal is None}
+    options = Options(
+        calibrated=calibration is not None,
+        batch_size=batch_size,
+        measure_latency=measure_latency,
+        force=force,
+        max_seconds=max_seconds,
+    )
     with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
-            inputs = collect_inputs(model, open_layers, bars.track(calibration, "Calibrating"))
-        entries: list[_Entry] = []
-        misfits: list[tuple[Config, ConfigError | None]] = []
-        solving = bars.parts("Solving", len(selected))
-        decomposed = [found.layer for found, c, no in outcomes if no is None and not isinstance(c, DenseConfig)]
-        seconds = _TimeShares(max_seconds, decomposed)
-        for k, (found, wanted, refusal) in enumerate(outcomes):
-            if refusal is not None:
-                entries.append(_Entry(found, keep(found, wanted, refusal)))
-                continue
-            try:
-                with seconds.share(found.layer) as share:
-                    candidate = solve(found.layer, wanted, share, solving(k, found.label))
-            except ConfigError as error:
-                misfit = _named(error, found.label)
-                misfits.append((wanted, misfit))
-                entries.append(_Entry(found, keep(found, wanted, str(misfit))))
-                continue
-            except CompressionError as error:
-                entries.append(_Entry(found, keep(found, wanted, str(error))))
-                continue
-            misfits.append((wanted, None))
-            seen = inputs.get(found.label)
-            rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
-            time_rows = rows if measure_latency else None
-            unreached = calibration is not None and seen is None
-            decision = judge(found, wanted, candidate, seen, unreached, time_rows, force)
-            fingerprint = _fingerprint(found.layer) if decision.replacement is not None else ""
-            entries.append(_Entry(found, decision, fingerprint))
-    for wanted, unfit in misfits:
-        if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
-            raise unfit
-    return Plan(model, entries, _report(model, entries))
+            batches = bars.track(calibration, "Calibrating")
+            inputs = collect_inputs(model, open_layers, batches, forward_fn=forward_fn, loss_fn=loss_fn)
+        decisions = Planner(requests, inputs, owners, options, bars).run()
+    entries = [
+        _Entry(each.found, decision, _fingerprint(each.found.layer) if decision.replacement is not None else "")
+        for each, decision in zip(requests, decisions, strict=True)
+    ]
+    return Plan(model, entries, _report(model, entries), evaluate)
+
+
+def _check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:
+    """Raise ConfigError where an error on the outputs is asked for, and there are no inputs to have outputs for."""
+    for request in requests:
+        config = request.config
+        rank = config.error if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        if isinstance(rank, MaxError) and rank.on == "output" and not calibrated:
+            raise ConfigError(f"{rank} needs `calibration`: inputs whose outputs can be compared. Found none.")
 
 
 def compress(
@@ -237,26 +237,6 @@ def compress(
     return planned.apply(inplace)
 
 
-class _TimeShares:
-    """What is left of a time budget, shared among the layers that are left by the sizes of their weights."""
-
-    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
-        self._left = max_seconds
-        self._sizes = {id(layer): layer.weight.numel() for layer in layers}
-
-    @contextmanager
-    def share(self, layer: nn.Bilinear) -> Iterator[float | None]:
-        """This layer's part; only what is spent within the context is gone."""
-        rest = sum(self._sizes.values())
-        size = self._sizes.pop(id(layer), 0)
-        begun = time.perf_counter()
-        try:
-            yield None if self._left is None else max(self._left * size / max(rest, 1), 1e-3)
-        finally:
-            if self._left is not None:
-                self._left = max(self._left - (time.perf_counter() - begun), 0.0)
-
-
 def compare_layers(
     name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None = _DEFAULT_ROWS
 ) -> LayerReport:
@@ -287,10 +267,6 @@ def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
                 f"Found {pattern!r}: {value!r}."
             )
     return configs
-
-
-def _named(error: ConfigError, label: str) -> ConfigError:
-    return ConfigError(str(error).replace("the weight", f"layer {label!r}"))
 
 
 def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
