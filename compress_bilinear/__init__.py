@@ -3,7 +3,7 @@
 from . import decomposition, ops
 from .checkpoint import load, save
 from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .conversion import dequantize, quantize
+from .conversion import dequantize, quantize, set_compute
 from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
 from .report import LayerReport, Report
@@ -31,4 +31,5 @@ __all__ = [
     "plan",
     "quantize",
     "save",
+    "set_compute",
 ]

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import assert_never
 
@@ -15,7 +16,7 @@ from .calibration import LayerInputs
 from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from .discovery import FoundLayer, is_lazy
 from .errors import AmplificationWarning, InfeasibleError
-from .measure import Timing, output_error, parameter_count, stored_bytes, time_replacement, weight_error
+from .measure import Timing, output_error, parameter_count, resident_bytes, stored_bytes, time_replacement, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 from .report import AS_CONFIGURED, LayerReport
 
@@ -33,11 +34,30 @@ class Decision:
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A replacement that has been solved for: the module, its error as stored, and CP's amplification."""
+    """A replacement that has been solved for: the module, its error as stored, and CP's amplification.
+
+    Of a quantized one also the parts of that error: of the decomposition in floating point, and how far what is stored
+    is from it, both relative to the weight's norm.
+    """
 
     module: CompressedBilinear
     weight_error: float
     amplification: float | None
+    truncation_error: float | None = None
+    quantization_error: float | None = None
+
+    @property
+    def storage(self) -> dict[str, Any]:
+        """The fields of a `LayerReport` about a quantized layer; none for another."""
+        if self.module.quantize is None:
+            return {}
+        truncation = 0.0 if self.module.method == "dense" else self.truncation_error
+        return {
+            "truncation_error": truncation,
+            "quantization_error": self.weight_error if self.module.method == "dense" else self.quantization_error,
+            "resident_bytes": resident_bytes(self.module),
+            "compute": self.module.compute,
+        }
 
 
 def solve(
@@ -118,14 +138,30 @@ def _decompose(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", AmplificationWarning)  # the report says it, of what is really used
                 cp = decompose.cp(weight, rank, seed=config.seed, **asked)  # type: ignore[arg-type]
-            module = CPBilinear.from_decomposition(cp, bias, quantize=config.quantize)
-            return Candidate(module, weight_error(weight, module), cp.amplification)
+            found = decompose.rounded(cp, weight, config.quantize)
+            module = CPBilinear.from_decomposition(found, bias, quantize=config.quantize)
+            return Candidate(module, *_errors(weight, cp, module, cp.amplification))
         case TuckerConfig():
             tucker = decompose.tucker(weight, rank, cost=config.cost, **asked)  # type: ignore[arg-type]
-            module = TuckerBilinear.from_decomposition(tucker, bias, quantize=config.quantize)
-            return Candidate(module, weight_error(weight, module), None)
+            core = decompose.rounded(tucker, weight, config.quantize)
+            module = TuckerBilinear.from_decomposition(core, bias, quantize=config.quantize)
+            return Candidate(module, *_errors(weight, tucker, module, None))
         case _:
             assert_never(config)
+
+
+def _errors(
+    weight: Tensor,
+    floating: decompose.CPDecomposition | decompose.TuckerDecomposition,
+    module: CompressedBilinear,
+    amplification: float | None,
+) -> tuple[float, float | None, float | None, float | None]:
+    """The fields of a `Candidate` after its module."""
+    total = weight_error(weight, module)
+    if module.quantize is None:
+        return total, amplification, None, None
+    apart = decompose.distance(weight, floating, lambda rows: module.dense_rows(rows, torch.float64))
+    return total, amplification, floating.error, apart
 
 
 def _without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
