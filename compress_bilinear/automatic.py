@@ -137,7 +137,7 @@ class Chooser:
             return None
         if stored_bytes(found.module) >= self.options[0].bytes:
             return None
-        self._add(replace(config, rank=found.module.rank), found)
+        self._add(replace(config, rank=found.module.rank), found)  # type: ignore[arg-type]
         return found
 
     def _add(self, wanted: LayerConfig, found: Fitted) -> None:
@@ -226,9 +226,7 @@ def _slope(first: Option, second: Option) -> float:
     return (second.error**2 - first.error**2) / max(second.bytes - first.bytes, 1)
 
 
-def smallest(
-    evaluate: Callable[[float], Fitted | None], limit: float
-) -> list[tuple[float, Fitted]]:
+def smallest(evaluate: Callable[[float], Fitted | None], limit: float) -> list[tuple[float, Fitted]]:
     """Fractions of a layer's bytes and the replacements there, found while closing in on the smallest within `limit`.
 
     `evaluate` gives None where nothing is so small. The error falls about as a power of the size, which tells where to

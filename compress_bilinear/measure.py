@@ -30,8 +30,14 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module))
 
 
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes in memory: what is stored, and what the compute mode "resident" keeps de-quantized beside it."""
+    kept = {id(part): part.resident for part in module.modules() if isinstance(part, QuantizedTensor)}
+    return stored_bytes(module) + sum(r.numel() * r.element_size() for r in kept.values() if r is not None)
+
+
 def parameter_count(module: nn.Module) -> int:
-    """Stored values: parameters and int8 values, without scales and other buffers; what is shared counts once."""
+    """Stored values: parameters and quantized values, without scales and other buffers; what is shared counts once."""
     quantized = {id(part.qdata): part.shape for part in module.modules() if isinstance(part, QuantizedTensor)}
     return sum(p.numel() for p in module.parameters()) + sum(shape.numel() for shape in quantized.values())
 

@@ -4,19 +4,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 
 from .automatic import Chooser, Option, allocate, best_within
-from .calibration import LayerInputs
+from .calibration import Call, LayerInputs
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
 from .fitting import Fitting, WeightFitting
-from .measure import OutputError, stored_bytes
+from .measure import OutputError, stored_bytes, weight_error
 from .progress import ProgressBars
-from .report import FrontPoint
-from .selection import Decision, as_candidate, judge, keep, solve
+from .refinement import refine
+from .report import AS_CONFIGURED, FrontPoint
+from .selection import Decision, judge, keep
+from .solving import as_candidate, solve
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
@@ -33,7 +36,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to solve and judge: the arguments of `surgery.plan` of these names; `calibrated` says that rows were taken."""
+    """How to solve and judge: arguments of `surgery.plan`, and `calibrated`, whether rows were taken."""
 
     calibrated: bool = False
     batch_size: int | None = None
@@ -63,11 +66,10 @@ class Planner:
         bars: ProgressBars,
     ) -> None:
         self._requests, self._inputs, self._owners, self._options = requests, inputs, owners, options
-        solved = [
-            r.found.layer for r in requests if r.refusal is None and not isinstance(r.config, DenseConfig)
-        ]
+        solved = [r.found.layer for r in requests if r.refusal is None and not isinstance(r.config, DenseConfig)]
         self._seconds = _TimeShares(options.max_seconds, solved)
         self._progress = bars.parts("Solving", len(requests))
+        self._bars = bars
         self._open: list[_Open] = []
         self._misfits: list[tuple[Config, ConfigError | None]] = []
         self.decisions: list[Decision] = []
@@ -81,6 +83,45 @@ class Planner:
                 raise unfit
         for config in {id(each.request.config): each.request.config for each in self._open}.values():
             self._choose([each for each in self._open if each.request.config is config], config)
+        return self.decisions
+
+    def refined(
+        self, model: nn.Module, batches: Sequence[Any], forward_fn: Call | None, seconds: float
+    ) -> list[Decision]:
+        """The decisions, with replacements that were trained to give the network's outputs; see `refinement.refine`."""
+        replaced = {
+            id(request.found.layer): (k, request, decision.replacement)
+            for k, (request, decision) in enumerate(zip(self._requests, self.decisions, strict=True))
+            if decision.replacement is not None
+        }
+        if not replaced:
+            return self.decisions
+        own = [key for key, (k, _, _) in replaced.items() if self.decisions[k].own_bias]
+        modules = {key: module for key, (_, _, module) in replaced.items()}
+        progress = self._bars.parts("Refining", 1)(0, "the network")
+        found = refine(
+            model,
+            modules,
+            batches,
+            trained_bias=own,
+            forward_fn=forward_fn,
+            seconds=max(seconds, 1e-3),
+            progress=progress,
+        )
+        for key, (k, request, before) in replaced.items():
+            module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
+            if module is before:
+                continue
+            measured = self._measured(request.found)
+            known: dict[str, Any] = {"weight_error": weight_error(request.found.layer.weight.detach(), module)}
+            known["output_error"] = None if measured is None else measured.of(module)
+            told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
+            reason = decision.report.reason
+            known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
+            if module.quantize is not None:  # its parts are those of the factors before
+                known |= {"truncation_error": None, "quantization_error": None}
+            report = replace(decision.report, **known)
+            self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
 
     def _decided(self, number: int, request: Request) -> Decision:

@@ -95,7 +95,8 @@ def refine(
     begun = time.perf_counter()
     if len(batches) < 2:
         raise ConfigError(
-            f"`refine='network'` needs at least two calibration batches, one of them to measure on. Found {len(batches)}."
+            "`refine='network'` needs at least two calibration batches, one of them to measure on. "
+            f"Found {len(batches)}."
         )
     run = forward_fn or call
     trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
@@ -152,7 +153,9 @@ def _student(model: nn.Module, modules: Mapping[int, nn.Module]) -> nn.Module:
     try:
         copied = copy.deepcopy(model, memo)
     except Exception as error:
-        raise CompressionError(f"The model could not be copied to be refined: {type(error).__name__}: {error}.") from error
+        raise CompressionError(
+            f"The model could not be copied to be refined ({type(error).__name__}: {error})."
+        ) from error
     for parameter in copied.parameters():
         if not any(parameter is own for module in modules.values() for own in module.parameters()):
             parameter.requires_grad_(False)
@@ -161,7 +164,7 @@ def _student(model: nn.Module, modules: Mapping[int, nn.Module]) -> nn.Module:
 
 def _trainable(module: CompressedBilinear) -> CompressedBilinear:
     """Its factors as parameters, which are rounded as its format does whenever they are used."""
-    new = stored_as(copy.deepcopy(module), None, torch.promote_types(module.to_dense_dtype(), torch.float32))
+    new = stored_as(copy.deepcopy(module), None, torch.promote_types(module.weight_dtype, torch.float32))
     if module.quantize is None:
         return new
     for name in ("out_proj", "in1_proj", "in2_proj"):
@@ -199,7 +202,7 @@ def _restored(module: CompressedBilinear, like: CompressedBilinear) -> Compresse
     for part in plain.modules():
         if parametrize.is_parametrized(part, "weight"):
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
-    new = stored_as(plain, like.quantize, like.to_dense_dtype())
+    new = stored_as(plain, like.quantize, like.weight_dtype)
     bias, old = plain.bias, like.bias
     if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):
         new.set_bias(nn.Parameter(bias.detach().to(old.dtype), old.requires_grad))

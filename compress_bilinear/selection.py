@@ -1,186 +1,28 @@
-"""From a config to a replacement for one layer, whether it is worth making, and the record of that."""
+"""Whether a replacement is worth making, and the record of that."""
 
 import math
-import time
-import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-from typing_extensions import assert_never
+from torch import nn
 
 from . import decomposition as decompose
 from . import ops
-from .automatic import Chooser, without_bias
-from .calibration import FEWEST_ROWS
 from .config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
-from .decomposition import CPDecomposition
 from .discovery import FoundLayer, is_lazy
-from .errors import AmplificationWarning, InfeasibleError
-from .fitting import Fitted, Fitting
 from .measure import OutputError, Timing, parameter_count, stored_bytes, time_replacement, weight_error
-from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from .modules import CompressedBilinear
 from .report import AS_CONFIGURED, LayerReport
-
-_ATTEMPTS = 4  # at a target that rounding made miss
-_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
+from .solving import Candidate
 
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What becomes of a layer: its replacement, None where it is kept, and the record of it."""
+    """What becomes of a layer: its replacement, None where it is kept, the record of it, and whose the bias is."""
 
     replacement: CompressedBilinear | None
     report: LayerReport
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A replacement that has been solved for: the module, its error as stored, and CP's amplification.
-
-    Attributes:
-        output_error: on held-out rows, where it was fitted to others.
-        own_bias: whether its bias was corrected, and is no longer the layer's.
-        remark: what the report should say of how it was found; empty for nothing.
-    """
-
-    module: CompressedBilinear
-    weight_error: float
-    amplification: float | None
-    output_error: float | None = None
     own_bias: bool = False
-    remark: str = ""
-
-
-def solve(
-    layer: nn.Bilinear,
-    config: LayerConfig,
-    max_seconds: float | None = None,
-    progress: decompose.Progress | None = None,
-    fitting: Fitting | None = None,
-) -> Candidate:
-    """Build the replacement that `config` asks for; `layer` is left as it is.
-
-    Under a `MaxError`, rounding to the stored format counts: where it makes the target missed, the decomposition is
-    solved again to a tighter one, until both fit.
-
-    Args:
-        max_seconds, progress: as in `decomposition.cp`.
-        fitting: of the layer's outputs, where there are rows to fit to.
-
-    Raises:
-        ConfigError: the rank does not fit the layer.
-        InfeasibleError: no rank meets the target, or the weight is all zero.
-    """
-    weight = layer.weight.detach()
-    bias = None if layer.bias is None else layer.bias.detach()
-    if isinstance(config, DenseConfig):
-        if fitting is not None and config.quantize is not None:
-            return as_candidate(layer, fitting.dense(config))
-        module = DenseBilinear.from_bilinear(layer, quantize=config.quantize)
-        return Candidate(module, weight_error(weight, module), None)
-    if not bool(weight.any()):
-        raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
-    on_output = isinstance(config.rank, MaxError) and config.rank.on == "output"
-    if on_output and fitting is None:
-        raise InfeasibleError(
-            f"{config.rank} needs calibration rows of the layer, at least {FEWEST_ROWS}. Found too few or none."
-        )
-    if fitting is not None and (on_output or (config.fit == "output" and not isinstance(config.rank, MaxError))):
-        return _fitted(layer, config, max_seconds, progress, fitting)
-    rank = without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
-    begun, shown = time.perf_counter(), 0.0
-
-    def report(done: float, error: float) -> None:
-        nonlocal shown
-        shown = max(shown, done)  # an attempt begins anew, a bar does not
-        if progress is not None:
-            progress(shown, error)
-
-    def attempt(rank: object) -> Candidate:
-        left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - begun), 1e-3)
-        if left is not None and isinstance(rank, MaxError):
-            left /= 2  # and the rest for another attempt
-        return _decompose(weight, bias, config, rank, left, report)
-
-    if not isinstance(rank, MaxError):
-        try:
-            return attempt(rank)
-        except InfeasibleError as error:
-            raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
-    target = rank.error
-    if config.quantize is not None:
-        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
-    for _ in range(_ATTEMPTS):
-        found = attempt(MaxError(target))
-        if found.weight_error <= rank.error:
-            return found
-        # truncation and rounding errors add in quadrature
-        rounding = max(found.weight_error**2 - target**2, 0.0)
-        remaining = rank.error**2 - 1.1 * rounding
-        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
-    stored = config.quantize or str(weight.dtype).removeprefix("torch.")
-    raise InfeasibleError(
-        f"A relative error of {rank.error:g} is out of reach of {stored} factors: rounding alone keeps it at "
-        f"{found.weight_error:.3g}."
-    )
-
-
-def _decompose(
-    weight: Tensor,
-    bias: Tensor | None,
-    config: CPConfig | TuckerConfig,
-    rank: object,
-    max_seconds: float | None,
-    progress: decompose.Progress | None,
-) -> Candidate:
-    module: CompressedBilinear
-    asked: dict[str, Any] = {"quantize": config.quantize, "max_seconds": max_seconds, "progress": progress}
-    match config:
-        case CPConfig():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", AmplificationWarning)  # the report says it, of what is really used
-                cp = decompose.cp(weight, rank, seed=config.seed, **asked)  # type: ignore[arg-type]
-            module = CPBilinear.from_decomposition(cp, bias, quantize=config.quantize)
-            return Candidate(module, weight_error(weight, module), cp.amplification)
-        case TuckerConfig():
-            tucker = decompose.tucker(weight, rank, cost=config.cost, **asked)  # type: ignore[arg-type]
-            module = TuckerBilinear.from_decomposition(tucker, bias, quantize=config.quantize)
-            return Candidate(module, weight_error(weight, module), None)
-        case _:
-            assert_never(config)
-
-
-def _fitted(
-    layer: nn.Bilinear,
-    config: CPConfig | TuckerConfig,
-    max_seconds: float | None,
-    progress: decompose.Progress | None,
-    fitting: Fitting,
-) -> Candidate:
-    """The replacement that loses least of the layer's outputs, on rows that it was not fitted to."""
-    if not isinstance(config.rank, MaxError):
-        rank = without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
-        try:
-            return as_candidate(layer, fitting.at(config, rank, seconds=max_seconds, progress=progress))
-        except InfeasibleError as error:
-            raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
-    fits = Chooser(layer, fitting, max_seconds, progress).smallest(config, config.rank.error)
-    met = [fit for fit in fits if fit.error <= config.rank.error]
-    if not met:
-        lowest = min((fit.error for fit in fits), default=math.inf)
-        raise InfeasibleError(
-            f"An output error of {config.rank.error:g} is out of reach of a {_method(config)} that is smaller than the "
-            f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
-        )
-    return as_candidate(layer, min(met, key=lambda fit: stored_bytes(fit.module)))
-
-
-def as_candidate(layer: nn.Bilinear, found: Fitted) -> Candidate:
-    """With the error of its weight."""
-    amplification = found.decomposition.amplification if isinstance(found.decomposition, CPDecomposition) else None
-    error = weight_error(layer.weight.detach(), found.module)
-    return Candidate(found.module, error, amplification, found.error if found.on_output else None, found.own_bias)
 
 
 def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> str | None:
@@ -310,7 +152,7 @@ def judge(
     known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
     known |= {"flops_after": module.flops_per_row} | _timing(timing)
     report = LayerReport(**(_basics(found, config) | known))
-    return Decision(module, report)
+    return Decision(module, report, candidate.own_bias)
 
 
 def _timing(timing: Timing | None) -> dict[str, Any]:
@@ -323,3 +165,18 @@ def _timing(timing: Timing | None) -> dict[str, Any]:
         known[f"latency_{what}_ms"] = latency.median
         known[f"latency_{what}_quartiles_ms"] = (latency.lower, latency.upper)
     return known
+
+
+def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None) -> LayerReport:
+    """The report on a replacement that has been made already, say in a checkpoint."""
+    wanted: LayerConfig
+    match module.rank:
+        case None:
+            wanted = DenseConfig(quantize=module.quantize)
+        case int(rank):
+            wanted = CPConfig(rank=rank, quantize=module.quantize)
+        case triple:
+            wanted = TuckerConfig(rank=triple, quantize=module.quantize)
+    candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
+    report = judge(FoundLayer((name,), layer), wanted, candidate, None, False, batch_size, True).report
+    return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already

@@ -3,28 +3,30 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from . import discovery
-from .calibration import LayerInputs, collect_inputs
-from .config import Config, CPConfig, DenseConfig, TuckerConfig
+from .calibration import Call, LayerInputs, collect_inputs
+from .config import AutoConfig, Config, CPConfig, DenseConfig, MaxError, TuckerConfig
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
-from .measure import environment, stored_bytes, weight_error
+from .measure import environment, stored_bytes
 from .modules import CompressedBilinear
+from .planning import Options, Planner, Request
 from .progress import ProgressBars
-from .report import LayerReport, Report, render_text
-from .selection import Candidate, Decision, judge, keep, solve
+from .refinement import DEFAULT_SECONDS, BatchSample
+from .report import FrontPoint, Report, render_text
+from .selection import Decision
 
-_DEFAULT_ROWS = 256
-_MOST_ROWS = 2**15
 _Model = TypeVar("_Model", bound=nn.Module)
+
+Evaluate: TypeAlias = Callable[[Any], float]
+"""The caller's own task metric of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +84,14 @@ class Plan(Generic[_Model]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for entry in chosen:
             _check_fresh(modules, entry, owners)
+        before = None if self._evaluate is None else float(self._evaluate(self.model))
         if inplace:
-            return self._apply_inplace(chosen), self.report
+            undo = self._apply_inplace(chosen)
+            try:
+                return self.model, self._evaluated(before, self.model)
+            except BaseException:
+                undo()  # a metric that fails leaves the model as it was too
+                raise
         memo: dict[int, Any] = {}
         try:
             for entry in chosen:
@@ -105,9 +113,14 @@ class Plan(Generic[_Model]):
                         f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                         "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
                     )
-        return copied, self.report
+        return copied, self._evaluated(before, copied)
 
-    def _apply_inplace(self, chosen: Sequence[_Entry]) -> _Model:
+    def _evaluated(self, before: float | None, compressed: _Model) -> Report:
+        if self._evaluate is None:
+            return self.report
+        return replace(self.report, metric_before=before, metric_after=float(self._evaluate(compressed)))
+
+    def _apply_inplace(self, chosen: Sequence[_Entry]) -> Callable[[], None]:
         for entry in chosen:
             if "" in entry.found.names:
                 raise CompressionError(
@@ -120,8 +133,7 @@ class Plan(Generic[_Model]):
                     f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
-        return self.model
+        return discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
 
 
 def plan(
@@ -129,6 +141,10 @@ def plan(
     config: Config | Mapping[str, Config],
     *,
     calibration: Iterable[Any] | None = None,
+    forward_fn: Call | None = None,
+    loss_fn: Call | None = None,
+    refine: Literal["network"] | None = None,
+    evaluate: Evaluate | None = None,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
@@ -148,13 +164,22 @@ def plan(
         model: any module; an `nn.Bilinear` itself too.
         config: one config for all selected layers, or a mapping from globs to configs of which the first match holds.
         calibration: an iterable of what the model takes (a tensor, or a tuple or dict of its arguments), without
-            labels. With it the report has output errors, on a sample of the rows that reach each layer.
+            labels. With it factors are fitted to the layers' outputs (unless their config says otherwise), and the
+            report has output errors, on rows that reach each layer and that no fit has seen.
+        forward_fn: how to run the model on a batch that is something else, for instance one with labels:
+            `lambda model, batch: model(batch[0])`.
+        loss_fn: instead, a scalar loss of model and batch, which may use labels: layers are then fitted where it feels
+            their outputs most.
+        refine: "network" afterwards trains the factors of all replacements together, without labels, to give the
+            original network's outputs on calibration batches, for as long as `max_seconds` leaves, or a minute.
+        evaluate: your task metric of a model; the report of `apply` has it before and after.
         include, exclude: a glob or several.
         batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
         force: replace whatever the verdict; the report still says what was lost.
-        max_seconds: time for all decompositions together, shared by the layers' sizes; each layer gets the best that
-            was found in its share. With a limit, results depend on the machine's speed. None is no limit.
+        max_seconds: time for all decompositions together (half of it where `refine` takes the rest), shared by the
+            layers' sizes; each layer gets the best that was found in its share. With a limit, results depend on the
+            machine's speed. None is no limit.
         progress: show a progress bar on stderr; None shows it on a terminal only.
 
     Returns:
@@ -170,6 +195,11 @@ def plan(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
     check_max_seconds(max_seconds)
+    if refine not in (None, "network"):
+        raise ConfigError(f"`refine` should be None or 'network'. Found {refine!r}.")
+    for what, given in (("forward_fn", forward_fn), ("loss_fn", loss_fn), ("refine", refine)):
+        if given is not None and calibration is None:
+            raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
     selected = discovery.select(model, _configs(config), include, exclude)
     owners = discovery.parameter_owners(model)
     requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
@@ -180,14 +210,20 @@ def plan(
         batch_size=batch_size,
         measure_latency=measure_latency,
         force=force,
-        max_seconds=max_seconds,
+        max_seconds=max_seconds if refine is None or max_seconds is None else max_seconds / 2,
     )
+    sample, begun = BatchSample(), time.perf_counter()
     with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
             batches = bars.track(calibration, "Calibrating")
-            inputs = collect_inputs(model, open_layers, batches, forward_fn=forward_fn, loss_fn=loss_fn)
-        decisions = Planner(requests, inputs, owners, options, bars).run()
+            watched = batches if refine is None else sample.watch(batches)
+            inputs = collect_inputs(model, open_layers, watched, forward_fn=forward_fn, loss_fn=loss_fn)
+        planner = Planner(requests, inputs, owners, options, bars)
+        decisions = planner.run()
+        if refine is not None:
+            left = DEFAULT_SECONDS if max_seconds is None else max_seconds - (time.perf_counter() - begun)
+            decisions = planner.refined(model, sample.batches, forward_fn, left)
     entries = [
         _Entry(each.found, decision, _fingerprint(each.found.layer) if decision.replacement is not None else "")
         for each, decision in zip(requests, decisions, strict=True)
@@ -210,6 +246,10 @@ def compress(
     *,
     inplace: bool = False,
     calibration: Iterable[Any] | None = None,
+    forward_fn: Call | None = None,
+    loss_fn: Call | None = None,
+    refine: Literal["network"] | None = None,
+    evaluate: Evaluate | None = None,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
@@ -226,6 +266,10 @@ def compress(
         model,
         config,
         calibration=calibration,
+        forward_fn=forward_fn,
+        loss_fn=loss_fn,
+        refine=refine,
+        evaluate=evaluate,
         include=include,
         exclude=exclude,
         batch_size=batch_size,
@@ -237,34 +281,16 @@ def compress(
     return planned.apply(inplace)
 
 
-def compare_layers(
-    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None = _DEFAULT_ROWS
-) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint."""
-    found = discovery.FoundLayer((name,), layer)
-    wanted: Config
-    match module.rank:
-        case None:
-            wanted = DenseConfig(quantize=module.quantize)
-        case int(rank):
-            wanted = CPConfig(rank=rank, quantize=module.quantize)
-        case triple:
-            wanted = TuckerConfig(rank=triple, quantize=module.quantize)
-    candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    report = judge(found, wanted, candidate, None, False, batch_size, True).report
-    return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already
-
-
 def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
     """Globs to configs; a single config holds for every name."""
     configs = dict(config) if isinstance(config, Mapping) else {"*": config}
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig)):
+        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig, AutoConfig)):
             raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
-                f"Found {pattern!r}: {value!r}."
+                "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
+                f"them. Found {pattern!r}: {value!r}."
             )
     return configs
 
@@ -319,6 +345,8 @@ def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
         raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
     new, layer = copy.deepcopy(entry.replacement), entry.found.layer
     new.train(layer.training)
+    if entry.decision.own_bias and bias is not None and isinstance(new.bias, nn.Parameter):
+        bias = nn.Parameter(new.bias.detach().clone(), bias.requires_grad)  # it was corrected
     for parameter in new.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)

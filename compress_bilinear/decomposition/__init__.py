@@ -7,7 +7,8 @@ from ._interpolation import interpolation, is_interpolated
 from ._metric import Metric, unwhitened_cp, unwhitened_tucker
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
-from ._rounding import distance, rounded, unit_columns
+from ._rounding import distance, rounded
+from ._stored import stored_columns, stored_core, unit_columns
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 
@@ -34,6 +35,8 @@ __all__ = [
     "relative_error",
     "rounded",
     "row_slices",
+    "stored_columns",
+    "stored_core",
     "tucker",
     "tucker_bytes",
     "tucker_flops",

@@ -100,7 +100,7 @@ def _minimised(
     width: int,
     clock: Clock,
 ) -> list[Tensor]:
-    """The parts that minimise the weighted squared error of `forward` on the rows, in float64; part k moves by Δ·turn."""
+    """The parts that minimise the weighted squared error of `forward` on the rows; part k moves by Δ·turn."""
     input1, input2, wanted, weights = rows
     dtype = wanted.dtype
     total = float(weights.double().sum())
