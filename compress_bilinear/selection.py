@@ -17,7 +17,7 @@ from .discovery import FoundLayer, is_lazy
 from .errors import AmplificationWarning, InfeasibleError
 from .measure import Timing, output_error, parameter_count, stored_bytes, time_replacement, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
-from .report import AS_CONFIGURED, LayerReport
+from .report import AS_CONFIGURED, LayerReport, Spectrum
 
 _ATTEMPTS = 4  # at a target that rounding made miss
 _ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
@@ -234,6 +234,7 @@ def judge(
     layer, module = found.layer, candidate.module.train(found.layer.training)
     known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
     known["amplification"] = candidate.amplification
+    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(layer.weight))
     if inputs is not None:
         known["output_error"] = output_error(layer, module, inputs)
         known["calibration_rows"] = len(inputs.input1)

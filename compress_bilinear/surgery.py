@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from . import discovery
+from . import config_text, discovery
 from .calibration import LayerInputs, collect_inputs
 from .config import Config, CPConfig, DenseConfig, TuckerConfig
 from .decomposition import check_max_seconds
@@ -161,7 +161,9 @@ def plan(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
     check_max_seconds(max_seconds)
-    selected = discovery.select(model, _configs(config), include, exclude)
+    configs, include = _configs(config), discovery.patterns(include, "include")
+    exclude = discovery.patterns(exclude, "exclude")
+    selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
     refusals = [discovery.refusal(found, owners) for found, _ in selected]
     outcomes = [(*pair, refusal) for pair, refusal in zip(selected, refusals, strict=True)]
@@ -193,15 +195,16 @@ def plan(
             misfits.append((wanted, None))
             seen = inputs.get(found.label)
             rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
-            time_rows = rows if measure_latency else None
             unreached = calibration is not None and seen is None
-            decision = judge(found, wanted, candidate, seen, unreached, time_rows, force)
-            fingerprint = _fingerprint(found.layer) if decision.replacement is not None else ""
-            entries.append(_Entry(found, decision, fingerprint))
+            decision = judge(found, wanted, candidate, seen, unreached, rows if measure_latency else None, force)
+            entries.append(_Entry(found, decision, _fingerprint(found.layer) if decision.replacement is not None else ""))
     for wanted, unfit in misfits:
         if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
             raise unfit
-    return Plan(model, entries, _report(model, entries))
+    options = {"include": include, "exclude": exclude, "batch_size": batch_size, "measure_latency": measure_latency}
+    options |= {"force": force, "max_seconds": max_seconds}
+    asked = config_text.asked(configs, options, calibrated=calibration is not None)
+    return Plan(model, entries, replace(_report(model, entries), **asked))
 
 
 def compress(
@@ -296,14 +299,12 @@ def _named(error: ConfigError, label: str) -> ConfigError:
 def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
     saved = sum(entry.decision.report.bytes_before - entry.decision.report.bytes_after for entry in entries)
     before = stored_bytes(model)
-    first = next((e.found.layer.weight for e in entries if e.replacement is not None), None)
-    device = first.device if first is not None else torch.device("cpu")
-    dtype = first.dtype if first is not None else torch.get_default_dtype()
+    some = next((e.found.layer.weight for e in entries if e.replacement is not None), torch.empty(0, device="cpu"))
     return Report(
         layers=tuple(entry.decision.report for entry in entries),
         model_bytes_before=before,
         model_bytes_after=before - saved,
-        environment=environment(device, dtype),
+        environment=environment(some.device, some.dtype),
     )
 
 

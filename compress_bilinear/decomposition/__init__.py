@@ -5,6 +5,7 @@ from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
 from ._interpolation import interpolation, is_interpolated
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
+from ._spectra import spectra
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
 
@@ -22,6 +23,7 @@ __all__ = [
     "is_interpolated",
     "relative",
     "relative_error",
+    "spectra",
     "tucker",
     "tucker_bytes",
     "tucker_flops",

@@ -1,0 +1,187 @@
+"""Configs as text: what a TOML or JSON file says, the same as plain data, and in Python's spelling.
+
+    max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, force, max_seconds
+    [layers."rel.*"]            # a glob of layer names; of several the first match holds
+    method = "cp"               # cp, tucker or dense
+    rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
+    quantize = "int8"           # optional, as are seed (cp) and cost (tucker)
+"""
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_METHODS: dict[str, type[CPConfig] | type[TuckerConfig] | type[DenseConfig]] = {
+    "cp": CPConfig,
+    "tucker": TuckerConfig,
+    "dense": DenseConfig,
+}
+_TARGETS = {"max_error": MaxError, "max_size": MaxSize}
+OPTIONS: dict[str, tuple[type, ...]] = {
+    "include": (str, list),
+    "exclude": (str, list),
+    "batch_size": (int,),
+    "measure_latency": (bool,),
+    "force": (bool,),
+    "max_seconds": (int, float),
+}
+"""The arguments of `surgery.plan` that a file may give, and the types that they have there."""
+
+_DEFAULTS = {"include": ("*",), "exclude": (), "batch_size": None, "measure_latency": True} | {
+    "force": False,
+    "max_seconds": None,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a file asks for: globs to configs, and arguments of `surgery.plan`."""
+
+    configs: Mapping[str, Config]
+    options: Mapping[str, Any]
+
+
+def read(path: Path) -> Recipe:
+    """The recipe in a .toml or .json file.
+
+    Raises: ConfigError where it cannot be read or is not such a recipe; the message has the key's path in the file.
+    """
+    if path.suffix not in (".toml", ".json"):
+        raise ConfigError(f"A configuration file should end in .toml or .json. Found {str(path)!r}.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} should be a file of text to read. Found: {error}.") from error
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        kind = path.suffix[1:].upper()
+        raise ConfigError(f"{str(path)!r} should be valid {kind}. Found: {error}.") from error
+    try:
+        return parse(data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parse(data: object) -> Recipe:
+    """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read`."""
+    found = dict(_table(data, "the file"))
+    layers = _table(found.pop("layers", None), "layers")
+    if not layers:
+        raise ConfigError('layers: should have at least one table, say [layers."*"]. Found none.')
+    for name, value in found.items():
+        if name not in OPTIONS:
+            raise ConfigError(f"{_key(name)}: unknown. A file takes layers, {', '.join(OPTIONS)}.")
+        allowed = OPTIONS[name]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            wanted = " or ".join(kind.__name__ for kind in allowed)
+            raise ConfigError(f"{name}: should be of type {wanted}. Found {value!r}.")
+    return Recipe(configs={glob: _config(_path("layers", glob), layers[glob]) for glob in layers}, options=found)
+
+
+def _config(where: str, data: object) -> Config:
+    found = dict(_table(data, where))
+    method = found.pop("method", None)
+    if not isinstance(method, str) or method not in _METHODS:
+        raise ConfigError(f"{where}.method: should be one of {', '.join(_METHODS)}. Found {method!r}.")
+    kind = _METHODS[method]
+    names = [field.name for field in fields(kind)]
+    if "rank" in names:
+        given = [name for name in ("rank", *_TARGETS) if name in found]
+        if len(given) != 1:
+            listed = ", ".join(given) or "none"
+            raise ConfigError(f"{where}: {method} takes one of rank, max_error and max_size. Found {listed}.")
+        names += _TARGETS
+    for name in found:
+        if name not in names:
+            raise ConfigError(f"{_path(where, name)}: unknown. {method} takes method, {', '.join(names)}.")
+    arguments = {}
+    for name, value in found.items():
+        try:
+            if name in _TARGETS:
+                arguments["rank"] = _TARGETS[name](value)
+            else:
+                arguments[name] = tuple(value) if isinstance(value, list) else value
+        except ConfigError as error:
+            raise ConfigError(f"{where}.{name}: {error}") from error
+    try:
+        return kind(**arguments)
+    except ConfigError as error:
+        named = next((name for name in found if f"`{name}" in str(error)), None)
+        raise ConfigError(f"{where if named is None else _path(where, named)}: {error}") from error
+
+
+def _table(data: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        found = "none" if data is None else repr(data)
+        raise ConfigError(f"{what}: should be a table. Found {found}.")
+    return data
+
+
+def _path(*keys: str) -> str:
+    return ".".join([keys[0], *(_key(key) for key in keys[1:])])
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+
+
+def asked(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated: bool) -> dict[str, Any]:
+    """`Report.config` and `Report.call`, without the arguments of `surgery.plan` that are at their defaults."""
+    given = {name: value for name, value in options.items() if value != _DEFAULTS[name]}
+    return {"config": plain(configs, given), "call": spelled(configs, given, calibrated)}
+
+
+def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `parse`: strings, numbers, lists and dicts, without what is left at its default."""
+    layers: dict[str, Any] = {}
+    for glob, config in configs.items():
+        entry = {"method": next(name for name, kind in _METHODS.items() if isinstance(config, kind))}
+        for name, value in _given(config):
+            if isinstance(value, (MaxError, MaxSize)):
+                target, value = ("max_error", value.error) if isinstance(value, MaxError) else ("max_size", value.fraction)
+                entry[target] = value
+            else:
+                entry[name] = list(value) if isinstance(value, tuple) else value
+        layers[glob] = entry
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    return {"layers": layers, **listed}
+
+
+def spelled(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated: bool = False) -> str:
+    """The call in Python that asks for the same, line by line; `calibrated` adds `calibration=batches`."""
+    if list(configs) == ["*"]:
+        lines = [f"    {_value(configs['*'])},"]
+    else:
+        lines = ["    {", *(f"        {_value(glob)}: {_value(config)}," for glob, config in configs.items()), "    },"]
+    lines += ["    calibration=batches,"] if calibrated else []
+    lines += [f"    {name}={_value(value)}," for name, value in options.items()]
+    return "\n".join(["model, report = cb.compress(", "    model,", *lines, ")"])
+
+
+def _value(value: object) -> str:
+    if is_dataclass(value):
+        whole = [f"{name}={_value(inner)}" for name, inner in _given(value)]
+        return f"cb.{type(value).__name__}({', '.join(whole)})"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Sequence):
+        return f"({', '.join(_value(inner) for inner in value)}{',' if len(value) == 1 else ''})"
+    return repr(value)
+
+
+def _given(config: Any) -> list[tuple[str, Any]]:
+    """The fields that are not at their defaults."""
+    pairs = [(field, getattr(config, field.name)) for field in fields(config)]
+    return [(field.name, value) for field, value in pairs if field.default is MISSING or value != field.default]

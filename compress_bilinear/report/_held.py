@@ -1,0 +1,25 @@
+"""A layer's record as the model holds it: what was turned down is left out of a kept layer's."""
+
+from dataclasses import replace
+
+from ._data import LayerReport
+
+
+def held(layer: LayerReport) -> LayerReport:
+    """The record with the figures of what stands in the model: a kept layer is exact, and as fast as it was."""
+    if layer.decision == "replaced":
+        return layer
+    before, dense = layer.latency_before_ms, layer.latency_dense_ms
+    return replace(
+        layer,
+        rank=None,
+        quantize=None,
+        weight_error=0.0,
+        output_error=0.0,
+        latency_after_ms=before,
+        latency_after_quartiles_ms=layer.latency_before_quartiles_ms,
+        speedup=1.0,
+        speedup_vs_dense=dense / before if dense is not None and before else None,
+        backend=None,
+        amplification=None,
+    )

@@ -1,0 +1,38 @@
+"""A page from a template: style and script inside it, everything else escaped, and nothing to be fetched."""
+
+import base64
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def page(template: str, **context: Any) -> str:
+    """The template filled in; whatever is no `Markup` is escaped, and a name that is missing is an error."""
+    from markupsafe import Markup
+
+    style, script = (_TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the only script that may run
+    parts = {"style": Markup(style), "script": Markup(script), "script_digest": Markup(digest)}
+    text = _environment().get_template(template).render(**parts, **context)
+    return text.encode("utf-8", "replace").decode()  # a name may hold half a surrogate pair, which no file can
+
+
+def drawn(svg: str) -> str:
+    """A drawing of our own, which is not to be escaped."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+@cache
+def _environment() -> "Environment":
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(_TEMPLATES)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
