@@ -1,10 +1,10 @@
 """Configs as text: what a TOML or JSON file says, the same as plain data, and in Python's spelling.
 
-    max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, force, max_seconds
-    [layers."rel.*"]            # a glob of layer names; of several the first match holds
-    method = "cp"               # cp, tucker or dense
-    rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
-    quantize = "int8"           # optional, as are seed (cp) and cost (tucker)
+max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, force, max_seconds
+[layers."rel.*"]            # a glob of layer names; of several the first match holds
+method = "cp"               # cp, tucker or dense
+rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
+quantize = "int8"           # optional, as are seed (cp) and cost (tucker)
 """
 
 import json
@@ -43,6 +43,20 @@ _DEFAULTS = {"include": ("*",), "exclude": (), "batch_size": None, "measure_late
     "force": False,
     "max_seconds": None,
 }
+
+
+def by_glob(config: object) -> dict[str, Config]:
+    """Globs to configs; a single config holds for every name. Raises: ConfigError for anything else, or for none."""
+    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
+    if not configs:
+        raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
+    for pattern, value in configs.items():
+        if not isinstance(pattern, str) or not isinstance(value, tuple(_METHODS.values())):
+            raise ConfigError(
+                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
+                f"Found {pattern!r}: {value!r}."
+            )
+    return configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +120,7 @@ def _config(where: str, data: object) -> Config:
     for name in found:
         if name not in names:
             raise ConfigError(f"{_path(where, name)}: unknown. {method} takes method, {', '.join(names)}.")
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for name, value in found.items():
         try:
             if name in _TARGETS:
@@ -147,10 +161,12 @@ def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str
     """The inverse of `parse`: strings, numbers, lists and dicts, without what is left at its default."""
     layers: dict[str, Any] = {}
     for glob, config in configs.items():
-        entry = {"method": next(name for name, kind in _METHODS.items() if isinstance(config, kind))}
+        entry: dict[str, Any] = {"method": next(name for name, kind in _METHODS.items() if isinstance(config, kind))}
         for name, value in _given(config):
             if isinstance(value, (MaxError, MaxSize)):
-                target, value = ("max_error", value.error) if isinstance(value, MaxError) else ("max_size", value.fraction)
+                target, value = (
+                    ("max_error", value.error) if isinstance(value, MaxError) else ("max_size", value.fraction)
+                )
                 entry[target] = value
             else:
                 entry[name] = list(value) if isinstance(value, tuple) else value

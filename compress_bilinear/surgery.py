@@ -161,7 +161,7 @@ def plan(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
     check_max_seconds(max_seconds)
-    configs, include = _configs(config), discovery.patterns(include, "include")
+    configs, include = config_text.by_glob(config), discovery.patterns(include, "include")
     exclude = discovery.patterns(exclude, "exclude")
     selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
@@ -197,11 +197,18 @@ def plan(
             rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
             unreached = calibration is not None and seen is None
             decision = judge(found, wanted, candidate, seen, unreached, rows if measure_latency else None, force)
-            entries.append(_Entry(found, decision, _fingerprint(found.layer) if decision.replacement is not None else ""))
+            entries.append(
+                _Entry(found, decision, _fingerprint(found.layer) if decision.replacement is not None else "")
+            )
     for wanted, unfit in misfits:
         if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
             raise unfit
-    options = {"include": include, "exclude": exclude, "batch_size": batch_size, "measure_latency": measure_latency}
+    options: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "batch_size": batch_size,
+        "measure_latency": measure_latency,
+    }
     options |= {"force": force, "max_seconds": max_seconds}
     asked = config_text.asked(configs, options, calibrated=calibration is not None)
     return Plan(model, entries, replace(_report(model, entries), **asked))
@@ -276,20 +283,6 @@ def compare_layers(
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
     report = judge(found, wanted, candidate, None, False, batch_size, True).report
     return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already
-
-
-def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
-    """Globs to configs; a single config holds for every name."""
-    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
-    if not configs:
-        raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
-    for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig)):
-            raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
-                f"Found {pattern!r}: {value!r}."
-            )
-    return configs
 
 
 def _named(error: ConfigError, label: str) -> ConfigError:

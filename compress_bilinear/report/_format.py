@@ -94,3 +94,8 @@ def notes(report: Report) -> list[str]:
         )
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return lines
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: a name must not move the cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

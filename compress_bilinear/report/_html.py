@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from ._data import AS_CONFIGURED, LayerReport, Report
 from ._format import error, method, size, size_change, speedup
 from ._held import held
-from ._page import drawn, page
+from ._page import Cell, drawn, page
 from ._plots import Plot, front_plot, latency_plot, spectra_plot
 
 _MOST_BYTES = 1_900_000  # of a page, plots included
@@ -28,18 +28,6 @@ _READING = (
     "“vs best dense” is against the fastest exact evaluation of the same weight, measured side by side. A kept layer "
     "is as it was."
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A cell of a table that sorts; `value` is the number that it is sorted by, None where it is not known."""
-
-    text: str
-    detail: str = ""
-    number: bool = False
-    value: float | None = None
-    best: bool = False
-    warns: bool = False
 
 
 def render_html(report: Report) -> str:

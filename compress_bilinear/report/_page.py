@@ -2,14 +2,24 @@
 
 import base64
 import hashlib
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from typing import Any
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A cell of a table that sorts; `value` is the number that it is sorted by, None where it is not known."""
+
+    text: str
+    detail: str = ""
+    number: bool = False
+    value: float | None = None
+    best: bool = False
+    warns: bool = False
 
 
 def page(template: str, **context: Any) -> str:
@@ -31,8 +41,11 @@ def drawn(svg: str) -> str:
 
 
 @cache
-def _environment() -> "Environment":
+def _environment() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
     loader = FileSystemLoader(_TEMPLATES)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters["dotted"] = lambda name: Markup(".<wbr>").join(name.split("."))  # where a long name may break
+    return environment

@@ -3,14 +3,11 @@
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ._data import FrontPoint, LayerReport, Spectrum
 from ._format import error, named, size
 from ._svg import GRID, INK, SERIES, SURFACE, inlined
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _MODES = ("out", "in1", "in2")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))  # told apart without colour
@@ -31,7 +28,7 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     """Bars of the medians with the quartiles; None where nothing was timed."""
     after = "turned down" if layer.decision == "kept" else "replacement"
     rows = [
-        ((label, detail), value, quartiles)
+        ((label, detail), value, quartiles if quartiles and None not in quartiles else None)
         for label, detail, value, quartiles in (
             ("nn.Bilinear", "", layer.latency_before_ms, layer.latency_before_quartiles_ms),
             ("best dense", layer.dense_order or "", layer.latency_dense_ms, layer.latency_dense_quartiles_ms),
@@ -42,14 +39,14 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     if not rows:
         return None
 
-    def draw(axes: "Axes") -> None:
-        ends = [q[1] if _known(q) else value for _, value, q in rows]  # type: ignore[index]
+    def draw(axes: Any) -> None:
+        ends = [quartiles[1] if quartiles else value for _, value, quartiles in rows]
         for y, ((label, detail), value, quartiles) in enumerate(rows):
             for text, lower in ((label, -0.13 if detail else 0), (detail, 0.17)):
-                place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
+                place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "center"}
                 axes.text(-0.03, y + lower, text, color=INK, parse_math=False, **place)
             axes.barh(y, value, 0.5, color=SERIES[y % 3], clip_on=False)
-            if _known(quartiles):
+            if quartiles:
                 axes.plot(quartiles, (y, y), color=INK, linewidth=1.2, marker="|", markersize=7, clip_on=False)
             axes.text(ends[y] + 0.03 * max(ends), y, f"{value:.3g} ms", va="center", color=INK, parse_math=False)
         axes.set_yticks([])
@@ -58,8 +55,9 @@ def latency_plot(layer: LayerReport) -> Plot | None:
         axes.set_xticks([0], ["0"])
 
     told = "; ".join(
-        f"{' '.join(filter(None, label))} {value:.3g} ms" + (f" (quartiles {q[0]:.3g} to {q[1]:.3g})" if _known(q) else "")  # type: ignore[index]
-        for label, value, q in rows
+        f"{' '.join(filter(None, label))} {value:.3g} ms"
+        + (f" (quartiles {quartiles[0]:.3g} to {quartiles[1]:.3g})" if quartiles else "")
+        for label, value, quartiles in rows
     )
     return Plot(_drawn(draw, left=0.25), f"Bars of the latency of a call of {layer.batch_size} rows: {told}.")
 
@@ -69,14 +67,16 @@ def front_plot(layer: LayerReport) -> Plot | None:
     by_output = any(_positive(point.output_error) is not None for point in layer.front)
     kind = "output error" if by_output else "weight error"
     points = [(p, p.output_error if by_output else p.weight_error) for p in layer.front]
-    known = [(point, value) for point, value in points if value is not None and math.isfinite(value) and point.bytes > 0]
+    known = [
+        (point, value) for point, value in points if value is not None and math.isfinite(value) and point.bytes > 0
+    ]
     if not known:
         return None
     shown = [value for _, value in known if value > 0]
     floor = min(shown) / 2 if shown else 0.1  # where an exact one stands: a logarithm has no zero
     placed = [(point, value if value > 0 else floor) for point, value in known]
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Any) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
         edge = _edge(placed)
@@ -91,7 +91,13 @@ def front_plot(layer: LayerReport) -> Plot | None:
         axes.set_xlim(min(sizes) / 1.2, max(sizes) * 1.2)
         axes.set_ylim(min(v for _, v in placed) / 1.3, max(v for _, v in placed) * 1.3)
         _ticks(axes, "x", [float(s) for s in sizes], lambda value: size(round(value)))
-        _ticks(axes, "y", [v for _, v in placed], lambda value: f"{value:g}", {floor: "exact"} if len(shown) < len(known) else {})
+        _ticks(
+            axes,
+            "y",
+            [v for _, v in placed],
+            lambda value: f"{value:g}",
+            {floor: "exact"} if len(shown) < len(known) else {},
+        )
         axes.set_xlabel("bytes", color=INK)
         axes.set_ylabel(kind, color=INK)
 
@@ -110,20 +116,23 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
         return None
     chosen = layer.rank if isinstance(layer.rank, Sequence) else (layer.rank,) * 3
 
-    def draw(axes: "Axes") -> None:
+    def draw(axes: Any) -> None:
         axes.set_yscale("log")
         for k, spectrum in enumerate(layer.spectra):
             values = [max(value, _SMALLEST) for value in spectrum.values]
             axes.plot(spectrum.indices, values, color=SERIES[k], linestyle=_DASHES[k], linewidth=1.6, clip_on=False)
             rank = chosen[k]
             if rank is not None and rank <= spectrum.indices[-1]:
-                axes.plot(rank, max(at(spectrum, rank), _SMALLEST), "osD"[k], ms=7, mfc=SERIES[k], mec=INK, clip_on=False)
+                axes.plot(
+                    rank, max(at(spectrum, rank), _SMALLEST), "osD"[k], ms=7, mfc=SERIES[k], mec=INK, clip_on=False
+                )
         longest = max(one.indices[-1] for one in layer.spectra)
         heights = [max(value, _SMALLEST) for one in layer.spectra for value in one.values]
         axes.set_xlim(1, max(longest, 2))
         axes.set_ylim(min(heights) / 1.2, max(heights) * 1.2)
         step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if 5 * s >= longest)
-        axes.set_xticks(marks := [1, *range(step, longest + 1, step)] if step > 1 else range(1, longest + 1), marks)
+        marks = sorted({1, *range(step, longest + 1, step)})
+        axes.set_xticks(marks, [str(mark) for mark in marks])
         _ticks(axes, "y", heights, lambda value: f"{value:g}")
         axes.set_xlabel("singular value number", color=INK)
         axes.set_ylabel("σ / ‖W‖", color=INK)
@@ -146,10 +155,6 @@ def at(spectrum: Spectrum, index: int) -> float:
     return below[1] + share * (above[1] - below[1])
 
 
-def _known(quartiles: Sequence[float | None] | None) -> bool:
-    return quartiles is not None and all(value is not None for value in quartiles)
-
-
 def _positive(value: float | None) -> float | None:
     return value if value is not None and value > 0 else None
 
@@ -163,12 +168,14 @@ def _edge(placed: Sequence[tuple[FrontPoint, float]]) -> list[tuple[FrontPoint, 
     return edge
 
 
-def _ticks(axes: "Axes", which: str, values: Sequence[float], label: Any, also: dict[float, str] | None = None) -> None:
+def _ticks(axes: Any, which: str, values: Sequence[float], label: Any, also: dict[float, str] | None = None) -> None:
     """Few marks on a logarithmic axis, at 1, 2 and 5 times powers of ten, and at `also`."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 2, 5), (1, 3), (1,)):
-        marks = [step * 10.0**power for power in powers for step in steps if 0.95 * low <= step * 10.0**power <= 1.05 * high]
+        marks = [
+            step * 10.0**power for power in powers for step in steps if 0.95 * low <= step * 10.0**power <= 1.05 * high
+        ]
         if len(marks) <= 5:
             break
     marks = marks[:: math.ceil(len(marks) / 5)] if marks else [low]
@@ -187,7 +194,9 @@ def _drawn(draw: Any, left: float = 0.16) -> str:
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "0", "font.size": 10, "text.parse_math": False})
+        matplotlib.rcParams.update(
+            {"svg.fonttype": "none", "svg.hashsalt": "0", "font.size": 10, "text.parse_math": False}
+        )
         figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72), dpi=72, frameon=False)
         FigureCanvasSVG(figure)
         axes = figure.add_axes((left, 0.2, 0.97 - left, 0.74), frameon=False)

@@ -14,7 +14,7 @@ _VARIABLES = {INK: "--ink", GRID: "--grid", SURFACE: "--surface"} | {
 }
 """What a plot is drawn in, and the page's custom properties that stand for it."""
 
-_LEFT_OUT = ("font", "stroke-line", f"fill: {INK}")  # the page's own style says it
+_LEFT_OUT = ("font", "stroke-line")  # the page's own style says it
 
 
 def inlined(
@@ -26,7 +26,9 @@ def inlined(
     svg = Element("svg", {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"})  # the figure around it has words
     for element in _drawn_in(root, marks):
         last = svg[-1] if len(svg) else None
-        same = last is not None and element.tag == last.tag == "path" and element.keys() == last.keys() == ["style", "d"]
+        same = (
+            last is not None and element.tag == last.tag == "path" and element.keys() == last.keys() == ["style", "d"]
+        )
         if last is not None and same and element.get("style") == last.get("style"):
             last.set("d", last.attrib["d"] + element.attrib["d"])  # grid lines are one path
         else:
