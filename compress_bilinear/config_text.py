@@ -47,7 +47,7 @@ _DEFAULTS = {"include": ("*",), "exclude": (), "batch_size": None, "measure_late
 
 def by_glob(config: object) -> dict[str, Config]:
     """Globs to configs; a single config holds for every name. Raises: ConfigError for anything else, or for none."""
-    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
+    configs: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {"*": config}
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():

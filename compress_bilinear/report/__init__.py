@@ -2,7 +2,7 @@
 
 from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures, numeric_fields
 from ._data import AS_CONFIGURED, SCHEMA_VERSION, FrontPoint, LayerReport, Report, Spectrum
-from ._format import error, size, size_change, speedup
+from ._format import error, printable, size, size_change, speedup
 from ._terminal import compact_table, render_text
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "error",
     "failures",
     "numeric_fields",
+    "printable",
     "render_text",
     "size",
     "size_change",

@@ -94,6 +94,20 @@ class Comparison:
 
         return render_comparison(self)
 
+    def to_dict(self) -> dict[str, object]:
+        """Plain dicts, lists, strings and numbers: for each figure its rows, their values and the marks of the best."""
+        panels = [
+            {
+                "figure": panel.field,
+                "better": panel.better,
+                "layers": list(panel.rows),
+                "values": [list(values) for values in panel.values],
+                "best": [list(panel.best(k)) for k in range(len(panel.rows))],
+            }
+            for panel in self.panels
+        ]
+        return {"runs": list(self.runs), "figures": panels, "notes": list(self.notes)}
+
     def to_csv(self) -> str:
         """Columns: figure, layer, one for each run, and which are the best; numbers in full, unknown ones empty."""
         out = io.StringIO()
