@@ -219,10 +219,11 @@ class Report:
         """
         from ._html import render_html
 
-        text = render_html(self)
-        if path is not None:
-            with written_atomically(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+        if path is None:
+            return render_html(self)
+        with written_atomically(path) as temporary:  # which looks at the path before plots are drawn
+            text = render_html(self)
+            temporary.write_text(text, encoding="utf-8")
         return text
 
 

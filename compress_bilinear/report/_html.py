@@ -92,6 +92,7 @@ def _cards(report: Report) -> list[dict[str, Any]]:
     weight = "" if by_weight is None else f"worst weight error: {error(by_weight.weight_error)} ({by_weight.label})"
     if known:
         worst = max(known, key=lambda layer: layer.output_error or 0)
+        weight = weight.removesuffix(f" ({worst.label})")
         cards.append(_card("Worst output error", error(worst.output_error), worst.label, weight))
     elif replaced:
         cards.append(_card("Worst output error", "not measured", "no calibration inputs were given", weight))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ._data import FrontPoint, LayerReport, Spectrum
-from ._format import error, named, size
+from ._format import error, named, printable, size
 from ._svg import GRID, INK, SERIES, SURFACE, inlined
 
 _MODES = ("out", "in1", "in2")
@@ -31,8 +31,13 @@ def latency_plot(layer: LayerReport) -> Plot | None:
         ((label, detail), value, quartiles if quartiles and None not in quartiles else None)
         for label, detail, value, quartiles in (
             ("nn.Bilinear", "", layer.latency_before_ms, layer.latency_before_quartiles_ms),
-            ("best dense", layer.dense_order or "", layer.latency_dense_ms, layer.latency_dense_quartiles_ms),
-            (after, named(layer), layer.latency_after_ms, layer.latency_after_quartiles_ms),
+            (
+                "best dense",
+                printable(layer.dense_order or ""),
+                layer.latency_dense_ms,
+                layer.latency_dense_quartiles_ms,
+            ),
+            (after, printable(named(layer)), layer.latency_after_ms, layer.latency_after_quartiles_ms),
         )
         if value is not None
     ]
@@ -47,7 +52,9 @@ def latency_plot(layer: LayerReport) -> Plot | None:
                 axes.text(-0.03, y + lower, text, color=INK, parse_math=False, **place)
             axes.barh(y, value, 0.5, color=SERIES[y % 3], clip_on=False)
             if quartiles:
-                axes.plot(quartiles, (y, y), color=INK, linewidth=1.2, marker="|", markersize=7, clip_on=False)
+                low, high = quartiles
+                line = (low, low, low, high, high, high), (y - 0.1, y + 0.1, y, y, y - 0.1, y + 0.1)
+                axes.plot(*line, color=INK, linewidth=1.2, clip_on=False)
             axes.text(ends[y] + 0.03 * max(ends), y, f"{value:.3g} ms", va="center", color=INK, parse_math=False)
         axes.set_yticks([])
         axes.set_xlim(0, 1.25 * max(ends))
@@ -64,7 +71,7 @@ def latency_plot(layer: LayerReport) -> Plot | None:
 
 def front_plot(layer: LayerReport) -> Plot | None:
     """Error over bytes of all that was considered; None where the config left no choice."""
-    by_output = any(_positive(point.output_error) is not None for point in layer.front)
+    by_output = any(point.output_error is not None for point in layer.front)
     kind = "output error" if by_output else "weight error"
     points = [(p, p.output_error if by_output else p.weight_error) for p in layer.front]
     known = [
@@ -153,10 +160,6 @@ def at(spectrum: Spectrum, index: int) -> float:
     above = min((pair for pair in pairs if pair[0] >= index), default=pairs[-1])
     share = (index - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
     return below[1] + share * (above[1] - below[1])
-
-
-def _positive(value: float | None) -> float | None:
-    return value if value is not None and value > 0 else None
 
 
 def _edge(placed: Sequence[tuple[FrontPoint, float]]) -> list[tuple[FrontPoint, float]]:

@@ -14,7 +14,8 @@ _VARIABLES = {INK: "--ink", GRID: "--grid", SURFACE: "--surface"} | {
 }
 """What a plot is drawn in, and the page's custom properties that stand for it."""
 
-_LEFT_OUT = ("font", "stroke-line")  # the page's own style says it
+_LEFT_OUT = ("font", "stroke-line", "stroke-dashoffset: 0", "text-anchor: start")  # it is so without
+_ANCHORS = {"text-anchor:middle": "m", "text-anchor:end": "e"}  # classes of the page's style
 
 
 def inlined(
@@ -24,15 +25,14 @@ def inlined(
     root = fromstring(drawn)
     marks = {f"#{path.get('id')}": path for path in root.iter(f"{_SVG}path") if path.get("id")}
     svg = Element("svg", {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"})  # the figure around it has words
+    grid: Element | None = None
     for element in _drawn_in(root, marks):
-        last = svg[-1] if len(svg) else None
-        same = (
-            last is not None and element.tag == last.tag == "path" and element.keys() == last.keys() == ["style", "d"]
-        )
-        if last is not None and same and element.get("style") == last.get("style"):
-            last.set("d", last.attrib["d"] + element.attrib["d"])  # grid lines are one path
-        else:
+        if element.get("style") != f"fill:none;stroke:var({_VARIABLES[GRID]});stroke-width:0.6":
             svg.append(element)
+        elif grid is None:
+            svg.append(grid := element)
+        else:
+            grid.set("d", grid.attrib["d"] + element.attrib["d"])  # all its lines are one path
     return tostring(svg, encoding="unicode")
 
 
@@ -45,7 +45,10 @@ def _drawn_in(parent: Element, marks: Mapping[str, Element]) -> Iterator[Element
             case "path":
                 yield Element("path", _style(child) | {"d": _short(child.attrib["d"])})
             case "text":
-                text = Element("text", _style(child) | {name: _rounded(child.attrib[name]) for name in ("x", "y")})
+                text = Element("text", {name: _rounded(child.attrib[name]) for name in ("x", "y")})
+                style = _style(child).get("style", "").replace(f"fill:var({_VARIABLES[INK]})", "").strip(";")
+                if style:
+                    text.set(*(("class", _ANCHORS[style]) if style in _ANCHORS else ("style", style)))
                 if not child.get("transform", "rotate(-0").startswith("rotate(-0"):
                     text.set("transform", _rounded(child.attrib["transform"]))
                 text.text = child.text
