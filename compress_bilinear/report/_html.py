@@ -48,7 +48,7 @@ def render_html(report: Report) -> str:
     without = 0
     for k in (k for k in order if k in details):
         plots = [] if without else _plots(report.layers[k])
-        left -= sum(len(str(part).encode()) for one in plots for part in one.values()) + 600 * len(plots)
+        left -= sum(len((one["svg"] + one["words"]).encode()) + 160 + 55 * len(one["key"]) for one in plots)
         if without or left < 0:
             without += 1
         else:
