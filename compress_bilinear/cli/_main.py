@@ -1,5 +1,6 @@
 """The group of all commands, and how it ends."""
 
+import io
 import os
 import sys
 from typing import NoReturn
@@ -54,6 +55,9 @@ def main() -> None:
 
     Status: 2 and one line for wrong use, 1 where nothing could be replaced or a limit is broken, 130 for Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without arrows still gets its table
     try:
         status = app(prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
@@ -64,7 +68,7 @@ def main() -> None:
         _fail(f"error: {error.format_message()}".replace("\n", " "), status=2)
     except BrokenPipeError:  # who read it has seen enough; what is left in the buffer must not fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        raise SystemExit(1) from None  # as click has it
     except (CompressionError, OSError) as error:
         _fail(f"error: {error}".replace("\n", " "), status=2)
     except (KeyboardInterrupt, click.Abort):

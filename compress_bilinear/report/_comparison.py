@@ -4,13 +4,12 @@ import csv
 import difflib
 import io
 import math
-import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from ..errors import CompressionError
-from ._data import LayerReport, Report
+from ._data import LayerReport, Report, numeric_fields
 from ._format import error, size
 from ._held import held
 
@@ -119,17 +118,6 @@ class Comparison:
                 values = ("" if value is None else repr(value) for value in panel.values[k])
                 writer.writerow((panel.field, row, *values, best))
         return out.getvalue()
-
-
-def numeric_fields() -> tuple[str, ...]:
-    """The fields of `LayerReport` that are one number."""
-    hints = get_type_hints(LayerReport)
-    return tuple(field.name for field in fields(LayerReport) if _is_number(hints[field.name]))
-
-
-def _is_number(hint: object) -> bool:
-    parts = set(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else {hint}
-    return bool(parts - {type(None)}) and parts <= {int, float, type(None)}
 
 
 def check_field(name: str, what: str) -> None:

@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from ..errors import CompressionError
 from ..files import written_atomically
@@ -237,8 +238,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@cache
+def numeric_fields() -> tuple[str, ...]:
+    """The fields of `LayerReport` that are one number."""
+    hints = get_type_hints(LayerReport)
+    kinds = {one.name: set(get_args(hints[one.name]) or (hints[one.name],)) for one in dataclasses.fields(LayerReport)}
+    return tuple(name for name, kind in kinds.items() if kind & {int, float} and kind <= {int, float, type(None)})
+
+
 def _layer(entry: Mapping[str, Any]) -> LayerReport:
     fields = {key: _tuples(value) for key, value in entry.items()}
+    for name in numeric_fields():
+        if not isinstance(fields.get(name), (int, float, type(None))):
+            raise CompressionError(f"`{name}` of a layer should be a number or null. Found {fields[name]!r}.")
     points = (FrontPoint(**{key: _tuples(value) for key, value in point.items()}) for point in fields["front"])
     spectra = (Spectrum(**{key: _tuples(value) for key, value in one.items()}) for one in fields["spectra"])
     return LayerReport(**fields | {"front": tuple(points), "spectra": tuple(spectra)})
