@@ -15,7 +15,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .config import AutoConfig, Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from .errors import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -23,12 +23,14 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_METHODS: dict[str, type[CPConfig] | type[TuckerConfig] | type[DenseConfig]] = {
-    "cp": CPConfig,
-    "tucker": TuckerConfig,
-    "dense": DenseConfig,
-}
-_TARGETS = {"max_error": MaxError, "max_size": MaxSize}
+_KINDS: dict[str, Any] = {"cp": CPConfig, "tucker": TuckerConfig, "dense": DenseConfig, "auto": AutoConfig}
+PLANNED: tuple[type, ...] = (CPConfig, TuckerConfig, DenseConfig)
+"""The configs that `surgery.plan` takes."""
+
+METHODS = tuple(name for name, kind in _KINDS.items() if kind in PLANNED)
+"""Their names, here and on the command line."""
+
+_TARGETS = {"max_error": ("error", MaxError), "max_size": ("size", MaxSize)}  # the field of an AutoConfig; the class
 OPTIONS: dict[str, tuple[type, ...]] = {
     "include": (str, list),
     "exclude": (str, list),
@@ -51,7 +53,7 @@ def by_glob(config: object) -> dict[str, Config]:
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, tuple(_METHODS.values())):
+        if not isinstance(pattern, str) or not isinstance(value, PLANNED):
             raise ConfigError(
                 "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
                 f"Found {pattern!r}: {value!r}."
@@ -107,33 +109,41 @@ def parse(data: object) -> Recipe:
 def _config(where: str, data: object) -> Config:
     found = dict(_table(data, where))
     method = found.pop("method", None)
-    if not isinstance(method, str) or method not in _METHODS:
-        raise ConfigError(f"{where}.method: should be one of {', '.join(_METHODS)}. Found {method!r}.")
-    kind = _METHODS[method]
-    names = [field.name for field in fields(kind)]
-    if "rank" in names:
-        given = [name for name in ("rank", *_TARGETS) if name in found]
-        if len(given) != 1:
-            listed = ", ".join(given) or "none"
-            raise ConfigError(f"{where}: {method} takes one of rank, max_error and max_size. Found {listed}.")
-        names += _TARGETS
+    if method not in METHODS:
+        raise ConfigError(f"{where}.method: should be one of {', '.join(METHODS)}. Found {method!r}.")
+    kind = _KINDS[method]
+    names = [field.name for field in fields(kind) if field.name not in ("error", "size")]
+    ways = (["rank"] if "rank" in names else []) + ([] if kind is DenseConfig else [*_TARGETS])
+    given = [name for name in ways if name in found]
+    if ways and len(given) != 1:
+        listed = ", ".join(given) or "none"
+        raise ConfigError(f"{where}: {method} takes one of {', '.join(ways)}. Found {listed}.")
+    names += [name for name in ways if name not in names] + (["on"] if "max_error" in given else [])
     for name in found:
         if name not in names:
             raise ConfigError(f"{_path(where, name)}: unknown. {method} takes method, {', '.join(names)}.")
     arguments: dict[str, Any] = {}
+    on = found.pop("on", None)
     for name, value in found.items():
+        if name not in _TARGETS:
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+            continue
         try:
-            if name in _TARGETS:
-                arguments["rank"] = _TARGETS[name](value)
-            else:
-                arguments[name] = tuple(value) if isinstance(value, list) else value
+            field, target = _TARGETS[name]
+            made = target(value) if on is None else MaxError(value, on)
+            if kind is not AutoConfig:
+                arguments["rank"] = made
+            else:  # to which a bare number leaves what it counts on
+                arguments[field] = value if on is None else made
         except ConfigError as error:
-            raise ConfigError(f"{where}.{name}: {error}") from error
+            at = "on" if "`on`" in str(error) else name
+            raise ConfigError(f"{where}.{at}: {error}") from error
     try:
-        return kind(**arguments)
+        made_config: Config = kind(**arguments)
     except ConfigError as error:
         named = next((name for name in found if f"`{name}" in str(error)), None)
         raise ConfigError(f"{where if named is None else _path(where, named)}: {error}") from error
+    return made_config
 
 
 def _table(data: object, what: str) -> Mapping[str, Any]:
@@ -159,20 +169,25 @@ def asked(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated:
 
 def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `parse`: strings, numbers, lists and dicts, without what is left at its default."""
-    layers: dict[str, Any] = {}
-    for glob, config in configs.items():
-        entry: dict[str, Any] = {"method": next(name for name, kind in _METHODS.items() if isinstance(config, kind))}
-        for name, value in _given(config):
-            if isinstance(value, (MaxError, MaxSize)):
-                target, value = (
-                    ("max_error", value.error) if isinstance(value, MaxError) else ("max_size", value.fraction)
-                )
-                entry[target] = value
-            else:
-                entry[name] = list(value) if isinstance(value, tuple) else value
-        layers[glob] = entry
+    layers = {glob: _entry(config) for glob, config in configs.items()}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return {"layers": layers, **listed}
+
+
+def _entry(config: Config) -> dict[str, Any]:
+    entry: dict[str, Any] = {"method": next(name for name, kind in _KINDS.items() if isinstance(config, kind))}
+    for name, value in _given(config):
+        if isinstance(value, MaxError):
+            entry["max_error"] = value.error
+            if value.on != "weight" or isinstance(config, AutoConfig):
+                entry["on"] = value.on
+        elif isinstance(value, MaxSize):
+            entry["max_size"] = value.fraction
+        elif name in ("error", "size"):
+            entry[f"max_{name}"] = value
+        else:
+            entry[name] = list(value) if isinstance(value, tuple) else value
+    return entry
 
 
 def spelled(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated: bool = False) -> str:

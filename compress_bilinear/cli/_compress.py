@@ -3,14 +3,25 @@
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 import torch
 from click.core import ParameterSource
 
 from .. import config_text, state_dicts, tensor_file
-from ..config import Config, CPConfig, CPRank, DenseConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
+from ..config import (
+    AutoConfig,
+    Config,
+    CPConfig,
+    CPRank,
+    DenseConfig,
+    MaxError,
+    MaxSize,
+    Quantize,
+    TuckerConfig,
+    TuckerRank,
+)
 from ..config_text import Recipe
 from ..errors import ConfigError
 from ..report import size
@@ -30,7 +41,15 @@ from ._shared import (
     write_together,
 )
 
-_OF_A_CONFIG = ("method", "rank", "max_error", "max_size", "quantize", "seed")  # options that a file says instead
+_OF_A_CONFIG = (
+    "method",
+    "rank",
+    "max_error",
+    "max_size",
+    "quantize",
+    "prefer",
+    "seed",
+)  # options that a file says instead
 
 
 @click.command(
@@ -48,11 +67,18 @@ _OF_A_CONFIG = ("method", "rank", "max_error", "max_size", "quantize", "seed")  
 @click.option("-o", "--output", type=FILE, help="The file to write, in safetensors; needed without --dry-run.")
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Glob of layers to compress; may be repeated.")
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json file of globs and what to do with them.")
-@click.option("--method", type=click.Choice(["cp", "tucker", "dense"]), default="tucker", show_default=True)
+@click.option("--method", type=click.Choice(config_text.METHODS), default="tucker", show_default=True)
 @click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
 @click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Storage format of the new layers.")
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), help="Storage format of the new layers.")
+@click.option(
+    "--prefer",
+    type=click.Choice(["size", "speed"]),
+    default="size",
+    help="What --method auto makes small.  [default: size]",
+    hidden="auto" not in config_text.METHODS,
+)
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
@@ -76,6 +102,7 @@ def compress(
     max_error: float | None,
     max_size: float | None,
     quantize: Quantize | None,
+    prefer: Literal["size", "speed"],
     seed: int,
     max_seconds: float | None,
     force: bool,
@@ -102,7 +129,7 @@ def compress(
             )
         recipe = config_text.read(config)
     else:
-        recipe = Recipe(configs={"*": _config(method, rank, max_error, max_size, quantize, seed)}, options={})
+        recipe = Recipe(configs={"*": _config(method, rank, max_error, max_size, quantize, prefer, seed)}, options={})
     if state_dicts.descriptions(path):
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
@@ -166,6 +193,7 @@ def _config(
     max_error: float | None,
     max_size: float | None,
     quantize: Quantize | None,
+    prefer: Literal["size", "speed"],
     seed: int,
 ) -> Config:
     given = [name for name, value in _targets(rank, max_error, max_size).items() if value is not None]
@@ -176,6 +204,13 @@ def _config(
                 f"Found {', '.join(given) or 'no --quantize'}."
             )
         return DenseConfig(quantize=quantize)
+    if method == "auto":
+        if len(given) != 1 or rank is not None or quantize is not None:
+            listed = ", ".join(given + (["--quantize"] if quantize is not None else [])) or "none"
+            raise ConfigError(f"--method auto takes one of --max-error and --max-size alone. Found {listed}.")
+        return AutoConfig(error=max_error, size=max_size, prefer=prefer, seed=seed)
+    if prefer != "size":
+        raise ConfigError(f"--prefer is for --method auto. Found --method {method}.")
     if len(given) != 1:
         raise ConfigError(
             f"--method {method} takes one of --rank, --max-error and --max-size. Found {', '.join(given) or 'none'}."

@@ -1,6 +1,7 @@
 """A layer's record as the model holds it: what was turned down is left out of a kept layer's."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from ._data import LayerReport
 
@@ -10,12 +11,12 @@ def held(layer: LayerReport) -> LayerReport:
     if layer.decision == "replaced":
         return layer
     before, dense = layer.latency_before_ms, layer.latency_dense_ms
+    exact: dict[str, Any] = {field.name: 0.0 for field in fields(layer) if field.name.endswith("_error")}
     return replace(
         layer,
+        **exact,
         rank=None,
         quantize=None,
-        weight_error=0.0,
-        output_error=0.0,
         latency_after_ms=before,
         latency_after_quartiles_ms=layer.latency_before_quartiles_ms,
         speedup=1.0,
