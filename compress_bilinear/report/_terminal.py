@@ -13,6 +13,7 @@ from ._data import Report
 from ._format import COLUMNS, cells, notes, printable
 
 _PIPED_WIDTH = 120
+_NAME_WIDTH = 18  # columns that many runs leave to a name
 
 
 def compact_table(title: str) -> Table:
@@ -37,7 +38,8 @@ def render_comparison(comparison: Comparison) -> str:
         better = "" if panel.better is None else f" ({panel.better} is better, * marks the best)"
         table = compact_table("")
         table.padding = (0, 1, 0, 0)
-        table.add_column("Layer", overflow="fold")
+        longest = max((len(printable(name)) for name in panel.rows), default=0)
+        table.add_column("Layer", overflow="fold", min_width=min(longest, _NAME_WIDTH))
         for run in comparison.runs:
             table.add_column(Text(printable(run)), justify="right", overflow="fold")
         for k, name in enumerate(panel.rows):

@@ -4,6 +4,8 @@ import pytest
 
 import compress_bilinear as cb
 from compress_bilinear import config_text
+from compress_bilinear.cli import _compress
+from compress_bilinear.config import AutoConfig
 
 CONFIGS = {
     "rel.*": cb.CPConfig(rank=64, quantize="int8", seed=3),
@@ -43,6 +45,42 @@ def test_the_python_spelling_asks_for_the_same(configs, monkeypatch):
     assert options == {**OPTIONS, "include": tuple(OPTIONS["include"]), "calibration": 2}
 
 
+AUTO = {
+    "a": AutoConfig(error=0.1, prefer="speed", seed=2),
+    "b": AutoConfig(error=cb.MaxError(0.1)),
+    "c": AutoConfig(error=cb.MaxError(0.1, on="output")),
+    "*": AutoConfig(size=0.25),
+    "d": cb.CPConfig(rank=cb.MaxError(0.1, on="output"), fit="weight"),
+}
+
+
+def test_the_automatic_choice_reads_back_too(monkeypatch):
+    monkeypatch.setattr(config_text, "METHODS", ("cp", "auto"))
+    data = json.loads(json.dumps(config_text.plain(AUTO, {})))
+    assert config_text.parse(data).configs == AUTO
+    assert data["layers"]["c"] == {"method": "auto", "max_error": 0.1, "on": "output"}
+    assert config_text.parse({"layers": {"*": {"method": "auto", "max_size": 0.5}}}).configs["*"].fraction == 0.5
+    for entry, problem in (
+        ({"rank": 3}, "takes one of max_error, max_size. Found none"),
+        ({"max_size": 0.5, "on": "output"}, "layers.a.on: unknown"),
+        ({"max_error": 0.5, "on": "both"}, "layers.a.on: `on` of a MaxError should be 'weight' or 'output'"),
+        ({"max_error": 7}, "layers.a.max_error: `MaxError`.s error should be a number above 0"),
+        ({"max_error": 0.5, "prefer": "both"}, "layers.a.prefer: `prefer` should be 'size' or 'speed'"),
+    ):
+        with pytest.raises(cb.CompressionError, match=problem):
+            config_text.parse({"layers": {"a": {"method": "auto", **entry}}})
+
+
+def test_the_command_line_asks_for_the_automatic_choice():
+    found = _compress._config("auto", None, 0.1, None, None, "speed", 2)
+    assert found == AUTO["a"]
+    for asked in (("auto", "3", None, None, None), ("auto", None, 0.1, 0.2, None), ("auto", None, 0.1, None, "int8")):
+        with pytest.raises(cb.CompressionError, match="--method auto takes one of --max-error and --max-size alone"):
+            _compress._config(*asked, "size", 0)
+    with pytest.raises(cb.CompressionError, match="--prefer is for --method auto"):
+        _compress._config("cp", "3", None, None, None, "speed", 0)
+
+
 def test_what_is_at_its_default_is_left_out():
     options = {"include": ("*",), "exclude": (), "batch_size": None, "measure_latency": True, "force": False}
     asked = config_text.asked({"*": cb.CPConfig(rank=2)}, options, calibrated=False)
@@ -68,10 +106,10 @@ def test_toml_and_json_say_the_same(tmp_path):
         ({"layers": {"rel.*": 3}}, 'layers."rel.*": should be a table. Found 3'),
         ({"layers": {"rel.*": {}}}, 'layers."rel.*".method: should be one of cp, tucker, dense'),
         ({"layers": {"a": {"method": "svd"}}}, "layers.a.method: should be one of cp, tucker, dense"),
-        ({"layers": {"a": {"method": "cp"}}}, "layers.a: cp takes one of rank, max_error and max_size. Found none"),
+        ({"layers": {"a": {"method": "cp"}}}, "layers.a: cp takes one of rank, max_error, max_size. Found none"),
         (
             {"layers": {"a": {"method": "cp", "rank": 2, "max_size": 0.5}}},
-            "layers.a: cp takes one of rank, max_error and max_size. Found rank, max_size",
+            "layers.a: cp takes one of rank, max_error, max_size. Found rank, max_size",
         ),
         ({"layers": {"a": {"method": "cp", "rank": [1, 2, 3]}}}, "layers.a.rank: `rank` of a CPConfig"),
         ({"layers": {"a": {"method": "tucker", "rank": [0, 2, 3]}}}, "layers.a.rank: `rank[0]` of a TuckerConfig"),
