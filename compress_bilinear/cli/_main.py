@@ -15,7 +15,7 @@ from ._look import demo, inspect
 from ._shared import PROGRAM, examples
 
 _COMPLETION = """\b
-Completion of commands and options by the Tab key, for this shell session or in its start file:
+Completion by the Tab key; put the line into the shell's start file:
   bash  eval "$(_COMPRESS_BILINEAR_COMPLETE=bash_source compress-bilinear)"
   zsh   eval "$(_COMPRESS_BILINEAR_COMPLETE=zsh_source compress-bilinear)"
   fish  _COMPRESS_BILINEAR_COMPLETE=fish_source compress-bilinear | source

@@ -59,8 +59,15 @@ dtype = click.option(
 
 
 def examples(*lines: str) -> str:
-    """An epilog with a command a line."""
-    return "\b\nExamples:\n" + "\n".join(f"  {PROGRAM} {line}" for line in lines)
+    """An epilog with a command a line, or over several where 80 columns are too few."""
+    shown = []
+    for line in lines:
+        first, *options = f"  {PROGRAM} {line}".split(" --")
+        shown.append(first)
+        for option in options:
+            fits = len(shown[-1]) + len(option) < 74
+            shown[-1:] = [f"{shown[-1]} --{option}"] if fits else [f"{shown[-1]} \\", f"      --{option}"]
+    return "\b\nExamples:\n" + "\n".join(shown)
 
 
 def style_of(path: Path, option: str, styles: Iterable[str] = tuple(_STYLES)) -> Style:

@@ -298,8 +298,10 @@ class TestInspect:
 def test_help_has_examples_that_name_real_options(run, name):
     status, out, err = run(*filter(None, [name]), "--help")
     assert (status, err) == (0, "")
-    examples = [line.split() for line in out.split("Examples:")[1].splitlines() if "compress-bilinear " in line]
+    shown = out.split("Examples:")[1].replace("\\\n", " ").splitlines()
+    examples = [line.split() for line in shown if "compress-bilinear " in line]
     assert examples
+    assert max(map(len, out.splitlines())) <= 100
     for _, *words in (line for line in examples if line[0] == "compress-bilinear"):
         command = app.commands[words[0]]
         known = {option for parameter in command.params for option in parameter.opts}
