@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ._source import Source, full_precision
+from ._types import peak
 
 _EVEN, _HEAD = 32, 16  # values kept of an unfolding: spread evenly, and denser where they fall fast
 _LONGEST_MODE = 2048  # beyond which the eigenvalues take too long
@@ -25,12 +26,13 @@ class UnfoldingSpectrum(NamedTuple):
 def spectra(
     weight: Tensor,  # (O, I, J)
 ) -> tuple[UnfoldingSpectrum, ...]:
-    """The spectra of the three unfoldings, in the order of the axes; none for zero or longer than 2048.
+    """The spectra of the three unfoldings, in the order of the axes; none for zero, NaN, or a mode longer than 2048.
 
     Values below about 1e-4 of the largest are rounding of float32 where the weight is large. Above 3e10 FLOPs the
     unfolding is estimated from slices drawn at random.
     """
-    if max(weight.shape) > _LONGEST_MODE or not bool(weight.any()):
+    largest = peak(weight.detach())
+    if max(weight.shape) > _LONGEST_MODE or not 0 < largest < math.inf:
         return ()
     with torch.no_grad(), full_precision(weight.device):
         return tuple(_spectrum(weight.detach(), mode) for mode in range(3))

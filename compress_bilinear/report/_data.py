@@ -249,7 +249,7 @@ def numeric_fields() -> tuple[str, ...]:
 def _layer(entry: Mapping[str, Any]) -> LayerReport:
     fields = {key: _tuples(value) for key, value in entry.items()}
     for name in numeric_fields():
-        if not isinstance(fields.get(name), (int, float, type(None))):
+        if not isinstance(fields.get(name), (int, float, type(None))) or isinstance(fields.get(name), bool):
             raise CompressionError(f"`{name}` of a layer should be a number or null. Found {fields[name]!r}.")
     points = (FrontPoint(**{key: _tuples(value) for key, value in point.items()}) for point in fields["front"])
     spectra = (Spectrum(**{key: _tuples(value) for key, value in one.items()}) for one in fields["spectra"])

@@ -46,7 +46,9 @@ def test_extreme_scales_are_relative_to_the_norm(scale):
         assert other.values[:2] == pytest.approx(one.values[:2], rel=1e-3)
 
 
-def test_zero_and_too_long_modes_have_none(monkeypatch):
+def test_zero_infinite_and_too_long_ones_have_none(monkeypatch):
     assert decomposition.spectra(torch.zeros(3, 4, 5)) == ()
+    assert decomposition.spectra(torch.full((3, 4, 5), torch.nan)) == ()
+    assert decomposition.spectra(torch.full((3, 4, 5), torch.inf)) == ()
     monkeypatch.setattr(_spectra, "_LONGEST_MODE", 4)
     assert decomposition.spectra(torch.ones(3, 4, 5)) == ()
