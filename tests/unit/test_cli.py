@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import bilinear, low_rank
+from support import bilinear, command_line, low_rank
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, selection, state_dicts, surgery
+from compress_bilinear import selection, state_dicts, surgery
 from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
@@ -60,16 +60,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def run(monkeypatch, capsys):
     """Runs the command line with some arguments: its status, stdout and stderr."""
 
-    def main(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compress-bilinear", *args])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        return status, *capsys.readouterr()
-
-    return main
+    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")

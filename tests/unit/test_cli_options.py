@@ -14,11 +14,11 @@ import click
 import pytest
 import torch
 from records import kept, replaced, report
-from support import bilinear, low_rank
+from support import bilinear, command_line, low_rank
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, selection, state_dicts
+from compress_bilinear import selection, state_dicts
 from compress_bilinear.cli._main import app
 from compress_bilinear.measure import Latency, Timing
 
@@ -54,16 +54,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    def main(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compress-bilinear", *args])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        return status, *capsys.readouterr()
-
-    return main
+    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")
