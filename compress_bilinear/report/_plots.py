@@ -172,10 +172,10 @@ def _edge(placed: Sequence[tuple[FrontPoint, float]]) -> list[tuple[FrontPoint, 
 
 
 def _ticks(axes: Any, which: str, values: Sequence[float], label: Any, also: dict[float, str] | None = None) -> None:
-    """Few marks on a logarithmic axis, at 1, 2 and 5 times powers of ten, and at `also`."""
+    """Few marks on a logarithmic axis, at round numbers, and at `also`."""
     low, high = min(values), max(values)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1, 3), (1,)):
         marks = [
             step * 10.0**power for power in powers for step in steps if 0.95 * low <= step * 10.0**power <= 1.05 * high
         ]
