@@ -24,10 +24,7 @@ else:
     import tomli as tomllib
 
 _KINDS: dict[str, Any] = {"cp": CPConfig, "tucker": TuckerConfig, "dense": DenseConfig, "auto": AutoConfig}
-PLANNED: tuple[type, ...] = (CPConfig, TuckerConfig, DenseConfig)
-"""The configs that `surgery.plan` takes."""
-
-METHODS = tuple(name for name, kind in _KINDS.items() if kind in PLANNED)
+METHODS = tuple(_KINDS)
 """Their names, here and on the command line."""
 
 _TARGETS = {"max_error": ("error", MaxError), "max_size": ("size", MaxSize)}  # the field of an AutoConfig; the class
@@ -38,13 +35,11 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "measure_latency": (bool,),
     "force": (bool,),
     "max_seconds": (int, float),
+    "refine": (str,),
 }
 """The arguments of `surgery.plan` that a file may give, and the types that they have there."""
 
-_DEFAULTS = {"include": ("*",), "exclude": (), "batch_size": None, "measure_latency": True} | {
-    "force": False,
-    "max_seconds": None,
-}
+_DEFAULTS: dict[str, Any] = {"include": ("*",), "exclude": (), "measure_latency": True, "force": False}
 
 
 def by_glob(config: object) -> dict[str, Config]:
@@ -53,10 +48,10 @@ def by_glob(config: object) -> dict[str, Config]:
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, PLANNED):
+        if not isinstance(pattern, str) or not isinstance(value, tuple(_KINDS.values())):
             raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
-                f"Found {pattern!r}: {value!r}."
+                "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
+                f"them. Found {pattern!r}: {value!r}."
             )
     return configs
 
@@ -161,10 +156,13 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
-def asked(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated: bool) -> dict[str, Any]:
-    """`Report.config` and `Report.call`, without the arguments of `surgery.plan` that are at their defaults."""
-    given = {name: value for name, value in options.items() if value != _DEFAULTS[name]}
-    return {"config": plain(configs, given), "call": spelled(configs, given, calibrated)}
+def asked(configs: Mapping[str, Config], options: Mapping[str, Any], ours: Sequence[str] = ()) -> dict[str, Any]:
+    """`Report.config` and `Report.call`, without the arguments of `surgery.plan` that are at their defaults.
+
+    `ours` are the names of further arguments that were given, and that no text can hold: "calibration", say.
+    """
+    given = {name: value for name, value in options.items() if value != _DEFAULTS.get(name)}
+    return {"config": plain(configs, given), "call": spelled(configs, given, ours)}
 
 
 def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,13 +188,13 @@ def _entry(config: Config) -> dict[str, Any]:
     return entry
 
 
-def spelled(configs: Mapping[str, Config], options: Mapping[str, Any], calibrated: bool = False) -> str:
-    """The call in Python that asks for the same, line by line; `calibrated` adds `calibration=batches`."""
+def spelled(configs: Mapping[str, Config], options: Mapping[str, Any], ours: Sequence[str] = ()) -> str:
+    """The call in Python that asks for the same, line by line; `ours` as in `asked`."""
     if list(configs) == ["*"]:
         lines = [f"    {_value(configs['*'])},"]
     else:
         lines = ["    {", *(f"        {_value(glob)}: {_value(config)}," for glob, config in configs.items()), "    },"]
-    lines += ["    calibration=batches,"] if calibrated else []
+    lines += [f"    {name}={'batches' if name == 'calibration' else name}," for name in ours]
     lines += [f"    {name}={_value(value)}," for name, value in options.items()]
     return "\n".join(["model, report = cb.compress(", "    model,", *lines, ")"])
 

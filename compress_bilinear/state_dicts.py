@@ -17,6 +17,7 @@ from .config import Config
 from .errors import CheckpointError, CompressionError, MatchError
 from .measure import environment
 from .report import Report
+from .selection import compare_layers
 
 _ROOT = "(root)"  # the name here of a layer that is the whole network
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
@@ -301,7 +302,7 @@ def compare(
         layer = _bilinear(weight, bias)
         if device is not None:
             layer, module = layer.to(device), module.to(device)
-        entry = surgery.compare_layers(description.name, layer, module, batch_size)
+        entry = compare_layers(description.name, layer, module, batch_size)
         layers.append(replace(entry, aliases=description.names[1:]))
     return Report(
         layers=tuple(layers),

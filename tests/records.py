@@ -38,6 +38,7 @@ def replaced(name: str = "rel", **changes: Any) -> LayerReport:
     known: dict[str, Any] = {
         "name": name, "shape": (50, 100, 100), "method": "cp", "rank": 8, "quantize": "int8", "decision": "replaced",
         "reason": AS_CONFIGURED, "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
+        "truncation_error": 0.59, "quantization_error": 0.01, "resident_bytes": 12_000, "compute": "resident",
         "params_before": 250_000, "params_after": 2000, "bytes_before": 1_000_000, "bytes_after": 9000,
         "flops_before": 10**6, "flops_after": 10**4, "dense_order": "one_gemm", "batch_size": 64, "backend": "torch",
         "latency_before_ms": 2.5, "latency_before_quartiles_ms": (2.3, 2.9), "speedup": 5.0, "amplification": 1.5,

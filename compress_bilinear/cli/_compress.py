@@ -77,7 +77,6 @@ _OF_A_CONFIG = (
     type=click.Choice(["size", "speed"]),
     default="size",
     help="What --method auto makes small.  [default: size]",
-    hidden="auto" not in config_text.METHODS,
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
@@ -147,7 +146,7 @@ def compress(
     planned, new_state, described = state_dicts.compress_state(
         state, chosen, configs, device=device, dtype=dtype, progress=False if quiet else None, **options
     )
-    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}, False))
+    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}))
     if as_json:
         print(made.to_json())
     else:

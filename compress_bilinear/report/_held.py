@@ -17,6 +17,8 @@ def held(layer: LayerReport) -> LayerReport:
         **exact,
         rank=None,
         quantize=None,
+        resident_bytes=None,
+        compute=None,
         latency_after_ms=before,
         latency_after_quartiles_ms=layer.latency_before_quartiles_ms,
         speedup=1.0,

@@ -327,10 +327,10 @@ def test_the_shell_completes_commands():
 
 SOLVING = """
 import sys
-from compress_bilinear import cli, surgery
+from compress_bilinear import cli, planning
 
-solve = surgery.solve
-surgery.solve = lambda *args: print("solving", flush=True) or solve(*args)
+solve = planning.solve
+planning.solve = lambda *args: print("solving", flush=True) or solve(*args)
 sys.argv = ["compress-bilinear", *sys.argv[1:]]
 cli.main()
 """

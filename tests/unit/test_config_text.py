@@ -39,10 +39,13 @@ def test_plain_data_reads_back_as_the_same_configs():
 def test_the_python_spelling_asks_for_the_same(configs, monkeypatch):
     asked = []
     monkeypatch.setattr(cb, "compress", lambda *a, **k: asked.append((a, k)) or (None, None))
-    exec(config_text.spelled(configs, OPTIONS, calibrated=True), {"cb": cb, "model": 1, "batches": 2})
+    exec(
+        config_text.spelled(configs, OPTIONS, ours=["calibration", "evaluate"]),
+        {"cb": cb, "model": 1, "batches": 2, "evaluate": 3},
+    )
     ((_, config), options), *_ = asked
     assert config_text.by_glob(config) == configs
-    assert options == {**OPTIONS, "include": tuple(OPTIONS["include"]), "calibration": 2}
+    assert options == {**OPTIONS, "include": tuple(OPTIONS["include"]), "calibration": 2, "evaluate": 3}
 
 
 AUTO = {
@@ -54,8 +57,7 @@ AUTO = {
 }
 
 
-def test_the_automatic_choice_reads_back_too(monkeypatch):
-    monkeypatch.setattr(config_text, "METHODS", ("cp", "auto"))
+def test_the_automatic_choice_reads_back_too():
     data = json.loads(json.dumps(config_text.plain(AUTO, {})))
     assert config_text.parse(data).configs == AUTO
     assert data["layers"]["c"] == {"method": "auto", "max_error": 0.1, "on": "output"}
@@ -83,7 +85,7 @@ def test_the_command_line_asks_for_the_automatic_choice():
 
 def test_what_is_at_its_default_is_left_out():
     options = {"include": ("*",), "exclude": (), "batch_size": None, "measure_latency": True, "force": False}
-    asked = config_text.asked({"*": cb.CPConfig(rank=2)}, options, calibrated=False)
+    asked = config_text.asked({"*": cb.CPConfig(rank=2)}, options)
     assert asked["config"] == {"layers": {"*": {"method": "cp", "rank": 2}}}
     assert asked["call"] == "model, report = cb.compress(\n    model,\n    cb.CPConfig(rank=2),\n)"
 
@@ -104,8 +106,8 @@ def test_toml_and_json_say_the_same(tmp_path):
         ({}, "layers: should be a table. Found none"),
         ({"layers": {}}, "layers: should have at least one table"),
         ({"layers": {"rel.*": 3}}, 'layers."rel.*": should be a table. Found 3'),
-        ({"layers": {"rel.*": {}}}, 'layers."rel.*".method: should be one of cp, tucker, dense'),
-        ({"layers": {"a": {"method": "svd"}}}, "layers.a.method: should be one of cp, tucker, dense"),
+        ({"layers": {"rel.*": {}}}, 'layers."rel.*".method: should be one of cp, tucker, dense, auto'),
+        ({"layers": {"a": {"method": "svd"}}}, "layers.a.method: should be one of cp, tucker, dense, auto"),
         ({"layers": {"a": {"method": "cp"}}}, "layers.a: cp takes one of rank, max_error, max_size. Found none"),
         (
             {"layers": {"a": {"method": "cp", "rank": 2, "max_size": 0.5}}},
