@@ -176,6 +176,8 @@ def _made(contestants: Contestants) -> tuple[dict[str, CompressedBilinear], dict
             rows[name] = {"status": "ok"}
         except ImportError as error:
             rows[name] = {"status": f"not installed: {error.name or error}"}
+        except RuntimeError as error:  # a library's, on a size that it does not take
+            rows[name] = {"status": f"fails: {error}"}
     return layers, rows
 
 

