@@ -84,7 +84,7 @@ class CPConfig:
 
     Args:
         rank: the number of components R, or a target (`MaxError`, `MaxSize`) that chooses it.
-        quantize: None keeps the layer's dtype; "int8" stores the factors in 8 bits.
+        quantize: None keeps the layer's dtype; "int8" and "nf4" store the factors in 8 or 4 bits.
         seed: of the solver's random starts.
 
     Raises: ConfigError for anything else.
@@ -108,7 +108,7 @@ class TuckerConfig:
 
     Args:
         rank: the triple (R_o, R_i, R_j) in the order of the weight's axes, or a target that chooses it.
-        quantize: None keeps the layer's dtype; "int8" stores core and factors in 8 bits.
+        quantize: None keeps the layer's dtype; "int8" and "nf4" store core and factors in 8 or 4 bits.
         cost: what a `MaxError` makes small: stored "bytes", "parameters" or "flops" of a forward.
 
     A mode whose rank is its size is absorbed into the core: it has no factor.
@@ -140,7 +140,7 @@ class DenseConfig:
 
     Args:
         quantize: None keeps every bit of the weight, and the replacement is made where it is measured faster;
-            "int8" stores the weight in 8 bits, and the replacement is made where it is smaller.
+            "int8" and "nf4" store it in 8 or 4 bits, and the replacement is made where it is smaller.
 
     Raises: ConfigError for any other `quantize`.
     """
