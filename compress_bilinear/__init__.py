@@ -2,7 +2,7 @@
 
 from . import decomposition, ops
 from .checkpoint import load, save
-from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from .conversion import dequantize, quantize, set_compute
 from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
@@ -11,6 +11,7 @@ from .surgery import Plan, compress, plan
 
 __all__ = [
     "AmplificationWarning",
+    "AutoConfig",
     "CPBilinear",
     "CPConfig",
     "CompressionError",

@@ -99,7 +99,7 @@ class CompressedBilinear(nn.Module):
         Args:
             dtype: of the result and of its computation. None takes the layer's own, float32 for int8.
         """
-        return self.dense_rows(slice(None), dtype or self._weight_dtype())
+        return self.dense_rows(slice(None), dtype or self.weight_dtype)
 
     def forward(
         self,
@@ -155,7 +155,8 @@ class CompressedBilinear(nn.Module):
     def _first_weight(self) -> Tensor | None:
         """The floating weight whose dtype the inputs should have, None where any will do."""
 
-    def _weight_dtype(self) -> torch.dtype:
+    @property
+    def weight_dtype(self) -> torch.dtype:
         """The dtype of the stored weight, float32 for int8; wrapped inner layers are looked through."""
         if self.quantize is None:
             for name, parameter in self.named_parameters():

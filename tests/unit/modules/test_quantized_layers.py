@@ -256,7 +256,7 @@ class TestBitsOfTheApi:
 
     @for_factors
     def test_the_error_is_split_in_the_candidate(self, method):
-        from compress_bilinear.selection import solve
+        from compress_bilinear.solving import solve
 
         layer = bilinear(30, 23, 19)
         with torch.no_grad():
