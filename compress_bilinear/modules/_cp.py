@@ -1,7 +1,6 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,7 @@ from typing_extensions import Self
 from .. import ops
 from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp
-from ._base import ProjectedBilinear
+from ._base import ProjectedBilinear, is_plain_linear
 from ._linear import fill_linear, linear_weight, make_linear
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
@@ -114,22 +113,20 @@ class CPBilinear(ProjectedBilinear):
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
         if len(blocks) == 1:
             return self._product(left, right)
-        if not _is_plain(self.out_proj):
+        if not is_plain_linear(self.out_proj):
             return torch.cat([self._product(block, right) for block in blocks], dim=-3)
         # the layer's tensors by name, so that what is recomputed in the backward is what this call saw
         weight, bias = self.out_proj.weight, self.out_proj.bias
         run = ops.block_runner(True, left, right, weight)
         return torch.cat([run(_linear_of_product, block, right, weight, bias) for block in blocks], dim=-3)
 
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        output: Tensor = self.out_proj((self._project_blocks(input1) * self.in2_proj(input2)).sum(-2))
+        return output
+
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
         output: Tensor = self.out_proj(left * right)
         return output
-
-
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """An `nn.Linear` that does nothing else: not wrapped, hooked, patched or quantized."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def _linear_of_product(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

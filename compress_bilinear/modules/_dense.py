@@ -142,3 +142,25 @@ class DenseBilinear(CompressedBilinear):
         input1, input2, weight, bias, scale = self._operands(input1, input2)
         with without_autocast(input1.device.type):
             return ops.pairwise_dense(input1, input2, weight, bias, scale=scale)
+
+    def contract(
+        self,
+        product: Tensor,  # (..., I, J)
+    ) -> Tensor:  # (..., O)
+        """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product."""
+        flat, _, _, bias, _ = self._operands(*[product.flatten(-2)] * 2)
+        with without_autocast(flat.device.type):
+            weight = self.dense_rows(slice(None), flat.dtype)
+            return nn.functional.linear(flat, weight.flatten(1), bias)
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
+        return self.contract(product.flatten(-3, -2))
+
+    def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
+        input1, _, _, bias, _ = self._operands(input1, input1)
+        rows, columns = input1.reshape(index.numel(), -1, 1), index.reshape(-1)
+        with without_autocast(input1.device.type):
+            chosen = self.dense_rows(slice(None), input1.dtype).movedim(2, 0)[columns]  # (N, O, I), a matrix for each
+            output = torch.bmm(chosen, rows).reshape(*index.shape, self.out_features)
+        return output if bias is None else output + bias

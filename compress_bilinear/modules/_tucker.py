@@ -149,3 +149,9 @@ class TuckerBilinear(ProjectedBilinear):
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        # the core on Σ_k p_k ⊗ q_k, as one row
+        summed = self._project_blocks(input1).mT @ self.in2_proj(input2)
+        output: Tensor = self.out_proj(self.core.contract(summed))
+        return output
