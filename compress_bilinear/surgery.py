@@ -1,7 +1,6 @@
 """Find the layers, check and solve everything, then only swap."""
 
 import copy
-import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn
 
-from . import discovery
+from . import adapters, discovery
 from .calibration import LayerInputs, collect_inputs
 from .config import Config, CPConfig, DenseConfig, TuckerConfig
 from .decomposition import check_max_seconds
@@ -78,11 +77,10 @@ class Plan(Generic[_Model]):
         memo: dict[int, Any] = {}
         try:
             for entry in chosen:
-                layer = entry.found.layer
                 # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
                 # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
-                bias = copy.deepcopy(layer.bias, memo)
-                memo[id(layer)] = _ready(entry, bias)
+                bias = copy.deepcopy(entry.found.layer.bias, memo)
+                memo[id(entry.found.module)] = _ready(entry, bias, memo)
             copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(
@@ -91,7 +89,7 @@ class Plan(Generic[_Model]):
         there = dict(copied.named_modules(remove_duplicate=False))
         for entry in chosen:
             for name in entry.found.names:
-                if there.get(name) is not memo[id(entry.found.layer)]:
+                if there.get(name) is not memo[id(entry.found.module)]:
                     raise CompressionError(
                         f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                         "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
@@ -105,13 +103,13 @@ class Plan(Generic[_Model]):
                     "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
                     f"{type(self.model).__name__}: use the model that `inplace=False` returns."
                 )
-            held = discovery.plain_reference(self.model, entry.found.layer)
+            held = discovery.plain_reference(self.model, entry.found.module)
             if held is not None:
                 raise CompressionError(
                     f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
+        discovery.swap(self.model, {id(e.found.module): _ready(e, e.found.layer.bias) for e in chosen})
         return self.model
 
 
@@ -128,7 +126,10 @@ def plan(
     max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> Plan[_Model]:
-    """Solve and measure a replacement for each selected `nn.Bilinear`, without changing the model.
+    """Solve and measure a replacement for each selected bilinear layer, without changing the model.
+
+    These are the `nn.Bilinear` layers, and modules of another form that `register_adapter` describes or that are known
+    by structure: biaffine scorers, einsums, and a flat `nn.Linear` on a product.
 
     A layer is selected by its name in the model (`model.named_modules()`), by shell globs in which "*" also matches
     dots. A layer under several names is replaced once and stays shared. A layer that cannot be replaced faithfully
@@ -165,11 +166,13 @@ def plan(
     owners = discovery.parameter_owners(model)
     refusals = [discovery.refusal(found, owners) for found, _ in selected]
     outcomes = [(*pair, refusal) for pair, refusal in zip(selected, refusals, strict=True)]
-    open_layers = {found.label: found.layer for found, _, refusal in outcomes if refusal is None}
+    open_layers = {found.label: found for found, _, refusal in outcomes if refusal is None}
     with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
-            inputs = collect_inputs(model, open_layers, bars.track(calibration, "Calibrating"))
+            with adapters.observing(found.adapted for found in open_layers.values()):
+                seen_by = {label: found.rows for label, found in open_layers.items()}
+                inputs = collect_inputs(model, seen_by, bars.track(calibration, "Calibrating"))
         entries: list[_Entry] = []
         misfits: list[tuple[Config, ConfigError | None]] = []
         solving = bars.parts("Solving", len(selected))
@@ -180,6 +183,8 @@ def plan(
                 entries.append(_Entry(found, keep(found, wanted, refusal)))
                 continue
             try:
+                if found.adapted is not None:
+                    found.adapted.verify()
                 with seconds.share(found.layer) as share:
                     candidate = solve(found.layer, wanted, share, solving(k, found.label))
             except ConfigError as error:
@@ -196,7 +201,7 @@ def plan(
             time_rows = rows if measure_latency else None
             unreached = calibration is not None and seen is None
             decision = judge(found, wanted, candidate, seen, unreached, time_rows, force)
-            fingerprint = _fingerprint(found.layer) if decision.replacement is not None else ""
+            fingerprint = discovery.fingerprint(found.current()) if decision.replacement is not None else ""
             entries.append(_Entry(found, decision, fingerprint))
     for wanted, unfit in misfits:
         if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
@@ -307,22 +312,10 @@ def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
     )
 
 
-def _fingerprint(layer: nn.Bilinear) -> str:
-    """Of every bit of weight and bias, with their dtype and device."""
-    digest = hashlib.blake2b()
-    for tensor in (layer.weight, layer.bias):
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
     found = entry.found
     for name in found.names:
-        if modules.get(name) is not found.layer:
+        if modules.get(name) is not found.module:
             raise StalePlanError(
                 f"Layer {name or '(root)'!r} should be the one that was planned for. "
                 f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."
@@ -330,15 +323,18 @@ def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mappin
     refusal = discovery.refusal(found, owners)
     if refusal is not None:
         raise StalePlanError(f"Layer {found.label!r} can no longer be replaced: {refusal}. Plan again.")
-    if _fingerprint(found.layer) != entry.fingerprint:
+    if discovery.fingerprint(found.current()) != entry.fingerprint:
         raise StalePlanError(
             f"Layer {found.label!r} should have the weights that were planned for. Found that its weight or bias has "
             "changed, or has moved to another device or dtype: plan again."
         )
 
 
-def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
-    """A copy of the replacement with the layer's flags and this bias, which keeps its identity."""
+def _ready(entry: _Entry, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of the replacement with the layer's flags and this bias, which keeps its identity.
+
+    Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
+    """
     if entry.replacement is None:
         raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
     new, layer = copy.deepcopy(entry.replacement), entry.found.layer
@@ -346,4 +342,4 @@ def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
     for parameter in new.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)
-    return new
+    return new if entry.found.adapted is None else entry.found.adapted.replaced(new, memo)

@@ -183,6 +183,15 @@ class CompressedBilinear(nn.Module):
         return ", ".join(parts)
 
 
+def block_rows(
+    input1: Tensor,  # (..., K, I / K)
+) -> Tensor:  # (..., K, I)
+    """Each block by itself in a row of zeros, where it was in the whole."""
+    count, size = input1.shape[-2:]
+    rows = input1.new_zeros(*input1.shape[:-1], count, size)
+    return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
+
+
 def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """An `nn.Linear` that does nothing else: not wrapped, hooked, patched or quantized."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
@@ -246,10 +255,7 @@ class ProjectedBilinear(CompressedBilinear):
         count, size = input1.shape[-2:]
         if is_plain_linear(self.in1_proj):
             return torch.einsum("...kb,rkb->...kr", input1, self.in1_proj.weight.unflatten(1, (count, size)))
-        # any other module: the blocks one by one in a row of zeros
-        rows = input1.new_zeros(*input1.shape[:-1], count, size)
-        rows = rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2)
-        projected: Tensor = self.in1_proj(rows.flatten(-2))
+        projected: Tensor = self.in1_proj(block_rows(input1))  # any other module takes whole rows
         return projected
 
     def __setattr__(self, name: str, value: Any) -> None:
