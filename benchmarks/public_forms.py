@@ -141,9 +141,7 @@ class PairClassifier(nn.Module):
         self.classifier = GroupedBilinear(size, 10, block_size)
 
     def forward(self, heads: Tensor, tails: Tensor) -> Tensor:
-        logits: Tensor = self.classifier(
-            torch.tanh(self.head_extractor(heads)), torch.tanh(self.tail_extractor(tails))
-        )
+        logits: Tensor = self.classifier(torch.tanh(self.head_extractor(heads)), torch.tanh(self.tail_extractor(tails)))
         return logits
 
 
@@ -319,7 +317,7 @@ def main() -> None:
         network = trained(name)
         before = network.metric(network.model)
         for method, config in CONFIGS.items():
-            small, report = cb.compress(network.model, config, calibration=network.batches)
+            small, report = cb.compress(network.model, config, calibration=network.batches, max_seconds=5)
             worst = max(report.layers, key=lambda layer: layer.output_error or 0.0)
             sizes = sum(x.bytes_before for x in report.layers) / sum(x.bytes_after for x in report.layers)
             row: list[Any] = [name, ", ".join(f"{x.label} {x.shape}" for x in report.layers), method, f"{sizes:.2f}x"]

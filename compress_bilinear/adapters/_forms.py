@@ -76,6 +76,8 @@ class Form:
                     leading = torch.broadcast_shapes(input1.shape[:-1], input2.shape[:-1])
                     input1, input2 = input1.expand(*leading, -1), input2.expand(*leading, -1)
                 output = layer(input1, input2)
+            case "blocks" if (input1.shape[-1], input2.shape[-1]) == self.sizes:
+                output = layer(input1, input2)  # one block of input2 for all of input1, as broadcasting allows
             case "blocks":
                 shape = (self.blocks, self.sizes[1])
                 output = layer.blockwise(input1.unflatten(-1, shape), input2.unflatten(-1, shape))

@@ -58,7 +58,9 @@ def recognise(module: nn.Module) -> Form | None:
             twin = copied(module, random, type(module).__name__).eval()
         except CompressionError:
             return None
-        found = list(islice((form for form in _matching(twin) if _confirmed(form, twin)), 2))
+        found = list(islice((form for form in _matching(twin) if _confirmed(form, twin)), 3))
+    blocks = {form.sizes for form in found if form.mode == "blocks"}  # whose call does rows of these sizes too
+    found = [form for form in found if form.mode == "blocks" or form.sizes not in blocks]
     return found[0] if len(found) == 1 else None  # a flat weight may be of inputs of any sizes
 
 
