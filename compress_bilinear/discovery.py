@@ -98,6 +98,9 @@ def find(model: nn.Module) -> list[FoundLayer]:
     for key, module in modules.items():
         adapted = adapted_layer(module) if key not in inner and not isinstance(module, nn.Bilinear) else None
         if adapted is not None:
+            inside = tuple(f"{name}." if name else "" for name in names[key])
+            held = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
+            adapted.elsewhere = tuple(name for name in held if not name.startswith(inside))
             found.append(FoundLayer(tuple(names[key]), adapted.bilinear(), adapted))
         elif isinstance(module, nn.Bilinear):
             found.append(FoundLayer(tuple(names[key]), module))

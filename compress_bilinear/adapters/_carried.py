@@ -24,6 +24,7 @@ class AdaptedLayer:
     Attributes:
         module: what stands in the model; it is never changed.
         weights: names in it of the parameters that its weight is computed from; `biases` of its bias.
+        elsewhere: names outside the module of parts that hold its weight, as the model has them.
         probe: takes the layer's place in calls that are observed; its `rows` is called with every pair of rows.
 
     Raises: ConfigError where the adapter's `to_weight` or `to_bias` does not give what it should.
@@ -32,6 +33,7 @@ class AdaptedLayer:
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
         self.module = module
         self.adapter = adapter
+        self.elsewhere: tuple[str, ...] = ()
         self._call: Arguments | None = None
         self._failure: Exception | None = None
         self._observing = False
@@ -100,6 +102,8 @@ class AdaptedLayer:
             return "its forward was replaced on the instance, which a replacement would not run"
         if hasattr(self.module, COMPRESSED):
             return f"it has an attribute {COMPRESSED!r} already, which is where its replacement holds the layer"
+        if self.elsewhere:
+            return f"a part that holds its weight is shared with {', '.join(self.elsewhere)}, which would keep it"
         inner = (nn.Bilinear, CompressedBilinear, AdaptedBilinear)
         for name, part in self.module.named_modules():
             if isinstance(part, inner):
@@ -109,7 +113,8 @@ class AdaptedLayer:
     @property
     def owners(self) -> list[nn.Module]:
         """The module, and those in it that hold its weight."""
-        return [self.module, *(self.module.get_submodule(name.rpartition(".")[0]) for name in self.weights)]
+        inner = (name.rpartition(".")[0] for name in self.weights)
+        return [self.module, *(self.module.get_submodule(name) for name in inner if name)]
 
     def replaced(self, layer: CompressedBilinear, memo: dict[int, Any] | None = None) -> nn.Module:
         """The module around `layer`: it shares the rest with the original, or with `memo` has a deep copy of it."""

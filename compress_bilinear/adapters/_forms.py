@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..modules import CompressedBilinear
 from ._adapter import Adapter
 
@@ -29,7 +30,8 @@ class Form:
         blocks: K.
         output: "o" for rows and blocks; the order of an output's last axes for pairs, say "oxy"; without an o where it
             has size 1 and is squeezed away ("1" where nothing is left).
-        leading: dimensions of the inputs that the module is known to take. It is no part of the name.
+        leading: dimensions of inputs that the module is known to take; `dims` are their numbers, the last included.
+            They are no part of the name.
     """
 
     parameter: str
@@ -41,6 +43,7 @@ class Form:
     blocks: int = 1
     output: str = "o"
     leading: tuple[tuple[int, ...], tuple[int, ...]] = ((3,), (3,))
+    dims: tuple[int, ...] = (1, 2, 3)
 
     @property
     def name(self) -> str:
@@ -68,7 +71,16 @@ class Form:
         return None if self.bias is None else module.get_parameter(self.bias)
 
     def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:
-        """What the module's forward does, with `layer`."""
+        """What the module's forward does, with `layer`.
+
+        Raises: InputError for inputs of other numbers of dimensions than have been compared.
+        """
+        if not {input1.dim(), input2.dim()} <= set(self.dims):
+            dims = " or ".join(map(str, self.dims))
+            raise InputError(
+                f"The inputs should have {dims} dimensions, as this form was recognised by. "
+                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            )
         input1, input2 = _with_one(input1, self.ones[0]), _with_one(input2, self.ones[1])
         match self.mode:
             case "rows":

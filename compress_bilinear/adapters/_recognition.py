@@ -58,7 +58,8 @@ def recognise(module: nn.Module) -> Form | None:
             twin = copied(module, random, type(module).__name__).eval()
         except CompressionError:
             return None
-        found = list(islice((form for form in _matching(twin) if _confirmed(form, twin)), 3))
+        confirmed = (_confirmed(form, twin) for form in _matching(twin))
+        found = list(islice((form for form in confirmed if form is not None), 3))
     blocks = {form.sizes for form in found if form.mode == "blocks"}  # whose call does rows of these sizes too
     found = [form for form in found if form.mode == "blocks" or form.sizes not in blocks]
     return found[0] if len(found) == 1 else None  # a flat weight may be of inputs of any sizes
@@ -147,15 +148,25 @@ def _call(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
     return output if isinstance(output, Tensor) else None
 
 
-def _confirmed(form: Form, twin: nn.Module) -> bool:
-    """Whether the form holds at all sizes, at all magnitudes, and in training too."""
+def _confirmed(form: Form, twin: nn.Module) -> Form | None:
+    """The form with the dimensions of inputs for which it holds at all sizes; None where it does not otherwise.
+
+    Otherwise means at other magnitudes, or in training.
+    """
     layer = DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-    tries = [(leading, 1.0, False) for leading in _CONFIRMED[form.mode]]
-    tries += [(form.leading, magnitude, False) for magnitude in _MAGNITUDES] + [(form.leading, 1.0, True)]
-    for leading, magnitude, training in tries:
+
+    def holds(leading: tuple[tuple[int, ...], tuple[int, ...]], magnitude: float = 1.0) -> bool | None:
+        """None where the module does not take such inputs."""
         input1, input2 = (magnitude * value for value in inputs(form, *leading, torch.float64))
-        expected = _call(twin.train(training), input1, input2)
-        if expected is not None and differ(expected, form.call(twin, layer, input1, input2)) is not None:
-            return False
+        expected = _call(twin, input1, input2)
+        return None if expected is None else differ(expected, form.call(twin, layer, input1, input2)) is None
+
+    found = [(len(leading[0]) + 1, holds(leading)) for leading in _CONFIRMED[form.mode]]
+    wrong, right = ({dim for dim, held in found if held is wanted} for wanted in (False, True))
+    dims = tuple(sorted(right - wrong))
+    if len(form.leading[0]) + 1 not in dims or not all(holds(form.leading, size) for size in _MAGNITUDES):
+        return None
+    twin.train()
+    same = holds(form.leading)
     twin.eval()
-    return True
+    return replace(form, dims=dims) if same else None

@@ -159,7 +159,7 @@ class DenseBilinear(CompressedBilinear):
 
     def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
         input1, _, _, bias, _ = self._operands(input1, input1)
-        rows, columns = input1.reshape(index.numel(), -1, 1), index.reshape(-1)
+        rows, columns = input1.reshape(index.numel(), self.in1_features, 1), index.reshape(-1)
         with without_autocast(input1.device.type):
             chosen = self.dense_rows(slice(None), input1.dtype).movedim(2, 0)[columns]  # (N, O, I), a matrix for each
             output = torch.bmm(chosen, rows).reshape(*index.shape, self.out_features)
