@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -192,12 +192,6 @@ def block_rows(
     return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
 
 
-def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """An `nn.Linear` that does nothing else: not wrapped, hooked, patched or quantized."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
-
-
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on; the meta device does not know it."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -246,17 +240,6 @@ class ProjectedBilinear(CompressedBilinear):
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.out_proj.register_parameter("bias", bias)
-
-    def _project_blocks(
-        self,
-        input1: Tensor,  # (..., K, I / K)
-    ) -> Tensor:  # (..., K, R)
-        """Each block of in1 projected by its own columns of `in1_proj`."""
-        count, size = input1.shape[-2:]
-        if is_plain_linear(self.in1_proj):
-            return torch.einsum("...kb,rkb->...kr", input1, self.in1_proj.weight.unflatten(1, (count, size)))
-        projected: Tensor = self.in1_proj(block_rows(input1))  # any other module takes whole rows
-        return projected
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
