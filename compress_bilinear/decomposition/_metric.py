@@ -118,3 +118,4 @@ def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.d
         factors.append(wide.to(dtype))
     out, in1, in2 = factors
     return TuckerDecomposition(core.to(dtype), (out, in1, in2))
+
