@@ -14,8 +14,8 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(64, 96), nn.Tanh())
-        self.score = nn.Bilinear(96, 96, 1, bias=False)
+        self.encoder = nn.Sequential(nn.Linear(64, 64), nn.Tanh())
+        self.score = nn.Bilinear(64, 64, 1, bias=False)
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys = self.encoder(queries), self.encoder(keys)
@@ -41,19 +41,19 @@ def main() -> cb.Report:
     model = Attention()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(300):
-        logits = model(*batch(16))
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(10).repeat(16))
+        logits = model(*batch(8))
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(10).repeat(8))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     model.eval()
-    queries, keys = batch(200)
+    queries, keys = batch(100)
 
     def found(network: nn.Module) -> float:
         with torch.no_grad():
             return float((network(queries, keys).argmax(2) == torch.arange(10)).float().mean())
 
-    small, report = cb.compress(model, cb.CPConfig(rank=12), calibration=[batch(16) for _ in range(8)])
+    small, report = cb.compress(model, cb.CPConfig(rank=32, quantize="int8"), calibration=[batch(8) for _ in range(8)])
     print(report)
     print(f"Right key found: {found(model):.4f} before, {found(small):.4f} after")
     return report

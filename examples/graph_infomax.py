@@ -1,4 +1,4 @@
-"""The discriminator of Deep Graph Infomax: does a node belong to the graph of this summary? One matrix, compressed 4x."""
+"""The discriminator of Deep Graph Infomax, which tells whether a node belongs to a graph: one matrix, compressed 4x."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -29,19 +29,19 @@ class Infomax(nn.Module):
 
 def main() -> cb.Report:
     torch.manual_seed(0)
-    features = torch.as_tensor(load_digits().data[:600]).float() / 16
+    features = torch.as_tensor(load_digits().data[:400]).float() / 16
     near = torch.cdist(features, features).topk(6, largest=False).indices  # each image and its five nearest
-    edges = torch.zeros(600, 600).scatter_(1, near, 1.0)
+    edges = torch.zeros(400, 400).scatter_(1, near, 1.0)
     adjacency = ((edges + edges.T) > 0).float()
     adjacency = adjacency / adjacency.sum(1, keepdim=True)
-    wanted = torch.cat([torch.ones(600), torch.zeros(600)])
+    wanted = torch.cat([torch.ones(400), torch.zeros(400)])
 
     def batch() -> tuple[Tensor, Tensor, Tensor]:
-        return features, features[torch.randperm(600)], adjacency
+        return features, features[torch.randperm(400)], adjacency
 
     model = Infomax()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    for _ in range(150):
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
         loss = nn.functional.binary_cross_entropy_with_logits(model(*batch()), wanted)
         optimizer.zero_grad()
         loss.backward()

@@ -1,4 +1,4 @@
-"""LoRA by peft on a compressed layer, whose factors are `nn.Linear` layers: adapted, trained and merged as any other."""
+"""LoRA by peft on a compressed layer: its factors are `nn.Linear` layers, adapted, trained and merged as any other."""
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,7 +21,8 @@ class Net(nn.Module):
 def main() -> cb.Report:
     torch.manual_seed(0)
     model = Net()  # yours comes trained
-    batches = [(torch.randn(64, 32), torch.randn(64, 32)) for _ in range(16)]
+    mixing = torch.randn(8, 32)  # what reaches a trained layer is rarely white
+    batches = [(torch.randn(64, 8) @ mixing, torch.randn(64, 8) @ mixing) for _ in range(8)]
     small, report = cb.compress(model, cb.CPConfig(rank=64), calibration=batches)
     print(report)
 
@@ -31,7 +32,7 @@ def main() -> cb.Report:
         return torch.stack(errors).mean()
 
     before = loss_of(small).item()
-    adapted = get_peft_model(small, LoraConfig(r=4, target_modules=["in1_proj", "in2_proj", "out_proj"]))
+    adapted = get_peft_model(small, LoraConfig(r=4, lora_alpha=8, target_modules=["in1_proj", "in2_proj", "out_proj"]))
     adapted.print_trainable_parameters()
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):

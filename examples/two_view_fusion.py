@@ -31,7 +31,7 @@ def main() -> cb.Report:
 
     model = TwoViews()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for _ in range(20):
+    for _ in range(12):
         for rows in torch.randperm(1250).split(64):
             loss = nn.functional.cross_entropy(model(top[rows], bottom[rows]), labels[rows])
             optimizer.zero_grad()
@@ -44,7 +44,7 @@ def main() -> cb.Report:
             return float((network(top[test], bottom[test]).argmax(1) == labels[test]).float().mean())
 
     batches = list(zip(top[train].split(64), bottom[train].split(64), strict=True))  # what it takes, without labels
-    config = cb.CPConfig(rank=cb.MaxSize(1 / 16), quantize="int8")
+    config = cb.TuckerConfig(rank=cb.MaxSize(1 / 16), quantize="int8")
     small, report = cb.compress(model, config, calibration=batches)
     print(report)
     print(f"Accuracy: {accuracy(model):.4f} before, {accuracy(small):.4f} after")

@@ -1,5 +1,6 @@
 """The README and the examples do what they say: every code fence runs, every example runs."""
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -74,9 +75,26 @@ def test_the_table_has_the_demos_rows_and_columns() -> None:
     assert sorted(header.split()) == sorted(words)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+# what some examples need beyond the `test` extra; and a warning of the exporter's own
+NEEDED = {"lora_peft": ["peft"], "export": ["onnx", "onnxscript", "onnxruntime"]}
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.filterwarnings("ignore::FutureWarning")])
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_example_replaces_its_layer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = runpy.run_path(str(path))["main"]()
+    for name in NEEDED.get(path.stem, []):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'compress-bilinear[examples]'")
+    with torch.random.fork_rng(devices=[]):
+        report = runpy.run_path(str(path))["main"]()
     assert [layer.decision for layer in report.layers] == ["replaced"]
-    assert report.layers[0].output_error is not None
-    assert report.layers[0].name in capsys.readouterr().out
+    assert report.layers[0].output_error is not None or path.stem == "checkpoint_without_code"
+    told = capsys.readouterr().out
+    assert report.layers[0].name in told
+    scores = re.search(r"([0-9.]+) before, ([0-9.]+) after", told)
+    if scores is not None and path.stem != "lora_peft":  # which mends an error, where the others keep a score
+        assert float(scores[1]) - 0.01 <= float(scores[2]) <= 1
+        assert float(scores[1]) > 0.8
