@@ -196,7 +196,8 @@ class AdaptedLayer:
             self._call = _tensors((args, kwargs), lambda tensor: tensor.detach().clone())
         self._observing = True
         try:
-            self.adapter.call(module, self.probe, *args, **kwargs)
+            with torch.no_grad():
+                self.adapter.call(module, self.probe, *args, **kwargs)
         except Exception as error:
             self._failure = error  # `verify` tells it
         finally:
@@ -220,12 +221,16 @@ def observing(layers: Iterable[AdaptedLayer | None]) -> Iterator[None]:
 class _Rows(nn.Module):
     """Called with pairs of rows, for the sake of its hooks."""
 
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
     def forward(
         self,
         input1: Tensor,  # (..., I)
         input2: Tensor,  # (..., J)
-    ) -> None:
-        return None
+    ) -> Tensor:  # (0, O), which a hook may look at
+        return input1.new_zeros(0, self.out_features)
 
 
 class Probe(DenseBilinear):
@@ -234,7 +239,7 @@ class Probe(DenseBilinear):
     def __init__(self, layer: nn.Bilinear) -> None:
         super().__init__(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
         self.weight, self.bias = cast(nn.Parameter, layer.weight), layer.bias
-        self.rows = _Rows()
+        self.rows = _Rows(layer.out_features)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         self.rows(input1, input2)
