@@ -8,9 +8,9 @@ and in training mode. So a module that does anything more (a mask, a dropout, an
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import islice, permutations, product
+from itertools import permutations, product
 
 import torch
 from torch import Tensor, nn
@@ -59,10 +59,23 @@ def recognise(module: nn.Module) -> Form | None:
         except CompressionError:
             return None
         confirmed = (_confirmed(form, twin) for form in _matching(twin))
-        found = list(islice((form for form in confirmed if form is not None), 3))
-    blocks = {form.sizes for form in found if form.mode == "blocks"}  # whose call does rows of these sizes too
-    found = [form for form in found if form.mode == "blocks" or form.sizes not in blocks]
-    return found[0] if len(found) == 1 else None  # a flat weight may be of inputs of any sizes
+        return _agreed(form for form in confirmed if form is not None)
+
+
+def _agreed(forms: Iterable[Form]) -> Form | None:
+    """The one form, or the first of several for inputs of the same sizes, which do the same; a flat weight fits many.
+
+    A form in blocks evaluates rows too, where input2 has the size of one block.
+    """
+    found: dict[tuple[int, ...], Form] = {}
+    for form in forms:
+        found.setdefault(tuple(value.shape[-1] for value in inputs(form, (), ())), form)
+        if len(found) > 2:
+            return None
+    for form in found.values():
+        if form.mode == "blocks" and found.keys() <= {(form.sizes[0],) * 2, form.sizes}:
+            return form
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _may_be(module: nn.Module) -> bool:

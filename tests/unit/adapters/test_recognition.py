@@ -23,6 +23,7 @@ KNOWN = {
     "outputs between": (lambda: forms.MiddleOutput(5, 6, 4), "pairs ioj -> xoy"),
     "rows": (lambda: forms.Rows(5, 7, 3), "rows ijo -> o"),
     "a size of one": (lambda: forms.Rows(5, 1, 3), "rows ijo -> o"),
+    "several readings of the same": (lambda: forms.Rows(3, 1, 1), "rows ioj -> o"),
     "blocks": (lambda: forms.Grouped(12, 5, 4), "blocks of 4 o(kij) -> o"),
 }
 
