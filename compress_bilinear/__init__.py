@@ -3,8 +3,8 @@
 from . import decomposition, ops
 from .adapters import register_adapter
 from .checkpoint import load, save
-from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .conversion import dequantize, quantize
+from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .conversion import dequantize, quantize, set_compute
 from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
 from .report import LayerReport, Report
@@ -12,6 +12,7 @@ from .surgery import Plan, compress, plan
 
 __all__ = [
     "AmplificationWarning",
+    "AutoConfig",
     "CPBilinear",
     "CPConfig",
     "CompressionError",
@@ -33,4 +34,5 @@ __all__ = [
     "quantize",
     "register_adapter",
     "save",
+    "set_compute",
 ]

@@ -17,6 +17,7 @@ from .config import Config
 from .errors import CheckpointError, MatchError
 from .measure import environment
 from .report import Report
+from .selection import compare_layers
 
 _ROOT = "(root)"  # the name here of a layer that is the whole network
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
@@ -258,7 +259,7 @@ def compare(
                 f"{' and a bias' if description.bias else ''}. Found {found}."
             )
         module = checkpoint.filled(description, after)
-        entry = surgery.compare_layers(description.name, _bilinear(weight, bias), module, batch_size)
+        entry = compare_layers(description.name, _bilinear(weight, bias), module, batch_size)
         layers.append(replace(entry, aliases=description.names[1:]))
     return Report(
         layers=tuple(layers),

@@ -16,7 +16,8 @@ def test_the_metric_survives_4x(name, tmp_path):
     before = network.metric(network.model)
     assert before > 0.7  # it has learnt its task
     config = public_forms.CONFIGS["Tucker int8"]
-    small, report = cb.compress(network.model, config, calibration=network.batches, measure_latency=False)
+    options = {"calibration": network.batches, "measure_latency": False, "max_seconds": 4}
+    small, report = cb.compress(network.model, config, **options)
     assert {layer.decision for layer in report.layers} == {"replaced"}
     assert all(layer.bytes_before >= 4 * layer.bytes_after for layer in report.layers)
     assert all(layer.output_error < 0.1 for layer in report.layers)

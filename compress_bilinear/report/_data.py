@@ -49,14 +49,18 @@ class LayerReport:
             what is told as "nn.Bilinear", is then of that module's own forward, and the batch its pairs of rows.
         shape: (O, I, J).
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
         decision: "replaced" or "kept"; `reason` says why.
         weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
             was turned down. None where nothing was solved.
+        truncation_error, quantization_error: the parts of `weight_error` of a quantized layer: of the decomposition in
+            floating point, and how far what is stored is from it, both relative to ‖W‖. None where not quantized.
         output_error: ‖y − ŷ‖/‖y − b‖ on the calibration rows, against the original weight in float64; None without.
         calibration_rows: how many rows that is measured on.
         params_before, params_after: stored values, bias included.
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
+        resident_bytes: in memory, of a quantized layer: what is stored, and what its compute mode keeps de-quantized.
+        compute: how a quantized layer computes: "on_the_fly", "resident" or "int8". None for others.
         flops_before, flops_after: for a row, in the best order, multiply-add counted as 2.
         latency_before_ms, latency_after_ms, latency_dense_ms: medians, of `nn.Bilinear`, the replacement, and the
             fastest exact dense evaluation (`dense_order` names it); `..._quartiles_ms` are the quartiles. None where
@@ -78,12 +82,16 @@ class LayerReport:
     decision: Literal["replaced", "kept"]
     reason: str
     weight_error: float | None = None
+    truncation_error: float | None = None
+    quantization_error: float | None = None
     output_error: float | None = None
     calibration_rows: int = 0
     params_before: int
     params_after: int
     bytes_before: int
     bytes_after: int
+    resident_bytes: int | None = None
+    compute: str | None = None
     flops_before: int | None = None
     flops_after: int | None = None
     latency_before_ms: float | None = None

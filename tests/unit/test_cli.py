@@ -10,7 +10,7 @@ from support import bilinear, low_rank
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, selection, state_dicts, surgery
+from compress_bilinear import cli, planning, selection, state_dicts
 from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
@@ -198,9 +198,9 @@ class TestCompress:
 
     @pytest.mark.parametrize("method", [("--method", "cp", "--rank", "4"), TUCKER], ids=["cp", "tucker"])
     def test_a_time_limit_reaches_the_solver(self, run, monkeypatch, method):
-        limits, solve = [], surgery.solve
+        limits, solve = [], planning.solve
         monkeypatch.setattr(
-            surgery, "solve", lambda layer, config, limit, progress: limits.append(limit) or solve(layer, config, limit)
+            planning, "solve", lambda layer, config, limit, *rest: limits.append(limit) or solve(layer, config, limit)
         )
         assert run("compress", "net.pt", *TO, *method, "--layers", "rel", "--max-seconds", "5")[0] == 0
         assert limits == [pytest.approx(5, abs=1)]
@@ -211,7 +211,7 @@ class TestCompress:
 
         (folder / "small.safetensors").write_text("old")
         before = sorted(folder.rglob("*"))
-        monkeypatch.setattr(surgery, "solve", interrupted)
+        monkeypatch.setattr(planning, "solve", interrupted)
         status, _, err = run("compress", "net.pt", *TO, *TUCKER, "--layers", "rel", "--report", "report.json")
         assert (status, err.strip()) == (130, "compress-bilinear: interrupted")
         assert sorted(folder.rglob("*")) == before
