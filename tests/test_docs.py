@@ -122,8 +122,8 @@ def test_the_reference_has_every_public_name() -> None:
 def test_every_example_has_its_section_and_its_own_words() -> None:
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     for path in (ROOT / "examples").glob("*.py"):
-        assert f'## {path.stem}\n\n```py\n--8<-- "examples/{path.name}"' in page
-        assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) in page
+        words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert f'## {path.stem}\n\n{words}\n\n```py\n--8<-- "examples/{path.name}"\n```' in page
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
