@@ -1,4 +1,4 @@
-"""The label scorer of a biaffine parser is no `nn.Bilinear`. It is recognised by its structure, and stored in 8 bits."""
+"""The label scorer of a biaffine parser is no `nn.Bilinear`. It is recognised by its structure, stored in 8 bits."""
 
 import torch
 from torch import Tensor, nn

@@ -331,3 +331,34 @@ class TestRefusals:
         small, _ = cb.compress(network(), INT8, calibration=BATCHES, **FAST)
         with pytest.raises(cb.CompressionError, match=r"compressed already: scorer\.compressed"):
             cb.plan(small, INT8)
+
+
+class TestWholeNetwork:
+    """What looks at the network as a whole takes adapted modules as it takes `nn.Bilinear`."""
+
+    batches = tuple((torch.arange(40) * (k + 1) % 9, torch.arange(40) % 6) for k in range(4))
+
+    def test_refining_on_the_networks_outputs_leaves_the_original_alone(self):
+        register_scorer()
+        model = network()
+        before = state_of(model)
+        config = cb.CPConfig(rank=4)
+        small, report = cb.compress(
+            model, config, calibration=self.batches, refine="network", max_seconds=2, force=True, **FAST
+        )
+        assert [layer.decision for layer in report.layers] == ["replaced"] * 3
+        assert_same_state(model, before)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert all(parameter.requires_grad for parameter in small.parameters())
+
+    def test_a_loss_and_an_automatic_choice(self):
+        register_scorer()
+
+        def loss(model, batch):
+            return sum(output.square().mean() for output in model(*batch))
+
+        options = {"calibration": self.batches, "loss_fn": loss, "max_seconds": 3}
+        small, report = cb.compress(network(), cb.AutoConfig(size=0.5), **options | FAST)
+        assert {layer.form for layer in report.layers} == {"Scorer", "Biaffine", "nn.Bilinear"}
+        assert any(layer.decision == "replaced" for layer in report.layers)
+        assert all(bool(torch.isfinite(output).all()) for output in outputs(small))
