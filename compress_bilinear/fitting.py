@@ -16,7 +16,7 @@ from typing_extensions import assert_never
 from . import decomposition as decompose
 from . import ops
 from .calibration import LayerInputs
-from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, TuckerConfig
+from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
 from .decomposition import CPDecomposition, Metric, TuckerDecomposition
 from .errors import AmplificationWarning
 from .measure import OutputError, weight_error
@@ -69,6 +69,7 @@ class Fitting:
         self._metric: Metric | None = None
         self._white: Tensor | None = None
         self._rows: decompose.Rows | None = None
+        self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
 
     @property
     def held_out(self) -> OutputError:
@@ -108,7 +109,7 @@ class Fitting:
             rank: instead of the config's own.
             seconds: for all of it; None is no limit.
             thorough: False leaves out the fit to the plain weight, which is there so that no fit to rows ever does
-                worse than it.
+                worse than it, and the refit to rows where for the same method and format it did not help before.
 
         Raises: ConfigError or InfeasibleError where the rank does not fit.
         """
@@ -125,13 +126,15 @@ class Fitting:
 
         found = self._decomposed(self.white, config, rank, left(0.4), part(0.0, 0.4))
         fits = [self._stored(config, self._unwhitened(found), "whitened")]
-        rows = self._fit_rows()
-        clock = decompose.Clock(left(0.5), part(0.4, 0.6))
-        if isinstance(found, CPDecomposition):
-            found = decompose.refit_cp(found, rows, clock)
-        else:
-            found = decompose.refit_tucker(found, rows, clock)
-        fits.append(self._stored(config, self._unwhitened(found), "rows"))
+        kind = (type(config), config.quantize)
+        if thorough or self._rows_help.get(kind, True):
+            clock = decompose.Clock(left(0.5), part(0.4, 0.6))
+            if isinstance(found, CPDecomposition):
+                found = decompose.refit_cp(found, self._fit_rows(), clock)
+            else:
+                found = decompose.refit_tucker(found, self._fit_rows(), clock)
+            fits.append(self._stored(config, self._unwhitened(found), "rows"))
+            self._rows_help[kind] = fits[1].error < fits[0].error
         if thorough:
             plain = self._decomposed(self.layer.weight.detach(), config, rank, left(1.0), part(0.6, 1.0))
             fits.append(self._stored(config, plain, "weight"))

@@ -9,9 +9,9 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from . import adapters, discovery
+from . import adapters, config_text, discovery
 from .calibration import Call, LayerInputs, collect_inputs
-from .config import AutoConfig, Config, CPConfig, DenseConfig, MaxError, TuckerConfig
+from .config import AutoConfig, Config, MaxError
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
 from .measure import environment, stored_bytes
@@ -201,7 +201,9 @@ def plan(
     for what, given in (("forward_fn", forward_fn), ("loss_fn", loss_fn), ("refine", refine)):
         if given is not None and calibration is None:
             raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
-    selected = discovery.select(model, _configs(config), include, exclude)
+    configs, include = config_text.by_glob(config), discovery.patterns(include, "include")
+    exclude = discovery.patterns(exclude, "exclude")
+    selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
     requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
     _check_calibrated(requests, calibration is not None)
@@ -231,7 +233,16 @@ def plan(
     for each, decision in zip(requests, decisions, strict=True):
         fingerprint = discovery.fingerprint(each.found.current()) if decision.replacement is not None else ""
         entries.append(_Entry(each.found, decision, fingerprint))
-    return Plan(model, entries, _report(model, entries), evaluate)
+    asked: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "batch_size": batch_size,
+        "measure_latency": measure_latency,
+    }
+    asked |= {"force": force, "max_seconds": max_seconds, "refine": refine}
+    ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
+    told = config_text.asked(configs, asked, [name for name, value in ours.items() if value is not None])
+    return Plan(model, entries, replace(_report(model, entries), **told), evaluate)
 
 
 def _check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:
@@ -282,20 +293,6 @@ def compress(
         progress=progress,
     )
     return planned.apply(inplace)
-
-
-def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
-    """Globs to configs; a single config holds for every name."""
-    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
-    if not configs:
-        raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
-    for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig, AutoConfig)):
-            raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
-                f"them. Found {pattern!r}: {value!r}."
-            )
-    return configs
 
 
 def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:

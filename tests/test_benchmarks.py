@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks import comparison
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,3 +53,26 @@ def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_pat
         assert float(digits["error"]) < float(digits["truncation_error"]) + 0.01
     assert ("simgnn_ntn", "cp", "bitsandbytes Linear8bitLt") in measured
     assert abs(float(measured["digits", "dense", "int8"]["metric_change"])) <= 0.002
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("html", "<!DOCTYPE html>"), ("md", "### median"), ("csv", "figure,layer,")]
+)
+def test_results_are_set_side_by_side(tmp_path, monkeypatch, suffix, start):
+    path = tmp_path / f"latency.{suffix}"
+    monkeypatch.setattr(sys, "argv", ["comparison", "-o", str(path)])
+    comparison.main()
+    assert path.read_text(encoding="utf-8").startswith(start)
+
+
+def test_a_benchmarks_rows_become_a_comparison():
+    rows = [
+        {"case": "a", "contestant": "x", "median_ms": "2.0", "torch": "2.13"},
+        {"case": "a", "contestant": "y", "median_ms": 1.5, "torch": "2.13"},
+        {"case": "b", "contestant": "y", "median_ms": "", "torch": "2.13"},
+    ]
+    found = comparison.compared(rows)
+    assert (found.runs, found.panels[0].rows) == (("x", "y"), ("a", "b"))
+    assert found.panels[0].values == ((2.0, 1.5), (None, None))
+    assert found.panels[0].best(0) == (False, True)
+    assert found.notes == ("Measured on: torch 2.13",)

@@ -8,6 +8,7 @@ from ._metric import Metric, unwhitened_cp, unwhitened_tucker
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import distance, rounded
+from ._spectra import spectra
 from ._stored import stored_columns, stored_core, unit_columns
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
@@ -35,6 +36,7 @@ __all__ = [
     "relative_error",
     "rounded",
     "row_slices",
+    "spectra",
     "stored_columns",
     "stored_core",
     "tucker",
