@@ -11,7 +11,7 @@ from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
 from ._base import ProjectedBilinear, autocast_dtype
-from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear
+from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
 
@@ -135,6 +135,15 @@ class CPBilinear(ProjectedBilinear):
         weight, bias = self.out_proj.weight, self.out_proj.bias
         run = ops.block_runner(True, left, right, weight)
         return torch.cat([run(_linear_of_product, block, right, weight, bias) for block in blocks], dim=-3)
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
+        if is_plain(self.out_proj, QuantizedLinear):  # as in `_product`
+            wide = torch.promote_types(left.dtype, torch.float32)
+            summed = (left.to(wide) * right.to(wide)).sum(-2)
+            return self._product(summed, summed.new_ones(1), input1)
+        output: Tensor = self.out_proj((left * right).sum(-2))
+        return output
 
     def _product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
         """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""

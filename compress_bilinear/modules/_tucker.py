@@ -17,7 +17,7 @@ from ..decomposition import (
 )
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
-from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
+from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
 
 
 class TuckerBilinear(ProjectedBilinear):
@@ -156,4 +156,10 @@ class TuckerBilinear(ProjectedBilinear):
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
+        return output
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        # the core on Σ_k p_k ⊗ q_k, as one row
+        summed = project_blocks(self.in1_proj, input1).mT @ self.in2_proj(input2)
+        output: Tensor = self.out_proj(self.core.contract(summed))
         return output
