@@ -135,6 +135,7 @@ def judge(
     layer, module = found.layer, candidate.module.train(found.layer.training)
     known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
     known["amplification"] = candidate.amplification
+    known |= candidate.storage
     known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(layer.weight))
     if measured is not None:
         known["output_error"] = measured.of(module)
