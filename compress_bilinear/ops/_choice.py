@@ -19,7 +19,8 @@ Backend: TypeAlias = Literal["composed", "triton"]
 
 BACKENDS: tuple[Backend, ...] = ("composed", "triton")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MOST_RANK = 128  # R_o and R_j that the fused Tucker holds whole
+MOST_RANK = 128  # R_o and R_j that a fused Tucker holds
+MOST_CORE = 64 * 128  # elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half with int8
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, slowly, to be checked
@@ -148,9 +149,10 @@ def _unfit(problem: Problem) -> str | None:
     return None
 
 
-def fits_one_kernel(rank: tuple[int, ...]) -> bool:
+def fits_one_kernel(rank: tuple[int, ...], int8: bool) -> bool:
     """Whether a Tucker layer's (R_o, R_i, R_j) fit the fused kernel whole; else its core alone is fused."""
-    return rank[0] <= MOST_RANK and rank[2] <= MOST_RANK
+    padded = [max(16, 1 << (size - 1).bit_length()) for size in (rank[0], rank[2])]
+    return max(padded) <= MOST_RANK and padded[0] * padded[1] <= MOST_CORE // (1 + int8)
 
 
 def cp_splits(rows: int, rank: int, outputs: int) -> bool:
@@ -168,7 +170,7 @@ def _fused_name(problem: Problem) -> str:
             split = cp_splits(problem.rows, problem.rank[0], problem.shape[0])
             return "Triton, fused product and a linear map" if split else "Triton, one fused kernel"
         case "tucker":
-            whole = fits_one_kernel(problem.rank)
+            whole = fits_one_kernel(problem.rank, problem.weight_bits == 8)
             return "Triton, one fused kernel" if whole else "Triton, fused core between linear maps"
 
 

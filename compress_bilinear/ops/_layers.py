@@ -94,7 +94,7 @@ def bilinear_tucker(
         return composed_tucker(*operands, scales)
     rows1, rows2 = _rows(input1, input2)
     scaled = [scale is not None for scale in scales]
-    if in1 is None or in2 is None or out is None or not _dispatch.fits_one_kernel(_shape(core)) or any(scaled) != all(scaled):
+    if in1 is None or in2 is None or out is None or not _dispatch.fits_one_kernel(_shape(core), core.dtype == torch.int8) or any(scaled) != all(scaled):
         left, right = _projected(rows1, in1, scales[0]), _projected(rows2, in2, scales[1])
         inner = _dispatch.fused_dense(left, right, core, scales[2])
         if out is None:

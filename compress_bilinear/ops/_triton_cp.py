@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import load_tile, multiply, operand, precision, project, store_tile, tile
+from ._triton_tiles import OPTIONS, exact, load_tile, multiply, operand, precision, project, store_tile, tile
 
 MOST_OUT = 256  # outputs that a program holds, in float32
 MOST_IN = 128  # inputs whose gradients a program holds
@@ -109,24 +109,27 @@ def cp_backward(
         store_tile(dx2, total2, n, rows, width2, j, width2, 1)
 
 
-def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
+def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps; `exact` for float32 without TF32, whose products take registers instead of tensor cores.
 
     Args:
         kind: "forward", "product" or "backward".
     """
-    most = 32 if exact else 64
-    blocks = {"BK": tile(max(width1, width2), 32 if exact else 64), "BR": tile(rank, most)}
+    wide = 32 if bits == 32 else 64
+    blocks = {"BK": tile(max(width1, width2), 16 if exact else 32), "BR": tile(rank, 16 if exact else 32)}
+    warps = 4
     match kind:
         case "forward":
-            blocks |= {"BO": tile(outputs, 64 if exact else MOST_OUT)}
-            blocks |= {"BN": 32 if exact or blocks["BO"] == MOST_OUT else 64}
+            blocks |= {"BN": 32 if exact else wide, "BO": tile(outputs, 64 if exact else MOST_OUT)}
+            if blocks["BO"] > 128 and bits == 32:
+                blocks |= {"BR": 16}
+            warps = 8 if blocks["BO"] > 64 else 4
         case "product":
-            blocks |= {"BN": most}
+            blocks |= {"BN": 32 if exact else 64, "BR": tile(rank, 32 if exact else 64)}
         case "backward":
-            blocks |= {"BN": 32, "BI": tile(width1, MOST_IN), "BJ": tile(width2, MOST_IN)}
-            blocks |= {"BR": tile(rank, 32)}
-    return blocks | {"num_warps": 4, "num_stages": 2}
+            blocks |= {"BN": 16 if exact else 32, "BI": tile(width1, MOST_IN), "BJ": tile(width2, MOST_IN)}
+            warps = 8
+    return blocks | {"num_warps": warps, "num_stages": 2} | OPTIONS
 
 
 def launch_forward(
@@ -141,7 +144,7 @@ def launch_forward(
     """The whole layer, one launch."""
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
-    blocks = cp_tiles("forward", width1, width2, rank, outputs, _exact(x1))
+    blocks = cp_tiles("forward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
     grid = (triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]))
     cp_forward[grid](
         x1, x2, in1, in2, out, sigma, bias, y, rows, width1, width2, rank, outputs,
@@ -156,7 +159,7 @@ def launch_product(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, sigma: Tens
     """σ * (x1 Aᵀ) * (x2 Bᵀ), (N, R)."""
     rows, (rank, width1), width2 = x1.shape[0], in1.shape, in2.shape[1]
     h = torch.empty(rows, rank, dtype=x1.dtype, device=x1.device)
-    blocks = cp_tiles("product", width1, width2, rank, 1, _exact(x1))
+    blocks = cp_tiles("product", width1, width2, rank, 1, 8 * x1.element_size(), exact(x1))
     cp_product[triton.cdiv(rows, blocks["BN"]), triton.cdiv(rank, blocks["BR"])](
         x1, x2, in1, in2, sigma, h, rows, width1, width2, rank,
         *x1.stride(), *x2.stride(), *in1.stride(), *in2.stride(), 1 if sigma is None else sigma.stride(0), rank,
@@ -185,7 +188,7 @@ def launch_backward(
     empty = {"dtype": x1.dtype, "device": x1.device}
     factors = [torch.empty(rows, rank, **empty) for _ in range(3)] if weights else [None] * 3
     dx1, dx2 = (torch.empty(rows, width, **empty) if inputs else None for width in (width1, width2))
-    blocks = cp_tiles("backward", width1, width2, rank, outputs, _exact(x1))
+    blocks = cp_tiles("backward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
     cp_backward[(triton.cdiv(rows, blocks["BN"]),)](
         x1, x2, in1, in2, out, sigma, dy, *factors, dx1, dx2, rows, width1, width2, rank, outputs,
         *x1.stride(), *x2.stride(), *in1.stride(), *in2.stride(), *out.stride(),
@@ -194,6 +197,3 @@ def launch_backward(
     )  # fmt: skip
     return dx1, dx2, *factors
 
-
-def _exact(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and precision(x.dtype) == "ieee"

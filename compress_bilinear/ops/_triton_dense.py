@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import load_tile, multiply, precision, store_tile, strides_of, tile, times
+from ._triton_tiles import OPTIONS, exact, load_tile, multiply, precision, store_tile, strides_of, tile, times
 
 FEW = 128  # programs below which the sum over i is split
 
@@ -64,17 +64,17 @@ def dense_weight_gradient(
     store_tile(dw + o * width1 * width2, total, i, width1, width2, j, width2, 1)
 
 
-def dense_tiles(rows: int, width2: int, outputs: int, exact: bool) -> dict[str, int]:
+def dense_tiles(rows: int, width2: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the forward."""
-    most = 32 if exact else 64
-    blocks = {"BN": tile(rows, 32 if exact else 128), "BO": tile(outputs, 32 if exact else 128)}
-    return blocks | {"BJ": tile(width2, most), "num_warps": 4 if min(blocks.values()) < 128 else 8, "num_stages": 3}
+    most = 32 if exact else (64 if bits == 32 else 128)
+    blocks = {"BN": tile(rows, most), "BO": tile(outputs, most), "BJ": tile(width2, 32)}
+    return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
 
 
 def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the weight's gradient."""
     most = 32 if exact else 64
-    return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2}
+    return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
 def launch_dense(
@@ -87,7 +87,7 @@ def launch_dense(
     if x1.shape[1] > x2.shape[1]:
         x1, x2, weight, scale = x2, x1, weight.mT, None if scale is None else scale.mT
     rows, (outputs, width1, width2) = x1.shape[0], weight.shape
-    blocks = dense_tiles(rows, width2, outputs, exact(x1))
+    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1))
     programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
     splits = min(width1, triton.cdiv(FEW, programs)) if programs < FEW else 1
     part = triton.cdiv(width1, splits)
@@ -119,7 +119,3 @@ def launch_weight_gradient(
     )  # fmt: skip
     return dw
 
-
-def exact(x: Tensor) -> bool:
-    """Whether the products of these values are taken without tensor cores."""
-    return x.dtype == torch.float32 and precision(x.dtype) == "ieee"

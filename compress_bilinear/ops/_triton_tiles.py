@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+OPTIONS = {"enable_fp_fusion": True}  # what has been the default, which Triton 3.9 warns will change
+
 # the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
@@ -26,6 +28,11 @@ def precision(dtype: torch.dtype) -> str:
     if setting == "none":
         setting = torch.backends.fp32_precision  # type: ignore[attr-defined, unused-ignore]
     return "tf32" if setting == "tf32" else "ieee"
+
+
+def exact(x: Tensor) -> bool:
+    """Whether the products of these values are taken without tensor cores."""
+    return x.dtype == torch.float32 and precision(x.dtype) == "ieee"
 
 
 def strides_of(scale: Tensor, *sizes: int) -> tuple[int, ...]:

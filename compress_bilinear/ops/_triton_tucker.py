@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_dense import exact
-from ._triton_tiles import load_tile, multiply, operand, precision, project, store_tile, strides_of, tile
+from ._triton_tiles import OPTIONS, exact, load_tile, multiply, operand, precision, project, store_tile, strides_of, tile
 
 MOST_RANK = 128  # R_o and R_j, which a program holds whole
 _CHUNK = tl.constexpr(16)  # components of the first input that are projected at once
@@ -127,25 +126,25 @@ def tucker_pairs(
             store_tile(y + row * length2 * outputs, result, l, length2, outputs, o, outputs, 1)
 
 
-def tucker_tiles(rows: int, width: int, rank2: int, rank_out: int, outputs: int, exact: bool) -> dict[str, int]:
+def tucker_tiles(rows: int, width: int, rank2: int, rank_out: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the forward."""
     wide = max(rank2, rank_out) > 64
-    blocks = {"BN": 16 if exact else tile(rows, 32 if wide else 64), "BK": tile(width, 32 if exact else 64)}
-    blocks |= {"BJ": tile(rank2, MOST_RANK), "BR": tile(rank_out, MOST_RANK), "BO": tile(outputs, 64)}
-    return blocks | {"num_warps": 8 if exact and wide else 4, "num_stages": 2}
+    blocks = {"BN": 16 if exact else tile(rows, 32 if wide or bits == 32 else 64), "BK": tile(width, 32)}
+    blocks |= {"BJ": tile(rank2, MOST_RANK), "BR": tile(rank_out, MOST_RANK), "BO": tile(outputs, 32)}
+    return blocks | {"num_warps": 4 if blocks["BJ"] * blocks["BR"] < 1024 else 8, "num_stages": 2} | OPTIONS
 
 
 def pair_tiles(length2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of CP's pairs."""
     blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": tile(rank, 32), "BO": tile(outputs, 32 if exact else 128)}
-    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2}
+    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
-def tucker_pair_tiles(length2: int, rank2: int, rank_out: int, outputs: int, exact: bool) -> dict[str, int]:
+def tucker_pair_tiles(length2: int, rank2: int, rank_out: int, outputs: int, bits: int) -> dict[str, int]:
     """Block sizes and warps of Tucker's pairs."""
-    blocks = {"BL1": 2, "BL2": tile(length2, 32 if exact else 64), "BJ": tile(rank2, 32)}
-    blocks |= {"BR": tile(rank_out, MOST_RANK), "BO": tile(outputs, 32 if exact else 64)}
-    return blocks | {"num_warps": 4, "num_stages": 2}
+    blocks = {"BL1": 2, "BL2": tile(length2, 32 if bits == 32 else 64), "BJ": tile(rank2, 32)}
+    blocks |= {"BR": tile(rank_out, MOST_RANK), "BO": tile(outputs, 32)}
+    return blocks | {"num_warps": 8, "num_stages": 2} | OPTIONS
 
 
 def launch_tucker(
@@ -161,7 +160,7 @@ def launch_tucker(
     """The whole layer, one launch; R_j and R_o at most `MOST_RANK`."""
     rows, (rank_out, rank1, rank2), outputs = x1.shape[0], core.shape, out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
-    blocks = tucker_tiles(rows, max(x1.shape[1], x2.shape[1]), rank2, rank_out, outputs, exact(x1))
+    blocks = tucker_tiles(rows, max(x1.shape[1], x2.shape[1]), rank2, rank_out, outputs, 8 * x1.element_size(), exact(x1))
     scale1, scale2, core_scale, out_scale = scales
     tucker_forward[(triton.cdiv(rows, blocks["BN"]),)](
         x1, x2, in1, in2, core, out, bias, scale1, scale2, core_scale, out_scale, y,
@@ -204,7 +203,7 @@ def launch_tucker_pairs(
     """All pairs, one launch; R_o at most `MOST_RANK`."""
     (batch, length1, rank_out, rank2), length2, outputs = t.shape, q.shape[1], out.shape[0]
     y = torch.empty(batch, length1, length2, outputs, dtype=q.dtype, device=q.device)
-    blocks = tucker_pair_tiles(length2, rank2, rank_out, outputs, exact(q))
+    blocks = tucker_pair_tiles(length2, rank2, rank_out, outputs, 8 * q.element_size())
     tiles2 = triton.cdiv(length2, blocks["BL2"])
     tucker_pairs[(batch * triton.cdiv(length1, blocks["BL1"]) * tiles2,)](
         t, q, out, out_scale, bias, y, length1, length2, rank2, rank_out, outputs, tiles2, *out.stride(),
