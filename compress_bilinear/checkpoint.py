@@ -80,7 +80,7 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     expected = module.state_dict()
     _check_names(expected, own, f"layer {description.name or '(root)'!r}")
-    given = ("qdata", "scale", "index")  # the names of tensors whose dtypes are fixed
+    given = ("qdata", "scale", "sigma", "index")  # the names of tensors whose dtypes are fixed
     floating = {value.dtype for name, value in own.items() if not name.endswith(given)}
     for name, value in own.items():
         fixed = expected[name].dtype if name.endswith(given) else None

@@ -100,7 +100,7 @@ def inspect(path: Path) -> None:
 @click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
 @click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
-@click.option("--quantize", type=click.Choice(["int8"]), help="Storage format of the new layers.")
+@click.option("--quantize", type=click.Choice(["int8", "nf4"]), help="Storage format of the new layers.")
 @click.option("--seed", type=_SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")

@@ -69,7 +69,7 @@ def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = Fals
         raise ConfigError("`quantize` should name a storage format. Found None: `dequantize` gives floating point.")
 
     def convert(layer: CompressedBilinear) -> CompressedBilinear:
-        return stored_as(layer, quantize, torch.float32)
+        return stored_as(layer, quantize, torch.float64)
 
     return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
 

@@ -31,8 +31,8 @@ def stored_bytes(module: nn.Module) -> int:
 
 def parameter_count(module: nn.Module) -> int:
     """Stored values: parameters and int8 values, without scales and other buffers; what is shared counts once."""
-    quantized = {id(part.qdata): part.qdata for part in module.modules() if isinstance(part, QuantizedTensor)}
-    return sum(p.numel() for p in module.parameters()) + sum(q.numel() for q in quantized.values())
+    quantized = {id(part.qdata): part.shape for part in module.modules() if isinstance(part, QuantizedTensor)}
+    return sum(p.numel() for p in module.parameters()) + sum(shape.numel() for shape in quantized.values())
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

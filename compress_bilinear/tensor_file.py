@@ -21,7 +21,7 @@ from .errors import CheckpointError, CompressionError
 from .files import written_atomically
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
 
 

@@ -32,7 +32,7 @@ HEIGHT = {unit: height for height, floor in enumerate(FLOORS) for unit in floor}
 
 # what may be imported where, always inside a function: these cost seconds, or are not always there
 LAZY = {
-    "bitsandbytes": {"quantization.py"},
+    "bitsandbytes": {"quantization/_bitsandbytes.py"},
     "tensorly": {"decomposition/_types.py"},
     "sklearn": {"demo.py"},
     "triton": set(),

@@ -5,6 +5,7 @@ from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
 from ._interpolation import interpolation, is_interpolated
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
+from ._rounding import distance, rounded, unit_columns
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
 
@@ -18,12 +19,15 @@ __all__ = [
     "check_weight",
     "cp",
     "cp_bytes",
+    "distance",
     "interpolation",
     "is_interpolated",
     "relative",
     "relative_error",
+    "rounded",
     "tucker",
     "tucker_bytes",
     "tucker_flops",
     "tucker_parameters",
+    "unit_columns",
 ]

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..config import Quantize, check_rank
 from ..errors import CompressionError, ConfigError
+from ..quantization import SCALE_DTYPE, nf4_bytes, scale_count
 from ._interpolation import is_interpolated
 from ._types import MODES, peak
 
-SCALE_BYTES = 4  # a float32 scale
+SIGMA_BYTES = 4  # a float32 scale
 INDEX_BYTES = 4  # an int32 index
 
 
@@ -57,10 +58,11 @@ def check_cp_rank(rank: object, shape: Sequence[int]) -> None:
 
 
 def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> int:
-    """Bytes of the factors as `CPBilinear` stores them, without bias. int8 has a scale for each column."""
+    """Bytes of the factors as `CPBilinear` stores them, without bias. Quantized, it has a float32 sigma (R,)."""
     if quantize is None:
         return rank * sum(shape) * itemsize
-    return rank * (sum(shape) + 3 * SCALE_BYTES)
+    values = sum(nf4_bytes(rank * size) for size in shape) if quantize == "nf4" else rank * sum(shape)
+    return values + SIGMA_BYTES * rank
 
 
 def tucker_parameters(rank: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -78,15 +80,19 @@ def _factor_numbers(rank: Sequence[Any], shape: Sequence[int]) -> Any:
 def tucker_bytes(rank: Sequence[Any], shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> Any:
     """Bytes of core and factors as `TuckerBilinear` stores them, without bias; ranks may be broadcast tensors.
 
-    An interpolative factor has an index for each of its rows. int8 has a scale for each factor's column and for each
-    fibre of the core along its longer input axis.
+    An interpolative factor has an index for each of its rows; quantized, its coefficients have a float32 scale for
+    each of its others. Other projections have none: scales are those of the core's blocks.
     """
-    values = tucker_parameters(rank, shape)
-    indices = sum(d * is_interpolated(r, d) * (r != d) for r, d in zip(rank, shape, strict=True))
+    extra = sum((d * INDEX_BYTES) * is_interpolated(r, d) * (r != d) for r, d in zip(rank, shape, strict=True))
+    numbers = [r * (d - r * is_interpolated(r, d)) for r, d in zip(rank, shape, strict=True)]
+    core = rank[0] * rank[1] * rank[2]
     if quantize is None:
-        return values * itemsize + INDEX_BYTES * indices
-    scales = sum(r * (r != d) for r, d in zip(rank, shape, strict=True)) + rank[0] * _least(rank[1], rank[2])
-    return values + SCALE_BYTES * scales + INDEX_BYTES * indices
+        return (core + sum(numbers)) * itemsize + extra
+    if quantize == "nf4":
+        return sum(nf4_bytes(count) for count in (core, *numbers)) + extra
+    scales = SCALE_DTYPE.itemsize * scale_count(rank[0], _most(rank[1], rank[2]), _least(rank[1], rank[2]))
+    extra = extra + sum(SIGMA_BYTES * (d - r) * is_interpolated(r, d) for r, d in zip(rank, shape, strict=True))
+    return core + sum(numbers) + scales + extra
 
 
 def tucker_flops(rank: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -100,3 +106,7 @@ def tucker_flops(rank: Sequence[Any], shape: Sequence[int]) -> Any:
 
 def _least(first: Any, second: Any) -> Any:
     return torch.minimum(first, second) if isinstance(first, Tensor) else min(first, second)
+
+
+def _most(first: Any, second: Any) -> Any:
+    return torch.maximum(first, second) if isinstance(first, Tensor) else max(first, second)

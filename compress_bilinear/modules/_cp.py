@@ -1,7 +1,6 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
-from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +8,10 @@ from typing_extensions import Self
 
 from .. import ops
 from ..config import CPRank, Quantize, check_quantize, check_rank
-from ..decomposition import CPDecomposition, cp
-from ._base import ProjectedBilinear
-from ._linear import fill_linear, linear_weight, make_linear
+from ..decomposition import CPDecomposition, cp, rounded, unit_columns
+from ..errors import CompressionError
+from ._base import ProjectedBilinear, autocast_dtype
+from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
 
@@ -19,14 +19,15 @@ _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise
 class CPBilinear(ProjectedBilinear):
     """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
 
-    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. With "int8" each of the three weights has one float32
-    scale for each component, so that CP's freedom to move scale between factors costs no accuracy.
+    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. In 8 or 4 bits the three weights hold columns of equal
+    magnitude, and `out_proj.sigma` (R,) in float32 all of each component's scale: CP's freedom to move scale between
+    factors costs no accuracy. It multiplies the product of the projections, which is formed in float32.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
         rank: R, any positive int.
         bias: whether to add a bias (O,).
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `rank` or `quantize`.
@@ -53,9 +54,9 @@ class CPBilinear(ProjectedBilinear):
         check_rank(rank)
         super().__init__(in1_features, in2_features, out_features, quantize)
         self._rank = rank
-        self.in1_proj = make_linear(in1_features, rank, False, quantize, 0, device, dtype)
-        self.in2_proj = make_linear(in2_features, rank, False, quantize, 0, device, dtype)
-        self.out_proj = make_linear(rank, out_features, bias, quantize, 1, device, dtype)
+        self.in1_proj = make_linear(in1_features, rank, False, quantize, device, dtype)
+        self.in2_proj = make_linear(in2_features, rank, False, quantize, device, dtype)
+        self.out_proj = make_linear(rank, out_features, bias, quantize, device, dtype, "input")
 
     @property
     def rank(self) -> int:
@@ -73,13 +74,23 @@ class CPBilinear(ProjectedBilinear):
         out, in1, in2 = decomposition.shape
         weights, dtype = decomposition.weights, decomposition.factors[0].dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        # the weights go to the factors in equal parts, which keeps half-precision products in range
-        root = weights.double().abs() ** (1 / 3)
-        parts = zip((new.out_proj, new.in1_proj, new.in2_proj), decomposition.factors, strict=True)
-        for index, (linear, factor) in enumerate(parts):
-            scale = root * weights.double().sign() if index == 0 else root
-            scaled = (factor.double() * scale).to(dtype)
-            fill_linear(linear, scaled if index == 0 else scaled.T, 1 if index == 0 else 0)
+        parts = (new.out_proj, new.in1_proj, new.in2_proj)
+        factors, scale = decomposition.factors, weights.double()
+        if quantize is not None:
+            units, peaks = zip(*(unit_columns(factor) for factor in factors), strict=True)
+            sigma = (scale * math.prod(peaks)).to(torch.float32)
+            if not bool(torch.isfinite(sigma).all()):
+                raise CompressionError("The components' scales should be finite in float32. Found an infinite one.")
+            new.out_proj.sigma = sigma
+        else:
+            # the weights go to the factors in equal parts, which keeps half-precision products in range
+            root = scale.abs() ** (1 / 3)
+            units = tuple(
+                (factor.double() * (root * scale.sign() if mode == 0 else root)).to(dtype)
+                for mode, factor in enumerate(factors)
+            )
+        for mode, (linear, unit) in enumerate(zip(parts, units, strict=True)):
+            fill_linear(linear, unit.T if mode else unit)
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
@@ -90,9 +101,14 @@ class CPBilinear(ProjectedBilinear):
     ) -> Self:
         """The layer whose weight is `decomposition.cp(layer.weight, rank, seed=seed)`; raises what that raises."""
         bias = None if layer.bias is None else layer.bias.detach()
-        return cls.from_decomposition(
-            cp(layer.weight.detach(), rank, seed=seed, quantize=quantize), bias, quantize=quantize
-        )
+        weight = layer.weight.detach()
+        found = rounded(cp(weight, rank, seed=seed, quantize=quantize), weight, quantize)
+        return cls.from_decomposition(found, bias, quantize=quantize)
+
+    def to_decomposition(self, dtype: torch.dtype = torch.float64) -> CPDecomposition:
+        """The decomposition that is stored: unit scales apart, the factors as the layer holds them."""
+        factors = [linear_weight(layer)(dtype).detach() for layer in (self.out_proj, self.in1_proj, self.in2_proj)]
+        return CPDecomposition(factors[0].new_ones(self.rank), (factors[0], factors[1].T, factors[2].T))
 
     @property
     def flops_per_row(self) -> int:
@@ -103,33 +119,30 @@ class CPBilinear(ProjectedBilinear):
         return torch.einsum("or,ri->oir", out[rows], in1) @ in2
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        output: Tensor = self.out_proj(self.in1_proj(input1) * self.in2_proj(input2))
-        return output
+        return self._product(self.in1_proj(input1), self.in2_proj(input2), input1)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
         if ops.is_tracing():
-            return self._product(left, right)  # the block size would tie the graph to these lengths
+            return self._product(left, right, input1)  # the block size would tie the graph to these lengths
         per_row = max(1, math.prod(input2.shape[:-1]) * self.rank)
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
         if len(blocks) == 1:
-            return self._product(left, right)
-        if not _is_plain(self.out_proj):
-            return torch.cat([self._product(block, right) for block in blocks], dim=-3)
+            return self._product(left, right, input1)
+        if not is_plain(self.out_proj, nn.Linear):
+            return torch.cat([self._product(block, right, input1) for block in blocks], dim=-3)
         # the layer's tensors by name, so that what is recomputed in the backward is what this call saw
         weight, bias = self.out_proj.weight, self.out_proj.bias
         run = ops.block_runner(True, left, right, weight)
         return torch.cat([run(_linear_of_product, block, right, weight, bias) for block in blocks], dim=-3)
 
-    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+    def _product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
+        """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""
+        if is_plain(self.out_proj, QuantizedLinear):
+            dtype = autocast_dtype(input.device.type, input) or input.dtype
+            return self.out_proj.of_product(left, right, dtype)
         output: Tensor = self.out_proj(left * right)
         return output
-
-
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """An `nn.Linear` that does nothing else: not wrapped, hooked, patched or quantized."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
 
 
 def _linear_of_product(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
-"""`DenseBilinear`: the weight itself, exact or in int8, evaluated in the best order."""
+"""`DenseBilinear`: the weight itself, exact or in 8 or 4 bits, evaluated in the best order."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,21 +10,24 @@ from typing_extensions import Self
 from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
-from ..quantization import QuantizedTensor
+from ..quantization import NF4Tensor, QuantizedTensor, scale_grid
 from ._base import CompressedBilinear, autocast_dtype, without_autocast
+from ._linear import row_parts
 
 
 class DenseBilinear(CompressedBilinear):
     """`nn.Bilinear` with the same weight, summed in the order that suits its shape, in bounded memory.
 
     Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
-    `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one float32 scale for each output and each row
-    along the longer input axis; inputs may then have any floating dtype.
+    `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one bfloat16 scale for each output and each row
+    along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`); with "nf4" it is
+    an `NF4Tensor`. Inputs may then have any floating dtype, and beside inputs and output a forward without gradients
+    holds at most 2²⁰ de-quantized values (or one output's), and a block of T (see `ops`).
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
         bias: whether to add a bias (O,).
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize`.
@@ -50,19 +54,14 @@ class DenseBilinear(CompressedBilinear):
         if quantize is None:
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
-            self.weight = QuantizedTensor.empty(shape, self._scaled_dim, device=device)
+            self.weight = _empty(shape, quantize, device)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.reset_parameters()
 
-    @property
-    def _scaled_dim(self) -> int:
-        """The axis of the weight that shares a scale: the longer of the inputs'."""
-        return 2 if self.in2_features >= self.in1_features else 1
-
     def reset_parameters(self) -> None:
-        """`nn.Bilinear`'s own initialisation; an int8 weight is left as it is."""
+        """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""
         bound = 1 / math.sqrt(self.in1_features)
         if isinstance(self.weight, nn.Parameter):
             nn.init.uniform_(self.weight, -bound, bound)
@@ -71,7 +70,7 @@ class DenseBilinear(CompressedBilinear):
 
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, *, quantize: Quantize | None = None) -> Self:
-        """The same function as `layer`, exactly (or up to 8-bit rounding), in its dtype and on its device."""
+        """The same function as `layer`, exactly (or up to rounding), in its dtype and on its device."""
         bias = None if layer.bias is None else layer.bias.detach()
         return cls.from_weight(layer.weight.detach(), bias, quantize=quantize)
 
@@ -100,7 +99,7 @@ class DenseBilinear(CompressedBilinear):
         if quantize is None:
             new.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         else:
-            new.weight = QuantizedTensor.quantize(weight, new._scaled_dim)
+            new.weight = _empty(weight.shape, quantize, "meta").requantized(weight)
         if bias is not None:
             new.bias = nn.Parameter(bias.detach().clone())
         return new
@@ -111,8 +110,7 @@ class DenseBilinear(CompressedBilinear):
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         if isinstance(self.weight, QuantizedTensor):
-            scale = self.weight.scale
-            return QuantizedTensor(self.weight.qdata[rows], scale[rows]).dequantize(dtype)
+            return self.weight.rows(rows, dtype)
         return self.weight[rows].to(dtype)
 
     def _first_weight(self) -> Tensor | None:
@@ -127,6 +125,8 @@ class DenseBilinear(CompressedBilinear):
         if isinstance(self.weight, QuantizedTensor):
             dtype = autocast_dtype(device, input1, input2) or input1.dtype
             weight, scale = self.weight.qdata, self.weight.scale
+            if self.weight.resident is not None and self.weight.resident.dtype == dtype:
+                weight, scale = self.weight.resident, None
         else:
             dtype = autocast_dtype(device, input1, input2, self.weight) or self.weight.dtype
             weight, scale = self.weight.to(dtype), None
@@ -134,11 +134,28 @@ class DenseBilinear(CompressedBilinear):
         return input1.to(dtype), input2.to(dtype), weight, bias, scale
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        input1, input2, weight, bias, scale = self._operands(input1, input2)
-        with without_autocast(input1.device.type):
-            return ops.bilinear_dense(input1, input2, weight, bias, scale=scale)
+        return self._evaluated(ops.bilinear_dense, input1, input2)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return self._evaluated(ops.pairwise_dense, input1, input2)
+
+    def _evaluated(self, evaluate: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
         with without_autocast(input1.device.type):
-            return ops.pairwise_dense(input1, input2, weight, bias, scale=scale)
+            if not isinstance(self.weight, NF4Tensor) or weight is self.weight.resident:
+                return evaluate(input1, input2, weight, bias, scale=scale)
+            parts, stored = list(row_parts(self.weight)), self.weight
+
+            def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
+                return evaluate(input1, input2, stored.rows(rows, input1.dtype))
+
+            run = ops.block_runner(len(parts) > 1, input1, input2)
+            pieces = [run(outputs, input1, input2, rows) for rows in parts]
+            output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+            return output if bias is None else output + bias
+
+
+def _empty(shape: Sequence[int], quantize: Quantize, device: torch.device | str | None) -> QuantizedTensor:
+    if quantize == "nf4":
+        return NF4Tensor.zeros(shape, device)
+    return QuantizedTensor.empty(shape, scale_grid(shape), device)

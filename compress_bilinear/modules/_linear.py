@@ -1,40 +1,125 @@
-"""A linear layer, plain or stored in int8."""
+"""A linear layer, plain or stored in 8 or 4 bits."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, TypeAlias, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .. import ops
 from ..config import Quantize
-from ..quantization import QuantizedTensor
+from ..quantization import NF4Tensor, QuantizedTensor, restore_dtypes
+from ._base import autocast_dtype, without_autocast
+from ._int8_matmul import int8_linear
+
+CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four megabytes in float32
+_TRACED_PARTS = 16
+
+_Kind = TypeVar("_Kind", bound=nn.Module)
+
+Scales: TypeAlias = Literal["none", "input", "rows"]
+"""What scales an int8 matrix has: none, one for each input component (`sigma`), or one for each of its rows or columns."""
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` with its weight in int8, de-quantized on the fly to the input's dtype.
+    """`nn.Linear` with its weight in 8 or 4 bits, de-quantized on the fly to the input's dtype, part by part.
+
+    Beside input and output, a forward without gradients holds one part of at most 2²⁰ values (or one row).
 
     Attributes:
         weight: a `QuantizedTensor` of shape (out_features, in_features).
+        sigma: (in_features,) float32, by which the input is multiplied first, in float32 or wider; or None.
         bias: (out_features,) in floating point, or None.
+        integer: whether to round each row of the input to int8 as well and to multiply integers, where the weight is
+            int8 without scales: see `set_compute`.
     """
 
     bias: nn.Parameter | None
+    sigma: Tensor | None
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None, sigma: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
+        self.integer = False
+        self.register_buffer("sigma", sigma)
         self.register_parameter("bias", bias)
 
     def forward(
         self,
         input: Tensor,  # (..., in_features)
     ) -> Tensor:  # (..., out_features)
-        bias = self.bias if self.bias is None else self.bias.to(input.dtype)
-        return torch.nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
+        dtype = autocast_dtype(input.device.type, input) or input.dtype
+        return self._scaled(input, dtype)
+
+    def of_product(
+        self,
+        left: Tensor,  # (..., in_features)
+        right: Tensor,  # broadcastable to that
+        dtype: torch.dtype,
+    ) -> Tensor:  # (..., out_features)
+        """`forward(left * right)` in `dtype`, the product formed and scaled in float32: in float16 it could overflow."""
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return self._scaled(left.to(wide) * right.to(wide), dtype)
+
+    def _scaled(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        with without_autocast(input.device.type):
+            if self.sigma is not None:
+                input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
+            bias = self.bias if self.bias is None else self.bias.to(dtype)
+            if self.integer:
+                output = int8_linear(input.to(dtype), self.weight.qdata)
+                return output if bias is None else output + bias
+            return quantized_linear(input.to(dtype), self.weight, bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        restore_dtypes(self, before)  # sigma stays float32
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def is_plain(layer: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
+    """A layer of this very type that does nothing else: not wrapped, hooked or patched."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
+
+
+def row_parts(tensor: QuantizedTensor) -> Iterator[slice]:
+    """The first axis in parts of at most `CHUNK` values each, or one row; in a traced graph, of at most 16 parts."""
+    rows = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
+    if ops.is_tracing():
+        rows = max(rows, -(-tensor.shape[0] // _TRACED_PARTS))
+    for start in range(0, tensor.shape[0], rows):
+        yield slice(start, min(start + rows, tensor.shape[0]))
+
+
+def quantized_linear(
+    input: Tensor,  # (..., I)
+    weight: QuantizedTensor,  # (O, I)
+    bias: Tensor | None,  # (O,)
+) -> Tensor:  # (..., O)
+    """x Wᵀ + b in the input's dtype, de-quantizing one part of W after another."""
+    parts = list(row_parts(weight))
+    if len(parts) <= 1:
+        return nn.functional.linear(input, weight.dequantize(input.dtype), bias)
+    if torch.is_grad_enabled() or ops.is_tracing():
+        run = ops.block_runner(True, input)
+        output = torch.cat([run(_linear_part, input, weight, rows) for rows in parts], dim=-1)
+        return output if bias is None else output + bias
+    output = input.new_empty(*input.shape[:-1], weight.shape[0])
+    for rows in parts:
+        output[..., rows] = _linear_part(input, weight, rows)
+    return output if bias is None else output.add_(bias)
+
+
+def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
+    return nn.functional.linear(input, weight.rows(rows, input.dtype))
 
 
 def make_linear(
@@ -42,15 +127,31 @@ def make_linear(
     out_features: int,
     bias: bool,
     quantize: Quantize | None,
-    component: int,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
+    scales: Scales = "none",
+    component: int = 0,
 ) -> nn.Module:
-    """An `nn.Linear`, or a zeroed `QuantizedLinear` with one scale for each index of the axis `component`."""
+    """An `nn.Linear`, or a zeroed `QuantizedLinear`.
+
+    Args:
+        scales: of an int8 matrix; "input" gives one in 4 bits a sigma too.
+        component: with "rows", the axis along which each index has a float32 scale.
+    """
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-    weight = QuantizedTensor.empty((out_features, in_features), dim=1 - component, device=device)
-    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype))
+    shape, sigma = (out_features, in_features), None
+    if quantize == "nf4":
+        weight: QuantizedTensor = NF4Tensor.zeros(shape, device)
+    elif scales == "rows":
+        grid = [1, 1]
+        grid[component] = shape[component]
+        weight = QuantizedTensor.empty(shape, grid, device, torch.float32)
+    else:
+        weight = QuantizedTensor.empty(shape, None, device)
+    if scales == "input":
+        sigma = torch.zeros(in_features, device=device)
+    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype), sigma)
 
 
 def _zero_bias(
@@ -59,21 +160,26 @@ def _zero_bias(
     return nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
 
-def fill_linear(linear: nn.Module, weight: Tensor, component: int) -> None:
+def fill_linear(linear: nn.Module, weight: Tensor) -> None:
     """Store a weight (out_features, in_features), quantizing it where the layer is quantized."""
     if isinstance(linear, QuantizedLinear):
-        linear.weight = QuantizedTensor.quantize(weight, dim=1 - component)
+        linear.weight = linear.weight.requantized(weight)
     else:
         # a Parameter of its own, which shares no storage with the decomposition
         linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
 def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
-    """How to read a (possibly wrapped) linear layer's weight in a given dtype."""
+    """How to read a (possibly wrapped) linear layer's weight in a given dtype, `sigma` multiplied into it."""
     if isinstance(linear, InterpolativeLinear):
         return linear.dense
     weight = linear.weight
-    return weight.dequantize if isinstance(weight, QuantizedTensor) else weight.to  # type: ignore[return-value]
+    if not isinstance(weight, QuantizedTensor):
+        return weight.to  # type: ignore[return-value]
+    sigma = getattr(linear, "sigma", None)
+    if not isinstance(sigma, Tensor):
+        return weight.dequantize
+    return lambda dtype: (weight.dequantize(torch.promote_types(dtype, torch.float32)) * sigma).to(dtype)
 
 
 class AddBias(nn.Module):
@@ -122,10 +228,9 @@ class InterpolativeLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         size, rank = max(in_features, out_features), min(in_features, out_features)
         self.register_buffer("index", torch.arange(size, dtype=torch.int32, device=device))
-        if self.widening:
-            self.rest = make_linear(rank, size - rank, False, quantize, 1, device, dtype)
-        else:
-            self.rest = make_linear(size - rank, rank, False, quantize, 0, device, dtype)
+        ends = (rank, size - rank) if self.widening else (size - rank, rank)
+        # a scale for each of the others, which are fewer than the kept
+        self.rest = make_linear(*ends, False, quantize, device, dtype, "rows", 0 if self.widening else 1)
         self.register_parameter("bias", _zero_bias(out_features, bias, device, dtype))
 
     @property
@@ -134,10 +239,9 @@ class InterpolativeLinear(nn.Module):
         return self.out_features > self.in_features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self.index
+        before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.index.dtype != torch.int32:  # .type(dtype) on a parent converts integers too
-            self.index = before.to(device=self.index.device)
+        restore_dtypes(self, before)  # .type(dtype) on a parent converts integers too
         return self
 
     def fill(
@@ -147,10 +251,7 @@ class InterpolativeLinear(nn.Module):
     ) -> None:
         """Store the matrix (d, r) whose rows `order` are [I; F], or its transpose, as `interpolation` gives it."""
         self.index = (order.argsort() if self.widening else order).to(torch.int32)
-        if self.widening:
-            fill_linear(self.rest, coefficients, 1)
-        else:
-            fill_linear(self.rest, coefficients.T, 0)
+        fill_linear(self.rest, coefficients if self.widening else coefficients.T)
 
     def forward(
         self,

@@ -6,10 +6,13 @@ import torch
 from torch import nn
 
 from ..config import Quantize
+from ..decomposition import unit_columns
 from ..errors import CompressionError
 from ._base import CompressedBilinear
+from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear, fill_linear, linear_weight
+from ._tucker import TuckerBilinear
 
 _Layer = TypeVar("_Layer", bound=CompressedBilinear)
 
@@ -26,7 +29,23 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
     bias = cast(nn.Parameter | None, layer.bias)
     kind: Any = type(layer)  # dense layers take no rank
     new: _Layer = kind(*sizes, *rank, bias is not None, "meta", dtype, quantize=quantize)
-    for name, part in list(new.named_modules()):
+    _check_parts(layer, new)
+    if isinstance(layer, CPBilinear):
+        new = kind.from_decomposition(layer.to_decomposition(dtype), None, quantize=quantize)
+    elif isinstance(layer, TuckerBilinear):
+        _fill_tucker(layer, cast(TuckerBilinear, new), dtype)
+    else:
+        cast(Any, new).weight = DenseBilinear.from_weight(
+            layer.dense_rows(slice(None), dtype), quantize=quantize
+        ).weight
+    if bias is not None and bias.dtype != dtype and quantize is None:
+        bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
+    new.set_bias(bias)
+    return new.train(layer.training)
+
+
+def _check_parts(layer: CompressedBilinear, new: CompressedBilinear) -> None:
+    for name, part in new.named_modules():
         if not isinstance(part, (nn.Linear, QuantizedLinear, InterpolativeLinear, DenseBilinear)):
             continue
         old = layer.get_submodule(name)
@@ -37,22 +56,22 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
                 f"`{name}` should be a plain {wanted} to be stored otherwise. Found {type(old).__name__}: merge or "
                 "remove what wraps it first."
             )
+
+
+def _fill_tucker(layer: TuckerBilinear, new: TuckerBilinear, dtype: torch.dtype) -> None:
+    """Projection by projection: an interpolative one keeps its index; the core takes the columns' scales."""
+    core = layer.core.dense_rows(slice(None), torch.float64 if new.quantize else dtype)
+    for mode, name in enumerate(("out_proj", "in1_proj", "in2_proj")):
+        old, part = layer.get_submodule(name), new.get_submodule(name)
         if isinstance(part, InterpolativeLinear):
             part.index = old.get_buffer("index").clone()
-        elif isinstance(part, DenseBilinear):
-            weight = cast(DenseBilinear, old).dense_rows(slice(None), dtype)
-            filled = DenseBilinear.from_weight(weight, quantize=quantize)
-            part.weight = filled.weight
-        else:
-            fill_linear(part, linear_weight(old)(dtype), _component(part))
-    if bias is not None and bias.dtype != dtype and quantize is None:
-        bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
-    new.set_bias(bias)
-    return new.train(layer.training)
-
-
-def _component(linear: nn.Linear | QuantizedLinear) -> int:
-    """The axis along which each index has a scale of its own; any for a layer without scales."""
-    if isinstance(linear, nn.Linear):
-        return 0
-    return 0 if tuple(linear.weight.scale.shape) == (linear.out_features, 1) else 1
+            old, part = old.get_submodule("rest"), part.rest
+            fill_linear(part, linear_weight(old)(dtype))
+        elif isinstance(part, (nn.Linear, QuantizedLinear)):
+            weight = linear_weight(old)(dtype)
+            if isinstance(part, QuantizedLinear):
+                unit, scale = unit_columns(weight if mode == 0 else weight.T)
+                weight = unit if mode == 0 else unit.T
+                core = core * scale.view([-1 if axis == mode else 1 for axis in range(3)])
+            fill_linear(part, weight)
+    new.core = DenseBilinear.from_weight(core, quantize=new.quantize)

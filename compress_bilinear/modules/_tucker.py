@@ -10,8 +10,10 @@ from ..decomposition import (
     check_tucker_rank,
     interpolation,
     is_interpolated,
+    rounded,
     tucker,
     tucker_flops,
+    unit_columns,
 )
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
@@ -26,14 +28,14 @@ class TuckerBilinear(ProjectedBilinear):
     interpolative projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its
     size is absorbed into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
 
-    With "int8" the projections have one float32 scale for each component and the core one for each fibre along its
-    longer input axis.
+    In 8 or 4 bits the columns of a projection have equal magnitudes, and their scales are in the core, which has those
+    of a `DenseBilinear`: Tucker's freedom to move scale between core and factors costs no accuracy.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
         rank: (R_o, R_i, R_j), in the order of the weight's axes (O, I, J).
         bias: whether to add a bias (O,).
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize` or a rank outside 1..size.
@@ -70,7 +72,7 @@ class TuckerBilinear(ProjectedBilinear):
                 return AddBias(size, bias, device, dtype) if widening else nn.Identity()
             if is_interpolated(kept, size):
                 return InterpolativeLinear(*ends, bias, quantize, device, dtype)
-            return make_linear(*ends, bias, quantize, int(widening), device, dtype)
+            return make_linear(*ends, bias, quantize, device, dtype)
 
         self.in1_proj = projection(in1_features, rank[1], False, False)
         self.in2_proj = projection(in2_features, rank[2], False, False)
@@ -96,7 +98,7 @@ class TuckerBilinear(ProjectedBilinear):
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        core = decomposition.core
+        core = decomposition.core.double() if quantize else decomposition.core
         for mode, layer in enumerate((new.out_proj, new.in1_proj, new.in2_proj)):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
@@ -105,9 +107,13 @@ class TuckerBilinear(ProjectedBilinear):
                     core = torch.tensordot(turn, core.double(), dims=([1], [mode])).movedim(0, mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
-            else:
-                fill_linear(layer, factor.T if mode else factor, 0 if mode else 1)
-        new.core = DenseBilinear.from_weight(core.to(dtype).contiguous(), quantize=quantize)
+                continue
+            if quantize is not None:
+                factor, peak = unit_columns(factor)
+                core = core * peak.view([-1 if axis == mode else 1 for axis in range(3)])
+            fill_linear(layer, factor.T if mode else factor)
+        core = core if quantize else core.to(dtype)
+        new.core = DenseBilinear.from_weight(core.contiguous(), quantize=quantize)
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
@@ -116,7 +122,9 @@ class TuckerBilinear(ProjectedBilinear):
     def from_bilinear(cls, layer: nn.Bilinear, rank: TuckerRank, *, quantize: Quantize | None = None) -> Self:
         """The layer of `decomposition.tucker(layer.weight, rank)`, up to rounding; raises what that raises."""
         bias = None if layer.bias is None else layer.bias.detach()
-        return cls.from_decomposition(tucker(layer.weight.detach(), rank, quantize=quantize), bias, quantize=quantize)
+        weight = layer.weight.detach()
+        found = rounded(tucker(weight, rank, quantize=quantize), weight, quantize)
+        return cls.from_decomposition(found, bias, quantize=quantize)
 
     @property
     def flops_per_row(self) -> int:

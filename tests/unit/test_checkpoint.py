@@ -246,7 +246,7 @@ def cast(description, tensors) -> None:
 
 
 def cast_scale(description, tensors) -> None:
-    tensors["one.in1_proj.weight.scale"] = tensors["one.in1_proj.weight.scale"].double()
+    tensors["one.out_proj.sigma"] = tensors["one.out_proj.sigma"].double()
 
 
 def cast_index(description, tensors) -> None:
@@ -265,13 +265,13 @@ DAMAGE = {
     "flipped byte": (flip, "damaged or edited"),
     "edited description": (edited(layer_with(rank=[2, 2, 2]), False), "damaged or edited"),
     "edited tensor": (edited(lambda d, t: t["rel.core.weight"].zero_(), False), "damaged or edited"),
-    "version": (edited(lambda d, t: d.update(version=1), True), "format version 3. Found 1"),
+    "version": (edited(lambda d, t: d.update(version=1), True), "format version 4. Found 1"),
     "no version": (edited(lambda d, t: d.pop("version"), True), "damaged or edited"),
     "no layers": (edited(lambda d, t: d.pop("layers"), True), "damaged or edited"),
     "unknown field": (edited(layer_with(colour="red"), True), "damaged or edited"),
     "no name": (edited(layer_with(names=[]), True), "Found"),
     "unknown method": (edited(layer_with(method="tt"), True), "'cp', 'tucker' or 'dense'. Found 'tt'"),
-    "unknown format": (edited(layer_with(quantize="nf4"), True), "not valid"),
+    "unknown format": (edited(layer_with(quantize="int4"), True), "not valid"),
     "forged rank": (edited(layer_with(rank=[99, 2, 2]), True), "not valid"),
     "forged size": (edited(layer_with(in1_features=2**62), True), "`in1_features` of layer 'rel' should be"),
     "missing tensor": (edited(lambda d, t: t.pop("rel.core.weight"), True), "missing core.weight"),

@@ -131,7 +131,7 @@ MISTAKES = {
     "no compressed file": (("report", "net.pt"), "Missing argument 'COMPRESSED'"),
     "error is no number": (("compress", "layer.pt", *TO, "--max-error", "small"), "'small' is not a valid float"),
     "unknown method": (("compress", "layer.pt", *TO, "--method", "svd"), "'svd' is not one of 'cp', 'tucker', 'dense'"),
-    "unknown quantize": (("compress", "layer.pt", *TO, *TUCKER, "--quantize", "nf4"), "'nf4' is not"),
+    "unknown quantize": (("compress", "layer.pt", *TO, *TUCKER, "--quantize", "int4"), "'int4' is not"),
     "no rows": (("compress", "layer.pt", *TO, *TUCKER, "--batch-size", "0"), "0 is not in the range x>=1"),
     "unknown style": (("report", "net.pt", "net.pt", "--format", "html"), "'html' is not one of"),
     "inspect nothing": (("inspect", "none.pt"), "should be a file"),

@@ -86,7 +86,7 @@ def test_costs_are_those_of_the_layer_that_stores_them():
     assert tucker_flops((2, 3, 2), SHAPE) == 2 * (2 * 4 + 3 * 6 + 2 * 5) + dense_flops((2, 3, 2))
     assert tucker_flops((2, 3, 4), SHAPE) == 2 * (2 * 4 + 3 * 6 + 4 * 1) + 4 + dense_flops((2, 3, 4))
     assert tucker_flops(SHAPE, SHAPE) == dense_flops(SHAPE)
-    assert tucker_bytes((4, 3, 5), SHAPE, 4, "int8") == 60 + 18 + 4 * (3 + 4 * 3)
+    assert tucker_bytes((4, 3, 5), SHAPE, 4, "int8") == 60 + 18 + 2 * 4  # 15 values of the core share a scale
     assert tucker_bytes((2, 3, 4), SHAPE, 4, None) == 4 * (24 + 8 + 18 + 4) + 4 * 5  # and an index for each row
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import DTYPES, assert_matches_reference, low_rank
+from support import DTYPES, assert_matches_reference, bilinear, low_rank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,11 +68,37 @@ def test_it_shares_no_memory_with_its_decomposition():
     assert torch.equal(decomposition.to_tensor(), before)
 
 
-def test_int8_has_a_scale_for_each_component():
+def test_int8_has_one_float32_scale_for_each_component():
     layer, _ = example(quantize="int8")
     assert all(isinstance(part, QuantizedLinear) for part in layer.children())
-    scales = [tuple(part.weight.scale.shape) for part in (layer.in1_proj, layer.in2_proj, layer.out_proj)]
-    assert scales == [(6, 1), (6, 1), (1, 6)]
+    assert {name: (value.dtype, tuple(value.shape)) for name, value in layer.named_buffers()} == {
+        "in1_proj.weight.qdata": (torch.int8, (6, 9)),
+        "in2_proj.weight.qdata": (torch.int8, (6, 7)),
+        "out_proj.weight.qdata": (torch.int8, (5, 6)),
+        "out_proj.sigma": (torch.float32, (6,)),
+    }
+    for part, components in ((layer.in1_proj, 1), (layer.in2_proj, 1), (layer.out_proj, 0)):
+        assert bool((part.weight.qdata.abs().amax(components) == 127).all())  # no component wastes levels
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_composed_by_hand_the_inner_layers_give_the_same(quantize):
+    layer, _ = example(quantize=quantize)
+    input1, input2 = normal(4, 9), normal(4, 7, seed=1)
+    by_hand = layer.out_proj(layer.in1_proj(input1) * layer.in2_proj(input2))
+    assert_matches_reference(by_hand.detach(), layer(input1, input2).detach())
+
+
+def test_a_product_beyond_the_range_of_float16_is_formed_in_float32():
+    original = bilinear(64, 64, 3)
+    with torch.no_grad():
+        original.weight.mul_(1e-3)
+    layer = CPBilinear.from_bilinear(original, 4, quantize="int8")
+    input1, input2 = (200 * normal(8, 64, seed=seed).half() for seed in (1, 2))
+    product = layer.in1_proj(input1) * layer.in2_proj(input2)
+    assert bool(torch.isinf(product).any())  # what the layer has to avoid
+    expected = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64), layer.bias)
+    assert_matches_reference(layer(input1, input2).detach(), expected.detach())
 
 
 def test_the_freedom_to_move_scale_between_factors_costs_int8_no_accuracy():

@@ -5,7 +5,7 @@ from torch import nn
 
 from compress_bilinear import DenseBilinear, ops
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.quantization import QuantizedTensor, quantize_int8
+from compress_bilinear.quantization import QuantizedTensor, expanded
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -57,16 +57,23 @@ def test_weight_and_bias_are_parameters_that_may_be_set():
     assert torch.equal(layer(torch.ones(2, 7), torch.ones(2, 6)), bias.expand(2, 5))
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((7, 9, 5), 2), ((9, 7, 5), 1), ((7, 7, 5), 2)])
-def test_int8_has_a_scale_for_each_output_and_row_along_the_longer_input(shape, dim):
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((7, 40, 5), (5, 7, 1)),
+        ((40, 7, 5), (5, 1, 7)),
+        ((33, 33, 5), (5, 33, 1)),
+        ((7, 200, 5), (5, 7, 2)),
+        ((200, 7, 5), (5, 2, 7)),
+        ((9, 8, 5), (5, 1, 2)),
+    ],
+)
+def test_int8_has_a_scale_for_each_output_and_part_of_a_row_along_the_longer_input(shape, grid):
     original = bilinear(*shape)
     layer = DenseBilinear.from_bilinear(original, quantize="int8")
     assert isinstance(layer.weight, QuantizedTensor)
-    for stored, value in zip(
-        (layer.weight.qdata, layer.weight.scale), quantize_int8(original.weight, dim), strict=True
-    ):
-        assert torch.equal(stored, value)
-    step = layer.weight.scale.expand(5, shape[0], shape[1])
+    assert (tuple(layer.weight.scale.shape), layer.weight.scale.dtype) == (grid, torch.bfloat16)
+    step = expanded(layer.weight.scale.float(), layer.weight.shape)
     assert bool(((layer.to_dense() - original.weight).abs() <= 0.501 * step).all())
     assert torch.equal(layer.bias, original.bias)
 

@@ -45,20 +45,20 @@ def test_it_has_the_attributes_of_a_linear_layer():
 
 
 @pytest.mark.parametrize(("component", "scales"), [(0, (5, 1)), (1, (1, 9))])
-def test_an_int8_layer_has_a_scale_for_each_component(component, scales):
-    made = make_linear(9, 5, True, "int8", component, None, torch.bfloat16)
+def test_an_int8_layer_may_have_a_scale_for_each_component(component, scales):
+    made = make_linear(9, 5, True, "int8", None, torch.bfloat16, "rows", component)
     assert tuple(made.weight.scale.shape) == scales
     assert made.bias.dtype == torch.bfloat16
-    fill_linear(made, normal(5, 9), component)
+    fill_linear(made, normal(5, 9))
     assert tuple(made.weight.scale.shape) == scales
     assert float((made.weight.dequantize() - normal(5, 9)).abs().max()) < 0.02
 
 
 def test_without_a_format_it_is_an_ordinary_linear_layer_with_memory_of_its_own():
-    made = make_linear(9, 5, False, None, 0, None, torch.float64)
+    made = make_linear(9, 5, False, None, None, torch.float64)
     assert type(made) is nn.Linear
     weight = normal(9, 5, dtype=torch.float64).T
-    fill_linear(made, weight, 0)
+    fill_linear(made, weight)
     assert made.weight.is_contiguous()
     assert torch.equal(made.weight, weight)
     with torch.no_grad():
@@ -66,10 +66,10 @@ def test_without_a_format_it_is_an_ordinary_linear_layer_with_memory_of_its_own(
     assert bool(weight.all())
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_the_weight_is_read_in_the_dtype_that_is_asked_for(quantize):
-    made = make_linear(9, 5, False, quantize, 0, None, torch.float32)
-    fill_linear(made, normal(5, 9), 0)
+    made = make_linear(9, 5, False, quantize, None, torch.float32)
+    fill_linear(made, normal(5, 9) / 4)
     stored = made.weight if quantize is None else made.weight.dequantize(torch.float64)
     for dtype in DTYPES:
         read = linear_weight(made)(dtype)

@@ -1,0 +1,121 @@
+"""The metric in which a weight's error is the error of its layer's outputs: that of the inputs' second moments.
+
+E ‖(W − Ŵ)(x1, x2)‖² is ‖(W − Ŵ) ×_I S1^½ ×_J S2^½‖² for independent inputs of second moments S = E[x xᵀ], and with
+M = E[g gᵀ] of the loss's gradients by the outputs, a further ×_O M^½ weighs the outputs by what they matter.
+
+Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" (2021) and Wang et al., "SVD-LLM" (2024),
+for matrices; Kronecker factors of the curvature: Martens and Grosse, "Optimizing neural networks with
+Kronecker-factored approximate curvature" (2015).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError
+from ._types import CPDecomposition, TuckerDecomposition
+
+_DAMPING = 1e-3  # of the mean eigenvalue
+_FEW_ROWS = 0.05  # the same, for as many rows as dimensions
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """Symmetric square roots and their inverses (d, d), float64, for each mode; None where all directions count alike.
+
+    Attributes:
+        roots, inverses: in the order of the weight's axes, (out, in1, in2).
+    """
+
+    roots: tuple[Tensor | None, Tensor | None, Tensor | None]
+    inverses: tuple[Tensor | None, Tensor | None, Tensor | None]
+
+    @classmethod
+    def of_moments(cls, moments: Sequence[Tensor | None], rows: int) -> "Metric":
+        """From second moments (d, d) of `rows` rows in the order (out, in1, in2); None weighs all directions alike.
+
+        The moments are damped by a small multiple of the identity, a larger one for few rows: directions that were
+        never seen still count a little, and the inverses exist. Their overall scale does not matter.
+
+        Raises: CompressionError where a moment is not finite.
+        """
+        pairs = [(None, None) if moment is None else _roots(moment, rows) for moment in moments]
+        (out, in1, in2) = pairs
+        return cls((out[0], in1[0], in2[0]), (out[1], in1[1], in2[1]))
+
+    def whiten(
+        self,
+        weight: Tensor,  # (O, I, J)
+    ) -> Tensor:  # (O, I, J)
+        """The weight whose Frobenius error is the error in this metric: in float32 at least."""
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        white = weight.detach().to(dtype)
+        out, in1, in2 = (None if root is None else root.to(weight.device, dtype) for root in self.roots)
+        if in2 is not None:
+            white = (white.flatten(0, 1) @ in2).view(white.shape)
+        if in1 is not None:
+            white = torch.matmul(in1, white)
+        if out is not None:
+            white = (out @ white.flatten(1)).view(white.shape)
+        return white
+
+    def unwhiten(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
+        """A factor of a whitened weight as one of the weight itself, in float64."""
+        inverse = self.inverses[mode]
+        return factor.double() if inverse is None else inverse.to(factor.device) @ factor.double()
+
+    def whitened_rows(
+        self,
+        mode: int,
+        rows: Tensor,  # (N, d)
+    ) -> Tensor:  # (N, d)
+        """Inputs for the whitened weight, in the rows' dtype: it makes of these what the weight makes of the rows."""
+        inverse = self.inverses[mode]
+        return rows if inverse is None else rows @ inverse.to(rows)
+
+
+def _roots(moment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    if not bool(torch.isfinite(moment).all()):
+        raise CompressionError("Second moments should be finite. Found NaN or infinity.")
+    size = len(moment)
+    values, vectors = torch.linalg.eigh((moment.double() + moment.double().T) / 2)
+    values = values.clamp_min(0)
+    mean = float(values.mean())
+    if mean == 0:
+        identity = torch.eye(size, dtype=torch.float64, device=moment.device)
+        return identity, identity
+    values = (values / mean + _DAMPING + _FEW_ROWS * size / max(rows, 1)).sqrt()
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def unwhitened_cp(found: CPDecomposition, metric: Metric, dtype: torch.dtype) -> CPDecomposition:
+    """A CP of a whitened weight as one of the weight: unit columns, in `dtype`."""
+    wide = [metric.unwhiten(mode, factor) for mode, factor in enumerate(found.factors)]
+    norms = [factor.norm(dim=0) for factor in wide]
+    out, in1, in2 = ((f / torch.where(n > 0, n, 1.0)).to(dtype) for f, n in zip(wide, norms, strict=True))
+    weights = found.weights.double() * norms[0] * norms[1] * norms[2]
+    return CPDecomposition(weights.to(torch.promote_types(dtype, torch.float32)), (out, in1, in2))
+
+
+def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.dtype) -> TuckerDecomposition:
+    """A Tucker decomposition of a whitened weight as one of the weight, in `dtype`.
+
+    A mode of full rank is absorbed into the core, as ever. The other factors keep columns that give projections of
+    equal variance, which rounds best, but for a common scale.
+    """
+    core = found.core.double()
+    factors = []
+    for mode, factor in enumerate(found.factors):
+        wide = metric.unwhiten(mode, factor)
+        if wide.shape[0] == wide.shape[1]:
+            core = torch.tensordot(wide, core, dims=([1], [mode])).movedim(0, mode)
+            wide = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
+        else:
+            scale = float(wide.norm(dim=0).max()) or 1.0
+            wide, core = wide / scale, core * scale
+        factors.append(wide.to(dtype))
+    out, in1, in2 = factors
+    return TuckerDecomposition(core.to(dtype), (out, in1, in2))
+

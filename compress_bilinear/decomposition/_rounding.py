@@ -1,0 +1,214 @@
+"""The quantization-aware finish: factors that are exactly what a layer stores, each fitted to how others were rounded.
+
+Once a factor has been rounded, least squares re-solve the others against the weight, which takes back that part of the
+rounding that they can express; then the next is rounded. The plain rounding is kept where it is as good. Such
+sequences are known from neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post
+training quantization with small calibration sets", 2021); for CP and Tucker each step has a closed form.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..config import Quantize
+from ..quantization import (
+    LEVELS,
+    UNIT,
+    dequantize,
+    dequantize_nf4,
+    quantize_blocks,
+    quantize_nf4,
+    quantize_unit,
+    scale_grid,
+)
+from ._interpolation import is_interpolated
+from ._source import Source, full_precision, gram, leading, mode_product
+from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
+
+_Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
+
+# squared relative error that rounding the factors that are left will add: what a ridge should discourage
+_RIDGE: dict[Quantize, float] = {"int8": 1e-4, "nf4": 1e-2}
+_LEAST_RIDGE = 1e-9
+_CYCLES = 4  # of rounding each factor anew
+_GAIN = 0.998  # of the error, below which another cycle is worth its time
+
+
+def rounded(found: _Any, weight: Tensor, quantize: Quantize | None) -> _Any:
+    """A decomposition of the same rank whose parts are values of a storage format, with the least error found.
+
+    Args:
+        found: the decomposition in floating point.
+        weight: what it approximates (O, I, J).
+        quantize: the format; with None it is `found` itself.
+
+    Returns:
+        In float32, or float64 for such a weight. The layer that is made of it stores these very values (but for a
+        Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
+    """
+    if quantize is None:
+        return found
+    with full_precision(weight.device):
+        if isinstance(found, CPDecomposition):
+            return _rounded_cp(found, weight, quantize)
+        return _rounded_tucker(found, weight, quantize)
+
+
+def unit_columns(
+    factor: Tensor,  # (d, R)
+) -> tuple[Tensor, Tensor]:
+    """Columns whose largest magnitude is 127/128, what int8 without a scale holds, and their scales (R,); float64."""
+    wide = factor.detach().double()
+    scale = wide.abs().amax(0) / UNIT / LEVELS
+    return wide / scale.where(scale > 0, 1.0), scale
+
+
+def distance(
+    weight: Tensor,  # (O, I, J)
+    first: CPDecomposition | TuckerDecomposition,
+    second: Callable[[slice], Tensor],  # rows -> (·, I, J)
+) -> float:
+    """How far two approximations of a weight are apart, relative to its norm; in float64, slice by slice."""
+    largest = peak(weight) or 1.0
+    apart = total = 0.0
+    subtract = first._subtraction()
+    for rows in row_slices(weight.shape):
+        values = second(rows).to(torch.float64, memory_format=torch.contiguous_format, copy=True)
+        subtract(rows, values)
+        apart += float((values / largest).norm()) ** 2
+        total += float((weight.detach()[rows].double() / largest).norm()) ** 2
+    return relative(apart, total)
+
+
+def _stored(matrix: Tensor, quantize: Quantize) -> Tensor:
+    """A matrix in the layout of a linear layer's weight, rounded; float64."""
+    if quantize == "int8":
+        return dequantize(quantize_unit(matrix), None, torch.float64)
+    return _coded(matrix)
+
+
+def _stored_core(core: Tensor, quantize: Quantize) -> Tensor:
+    if quantize == "int8":
+        return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
+    return _coded(core)
+
+
+def _coded(values: Tensor) -> Tensor:
+    return dequantize_nf4(*quantize_nf4(values), 0, values.numel(), torch.float64).view(values.shape)
+
+
+def _stored_columns(factor: Tensor, mode: int, quantize: Quantize) -> tuple[Tensor, Tensor]:
+    """A factor as a layer stores it, and the scales of its columns."""
+    unit, scale = unit_columns(factor)
+    return (_stored(unit.T, quantize).T if mode else _stored(unit, quantize)), scale
+
+
+def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize) -> CPDecomposition:
+    source, ridge = Source(weight), _RIDGE[quantize]
+    factors = [factor.detach().double() for factor in found.factors]
+    factors[0] = factors[0] * (found.weights.double() * source.scale)
+    plain = [_stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]
+    units = [unit for unit, _ in plain]
+    sums = _product(source, 0, units)
+    best = _CPFit(source, units, sums, math.prod(scale for _, scale in plain))  # type: ignore[arg-type]
+    best = min(best, _CPFit(source, units, sums), key=_CPFit.squared_error)
+    for cycle in range(_CYCLES):
+        before = best.squared_error()
+        for mode in (1, 2, 0):
+            if cycle > 0 or mode != 1:
+                sums = _product(source, mode, factors)
+                factors[mode] = _solved(sums, _gram_product(factors, mode), ridge)
+            factors[mode] = _stored_columns(factors[mode], mode, quantize)[0]
+        trial = _CPFit(source, list(factors), sums)  # the sums of mode 0, which depend on the other factors only
+        best = min(best, trial, key=_CPFit.squared_error)
+        factors[0] = factors[0] * trial.scales
+        if best.squared_error() > _GAIN * before:
+            break
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    out, in1, in2 = (factor.to(dtype) for factor in best.units)
+    result = CPDecomposition((best.scales / source.scale).to(dtype), (out, in1, in2))
+    return CPDecomposition(result.weights, result.factors, result.relative_error(weight))
+
+
+class _CPFit:
+    """Rounded factors and the scales of their components, by least squares where they are not given."""
+
+    def __init__(self, source: Source, units: list[Tensor], sums: Tensor, scales: Tensor | None = None) -> None:
+        self.source, self.units = source, units
+        self.gram = _gram_product(units, None)
+        self.inner = (sums * units[0]).sum(0)  # of each component with the weight
+        self.scales = _solved(self.inner[None], self.gram, _LEAST_RIDGE)[0] if scales is None else scales
+
+    def squared_error(self) -> float:
+        lost = self.source.total + float(self.scales @ (self.gram @ self.scales - 2 * self.inner))
+        return lost if math.isfinite(lost) else math.inf
+
+
+def _product(source: Source, mode: int, factors: Sequence[Tensor]) -> Tensor:  # (d_mode, R) float64
+    """The unfolding of the weight times the Khatri-Rao product of the other two factors, slab by slab."""
+    out, in1, in2 = (factor.to(source.dtype) for factor in factors)
+    total = torch.zeros(factors[mode].shape, dtype=torch.float64, device=source.weight.device)
+    for rows, slab in source.slabs():
+        partial = slab.mT @ in1 if mode == 2 else slab @ in2
+        if mode == 0:
+            total[rows] = (partial * in1).sum(1).double()
+        else:
+            total += (partial * out[rows, None]).sum(0).double()
+    return total
+
+
+def _gram_product(factors: Sequence[Tensor], skip: int | None) -> Tensor:  # (R, R)
+    grams = [factor.T @ factor for mode, factor in enumerate(factors) if mode != skip]
+    return math.prod(grams[1:], start=grams[0])
+
+
+def _solved(sums: Tensor, gram: Tensor, ridge: float) -> Tensor:
+    """X of X (V + ridge · diag V) = sums; a component that is zero elsewhere is zero."""
+    diagonal = gram.diagonal()
+    root = diagonal.where(diagonal > 0, 1.0).sqrt()  # to unit diagonal, so that a ridge suits components of any scale
+    system = gram / root / root[:, None]
+    system.diagonal().mul_(1 + ridge).add_(_LEAST_RIDGE)
+    return torch.linalg.solve(system, (sums / root).T).T / root
+
+
+def _rounded_tucker(found: TuckerDecomposition, weight: Tensor, quantize: Quantize) -> TuckerDecomposition:
+    source, dtype = Source(weight), torch.promote_types(weight.dtype, torch.float32)
+    free = [not is_interpolated(rank, size) for rank, size in zip(found.rank, found.shape, strict=True)]
+    factors = [factor.detach().double() for factor in found.factors]
+    core = found.core.detach().double()
+    for mode, (rank, size) in enumerate(zip(found.rank, found.shape, strict=True)):
+        if rank == size:  # absorbed, as its layer does
+            core = mode_product(core, factors[mode].T, mode)
+            factors[mode] = torch.eye(size, dtype=torch.float64, device=core.device)
+
+    def stored(core: Tensor, factors: list[Tensor]) -> TuckerDecomposition:
+        for mode in range(3):
+            if free[mode]:
+                unit, scale = unit_columns(factors[mode])
+                core = core * scale.view([-1 if axis == mode else 1 for axis in range(3)])
+                factors[mode] = _stored_columns(unit, mode, quantize)[0]
+        if all(free[mode] or found.rank[mode] == found.shape[mode] for mode in range(3)):
+            core = _stored_core(core, quantize)
+        # else the core absorbs what an interpolative factor leaves, and is rounded after that
+        out, in1, in2 = (factor.to(dtype) for factor in factors)
+        result = TuckerDecomposition(core.to(dtype), (out, in1, in2))
+        return TuckerDecomposition(result.core, result.factors, result.relative_error(weight))
+
+    plain = stored(core, list(factors))
+    bases = [torch.linalg.qr(factor)[0].to(source.dtype) for factor in factors]
+    for mode in range(3):
+        if not free[mode]:
+            continue
+        part = source.project(bases, skip=mode)
+        unit = leading(gram(part, mode), found.rank[mode], torch.float64)
+        factors[mode] = _stored_columns(unit, mode, quantize)[0]
+        bases[mode] = torch.linalg.qr(factors[mode])[0].to(source.dtype)
+    core = source.project(bases).double() / source.scale
+    for mode, (basis, factor) in enumerate(zip(bases, factors, strict=True)):
+        turn = torch.linalg.pinv(basis.double().T @ factor, rtol=_LEAST_RIDGE)
+        core = mode_product(core, turn.T, mode)
+    fitted = stored(core, factors)
+    return min(plain, fitted, key=lambda result: result.error)  # type: ignore[arg-type, return-value]

@@ -1,0 +1,109 @@
+"""NF4: four bits for a value, an index into 16 quantiles of a normal distribution, beside each block's magnitude.
+
+The tensor is flattened, and two values share a byte, the first in its high bits: the layout and the code of
+bitsandbytes' `quantize_4bit`, whose decoding of tensors that are not flat is wrong on some CPUs. The pure-torch code
+here defines it and is exact everywhere; `backend="bitsandbytes"` runs theirs.
+
+Source: Dettmers et al., "QLoRA: Efficient finetuning of quantized LLMs" (2023).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._int8 import SCALE_DTYPE, Backend, checked
+
+BLOCK = 64  # values that share a magnitude
+_CHUNK = 2**18  # values that are coded at once
+
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def nf4_bytes(count: Any) -> Any:
+    """Bytes of `count` values with the magnitudes of their blocks; counts may be tensors."""
+    return -(-count // 2) + SCALE_DTYPE.itemsize * -(-count // BLOCK)
+
+
+def quantize_nf4(
+    tensor: Tensor,  # (...), floating, finite
+    *,
+    scale_dtype: torch.dtype = SCALE_DTYPE,
+    backend: Backend = "torch",
+) -> tuple[Tensor, Tensor]:
+    """Code a tensor's values, flattened, in blocks of 64.
+
+    Args:
+        scale_dtype: of the magnitudes. Those of bitsandbytes are float32; values are coded relative to what is stored.
+        backend: "bitsandbytes" calls its `quantize_4bit`, whose magnitudes are float32 first.
+
+    Returns:
+        `qdata` uint8 (⌈n/2⌉,) and `scale` (⌈n/64⌉,), the largest magnitude in each block.
+
+    Raises: as `quantize_int8`.
+    """
+    values = checked(tensor).flatten()
+    if backend == "bitsandbytes":
+        from ._bitsandbytes import nf4
+
+        return nf4(values, scale_dtype)
+    count = len(values)
+    qdata = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
+    scale = torch.empty(-(-count // BLOCK), dtype=scale_dtype, device=values.device)
+    code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
+    middles = ((code[1:] + code[:-1]) / 2).float()
+    for start in range(0, count, _CHUNK):
+        part = values[start : start + _CHUNK]
+        blocks = torch.nn.functional.pad(part, [0, -len(part) % BLOCK]).view(-1, BLOCK)
+        largest = _representable(blocks.abs().amax(1), scale_dtype)
+        divisor = largest.float().where(largest > 0, torch.inf).unsqueeze(1)
+        index = torch.bucketize(blocks / divisor, middles).to(torch.uint8)
+        pairs = index.view(-1, 2)
+        packed = (pairs[:, 0] << 4) | pairs[:, 1]
+        qdata[start // 2 : start // 2 + len(packed)] = packed[: -(-len(part) // 2)]
+        scale[start // BLOCK : start // BLOCK + len(largest)] = largest
+    return qdata, scale
+
+
+def _representable(peak: Tensor, dtype: torch.dtype) -> Tensor:
+    """The magnitudes in `dtype`, finite."""
+    rounded = peak.to(dtype)
+    return torch.where(torch.isinf(rounded), torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
+
+
+def dequantize_nf4(
+    qdata: Tensor,  # (⌈n/2⌉,)
+    scale: Tensor,  # (⌈n/64⌉,)
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> Tensor:  # (stop - start,)
+    """The values from `start` to `stop`, multiplied in float32 (float64 for a float64 result) and rounded once."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    first, last = start // BLOCK, -(-stop // BLOCK)  # whole blocks
+    packed = qdata[first * BLOCK // 2 : min(last * BLOCK // 2, len(qdata))]
+    index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+    values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device)[index.int()]
+    magnitudes = scale[first:last].to(wide)
+    full = len(values) // BLOCK
+    values[: full * BLOCK].view(full, BLOCK).mul_(magnitudes[:full, None])
+    if full < len(magnitudes):
+        values[full * BLOCK :].mul_(magnitudes[full])
+    return values[start - first * BLOCK : stop - first * BLOCK].to(dtype)
