@@ -20,7 +20,9 @@ Backend: TypeAlias = Literal["composed", "triton"]
 BACKENDS: tuple[Backend, ...] = ("composed", "triton")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_RANK = 128  # R_o and R_j that a fused Tucker holds
-MOST_CORE = 64 * 128  # elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half with int8
+MOST_CORE = (
+    64 * 128
+)  # elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half with int8
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, slowly, to be checked
@@ -156,7 +158,7 @@ def fits_one_kernel(rank: tuple[int, ...], int8: bool) -> bool:
 
 
 def cp_splits(rows: int, rank: int, outputs: int) -> bool:
-    """Whether CP runs as a fused product and a plain one: outputs beyond a program's, or few rows and many components."""
+    """Whether CP runs as a fused product and a plain one: many outputs, or few rows and many components."""
     return outputs > 256 or (rows <= 8 * _ROWS and rank > 256)
 
 

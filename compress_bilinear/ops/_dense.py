@@ -44,7 +44,7 @@ _TRACED_PARTS = 16
 
 
 def best_order(shape: tuple[int, int, int], rows: int | None = None) -> Order:
-    """The order for a weight (O, I, J): eliminate the largest dimension first, where turning the weight pays for `rows`.
+    """The order for a weight (O, I, J): eliminate the largest dimension first, if turning the weight pays.
 
     Few rows leave the weight as it lies: "in2_first" saves O·I·J copies and costs N·O·(I − J) elements of T.
     """
@@ -67,7 +67,8 @@ def check_inputs(input1: Tensor, input2: Tensor, pairs: bool = False) -> None:
     last = 2 if pairs else 1
     if min(input1.dim(), input2.dim()) < last or input1.shape[:-last] != input2.shape[:-last]:
         raise InputError(
-            f"The inputs should have the same leading dimensions. Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            "The inputs should have the same leading dimensions. "
+            f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
         )
 
 

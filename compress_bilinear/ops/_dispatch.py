@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 from ._choice import cp_splits, fits_one_kernel
 from ._cp import composed_cp
 from ._dense import composed_dense
+from ._gemm import values
 from ._tucker import composed_tucker
 
 _NAMESPACE = "compress_bilinear"
@@ -54,7 +55,7 @@ def fused_cp(
     from ._triton_cp import launch_forward, launch_product
 
     if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
-        return linear(launch_product(x1, x2, in1, in2, sigma), out.to(x1.dtype), bias)
+        return linear(launch_product(x1, x2, in1, in2, sigma), values(out, x1.dtype), bias)
     return launch_forward(x1, x2, in1, in2, out, sigma, bias)
 
 
@@ -77,8 +78,8 @@ def fused_cp_backward(
     stored = weights or not narrow
     dx1, dx2, h, dp, dq = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
     if inputs and (dx1 is None or dx2 is None):
-        assert dp is not None and dq is not None  # noqa: PT018, S101
-        dx1, dx2 = dp @ in1.to(x1.dtype), dq @ in2.to(x1.dtype)
+        assert dp is not None and dq is not None  # noqa: PT018
+        dx1, dx2 = dp @ values(in1, x1.dtype), dq @ values(in2, x1.dtype)
     if not (weights and dp is not None and dq is not None and h is not None):
         return _or_empty(dx1, x1), _or_empty(dx2, x1), _empty(x1), _empty(x1), _empty(x1)
     return _or_empty(dx1, x1), _or_empty(dx2, x1), dp.T @ x1, dq.T @ x2, dy.T @ h
@@ -93,15 +94,12 @@ def fused_tucker(
     core: Tensor,  # (R_o, R_i, R_j)
     out: Tensor,  # (O, R_o)
     bias: Tensor | None,  # (O,)
-    in1_scale: Tensor | None,  # (R_i,), float32; all four or none
-    in2_scale: Tensor | None,  # (R_j,)
-    core_scale: Tensor | None,  # broadcastable to `core`
-    out_scale: Tensor | None,  # (R_o,)
+    scale: Tensor | None,  # of an int8 core
 ) -> Tensor:  # (N, O)
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b, where R_o and R_j fit a program."""
     from ._triton_tucker import launch_tucker
 
-    return launch_tucker(x1, x2, in1, in2, core, out, bias, (in1_scale, in2_scale, core_scale, out_scale))
+    return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cp_pairs", mutates_args=())
@@ -113,11 +111,11 @@ def fused_cp_pairs(p: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, sigma
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::tucker_pairs", mutates_args=())
-def fused_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, out_scale: Tensor | None) -> Tensor:
+def fused_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     """(B, L1, R_o, R_j) and (B, L2, R_j) to (B, L1, L2, O); see `launch_tucker_pairs`."""
     from ._triton_tucker import launch_tucker_pairs
 
-    return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, out_scale, bias)
+    return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, bias)
 
 
 @fused_dense.register_fake
@@ -145,7 +143,7 @@ def _(
 
 
 @fused_tucker.register_fake
-def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Any, *scales: Any) -> Tensor:
+def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Any, scale: Any) -> Tensor:
     return x1.new_empty(x1.shape[0], out.shape[0])
 
 
@@ -155,7 +153,7 @@ def _(p: Tensor, q: Tensor, out: Tensor, bias: Any, sigma: Any) -> Tensor:
 
 
 @fused_tucker_pairs.register_fake
-def _(t: Tensor, q: Tensor, out: Tensor, bias: Any, out_scale: Any) -> Tensor:
+def _(t: Tensor, q: Tensor, out: Tensor, bias: Any) -> Tensor:
     return q.new_empty(t.shape[0], t.shape[1], q.shape[1], out.shape[0])
 
 
@@ -175,16 +173,20 @@ def _again(composed: Callable[..., Tensor], operands: list[Tensor | None], wante
     """The gradients by the composed path, themselves differentiable."""
     chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
     found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
-    return tuple(next(found) if want and tensor is not None else None for tensor, want in zip(operands, wanted, strict=True))
+    return tuple(
+        next(found) if want and tensor is not None else None for tensor, want in zip(operands, wanted, strict=True)
+    )
 
 
 def _dense_backward(context: Any, dy: Tensor) -> Any:
     x1, x2, weight, scale = context.saved_tensors
     wanted = context.needs_input_grad
     if torch.is_grad_enabled():
-        return _again(
-            lambda *args: composed_dense(*args[:3], None, args[3], None), [x1, x2, weight, scale], wanted, dy
-        )
+
+        def composed(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+            return composed_dense(x1, x2, weight, None, scale, None)
+
+        return _again(composed, [x1, x2, weight, scale], wanted, dy)
     return *dense_gradients(dy, x1, x2, weight, scale, wanted), None
 
 
@@ -219,35 +221,24 @@ def _cp_backward(context: Any, dy: Tensor) -> Any:
 
 
 def _tucker_backward(context: Any, dy: Tensor) -> Any:
-    x1, x2, in1, in2, core, out, bias, scales1, scales2, core_scale, out_scale = context.saved_tensors
+    x1, x2, in1, in2, core, out, _, core_scale = context.saved_tensors
     wanted = context.needs_input_grad
     if torch.is_grad_enabled():
-        return _again(lambda *args: composed_tucker(*args[:7], args[7:]), list(context.saved_tensors), wanted, dy)
-    p, q = _scaled_linear(x1, in1, scales1), _scaled_linear(x2, in2, scales2)
-    widened = out.to(dy.dtype) if out_scale is None else (out * out_scale).to(dy.dtype)
-    dz = dy @ widened
+        return _again(composed_tucker, list(context.saved_tensors), wanted, dy)
+    in1, in2, out = (values(factor, x1.dtype) for factor in (in1, in2, out))
+    p, q = linear(x1, in1), linear(x2, in2)
+    dz = dy @ out
     dp, dq, dcore = dense_gradients(dz, p, q, core, core_scale, [any(wanted[0:3:2]), any(wanted[1:4:2]), wanted[4]])
-
-    def back(gradient: Tensor | None, weight: Tensor, scale: Tensor | None, want: bool) -> Tensor | None:
-        if gradient is None or not want:
-            return None
-        return (gradient if scale is None else (gradient * scale).to(gradient.dtype)) @ weight.to(gradient.dtype)
-
     return (
-        back(dp, in1, scales1, wanted[0]),
-        back(dq, in2, scales2, wanted[1]),
+        dp @ in1 if wanted[0] and dp is not None else None,
+        dq @ in2 if wanted[1] and dq is not None else None,
         dp.T @ x1 if wanted[2] and dp is not None else None,
         dq.T @ x2 if wanted[3] and dq is not None else None,
         dcore,
         dy.T @ fused_dense(p, q, core, core_scale) if wanted[5] else None,
         dy.sum(0) if wanted[6] else None,
-        *[None] * 4,
+        None,
     )
-
-
-def _scaled_linear(x: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    product = linear(x, weight.to(x.dtype))
-    return product if scale is None else (product * scale).to(x.dtype)
 
 
 torch.library.register_autograd(f"{_NAMESPACE}::dense", _dense_backward, setup_context=_save)
@@ -261,4 +252,5 @@ __all__ = [
     "fused_dense",
     "fused_tucker",
     "fused_tucker_pairs",
+    "values",
 ]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as _plain
 
+from ..quantization import dequantize
+
 _LEAST_ROWS = 16  # below, laying out the weight costs more than it saves
 _LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
 
@@ -45,6 +47,11 @@ def linear_times(
     rows, other = input.reshape(-1, input.shape[-1]), other.reshape(-1, shape[-1])
     found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, None, "mul")
     return found.view(shape)
+
+
+def values(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in `dtype`: int8 has the step 2⁻⁷, which every floating dtype holds exactly."""
+    return dequantize(factor, None, dtype) if factor.dtype == torch.int8 else factor
 
 
 class _Linear(torch.autograd.Function):
@@ -90,7 +97,7 @@ def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
 
 def onednn_is_faster() -> bool:
     """Whether float32 products on this processor are oneDNN's: it is not Intel's, and torch's BLAS is MKL."""
-    return torch.backends.mkldnn.enabled and _has_slow_mkl()  # type: ignore[attr-defined, unused-ignore]
+    return bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()
 
 
 @cache
@@ -107,9 +114,10 @@ def _has_slow_mkl() -> bool:
 
 
 def _recorded() -> bool:
-    """Whether somebody watches or transforms the operators: tracing, torch.func, a dispatch mode, forward AD, autocast."""
+    """Whether operators are watched or transformed: by tracing, torch.func, a dispatch mode, forward AD or autocast."""
     return (
-        torch.jit.is_tracing()  # type: ignore[no-untyped-call, unused-ignore]
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0

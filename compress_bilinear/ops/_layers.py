@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..quantization import dequantize
 from . import _dispatch
 from ._choice import Backend, Choice, Problem, choose, transformed
 from ._cp import composed_cp, composed_cp_pairs
 from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs
 from ._gemm import linear
-from ._tucker import composed_tucker, composed_tucker_pairs
-
-NO_SCALES = (None, None, None, None)
+from ._tucker import composed_tucker, composed_tucker_pairs, project
 
 
 def bilinear_dense(
@@ -23,7 +22,7 @@ def bilinear_dense(
     weight: Tensor,  # (O, I, J); int8 with `scale`
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # float32, broadcastable to `weight`
+    scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
     order: Order | None = None,
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
@@ -38,10 +37,11 @@ def bilinear_dense(
     check_inputs(input1, input2)
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
-            f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. Found {order!r}, {backend!r}."
+            f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
+            f"Found {order!r} and {backend!r}."
         )
     operands = (input1, input2, weight, bias, scale)
-    if order is not None or not _fused("dense", operands, _shape(weight), (), weight, backend, fixed=(scale,)):
+    if order is not None or not _fused("dense", operands[:4], _shape(weight), (), weight, backend, fixed=(scale,)):
         return composed_dense(input1, input2, weight, bias, scale, order)
     output = _dispatch.fused_dense(*_rows(input1, input2), weight, scale)
     return _leading(output if bias is None else output + bias, input1)
@@ -50,7 +50,7 @@ def bilinear_dense(
 def bilinear_cp(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Tensor,  # (R, I), floating, or int8 with `sigma`
+    in1: Tensor,  # (R, I), floating, or int8 of step 2⁻⁷
     in2: Tensor,  # (R, J)
     out: Tensor,  # (O, R)
     bias: Tensor | None = None,  # (O,)
@@ -62,7 +62,7 @@ def bilinear_cp(
     check_inputs(input1, input2)
     operands = (input1, input2, in1, in2, out, bias, sigma)
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
-    if not _fused("cp", operands, shape, (in1.shape[0],), in1, backend, fixed=(sigma,)):
+    if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, fixed=(sigma,)):
         return composed_cp(*operands)
     return _leading(_dispatch.fused_cp(*_rows(input1, input2), *operands[2:]), input1)
 
@@ -70,19 +70,18 @@ def bilinear_cp(
 def bilinear_tucker(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Tensor | None,  # (R_i, I), floating or int8; None where the core takes the input as it is
+    in1: Tensor | None,  # (R_i, I), floating, or int8 of step 2⁻⁷; None where the core takes the input as it is
     in2: Tensor | None,  # (R_j, J)
     core: Tensor,  # (R_o, R_i, R_j)
     out: Tensor | None,  # (O, R_o); None where the core gives the output
     bias: Tensor | None = None,  # (O,)
     *,
-    scales: Sequence[Tensor | None] = NO_SCALES,
+    scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b.
 
     Args:
-        scales: float32, of in1 (R_i, 1), in2 (R_j, 1), core (broadcastable) and out (1, R_o), each with an int8 one.
         backend: None, "composed" or "triton"; None takes what should be faster.
 
     Raises: InputError as `bilinear_dense` does.
@@ -90,19 +89,16 @@ def bilinear_tucker(
     check_inputs(input1, input2)
     operands = (input1, input2, in1, in2, core, out, bias)
     shape = _tucker_shape(in1, in2, core, out)
-    if not _fused("tucker", operands, shape, _shape(core), core, backend, fixed=scales):
-        return composed_tucker(*operands, scales)
+    if not _fused("tucker", operands, shape, _shape(core), core, backend, fixed=(scale,)):
+        return composed_tucker(*operands, scale)
     rows1, rows2 = _rows(input1, input2)
-    scaled = [scale is not None for scale in scales]
-    if in1 is None or in2 is None or out is None or not _dispatch.fits_one_kernel(_shape(core), core.dtype == torch.int8) or any(scaled) != all(scaled):
-        left, right = _projected(rows1, in1, scales[0]), _projected(rows2, in2, scales[1])
-        inner = _dispatch.fused_dense(left, right, core, scales[2])
+    int8 = {tensor is not None and tensor.dtype == torch.int8 for tensor in (in1, in2, core, out)}
+    if in1 is None or in2 is None or out is None or len(int8) > 1 or not _dispatch.fits_one_kernel(_shape(core), *int8):
+        inner = _dispatch.fused_dense(project(rows1, in1), project(rows2, in2), core, scale)
         if out is None:
             return _leading(inner if bias is None else inner + bias, input1)
-        inner = inner if scales[3] is None else (inner * scales[3].flatten()).to(inner.dtype)
-        return _leading(linear(inner, out.to(inner.dtype), bias), input1)
-    flat = [scale if scale is None or index == 2 else scale.flatten() for index, scale in enumerate(scales)]
-    return _leading(_dispatch.fused_tucker(rows1, rows2, in1, in2, core, out, bias, *flat), input1)
+        return _leading(linear(inner, _dispatch.values(out, inner.dtype), bias), input1)
+    return _leading(_dispatch.fused_tucker(rows1, rows2, in1, in2, core, out, bias, scale), input1)
 
 
 def pairwise_dense(
@@ -111,20 +107,20 @@ def pairwise_dense(
     weight: Tensor,  # (O, I, J); int8 with `scale`
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # float32, broadcastable to `weight`
+    scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
     check_inputs(input1, input2, pairs=True)
     operands = (input1, input2, weight, bias, scale)
-    _fused("dense", operands, _shape(weight), (), weight, backend, pairs=True)
+    _fused("dense", operands[:4], _shape(weight), (), weight, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias, scale)
 
 
 def pairwise_cp(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Tensor,  # (R, I), floating, or int8 with `sigma`
+    in1: Tensor,  # (R, I), floating, or int8 of step 2⁻⁷
     in2: Tensor,  # (R, J)
     out: Tensor,  # (O, R)
     bias: Tensor | None = None,  # (O,)
@@ -136,9 +132,9 @@ def pairwise_cp(
     check_inputs(input1, input2, pairs=True)
     operands = (input1, input2, in1, in2, out, bias, sigma)
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
-    if not _fused("cp", operands, shape, (in1.shape[0],), in1, backend, pairs=True):
+    if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, pairs=True):
         return composed_cp_pairs(*operands)
-    left, right = _projected(input1, in1, None), _projected(input2, in2, None)
+    left, right = project(input1, in1), project(input2, in2)
     return _all_pairs(_dispatch.fused_cp_pairs(*_batches(left, right), out, bias, sigma), input1, input2)
 
 
@@ -151,7 +147,7 @@ def pairwise_tucker(
     out: Tensor | None,  # (O, R_o)
     bias: Tensor | None = None,  # (O,)
     *,
-    scales: Sequence[Tensor | None] = NO_SCALES,
+    scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
@@ -159,13 +155,12 @@ def pairwise_tucker(
     operands = (input1, input2, in1, in2, core, out, bias)
     shape = _tucker_shape(in1, in2, core, out)
     if not _fused("tucker", operands, shape, _shape(core), core, backend, pairs=True, whole=out is not None):
-        return composed_tucker_pairs(*operands, scales)
+        return composed_tucker_pairs(*operands, scale)
     assert out is not None
-    left, right = _batches(_projected(input1, in1, scales[0]), _projected(input2, in2, scales[1]))
-    plain = core if scales[2] is None else (core * scales[2]).to(left.dtype)
+    left, right = _batches(project(input1, in1), project(input2, in2))
+    plain = core if scale is None else dequantize(core, scale, left.dtype)
     turned = linear(left, plain.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
-    out_scale = None if scales[3] is None else scales[3].flatten()
-    return _all_pairs(_dispatch.fused_tucker_pairs(turned, right, out, bias, out_scale), input1, input2)
+    return _all_pairs(_dispatch.fused_tucker_pairs(turned, right, out, bias), input1, input2)
 
 
 def _fused(
@@ -193,7 +188,7 @@ def _fused(
     if obstacle is None and not whole:
         obstacle = "the kernel for pairs fuses the output's projection, and there is none"
     floating = {tensor.dtype for tensor in operands if tensor is not None and tensor.is_floating_point()}
-    if sorted(map(str, floating - {torch.float32})) != sorted(map(str, {input1.dtype} - {torch.float32})):
+    if floating != {input1.dtype}:
         obstacle = obstacle or f"the operands have several dtypes, {', '.join(sorted(map(str, floating)))}"
     bits = 8 * stored.element_size()
     problem = Problem(form, shape, rank, rows, pairs, input1.device, input1.dtype, bits, gradient)  # type: ignore[arg-type]
@@ -211,16 +206,18 @@ def explain(
     *,
     pairs: bool = False,
     gradient: bool = False,
+    obstacle: str | None = None,
 ) -> Choice:
-    """The choice for plain operands of these sizes.
+    """The choice for operands of these sizes.
 
     Args:
         form: "dense", "cp" or "tucker".
         shape: (O, I, J).
         rank: () of a dense weight, (R,) or (R_o, R_i, R_j).
         weight_bits: 8 for int8.
+        obstacle: what the caller knows to rule the fused kernels out.
     """
-    return choose(Problem(form, shape, rank, rows, pairs, device, dtype, weight_bits, gradient))  # type: ignore[arg-type]
+    return choose(Problem(form, shape, rank, rows, pairs, device, dtype, weight_bits, gradient), None, obstacle)  # type: ignore[arg-type]
 
 
 def _shape(weight: Tensor) -> tuple[int, int, int]:
@@ -234,13 +231,6 @@ def _tucker_shape(in1: Tensor | None, in2: Tensor | None, core: Tensor, out: Ten
         core.shape[1] if in1 is None else in1.shape[1],
         core.shape[2] if in2 is None else in2.shape[1],
     )
-
-
-def _projected(input: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor:
-    if weight is None:
-        return input
-    product = linear(input, weight.to(input.dtype))
-    return product if scale is None else (product * scale.flatten()).to(input.dtype)
 
 
 def _rows(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import OPTIONS, exact, load_tile, multiply, operand, precision, project, store_tile, tile
+from ._triton_tiles import OPTIONS, UNIT, exact, load_tile, multiply, operand, precision, project, store_tile, tile
 
 MOST_OUT = 256  # outputs that a program holds, in float32
 MOST_IN = 128  # inputs whose gradients a program holds
@@ -38,11 +38,15 @@ def cp_forward(
         product *= project(
             x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION
         )
+        if in1.dtype.element_ty == tl.int8:
+            product *= UNIT * UNIT
         if SCALED:
             product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
         product = product.to(x1.dtype.element_ty)
         weight = operand(load_tile(out, r, rank, out_column, o, outputs, out_row), product.dtype)
         total = multiply(product, weight, total, PRECISION)
+    if out.dtype.element_ty == tl.int8:
+        total *= UNIT
     if BIASED:
         total += tl.load(bias + o * bias_stride, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
     store_tile(y, total, n, rows, y_row, o, outputs, 1)
@@ -61,6 +65,8 @@ def cp_product(
     zero = tl.zeros((BN, BR), tl.float32)
     product = project(x1, in1, n, rows, x1_row, x1_column, r, rank, in1_row, in1_column, width1, zero, BK, PRECISION)
     product *= project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION)
+    if in1.dtype.element_ty == tl.int8:
+        product *= UNIT * UNIT
     if SCALED:
         product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
     store_tile(h, product, n, rows, h_row, r, rank, 1)
@@ -86,6 +92,8 @@ def cp_backward(
         p = project(x1, in1, n, rows, x1_row, x1_column, r, rank, in1_row, in1_column, width1, zero, BK, PRECISION)
         q = project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION)
         dh = project(dy, out, n, rows, dy_row, dy_column, r, rank, out_column, out_row, outputs, zero, BK, PRECISION)
+        if in1.dtype.element_ty == tl.int8:
+            dh *= UNIT * UNIT  # of `out` and of the other projection
         if SCALED:
             scale = tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
             dh *= scale
@@ -105,6 +113,8 @@ def cp_backward(
             weight2 = operand(load_tile(in2, r, rank, in2_row, j, width2, in2_column), dtype)
             total2 = multiply(q.to(dtype), weight2, total2, PRECISION)
     if INPUTS:
+        if in1.dtype.element_ty == tl.int8:
+            total1, total2 = total1 * UNIT, total2 * UNIT
         store_tile(dx1, total1, n, rows, width1, i, width1, 1)
         store_tile(dx2, total2, n, rows, width2, j, width2, 1)
 
@@ -185,9 +195,8 @@ def launch_backward(
     """
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     inputs = inputs and max(width1, width2) <= MOST_IN
-    empty = {"dtype": x1.dtype, "device": x1.device}
-    factors = [torch.empty(rows, rank, **empty) for _ in range(3)] if weights else [None] * 3
-    dx1, dx2 = (torch.empty(rows, width, **empty) if inputs else None for width in (width1, width2))
+    factors = [x1.new_empty(rows, rank) for _ in range(3)] if weights else [None] * 3
+    dx1, dx2 = (x1.new_empty(rows, width) if inputs else None for width in (width1, width2))
     blocks = cp_tiles("backward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
     cp_backward[(triton.cdiv(rows, blocks["BN"]),)](
         x1, x2, in1, in2, out, sigma, dy, *factors, dx1, dx2, rows, width1, width2, rank, outputs,
@@ -196,4 +205,3 @@ def launch_backward(
         SCALED=sigma is not None, WEIGHTS=weights, INPUTS=inputs, PRECISION=precision(x1.dtype), **blocks,
     )  # fmt: skip
     return dx1, dx2, *factors
-

@@ -9,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import OPTIONS, exact, load_tile, multiply, precision, store_tile, strides_of, tile, times
+from ._triton_tiles import (
+    OPTIONS,
+    exact,
+    load_scales,
+    load_tile,
+    multiply,
+    precision,
+    scale_layout,
+    store_tile,
+    tile,
+    times,
+)
 
 FEW = 128  # programs below which the sum over i is split
 
@@ -18,7 +29,7 @@ FEW = 128  # programs below which the sum over i is split
 def dense_forward(
     x1, x2, weight, scale, y,
     rows, width1, width2, outputs, part,
-    x1_row, x1_column, x2_row, x2_column, w_out, w_in1, w_in2, s_out, s_in1, s_in2, y_part, y_row,
+    x1_row, x1_column, x2_row, x2_column, w_out, w_in1, w_in2, s_out, s_in1, s_in2, b_out, b_in1, b_in2, y_part, y_row,
     SCALED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """A block of rows by a block of outputs, of the share `part` of the sum over i."""
@@ -37,7 +48,9 @@ def dense_forward(
             column = tl.load(x1 + offset, mask=n < rows, other=0.0)
             part_weight = load_tile(weight + (wide + i) * w_in1, j, width2, w_in2, o, outputs, w_out)
             if SCALED:
-                step = load_tile(scale + (wide + i) * s_in1, j, width2, s_in2, o, outputs, s_out)
+                step = load_scales(
+                    scale + (wide + i // b_in1) * s_in1, j, width2, s_in2, b_in2, o, outputs, s_out, b_out
+                )
                 part_weight = (part_weight.to(tl.float32) * step).to(right.dtype)
             total = multiply(times(right, column[:, None]), part_weight, total, PRECISION)
     store_tile(y + split.to(tl.int64) * y_part, total, n, rows, y_row, o, outputs, 1)
@@ -81,7 +94,7 @@ def launch_dense(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
     weight: Tensor,  # (O, I, J), floating or int8
-    scale: Tensor | None = None,  # float32, broadcastable to `weight`
+    scale: Tensor | None = None,  # one for each block of entries, or of all along an axis
 ) -> Tensor:  # (N, O)
     """All outputs; the wider input is summed over inside the products."""
     if x1.shape[1] > x2.shape[1]:
@@ -97,7 +110,7 @@ def launch_dense(
     dense_forward[triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]), splits](
         x1, x2, weight, scale, y, rows, width1, width2, outputs, part,
         *x1.stride(), *x2.stride(), *weight.stride(),
-        *(weight.stride() if scale is None else strides_of(scale, *weight.shape)), rows * outputs, outputs,
+        *scale_layout(scale, weight), rows * outputs, outputs,
         SCALED=scale is not None, PRECISION=precision(x1.dtype), **blocks,
     )  # fmt: skip
     return y[0] if splits == 1 else y.sum(0).to(x1.dtype)
@@ -118,4 +131,3 @@ def launch_weight_gradient(
         PRECISION=precision(x1.dtype), **blocks,
     )  # fmt: skip
     return dw
-

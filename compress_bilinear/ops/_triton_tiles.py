@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
 OPTIONS = {"enable_fp_fusion": True}  # what has been the default, which Triton 3.9 warns will change
 
 # the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
@@ -35,9 +36,13 @@ def exact(x: Tensor) -> bool:
     return x.dtype == torch.float32 and precision(x.dtype) == "ieee"
 
 
-def strides_of(scale: Tensor, *sizes: int) -> tuple[int, ...]:
-    """Strides of a broadcast view of `scale`: zero along the axes that share one."""
-    return scale.expand(*sizes).stride()
+def scale_layout(scale: Tensor | None, weight: Tensor) -> tuple[int, ...]:
+    """Strides of a weight's scales and the entries that share one, along each axis; see `QuantizedTensor`."""
+    if scale is None:
+        return (0, 0, 0, 1, 1, 1)
+    counts, sizes = scale.shape, weight.shape
+    strides = [0 if count == 1 else stride for count, stride in zip(counts, scale.stride(), strict=True)]
+    return (*strides, *(-(-size // count) for count, size in zip(counts, sizes, strict=True)))
 
 
 def tile(size: int, most: int) -> int:
@@ -48,7 +53,7 @@ def tile(size: int, most: int) -> int:
 @triton.jit
 def times(left, right):
     """left * right, rounded once to `left`'s dtype."""
-    if _INTERPRETED:
+    if _INTERPRETED:  # noqa: SIM108 - decided when compiled
         product = (left.to(tl.float32) * right.to(tl.float32)).to(left.dtype)
     else:
         product = left * right
@@ -76,6 +81,14 @@ def load_tile(pointer, row, rows, row_stride, column, columns, column_stride):
     """The tile pointer[row, column]; zero where an index is out of range."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_scales(pointer, row, rows, row_stride, row_block, column, columns, column_stride, column_block):
+    """The scale of each entry of a tile, in float32; zero where an index is out of range."""
+    offset = (row // row_block).to(tl.int64)[:, None] * row_stride
+    offset += (column // column_block).to(tl.int64)[None, :] * column_stride
+    return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

@@ -1,12 +1,9 @@
 """Tucker as a small dense bilinear between linear maps: what the fused kernels spell faster."""
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from ._dense import composed_dense, composed_dense_pairs
-from ._gemm import linear
+from ._gemm import linear, values
 
 
 def composed_tucker(
@@ -17,13 +14,13 @@ def composed_tucker(
     core: Tensor,  # (R_o, R_i, R_j)
     out: Tensor | None,  # (O, R_o)
     bias: Tensor | None,  # (O,)
-    scales: Sequence[Tensor | None],  # of in1 (R_i, 1), in2 (R_j, 1), core (broadcastable), out (1, R_o), for int8
+    scale: Tensor | None,  # of an int8 core; int8 factors have the step 2⁻⁷
 ) -> Tensor:  # (..., O)
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b."""
-    left, right = _project(input1, in1, scales[0]), _project(input2, in2, scales[1])
+    left, right = project(input1, in1), project(input2, in2)
     if out is None:
-        return composed_dense(left, right, core, bias, scales[2], None)
-    return _widen(composed_dense(left, right, core, None, scales[2], None), out, bias, scales[3])
+        return composed_dense(left, right, core, bias, scale, None)
+    return linear(composed_dense(left, right, core, None, scale, None), values(out, input1.dtype), bias)
 
 
 def composed_tucker_pairs(
@@ -34,29 +31,15 @@ def composed_tucker_pairs(
     core: Tensor,  # (R_o, R_i, R_j)
     out: Tensor | None,
     bias: Tensor | None,
-    scales: Sequence[Tensor | None],
+    scale: Tensor | None,
 ) -> Tensor:  # (..., L1, L2, O)
     """The same for all pairs."""
-    left, right = _project(input1, in1, scales[0]), _project(input2, in2, scales[1])
+    left, right = project(input1, in1), project(input2, in2)
     if out is None:
-        return composed_dense_pairs(left, right, core, bias, scales[2])
-    return _widen(composed_dense_pairs(left, right, core, None, scales[2]), out, bias, scales[3])
+        return composed_dense_pairs(left, right, core, bias, scale)
+    return linear(composed_dense_pairs(left, right, core, None, scale), values(out, input1.dtype), bias)
 
 
-def _project(input: Tensor, weight: Tensor | None, scale: Tensor | None) -> Tensor:
-    if weight is None:
-        return input
-    if scale is None:
-        return linear(input, weight)
-    return _scaled(linear(input, weight.to(input.dtype)), scale, input.dtype)
-
-
-def _widen(inner: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
-    if scale is None:
-        return linear(inner, weight, bias)
-    return linear(_scaled(inner, scale, inner.dtype), weight.to(inner.dtype), bias)
-
-
-def _scaled(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """One float32 scale for each component, applied in float32 and rounded once."""
-    return (tensor * scale.flatten()).to(dtype)
+def project(input: Tensor, weight: Tensor | None) -> Tensor:
+    """input weightᵀ; the input itself where there is no weight."""
+    return input if weight is None else linear(input, values(weight, input.dtype))

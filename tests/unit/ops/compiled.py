@@ -78,7 +78,9 @@ def assert_lean(built, tmp_path, tensor_cores=True):
     for binary in binaries:
         path = tmp_path / "kernel.cubin"
         path.write_bytes(binary.asm["cubin"])
-        text = subprocess.run([TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
         used = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
         assert used["REG"] <= 255
         if used["STACK"] or used["LOCAL"]:  # which are not always spills
@@ -106,7 +108,7 @@ def test_dense(build, tmp_path, kind, sizes):
     dtype, tf32, stored = KINDS[kind]
     set_tf32(tf32)
     in1, in2, out = sizes
-    scale = meta(out, in1, 1, dtype=torch.float32) if stored == torch.int8 else None
+    scale = meta(out, *(-(-in1 // 128), in2) if in1 >= in2 else (in1, -(-in2 // 128))) if stored == torch.int8 else None
     operands = (meta(N, in1, dtype=dtype), meta(N, in2, dtype=dtype), meta(out, in1, in2, dtype=stored), scale)
     assert_lean(build(_triton_dense.launch_dense, *operands), tmp_path, kind != "fp32")
 
@@ -162,13 +164,10 @@ def test_tucker(build, tmp_path, kind, rank):
     if not _choice.fits_one_kernel(rank, stored == torch.int8):
         rank = (64, 200, 64)
     shapes = ((rank[1], in1), (rank[2], in2), rank, (out, rank[0]))
-    scales = [None] * 4
-    if stored == torch.int8:
-        sizes = ((rank[1],), (rank[2],), (rank[0], rank[1], 1), (rank[0],))
-        scales = [meta(*size, dtype=torch.float32) for size in sizes]
+    scale = meta(rank[0], -(-rank[1] // 128), rank[2]) if stored == torch.int8 else None
     inputs = meta(N, in1, dtype=dtype), meta(N, in2, dtype=dtype)
     factors = [meta(*shape, dtype=stored) for shape in shapes]
-    launched = build(_triton_tucker.launch_tucker, *inputs, *factors, meta(out, dtype=dtype), tuple(scales))
+    launched = build(_triton_tucker.launch_tucker, *inputs, *factors, meta(out, dtype=dtype), scale)
     assert_lean(launched, tmp_path, kind != "fp32")
 
 
@@ -182,4 +181,4 @@ def test_pairs(build, tmp_path, kind):
     p, q = meta(40, 30, rank, dtype=dtype), meta(40, 30, rank, dtype=dtype)
     build(_triton_tucker.launch_cp_pairs, p, q, weight, scale, bias)
     t = meta(40, 30, rank, rank, dtype=dtype)
-    assert_lean(build(_triton_tucker.launch_tucker_pairs, t, q, weight, scale, bias), tmp_path, kind != "fp32")
+    assert_lean(build(_triton_tucker.launch_tucker_pairs, t, q, weight, bias), tmp_path, kind != "fp32")

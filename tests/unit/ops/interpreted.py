@@ -11,7 +11,7 @@ from support import assert_matches_reference
 
 from compress_bilinear import ops
 from compress_bilinear.ops import _choice, _dispatch, _triton_cp, _triton_dense
-from compress_bilinear.quantization import dequantize, quantize_int8
+from compress_bilinear.quantization import QuantizedTensor, dequantize, quantize_int8, scale_grid
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
@@ -152,10 +152,14 @@ def test_one_kernel_and_several_programs_sum_the_same_dense_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 2])
-def test_int8_dense(dim, dtype):
-    x1, x2, weight, bias = operands("dense", SIZES[0], dtype)
-    qdata, scale = quantize_int8(weight, dim)
+@pytest.mark.parametrize("layout", [1, 2, "blocks"])
+def test_int8_dense(layout, dtype):
+    x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 200, 5), dtype)
+    if layout == "blocks":
+        stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).requantized(weight)
+        qdata, scale = stored.qdata, stored.scale
+    else:
+        qdata, scale = quantize_int8(weight, layout)
     inputs = leaves([x1, x2])
     found = ops.bilinear_dense(*inputs, framed(qdata), bias, scale=framed(scale), backend="triton")
     wide = wide_of(inputs)
@@ -164,44 +168,51 @@ def test_int8_dense(dim, dtype):
     assert_gradients(found, exact, inputs, wide)
 
 
+def unit_factor(factor):
+    """int8 of step 2⁻⁷, and what it stands for."""
+    qdata = (factor / factor.abs().max() * 127).round().to(torch.int8)
+    return framed(qdata), qdata.double() / 128
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_cp_and_its_pairs(dtype):
-    x1, x2, *factors, bias = operands("cp", SIZES[0], torch.float32)
-    stored = [quantize_int8(factor, dim) for factor, dim in zip(factors, (1, 1, 0), strict=True)]
-    sigma = (stored[0][1] * stored[1][1]).flatten() * stored[2][1].flatten()
-    values = [framed(qdata) for qdata, _ in stored]
-    in1, in2, out = (dequantize(*part, torch.float64) for part in stored)
+@pytest.mark.parametrize("out", [21, 300])  # one kernel, and a fused product with a linear map
+def test_int8_cp_and_its_pairs(out, dtype):
+    x1, x2, *factors, bias = operands("cp", (5, 37, 19, out), torch.float32)
+    values, exact_factors = zip(*map(unit_factor, factors), strict=True)
+    sigma = normal(len(factors[0]), dtype=torch.float32)
     inputs = leaves([x1.to(dtype), x2.to(dtype)])
-    wide = wide_of(inputs)
-    bias = bias.to(dtype)
+    wide, bias = wide_of(inputs), bias.to(dtype)
+    in1, in2, widened = *exact_factors[:2], exact_factors[2] * sigma.double()
     found = ops.bilinear_cp(*inputs, *values, bias, sigma=framed(sigma), backend="triton")
-    exact = reference("cp", [*wide, in1, in2, out, bias.double()])
+    exact = reference("cp", [*wide, in1, in2, widened, bias.double()])
     assert_matches_reference(found.detach(), exact.detach())
     assert_gradients(found, exact, inputs, wide)
     with torch.no_grad():
         pairs = ops.pairwise_cp(*inputs, *values, bias, sigma=sigma, backend="triton")
-    every = ops.reference.pairwise_cp(*wide, (out, in1.mT, in2.mT), bias.double())
+        assert_matches_reference(ops.bilinear_cp(*inputs, *values, bias, sigma=sigma), exact.detach())
+    every = ops.reference.pairwise_cp(*wide, (widened, in1.mT, in2.mT), bias.double())
     assert_matches_reference(pairs, every.detach())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [1, 2])
-def test_int8_tucker_and_its_pairs(dim, dtype):
-    x1, x2, in1, in2, core, out, bias = operands("tucker", SIZES[0], torch.float32)
-    stored = [quantize_int8(t, d) for t, d in ((in1, 1), (in2, 1), (core, dim), (out, 0))]
-    values, scales = [framed(qdata) for qdata, _ in stored], [scale for _, scale in stored]
-    exact_factors = [dequantize(*part, torch.float64) for part in stored]
+@pytest.mark.parametrize("rank", [(5, 18, 20), (5, 20, 18), (129, 3, 4)])  # scales along either axis; its core alone
+def test_int8_tucker_and_its_pairs(rank, dtype):
+    x1, x2, *factors, bias = operands("tucker", SIZES[0], torch.float32, rank)
+    core = QuantizedTensor.empty(rank, scale_grid(rank)).requantized(factors.pop(2))
+    (in1, w1), (in2, w2), (out, u) = map(unit_factor, factors)
+    g = core.dequantize(torch.float64)
     inputs = leaves([x1.to(dtype), x2.to(dtype)])
-    wide = wide_of(inputs)
-    bias = bias.to(dtype)
-    found = ops.bilinear_tucker(*inputs, *values, bias, scales=scales, backend="triton")
-    exact = reference("tucker", [*wide, *exact_factors, bias.double()])
+    wide, bias = wide_of(inputs), bias.to(dtype)
+    values = (in1, in2, framed(core.qdata), out)
+    found = ops.bilinear_tucker(*inputs, *values, bias, scale=framed(core.scale), backend="triton")
+    exact = reference("tucker", [*wide, w1, w2, g, u, bias.double()])
     assert_matches_reference(found.detach(), exact.detach())
     assert_gradients(found, exact, inputs, wide)
+    if rank[0] > _choice.MOST_RANK:
+        return
     with torch.no_grad():
-        pairs = ops.pairwise_tucker(*inputs, *values, bias, scales=scales, backend="triton")
-    wide1, wide2, (w1, w2, g, u) = *wide, exact_factors
-    every = ops.reference.pairwise_tucker(wide1, wide2, g, (u, w1.mT, w2.mT), bias.double())
+        pairs = ops.pairwise_tucker(*inputs, *values, bias, scale=core.scale, backend="triton")
+    every = ops.reference.pairwise_tucker(*wide, g, (u, w1.mT, w2.mT), bias.double())
     assert_matches_reference(pairs, every.detach())
 
 
@@ -252,7 +263,7 @@ def test_operators_are_registered_soundly(kind):
         case "cp":
             args, op = (x1, x2, *rest, bias, None), _dispatch.fused_cp
         case _:
-            args, op = (x1, x2, *rest, bias, *[None] * 4), _dispatch.fused_tucker
+            args, op = (x1, x2, *rest, bias, None), _dispatch.fused_tucker
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
@@ -278,5 +289,5 @@ def test_what_the_kernels_cannot_do_is_an_error_with_the_reason():
         ops.bilinear_cp(single[0].half(), single[1].half(), *single[2:5], single[5].bfloat16(), backend="triton")
     with pytest.raises(ValueError, match="no backward"):
         ops.pairwise_cp(*[tensor.requires_grad_() for tensor in single], backend="triton")
-    with pytest.raises(ValueError, match="torch.func"):
+    with pytest.raises(ValueError, match=r"torch\.func"):
         torch.func.vmap(lambda x1: ops.bilinear_cp(x1, *single[1:], backend="triton"))(single[0].unsqueeze(0))
