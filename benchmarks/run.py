@@ -164,6 +164,7 @@ def gate(contestant: Contestant, pairs: bool) -> float:
 
 def forward(contestant: Contestant) -> Callable[[], object]:
     """A forward without gradients."""
+
     def call() -> Tensor:
         with torch.no_grad():
             return contestant.call(*contestant.tensors)

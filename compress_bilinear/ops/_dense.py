@@ -38,6 +38,10 @@ _OUTER_MOST = 2**14  # I·J above which "outer" blocks have too few rows for an 
 _OUTER_RATIO = 2  # of O to the inputs' sizes, from which "outer" wins: its product is long and narrow
 _BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficient; the rest of a block is rows
 _TURN = 2  # what copying an element of the weight costs, in elements of T that are written and summed
+_SMALL_PAIRS = 2**18  # elements of x1 ⊗ x2 up to which a call is small
+_SMALL_PRODUCTS = 2**21  # and its multiply-adds, unless it has
+_FEW_ROWS = 8
+_SMALL_OUT = 4  # outputs from which a small call takes "outer"
 _WEIGHT_BLOCK = 2**20  # elements of the weight that are de-quantized at once (or one output's slice)
 _TRACED_ROW = 4096  # elements of T for a row in a traced graph, where the number of rows is not known
 _TRACED_PARTS = 16
@@ -70,6 +74,30 @@ def check_inputs(input1: Tensor, input2: Tensor, pairs: bool = False) -> None:
             "The inputs should have the same leading dimensions. "
             f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
         )
+
+
+def small_dense(
+    input1: Tensor,  # (..., I)
+    input2: Tensor,  # (..., J)
+    weight: Tensor,  # (O, I, J)
+    bias: Tensor | None,  # (O,)
+) -> Tensor | None:  # (..., O)
+    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU."""
+    out, in1, in2 = weight.shape
+    if input1.device.type != "cpu" or in1 * in2 > _SMALL_PAIRS or in1 == 0 or is_tracing():
+        return None
+    rows = input1.numel() // in1
+    if rows * in1 * in2 > _SMALL_PAIRS or rows == 0 or (rows > _FEW_ROWS and rows * weight.numel() > _SMALL_PRODUCTS):
+        return None
+    if out >= _SMALL_OUT:
+        pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+        return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
+    if input1.dim() != 2:
+        return None
+    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(rows, out, in1)
+    if bias is None:
+        return torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
+    return torch.baddbmm(bias.unsqueeze(1), product, input1.unsqueeze(2)).squeeze(2)
 
 
 def composed_dense(

@@ -95,6 +95,14 @@ def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
     )
 
 
+def is_small(input: Tensor, *weights: Tensor) -> bool:
+    """Whether a call on a CPU is too small for anything but `F.linear`, by the size of each of its weights."""
+    if input.device.type != "cpu":
+        return False
+    rows = input.numel() // max(1, input.shape[-1])
+    return rows * max(weight.numel() for weight in weights) < _LEAST_PRODUCTS
+
+
 def onednn_is_faster() -> bool:
     """Whether float32 products on this processor are oneDNN's: it is not Intel's, and torch's BLAS is MKL."""
     return bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()

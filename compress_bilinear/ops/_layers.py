@@ -11,8 +11,8 @@ from ..quantization import dequantize
 from . import _dispatch
 from ._choice import Backend, Choice, Problem, choose, transformed
 from ._cp import composed_cp, composed_cp_pairs
-from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs
-from ._gemm import linear
+from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs, small_dense
+from ._gemm import is_small, linear
 from ._tucker import composed_tucker, composed_tucker_pairs, project
 
 
@@ -40,6 +40,10 @@ def bilinear_dense(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
+    if order is None and backend is None and scale is None:
+        small = small_dense(input1, input2, weight, bias)
+        if small is not None:
+            return small
     operands = (input1, input2, weight, bias, scale)
     if order is not None or not _fused("dense", operands[:4], _shape(weight), (), weight, backend, fixed=(scale,)):
         return composed_dense(input1, input2, weight, bias, scale, order)
@@ -60,6 +64,10 @@ def bilinear_cp(
 ) -> Tensor:  # (..., O)
     """y = (σ * (A x1) * (B x2)) Cᵀ + b, with σ applied in float32. Raises InputError as `bilinear_dense` does."""
     check_inputs(input1, input2)
+    if backend is None and sigma is None and in1.dtype == input1.dtype and is_small(input1, in1, out):
+        return torch.nn.functional.linear(
+            torch.nn.functional.linear(input1, in1) * torch.nn.functional.linear(input2, in2), out, bias
+        )
     operands = (input1, input2, in1, in2, out, bias, sigma)
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
     if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, fixed=(sigma,)):

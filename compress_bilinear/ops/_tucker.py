@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._dense import composed_dense, composed_dense_pairs
+from ._dense import composed_dense, composed_dense_pairs, small_dense
 from ._gemm import linear, values
 
 
@@ -18,9 +18,11 @@ def composed_tucker(
 ) -> Tensor:  # (..., O)
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b."""
     left, right = project(input1, in1), project(input2, in2)
-    if out is None:
-        return composed_dense(left, right, core, bias, scale, None)
-    return linear(composed_dense(left, right, core, None, scale, None), values(out, input1.dtype), bias)
+    last = bias if out is None else None
+    inner = small_dense(left, right, core, last) if scale is None else None
+    if inner is None:
+        inner = composed_dense(left, right, core, last, scale, None)
+    return inner if out is None else linear(inner, values(out, input1.dtype), bias)
 
 
 def composed_tucker_pairs(
