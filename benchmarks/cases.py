@@ -95,10 +95,10 @@ class Contestant:
 
 def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Contestant]:
     """All that compete on a case, by name; compressed layers hold a quarter of the parameters, of random values."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).div_(shape[-1] ** 0.5).to(device, dtype)
+        return torch.randn(shape, generator=generator, device=device).div_(shape[-1] ** 0.5).to(dtype)
 
     lead = (rows, case.pairs) if case.pairs else (rows,)
     x1, x2 = normal(*lead, case.in1) * case.in1**0.5, normal(*lead, case.in2) * case.in2**0.5
@@ -135,7 +135,7 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     if not pairs:
         found["CP composed"] = Contestant("CP", _cp_chain, cp, cp_reference, cp_flops)
         found["Tucker composed"] = Contestant("Tucker", _tucker_chain, tucker, tucker_reference, tucker_flops)
-    stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).requantized(weight.float().cpu()).to(device)
+    stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).to(device).requantized(weight)
     int8 = lambda x1, x2, bias: exact["dense"](x1, x2, stored.qdata, bias, scale=stored.scale)  # noqa: E731
     wide = lambda x1, x2, bias: einsum(x1, x2, stored.dequantize(torch.float64), bias)  # noqa: E731
     found["dense int8"] = Contestant("dense", int8, (x1, x2, bias), wide, dense_flops, trains=False)

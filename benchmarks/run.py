@@ -231,11 +231,16 @@ def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     target = torch.empty_like(source)
     from compress_bilinear import ops
 
-    for call in (lambda: ops.linear(left, right), lambda: target.copy_(source)):
-        for _ in range(3):
-            call()
-    product = min(_timed(lambda: ops.linear(left, right), device, 3) for _ in range(5))
-    copy = min(_timed(lambda: target.copy_(source), device, 3) for _ in range(5))
+    def multiply() -> Tensor:
+        return ops.linear(left, right)
+
+    def copied() -> Tensor:
+        return target.copy_(source)
+
+    for _ in range(3):
+        multiply(), copied()
+    product = min(_timed(multiply, device, 3) for _ in range(5))
+    copy = min(_timed(copied, device, 3) for _ in range(5))
     return 2 * size**3 / product, 2 * source.numel() / copy
 
 

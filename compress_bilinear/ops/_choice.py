@@ -90,6 +90,9 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def transformed(tensors: Sequence[Tensor | None]) -> str | None:
     """Why these tensors, or what surrounds the call, want operators that torch knows; None where nothing does."""
+    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
+    if any(kind != "meta" and torch.is_autocast_enabled(kind) for kind in kinds):
+        return "autocast is on, and casts torch's own operators"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():

@@ -5,6 +5,7 @@ through the composed path, whose operators torch can differentiate.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from ._tucker import composed_tucker
 _NAMESPACE = "compress_bilinear"
 
 
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::dense", mutates_args=())
 def fused_dense(
     x1: Tensor,  # (N, I)
@@ -30,7 +36,8 @@ def fused_dense(
     """y_no = Σ_ij x1_ni W_oij x2_nj."""
     from ._triton_dense import launch_dense
 
-    return launch_dense(x1, x2, weight, scale)
+    with _device_of(x1):
+        return launch_dense(x1, x2, weight, scale)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::dense_weight_gradient", mutates_args=())
@@ -38,7 +45,8 @@ def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     from ._triton_dense import launch_weight_gradient
 
-    return launch_weight_gradient(dy, x1, x2)
+    with _device_of(x1):
+        return launch_weight_gradient(dy, x1, x2)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cp", mutates_args=())
@@ -54,9 +62,10 @@ def fused_cp(
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b."""
     from ._triton_cp import launch_forward, launch_product
 
-    if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
-        return linear(launch_product(x1, x2, in1, in2, sigma), values(out, x1.dtype), bias)
-    return launch_forward(x1, x2, in1, in2, out, sigma, bias)
+    with _device_of(x1):
+        if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
+            return linear(launch_product(x1, x2, in1, in2, sigma), values(out, x1.dtype), bias)
+        return launch_forward(x1, x2, in1, in2, out, sigma, bias)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cp_backward", mutates_args=())
@@ -76,7 +85,8 @@ def fused_cp_backward(
 
     narrow = max(x1.shape[1], x2.shape[1]) <= MOST_IN
     stored = weights or not narrow
-    dx1, dx2, h, dp, dq = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
+    with _device_of(x1):
+        dx1, dx2, h, dp, dq = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
     if inputs and (dx1 is None or dx2 is None):
         assert dp is not None and dq is not None  # noqa: PT018
         dx1, dx2 = dp @ values(in1, x1.dtype), dq @ values(in2, x1.dtype)
@@ -99,7 +109,8 @@ def fused_tucker(
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b, where R_o and R_j fit a program."""
     from ._triton_tucker import launch_tucker
 
-    return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
+    with _device_of(x1):
+        return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::cp_pairs", mutates_args=())
@@ -107,7 +118,8 @@ def fused_cp_pairs(p: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, sigma
     """(B, L1, R) and (B, L2, R) to (B, L1, L2, O); see `launch_cp_pairs`."""
     from ._triton_tucker import launch_cp_pairs
 
-    return launch_cp_pairs(p.contiguous(), q.contiguous(), out, sigma, bias)
+    with _device_of(p):
+        return launch_cp_pairs(p.contiguous(), q.contiguous(), out, sigma, bias)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::tucker_pairs", mutates_args=())
@@ -115,7 +127,8 @@ def fused_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None) -
     """(B, L1, R_o, R_j) and (B, L2, R_j) to (B, L1, L2, O); see `launch_tucker_pairs`."""
     from ._triton_tucker import launch_tucker_pairs
 
-    return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, bias)
+    with _device_of(q):
+        return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, bias)
 
 
 @fused_dense.register_fake

@@ -97,7 +97,7 @@ def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
 
 def is_small(input: Tensor, *weights: Tensor) -> bool:
     """Whether a call on a CPU is too small for anything but `F.linear`, by the size of each of its weights."""
-    if input.device.type != "cpu":
+    if input.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
         return False
     rows = input.numel() // max(1, input.shape[-1])
     return rows * max(weight.numel() for weight in weights) < _LEAST_PRODUCTS
