@@ -2,8 +2,8 @@
 
 from . import decomposition, ops
 from .checkpoint import load, save
-from .config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .conversion import dequantize, quantize
+from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from .conversion import dequantize, quantize, set_compute
 from .errors import AmplificationWarning, CompressionError
 from .modules import CPBilinear, DenseBilinear, TuckerBilinear
 from .report import LayerReport, Report
@@ -11,6 +11,7 @@ from .surgery import Plan, compress, plan
 
 __all__ = [
     "AmplificationWarning",
+    "AutoConfig",
     "CPBilinear",
     "CPConfig",
     "CompressionError",
@@ -31,4 +32,5 @@ __all__ = [
     "plan",
     "quantize",
     "save",
+    "set_compute",
 ]

@@ -66,13 +66,20 @@ class LayerInputs:
         return self.input1[self._split :], self.input2[self._split :]
 
     @cached_property
-    def second_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`moments`, or where there are none those of the sample."""
-        if self.moments is not None:
-            return self.moments
-        first, second = self.input1.double(), self.input2.double()
-        first, second = first / max(len(first), 1) ** 0.5, second / max(len(second), 1) ** 0.5
-        return first.T @ first, second.T @ second, first.T @ second
+    def fit_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`moments` without the rows that are held out; where there are none, those of the rows to fit to."""
+        held1, held2 = (rows.double() for rows in self.held_out)
+        left = self.rows_seen - len(held1)
+        if self.moments is None or left <= 0:
+            rows = self.fit if self.is_enough else (self.input1, self.input2)
+            first, second = (value.double() / max(len(value), 1) ** 0.5 for value in rows)
+            return first.T @ first, second.T @ second, first.T @ second
+        pairs = ((held1, held1), (held2, held2), (held1, held2))
+        first, second, cross = (
+            (moment.to(x.device) * self.rows_seen - x.T @ y) / left
+            for moment, (x, y) in zip(self.moments, pairs, strict=True)
+        )
+        return first, second, cross
 
 
 class _Moments:
@@ -98,7 +105,7 @@ class _Moments:
 
 
 def _product_sum(first: Tensor, second: Tensor) -> Tensor:
-    """Σ x yᵀ over the rows of (..., a) and (..., b), in float64. Dimensions that were expanded are never written out."""
+    """Σ x yᵀ over the rows of (..., a) and (..., b), in float64; dimensions that were expanded are not written out."""
     factor = 1
     for dim in reversed(range(first.dim() - 1)):
         size = first.shape[dim]

@@ -10,6 +10,10 @@ Quantize: TypeAlias = Literal["int8", "nf4"]
 """The storage formats besides the layer's own dtype."""
 
 
+Compute: TypeAlias = Literal["on_the_fly", "resident", "int8"]
+"""How a quantized layer computes: see `set_compute`."""
+
+
 def check_quantize(quantize: object) -> None:
     """Raise `ConfigError` unless `quantize` is None or one of `Quantize`."""
     allowed = get_args(Quantize)

@@ -1,16 +1,20 @@
 """Compressed layers in another storage format: back to floating point to be fine-tuned, and to 8 bits again."""
 
 import copy
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from . import discovery
-from .config import Quantize, check_quantize
+from .config import Compute, Quantize, check_quantize
 from .errors import CompressionError, ConfigError, MatchError
+from .measure import Latency, latencies, resident_bytes, stored_bytes
 from .modules import CompressedBilinear, stored_as
+
+MODES = ("fastest", *get_args(Compute))
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -72,6 +76,97 @@ def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = Fals
         return stored_as(layer, quantize, torch.float64)
 
     return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeChoice:
+    """How a quantized layer computes from now on, and what that was chosen by.
+
+    Attributes:
+        compute: "on_the_fly", "resident" or "int8".
+        stored_bytes: what a file of it takes.
+        resident_bytes: what it takes in memory: those, and what is kept de-quantized.
+        latencies: of a call in each mode that was measured; empty where the mode was given.
+    """
+
+    compute: Compute
+    stored_bytes: int
+    resident_bytes: int
+    latencies: Mapping[str, Latency]
+
+    def __str__(self) -> str:
+        timed = ", ".join(f"{mode} {latency.median:.3g} ms" for mode, latency in self.latencies.items())
+        held = f"stores {self.stored_bytes} bytes, holds {self.resident_bytes}"
+        return f"{self.compute} ({held}{'; ' if timed else ''}{timed})"
+
+
+def set_compute(
+    model: nn.Module,
+    compute: Compute | Literal["fastest"] = "fastest",
+    *,
+    rows: int = 64,
+    dtype: torch.dtype | None = None,
+) -> dict[str, ComputeChoice]:
+    """Choose how the quantized layers of a model compute, in place. Neither values nor files change.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        compute: a mode for each layer that has it (see `CompressedBilinear.set_compute`); others compute on the fly.
+            "fastest" times every mode of each layer side by side, without gradients, and leaves "on_the_fly" only for
+            one that is faster beyond the spread: its upper quartile below the other's lower one.
+        rows: of a timed call.
+        dtype: of the inputs, which resident weights are for. None takes each layer's bias's; without one, float32.
+
+    Returns:
+        For each layer's name what was chosen, with bytes and latencies.
+
+    Raises:
+        MatchError: no layer is quantized; the message lists what there is.
+        ConfigError: another `compute`, no positive number of rows, or a mode that none of the layers has.
+    """
+    if compute not in MODES:
+        raise ConfigError(f"`compute` should be one of {MODES}. Found {compute!r}.")
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ConfigError(f"`rows` should be a positive int. Found {rows!r}.")
+    found = discovery.find_compressed(model)
+    layers = {name: layer for name, layer in found.items() if layer.quantize is not None}
+    if not layers:
+        there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
+        raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
+    if compute != "fastest" and not any(compute in layer.computes for layer in layers.values()):
+        raise ConfigError(f"A layer should have the mode {compute!r}, which is for CP and Tucker in int8. Found none.")
+    choices = {}
+    for name, layer in layers.items():
+        bias = layer.bias
+        wanted = dtype or (bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)
+        timed = _timed(layer, rows, wanted) if compute == "fastest" else {}
+        mode: Compute = "on_the_fly"
+        if compute == "fastest":
+            base = timed["on_the_fly"]
+            faster = [other for other in layer.computes if timed[other].upper < base.lower]
+            mode = min(faster, key=lambda other: timed[other].median, default=mode)
+        elif compute in layer.computes:
+            mode = compute
+        layer.set_compute(mode, wanted)
+        sizes = {"stored_bytes": stored_bytes(layer), "resident_bytes": resident_bytes(layer)}
+        choices[name] = ComputeChoice(compute=mode, latencies=timed, **sizes)
+    return choices
+
+
+def _timed(layer: CompressedBilinear, rows: int, dtype: torch.dtype) -> dict[str, Latency]:
+    """Latencies of a copy of the layer in each of its modes."""
+    device = next(layer.buffers()).device
+    generator = torch.Generator().manual_seed(0)
+    sizes = (layer.in1_features, layer.in2_features)
+    input1, input2 = (torch.randn(rows, size, generator=generator).to(device, dtype) for size in sizes)
+
+    def call(mode: Compute) -> Callable[[], object]:
+        copied = copy.deepcopy(layer)
+        copied.set_compute(mode, dtype)
+        return lambda: copied(input1, input2)
+
+    with torch.no_grad():
+        return latencies({mode: call(mode) for mode in layer.computes}, device)
 
 
 def _converted(

@@ -97,9 +97,9 @@ def select(
                 f"`model` should not be wrapped for parallel training. Found {type(module).__name__}: "
                 "compress its `.module` and wrap the result."
             )
-    includes, excludes = _patterns(include, "include"), _patterns(exclude, "exclude")
-    for what, patterns in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
-        for pattern in patterns:
+    includes, excludes = patterns(include, "include"), patterns(exclude, "exclude")
+    for what, globs in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
+        for pattern in globs:
             if not any(_matches(layer, (pattern,)) for layer in found):
                 raise MatchError(f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.")
     chosen = []
@@ -115,16 +115,17 @@ def select(
     return chosen
 
 
-def _patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in patterns:
+def patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+    """One glob or several as a tuple. Raises: ConfigError where one is no string."""
+    found = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in found:
         if not isinstance(pattern, str):
             raise ConfigError(f"`{what}` should be a glob or several. Found {pattern!r}.")
-    return patterns
+    return found
 
 
-def _matches(found: FoundLayer, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in found.names for pattern in patterns)
+def _matches(found: FoundLayer, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in found.names for pattern in globs)
 
 
 def _listing(found: Sequence[FoundLayer]) -> str:

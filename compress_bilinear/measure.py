@@ -20,6 +20,7 @@ from .quantization import QuantizedTensor
 
 _BLOCK_SECONDS = 2e-3  # a timed block repeats a call until it lasts about this long
 _ROUNDS = (5, 25)
+_ROWS = 512  # whose outputs are computed at once
 _WHOLE_MOST = 2**25  # elements between the steps above which an unblocked dense order is not tried
 _SLOW = 2.0  # a dense order that a first try finds this much slower than the best is not timed further
 
@@ -29,8 +30,14 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module))
 
 
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes in memory: what is stored, and what the compute mode "resident" keeps de-quantized beside it."""
+    kept = {id(part): part.resident for part in module.modules() if isinstance(part, QuantizedTensor)}
+    return stored_bytes(module) + sum(r.numel() * r.element_size() for r in kept.values() if r is not None)
+
+
 def parameter_count(module: nn.Module) -> int:
-    """Stored values: parameters and int8 values, without scales and other buffers; what is shared counts once."""
+    """Stored values: parameters and quantized values, without scales and other buffers; what is shared counts once."""
     quantized = {id(part.qdata): part.shape for part in module.modules() if isinstance(part, QuantizedTensor)}
     return sum(p.numel() for p in module.parameters()) + sum(shape.numel() for shape in quantized.values())
 
@@ -49,25 +56,48 @@ def weight_error(
         return relative_error(weight, lambda rows, values: values.sub_(module.dense_rows(rows, torch.float64)))
 
 
-def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float | None:
-    """‖y − ŷ‖ / ‖y − b‖ over the sampled rows: ŷ as `module` computes it, y from the original weight in float64.
+_HELD_OUT_FLOPS = 2e11  # of the exact outputs to measure against
 
-    The bias is left out of the denominator, where it would flatter. None where y − b is zero on all rows: then they
-    say nothing. NaN or infinite where ŷ is.
+
+class OutputError:
+    """‖y − ŷ‖ / ‖y − b‖ over a layer's held-out rows: ŷ as a replacement computes it, y exactly, in float64.
+
+    The bias is left out of the denominator, where it would flatter. The exact outputs are computed once; of a large
+    layer, for fewer rows.
+
+    Attributes:
+        rows: how many rows that is.
     """
-    weight, rows = layer.weight.detach().double(), 512
-    residual = total = 0.0
-    with torch.no_grad():
-        for input1, input2 in zip(inputs.input1.split(rows), inputs.input2.split(rows), strict=True):
-            exact = ops.bilinear_dense(input1.double(), input2.double(), weight)
-            total = math.hypot(total, _norm(exact))
-            if layer.bias is not None:
-                exact = exact + layer.bias.double()
-            dtype = layer.weight.dtype  # calibration under autocast may have seen other inputs
-            found = module(input1.to(dtype), input2.to(dtype)).double()
-            difference = _norm(exact - found)
-            residual = math.hypot(residual, difference) if math.isfinite(difference) else math.nan
-    return None if total == 0 else residual / total
+
+    def __init__(self, layer: nn.Bilinear, inputs: LayerInputs) -> None:
+        weight = layer.weight.detach()
+        most = max(1, int(_HELD_OUT_FLOPS / max(1, 2 * weight.numel())))
+        self._bias = None if layer.bias is None else layer.bias.detach().double()
+        self._dtype = weight.dtype  # calibration under autocast may have seen other inputs
+        self._rows = [
+            (first.to(weight.device), second.to(weight.device))
+            for first, second in zip(*(value[:most].split(_ROWS) for value in inputs.held_out), strict=True)
+        ]
+        self.rows = sum(len(first) for first, _ in self._rows)
+        with torch.no_grad():
+            wide = weight.double()
+            self._exact = [ops.bilinear_dense(x.double(), y.double(), wide) for x, y in self._rows]
+        self._total = math.hypot(*map(_norm, self._exact))
+
+    def of(self, module: CompressedBilinear) -> float | None:
+        """None where y − b is zero on all rows: then they say nothing. NaN or infinite where ŷ is."""
+        residual = 0.0
+        with torch.no_grad():
+            for (first, second), exact in zip(self._rows, self._exact, strict=True):
+                found = module(first.to(self._dtype), second.to(self._dtype)).double()
+                difference = _norm(exact - found if self._bias is None else exact + self._bias - found)
+                residual = math.hypot(residual, difference) if math.isfinite(difference) else math.nan
+        return None if self._total == 0 else residual / self._total
+
+
+def output_error(layer: nn.Bilinear, module: CompressedBilinear, inputs: LayerInputs) -> float | None:
+    """The `OutputError` of one replacement."""
+    return OutputError(layer, inputs).of(module)
 
 
 def _norm(tensor: Tensor) -> float:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from . import checkpoint, surgery, tensor_file
 from .config import Config
-from .errors import CheckpointError, MatchError
+from .errors import CheckpointError, CompressionError, MatchError
 from .measure import environment
 from .report import Report
+from .selection import compare_layers
 
 _ROOT = "(root)"  # the name here of a layer that is the whole network
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
@@ -163,20 +164,37 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
     )
 
 
+def matching(found: Sequence[Candidate], pattern: str) -> list[Candidate]:
+    """The candidates that a glob names, one that is the whole file as "(root)"."""
+    return [c for c in found if fnmatchcase(c.name or _ROOT, pattern)]
+
+
 def compress_state(
-    state: Mapping[str, Tensor], chosen: Sequence[Candidate], config: Config, **options: Any
+    state: Mapping[str, Tensor],
+    chosen: Sequence[Candidate],
+    config: Config | Mapping[str, Config],
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> tuple[surgery.Plan[nn.Module], dict[str, Tensor], list[tensor_file.LayerDescription]]:
     """Plan the compression of the chosen weights: the plan, and the state and description for `tensor_file.write`.
 
-    `options` are those of `surgery.plan`. A weight that the file has under two names stays under both.
+    `options` are those of `surgery.plan`. A weight that the file has under two names stays under both. On another
+    `device` only the chosen weights are moved; in another `dtype` the whole state is taken, as by `model.to(dtype)`.
     """
+    stored = chosen[0].weight.dtype
+    if dtype is not None:
+        state, names = _cast(state, dtype), {c.name for c in chosen}
+        chosen = [candidate for candidate in candidates(state) if candidate.name in names]
     firsts: dict[Hashable, Candidate] = {}
     aliases: dict[str, list[str]] = {}
     for candidate in chosen:
         first = firsts.setdefault(candidate.place, candidate)
         if first is not candidate:
             aliases.setdefault(first.name, []).append(candidate.name)
-    planned = surgery.plan(_skeleton(list(firsts.values())), config, **options)
+    skeleton = _skeleton(list(firsts.values()))
+    planned = surgery.plan(skeleton if device is None else skeleton.to(device), config, **options)
     compressed, _ = planned.apply()
     result = dict(state)
     descriptions = []
@@ -193,8 +211,21 @@ def compress_state(
     total = sum(value.numel() * value.element_size() for value in _unique(state))
     saved = planned.report.model_bytes_before - planned.report.model_bytes_after
     layers = tuple(replace(layer, name="") if layer.name == _ROOT else layer for layer in planned.report.layers)
-    planned.report = replace(planned.report, layers=layers, model_bytes_before=total, model_bytes_after=total - saved)
+    known = dict(planned.report.environment)
+    if dtype not in (None, stored):
+        known["converted"] = f"from {str(stored).removeprefix('torch.')} before anything was measured"
+    planned.report = replace(planned.report, layers=layers, environment=known)
+    planned.report = replace(planned.report, model_bytes_before=total, model_bytes_after=total - saved)
     return planned, result, descriptions
+
+
+def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The floating tensors in another dtype; those that were one go on being one."""
+    done: dict[Hashable, Tensor] = {}
+    for value in state.values():
+        if value.is_floating_point() and tensor_file.place(value) not in done:
+            done[tensor_file.place(value)] = value.to(dtype)
+    return {name: done.get(tensor_file.place(value), value) for name, value in state.items()}
 
 
 def _unique(state: Mapping[str, Tensor]) -> list[Tensor]:
@@ -222,13 +253,23 @@ def _bilinear(weight: Tensor, bias: Tensor | None) -> nn.Bilinear:
 
 
 def compare(
-    original: str | os.PathLike[str], compressed: str | os.PathLike[str], batch_size: int | None = None
+    original: str | os.PathLike[str],
+    compressed: str | os.PathLike[str],
+    batch_size: int | None = None,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Report:
     """The report on a compressed file against the original checkpoint, measured here and now.
 
-    Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it in another shape.
+    Args:
+        batch_size: rows in a timed call; None times none.
+        device: where to measure.
+        dtype: what the original is taken in; None as it is stored.
+
+    Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it otherwise.
     """
-    before = read_state(original)
+    before = read_state(original) if dtype is None else _cast(read_state(original), dtype)
     after, descriptions = tensor_file.read(compressed)
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
@@ -253,11 +294,28 @@ def compare(
                 f"{' and a bias' if description.bias else ''}. Found {found}."
             )
         module = checkpoint.filled(description, after)
-        entry = surgery.compare_layers(description.name, _bilinear(weight, bias), module, batch_size)
+        for other in {parameter.dtype for parameter in module.parameters()} - {weight.dtype}:
+            raise CheckpointError(
+                f"{str(original)!r} should hold {prefix}weight in {other}, as {str(compressed)!r} does. "
+                f"Found {weight.dtype}: --dtype converts it."
+            )
+        layer = _bilinear(weight, bias)
+        if device is not None:
+            layer, module = layer.to(device), module.to(device)
+        entry = compare_layers(description.name, layer, module, batch_size)
         layers.append(replace(entry, aliases=description.names[1:]))
     return Report(
         layers=tuple(layers),
         model_bytes_before=sum(v.numel() * v.element_size() for v in _unique(before)),
         model_bytes_after=sum(v.numel() * v.element_size() for v in _unique(after)),
-        environment=environment(torch.device("cpu"), before[f"{prefix}weight"].dtype),
+        environment=environment(device or torch.device("cpu"), before[f"{prefix}weight"].dtype),
     )
+
+
+def descriptions(path: str | os.PathLike[str]) -> list[tensor_file.LayerDescription]:
+    """The replaced layers where the file is one of ours, none where it is any other."""
+    try:
+        metadata = tensor_file.read_safetensors(path)[1]
+    except CompressionError:
+        return []
+    return tensor_file.read(path)[1] if tensor_file.METADATA_KEY in metadata else []

@@ -3,28 +3,30 @@
 import copy
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
-from . import discovery
-from .calibration import LayerInputs, collect_inputs
-from .config import Config, CPConfig, DenseConfig, TuckerConfig
+from . import config_text, discovery
+from .calibration import Call, LayerInputs, collect_inputs
+from .config import AutoConfig, Config, MaxError
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
-from .measure import environment, stored_bytes, weight_error
+from .measure import environment, stored_bytes
 from .modules import CompressedBilinear
+from .planning import Options, Planner, Request
 from .progress import ProgressBars
-from .report import LayerReport, Report, render_text
-from .selection import Candidate, Decision, judge, keep, solve
+from .refinement import DEFAULT_SECONDS, BatchSample
+from .report import FrontPoint, Report, render_text
+from .selection import Decision
 
-_DEFAULT_ROWS = 256
-_MOST_ROWS = 2**15
 _Model = TypeVar("_Model", bound=nn.Module)
+
+Evaluate: TypeAlias = Callable[[Any], float]
+"""The caller's own task metric of a model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +48,18 @@ class Plan(Generic[_Model]):
     `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
     """
 
-    def __init__(self, model: _Model, entries: Sequence[_Entry], report: Report) -> None:
+    def __init__(
+        self, model: _Model, entries: Sequence[_Entry], report: Report, evaluate: Evaluate | None = None
+    ) -> None:
         self.model = model
         self.report = report
         self._entries = tuple(entries)
+        self._evaluate = evaluate
+
+    @property
+    def fronts(self) -> dict[str, tuple[FrontPoint, ...]]:
+        """For each layer by its name, the replacements that were considered, by bytes; of an `AutoConfig`."""
+        return {layer.label: layer.front for layer in self.report.layers if layer.front}
 
     def __str__(self) -> str:
         return render_text(self.report, title="Plan (the model is untouched)")
@@ -62,7 +72,8 @@ class Plan(Generic[_Model]):
                 that are replaced. True changes the model itself.
 
         Returns:
-            The compressed model and the report. Of a model that is itself the layer, its replacement.
+            The compressed model and the report, with the metric before and after where `plan` was given `evaluate`. Of
+            a model that is itself the layer, its replacement.
 
         Raises:
             StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
@@ -73,8 +84,14 @@ class Plan(Generic[_Model]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for entry in chosen:
             _check_fresh(modules, entry, owners)
+        before = None if self._evaluate is None else float(self._evaluate(self.model))
         if inplace:
-            return self._apply_inplace(chosen), self.report
+            undo = self._apply_inplace(chosen)
+            try:
+                return self.model, self._evaluated(before, self.model)
+            except BaseException:
+                undo()  # a metric that fails leaves the model as it was too
+                raise
         memo: dict[int, Any] = {}
         try:
             for entry in chosen:
@@ -96,9 +113,14 @@ class Plan(Generic[_Model]):
                         f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                         "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
                     )
-        return copied, self.report
+        return copied, self._evaluated(before, copied)
 
-    def _apply_inplace(self, chosen: Sequence[_Entry]) -> _Model:
+    def _evaluated(self, before: float | None, compressed: _Model) -> Report:
+        if self._evaluate is None:
+            return self.report
+        return replace(self.report, metric_before=before, metric_after=float(self._evaluate(compressed)))
+
+    def _apply_inplace(self, chosen: Sequence[_Entry]) -> Callable[[], None]:
         for entry in chosen:
             if "" in entry.found.names:
                 raise CompressionError(
@@ -111,8 +133,7 @@ class Plan(Generic[_Model]):
                     f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
-        return self.model
+        return discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
 
 
 def plan(
@@ -120,6 +141,10 @@ def plan(
     config: Config | Mapping[str, Config],
     *,
     calibration: Iterable[Any] | None = None,
+    forward_fn: Call | None = None,
+    loss_fn: Call | None = None,
+    refine: Literal["network"] | None = None,
+    evaluate: Evaluate | None = None,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
@@ -139,13 +164,22 @@ def plan(
         model: any module; an `nn.Bilinear` itself too.
         config: one config for all selected layers, or a mapping from globs to configs of which the first match holds.
         calibration: an iterable of what the model takes (a tensor, or a tuple or dict of its arguments), without
-            labels. With it the report has output errors, on a sample of the rows that reach each layer.
+            labels. With it factors are fitted to the layers' outputs (unless their config says otherwise), and the
+            report has output errors, on rows that reach each layer and that no fit has seen.
+        forward_fn: how to run the model on a batch that is something else, for instance one with labels:
+            `lambda model, batch: model(batch[0])`.
+        loss_fn: instead, a scalar loss of model and batch, which may use labels: layers are then fitted where it feels
+            their outputs most.
+        refine: "network" afterwards trains the factors of all replacements together, without labels, to give the
+            original network's outputs on calibration batches, for as long as `max_seconds` leaves, or a minute.
+        evaluate: your task metric of a model; the report of `apply` has it before and after.
         include, exclude: a glob or several.
         batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
         force: replace whatever the verdict; the report still says what was lost.
-        max_seconds: time for all decompositions together, shared by the layers' sizes; each layer gets the best that
-            was found in its share. With a limit, results depend on the machine's speed. None is no limit.
+        max_seconds: time for all decompositions together (half of it where `refine` takes the rest), shared by the
+            layers' sizes; each layer gets the best that was found in its share. With a limit, results depend on the
+            machine's speed. None is no limit.
         progress: show a progress bar on stderr; None shows it on a terminal only.
 
     Returns:
@@ -161,47 +195,60 @@ def plan(
     if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
     check_max_seconds(max_seconds)
-    selected = discovery.select(model, _configs(config), include, exclude)
+    if refine not in (None, "network"):
+        raise ConfigError(f"`refine` should be None or 'network'. Found {refine!r}.")
+    for what, given in (("forward_fn", forward_fn), ("loss_fn", loss_fn), ("refine", refine)):
+        if given is not None and calibration is None:
+            raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
+    configs, include = config_text.by_glob(config), discovery.patterns(include, "include")
+    exclude = discovery.patterns(exclude, "exclude")
+    selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
-    refusals = [discovery.refusal(found, owners) for found, _ in selected]
-    outcomes = [(*pair, refusal) for pair, refusal in zip(selected, refusals, strict=True)]
-    open_layers = {found.label: found.layer for found, _, refusal in outcomes if refusal is None}
+    requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
+    _check_calibrated(requests, calibration is not None)
+    open_layers = {each.found.label: each.found.layer for each in requests if each.refusal is None}
+    options = Options(
+        calibrated=calibration is not None,
+        batch_size=batch_size,
+        measure_latency=measure_latency,
+        force=force,
+        max_seconds=max_seconds if refine is None or max_seconds is None else max_seconds / 2,
+    )
+    sample, begun = BatchSample(), time.perf_counter()
     with ProgressBars(progress) as bars:
         inputs: dict[str, LayerInputs | None] = {}
         if calibration is not None and open_layers:
-            inputs = collect_inputs(model, open_layers, bars.track(calibration, "Calibrating"))
-        entries: list[_Entry] = []
-        misfits: list[tuple[Config, ConfigError | None]] = []
-        solving = bars.parts("Solving", len(selected))
-        decomposed = [found.layer for found, c, no in outcomes if no is None and not isinstance(c, DenseConfig)]
-        seconds = _TimeShares(max_seconds, decomposed)
-        for k, (found, wanted, refusal) in enumerate(outcomes):
-            if refusal is not None:
-                entries.append(_Entry(found, keep(found, wanted, refusal)))
-                continue
-            try:
-                with seconds.share(found.layer) as share:
-                    candidate = solve(found.layer, wanted, share, solving(k, found.label))
-            except ConfigError as error:
-                misfit = _named(error, found.label)
-                misfits.append((wanted, misfit))
-                entries.append(_Entry(found, keep(found, wanted, str(misfit))))
-                continue
-            except CompressionError as error:
-                entries.append(_Entry(found, keep(found, wanted, str(error))))
-                continue
-            misfits.append((wanted, None))
-            seen = inputs.get(found.label)
-            rows = batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
-            time_rows = rows if measure_latency else None
-            unreached = calibration is not None and seen is None
-            decision = judge(found, wanted, candidate, seen, unreached, time_rows, force)
-            fingerprint = _fingerprint(found.layer) if decision.replacement is not None else ""
-            entries.append(_Entry(found, decision, fingerprint))
-    for wanted, unfit in misfits:
-        if unfit is not None and all(other is not None for config_, other in misfits if config_ is wanted):
-            raise unfit
-    return Plan(model, entries, _report(model, entries))
+            batches = bars.track(calibration, "Calibrating")
+            watched = batches if refine is None else sample.watch(batches)
+            inputs = collect_inputs(model, open_layers, watched, forward_fn=forward_fn, loss_fn=loss_fn)
+        planner = Planner(requests, inputs, owners, options, bars)
+        decisions = planner.run()
+        if refine is not None:
+            left = DEFAULT_SECONDS if max_seconds is None else max_seconds - (time.perf_counter() - begun)
+            decisions = planner.refined(model, sample.batches, forward_fn, left)
+    entries = [
+        _Entry(each.found, decision, _fingerprint(each.found.layer) if decision.replacement is not None else "")
+        for each, decision in zip(requests, decisions, strict=True)
+    ]
+    asked: dict[str, Any] = {
+        "include": include,
+        "exclude": exclude,
+        "batch_size": batch_size,
+        "measure_latency": measure_latency,
+    }
+    asked |= {"force": force, "max_seconds": max_seconds, "refine": refine}
+    ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
+    told = config_text.asked(configs, asked, [name for name, value in ours.items() if value is not None])
+    return Plan(model, entries, replace(_report(model, entries), **told), evaluate)
+
+
+def _check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:
+    """Raise ConfigError where an error on the outputs is asked for, and there are no inputs to have outputs for."""
+    for request in requests:
+        config = request.config
+        rank = config.error if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        if isinstance(rank, MaxError) and rank.on == "output" and not calibrated:
+            raise ConfigError(f"{rank} needs `calibration`: inputs whose outputs can be compared. Found none.")
 
 
 def compress(
@@ -210,6 +257,10 @@ def compress(
     *,
     inplace: bool = False,
     calibration: Iterable[Any] | None = None,
+    forward_fn: Call | None = None,
+    loss_fn: Call | None = None,
+    refine: Literal["network"] | None = None,
+    evaluate: Evaluate | None = None,
     include: str | Iterable[str] = "*",
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
@@ -226,6 +277,10 @@ def compress(
         model,
         config,
         calibration=calibration,
+        forward_fn=forward_fn,
+        loss_fn=loss_fn,
+        refine=refine,
+        evaluate=evaluate,
         include=include,
         exclude=exclude,
         batch_size=batch_size,
@@ -235,62 +290,6 @@ def compress(
         progress=progress,
     )
     return planned.apply(inplace)
-
-
-class _TimeShares:
-    """What is left of a time budget, shared among the layers that are left by the sizes of their weights."""
-
-    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
-        self._left = max_seconds
-        self._sizes = {id(layer): layer.weight.numel() for layer in layers}
-
-    @contextmanager
-    def share(self, layer: nn.Bilinear) -> Iterator[float | None]:
-        """This layer's part; only what is spent within the context is gone."""
-        rest = sum(self._sizes.values())
-        size = self._sizes.pop(id(layer), 0)
-        begun = time.perf_counter()
-        try:
-            yield None if self._left is None else max(self._left * size / max(rest, 1), 1e-3)
-        finally:
-            if self._left is not None:
-                self._left = max(self._left - (time.perf_counter() - begun), 0.0)
-
-
-def compare_layers(
-    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None = _DEFAULT_ROWS
-) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint."""
-    found = discovery.FoundLayer((name,), layer)
-    wanted: Config
-    match module.rank:
-        case None:
-            wanted = DenseConfig(quantize=module.quantize)
-        case int(rank):
-            wanted = CPConfig(rank=rank, quantize=module.quantize)
-        case triple:
-            wanted = TuckerConfig(rank=triple, quantize=module.quantize)
-    candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    report = judge(found, wanted, candidate, None, False, batch_size, True).report
-    return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already
-
-
-def _configs(config: Config | Mapping[str, Config]) -> dict[str, Config]:
-    """Globs to configs; a single config holds for every name."""
-    configs = dict(config) if isinstance(config, Mapping) else {"*": config}
-    if not configs:
-        raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
-    for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, (CPConfig, TuckerConfig, DenseConfig)):
-            raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig or DenseConfig, or a mapping of globs to them. "
-                f"Found {pattern!r}: {value!r}."
-            )
-    return configs
-
-
-def _named(error: ConfigError, label: str) -> ConfigError:
-    return ConfigError(str(error).replace("the weight", f"layer {label!r}"))
 
 
 def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
@@ -343,6 +342,8 @@ def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
         raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
     new, layer = copy.deepcopy(entry.replacement), entry.found.layer
     new.train(layer.training)
+    if entry.decision.own_bias and bias is not None and isinstance(new.bias, nn.Parameter):
+        bias = nn.Parameter(new.bias.detach().clone(), bias.requires_grad)  # it was corrected
     for parameter in new.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)

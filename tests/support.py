@@ -1,7 +1,12 @@
 """What the tests share: one tolerance table, the comparison that uses it, and small layers."""
 
+import sys
+
+import pytest
 import torch
 from torch import Tensor, nn
+
+from compress_bilinear import cli
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,3 +55,16 @@ def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
     assert list(now) == list(before)
     for name, value in before.items():
         torch.testing.assert_close(now[name], value, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *args: str
+) -> tuple[int, str, str]:
+    """Run the command line with some arguments: its status, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["compress-bilinear", *args])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return status, *capsys.readouterr()

@@ -1,9 +1,13 @@
-"""The solver benchmark runs, verifies and says what it measured, on tiny tensors."""
+"""The benchmarks of solvers and of storage formats run, verify and say what they measured, on tiny tensors."""
 
 import csv
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from benchmarks import comparison
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,3 +30,49 @@ def test_the_quick_solver_benchmark_measures_every_contestant(tmp_path):
         (ours,) = [row for row in csv.DictReader(file) if row["contestant"] == "ours"]
     assert ours["found"] == ours["seeds"]
     assert "of its time" in done.stdout
+
+
+def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.quantization", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "quantization_cpu.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["status"] for row in rows} <= {"ok", "not installed: torchao"}
+    measured = {(row["case"], row["form"], row["contestant"]): row for row in rows if row["status"] == "ok"}
+    for form in ("dense", "cp", "tucker"):
+        suite = {name: row for (case, of, name), row in measured.items() if (case, of) == ("simgnn_ntn", form)}
+        assert suite.keys() >= {"fp32", "bf16", "int8", "int8, resident", "nf4", "int8 per tensor"}
+        for row in suite.values():
+            assert float(row["median_ms"]) > 0
+            assert row["processor"]
+            assert row["torch"]
+        assert 0 < float(suite["int8"]["error"]) < 0.02 < float(suite["nf4"]["error"]) < 0.3
+        assert float(suite["nf4"]["bytes_vs_fp32"]) < 0.15 < float(suite["int8"]["bytes_vs_fp32"]) <= 0.27
+        digits = measured["digits", form, "int8"]
+        assert float(digits["error"]) < float(digits["truncation_error"]) + 0.01
+    assert ("simgnn_ntn", "cp", "bitsandbytes Linear8bitLt") in measured
+    assert abs(float(measured["digits", "dense", "int8"]["metric_change"])) <= 0.002
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("html", "<!DOCTYPE html>"), ("md", "### median"), ("csv", "figure,layer,")]
+)
+def test_results_are_set_side_by_side(tmp_path, monkeypatch, suffix, start):
+    path = tmp_path / f"latency.{suffix}"
+    monkeypatch.setattr(sys, "argv", ["comparison", "-o", str(path)])
+    comparison.main()
+    assert path.read_text(encoding="utf-8").startswith(start)
+
+
+def test_a_benchmarks_rows_become_a_comparison():
+    rows = [
+        {"case": "a", "contestant": "x", "median_ms": "2.0", "torch": "2.13"},
+        {"case": "a", "contestant": "y", "median_ms": 1.5, "torch": "2.13"},
+        {"case": "b", "contestant": "y", "median_ms": "", "torch": "2.13"},
+    ]
+    found = comparison.compared(rows)
+    assert (found.runs, found.panels[0].rows) == (("x", "y"), ("a", "b"))
+    assert found.panels[0].values == ((2.0, 1.5), (None, None))
+    assert found.panels[0].best(0) == (False, True)
+    assert found.notes == ("Measured on: torch 2.13",)

@@ -1,18 +1,26 @@
 """Weights to factors: tensors in, frozen results out."""
 
-from ._clock import Progress, check_max_seconds
+from ._clock import Clock, Progress, check_max_seconds
 from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
 from ._interpolation import interpolation, is_interpolated
+from ._metric import Metric, unwhitened_cp, unwhitened_tucker
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
-from ._rounding import distance, rounded, unit_columns
+from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
+from ._rounding import distance, rounded
+from ._spectra import spectra
+from ._stored import stored_columns, stored_core, unit_columns
 from ._tucker import tucker
-from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error
+from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 
 __all__ = [
     "AMPLIFICATION_LIMIT",
+    "SHUFFLED_WEIGHT",
     "CPDecomposition",
+    "Clock",
+    "Metric",
     "Progress",
+    "Rows",
     "TuckerDecomposition",
     "check_max_seconds",
     "check_tucker_rank",
@@ -22,12 +30,20 @@ __all__ = [
     "distance",
     "interpolation",
     "is_interpolated",
+    "refit_cp",
+    "refit_tucker",
     "relative",
     "relative_error",
     "rounded",
+    "row_slices",
+    "spectra",
+    "stored_columns",
+    "stored_core",
     "tucker",
     "tucker_bytes",
     "tucker_flops",
     "tucker_parameters",
     "unit_columns",
+    "unwhitened_cp",
+    "unwhitened_tucker",
 ]

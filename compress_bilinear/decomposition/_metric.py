@@ -3,8 +3,8 @@
 E ‖(W − Ŵ)(x1, x2)‖² is ‖(W − Ŵ) ×_I S1^½ ×_J S2^½‖² for independent inputs of second moments S = E[x xᵀ], and with
 M = E[g gᵀ] of the loss's gradients by the outputs, a further ×_O M^½ weighs the outputs by what they matter.
 
-Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" (2021) and Wang et al., "SVD-LLM" (2024),
-for matrices; Kronecker factors of the curvature: Martens and Grosse, "Optimizing neural networks with
+Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" (2021) and Wang et al., "SVD-LLM"
+(2024), for matrices; Kronecker factors of the curvature: Martens and Grosse, "Optimizing neural networks with
 Kronecker-factored approximate curvature" (2015).
 """
 
@@ -118,4 +118,3 @@ def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.d
         factors.append(wide.to(dtype))
     out, in1, in2 = factors
     return TuckerDecomposition(core.to(dtype), (out, in1, in2))
-

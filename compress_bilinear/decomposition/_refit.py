@@ -2,8 +2,8 @@
 
 Few rows do not determine many factors, so the rows are joined by as many pairs of inputs that did not come together.
 The weight says what it makes of these too, without noise; and their second moments are those of independent inputs, so
-that they shrink the rows' empirical fourth moment towards the metric in which the factors were found (the idea of Ledoit
-and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004).
+that they shrink the rows' empirical fourth moment towards the metric in which the factors were found (the idea of
+Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004).
 
 Solved by L-BFGS (Liu and Nocedal, 1989) on all factors at once, in coordinates in which each factor's own system is
 close to the identity.
@@ -78,7 +78,7 @@ def refit_tucker(found: TuckerDecomposition, rows: Rows, clock: Clock) -> Tucker
 
 
 def _normalised(rows: Rows) -> tuple[Rows, float]:
-    """Inputs with entries of mean square 1 and outputs of mean squared norm 1, and what the weight is to be scaled by."""
+    """Inputs with entries of mean square 1, outputs of mean squared norm 1, and what the weight is to be scaled by."""
     input1, input2, wanted, weights = rows
     first, second = (float(value.double().square().mean().sqrt()) or 1.0 for value in (input1, input2))
     size = float((weights.double() @ wanted.double().square()).sum() / weights.double().sum()) ** 0.5 or 1.0
@@ -100,7 +100,7 @@ def _minimised(
     width: int,
     clock: Clock,
 ) -> list[Tensor]:
-    """The parts that minimise the weighted squared error of `forward` on the rows, in float64; part k moves by Δ·turn."""
+    """The parts that minimise the weighted squared error of `forward` on the rows; part k moves by Δ·turn."""
     input1, input2, wanted, weights = rows
     dtype = wanted.dtype
     total = float(weights.double().sum())
@@ -133,7 +133,7 @@ def _minimised(
             difference = forward(leaves, first, second) + offset - target
             loss = (weight @ difference.square()).sum() / total
             loss.backward()
-            value += float(loss)
+            value += float(loss.detach())
         torch.autograd.backward(parts, [leaf.grad for leaf in leaves])
         return value
 

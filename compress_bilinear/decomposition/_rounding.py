@@ -14,18 +14,9 @@ import torch
 from torch import Tensor
 
 from ..config import Quantize
-from ..quantization import (
-    LEVELS,
-    UNIT,
-    dequantize,
-    dequantize_nf4,
-    quantize_blocks,
-    quantize_nf4,
-    quantize_unit,
-    scale_grid,
-)
 from ._interpolation import is_interpolated
 from ._source import Source, full_precision, gram, leading, mode_product
+from ._stored import stored_columns, stored_core, unit_columns
 from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
@@ -57,15 +48,6 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None) -> _Any:
         return _rounded_tucker(found, weight, quantize)
 
 
-def unit_columns(
-    factor: Tensor,  # (d, R)
-) -> tuple[Tensor, Tensor]:
-    """Columns whose largest magnitude is 127/128, what int8 without a scale holds, and their scales (R,); float64."""
-    wide = factor.detach().double()
-    scale = wide.abs().amax(0) / UNIT / LEVELS
-    return wide / scale.where(scale > 0, 1.0), scale
-
-
 def distance(
     weight: Tensor,  # (O, I, J)
     first: CPDecomposition | TuckerDecomposition,
@@ -83,34 +65,11 @@ def distance(
     return relative(apart, total)
 
 
-def _stored(matrix: Tensor, quantize: Quantize) -> Tensor:
-    """A matrix in the layout of a linear layer's weight, rounded; float64."""
-    if quantize == "int8":
-        return dequantize(quantize_unit(matrix), None, torch.float64)
-    return _coded(matrix)
-
-
-def _stored_core(core: Tensor, quantize: Quantize) -> Tensor:
-    if quantize == "int8":
-        return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
-    return _coded(core)
-
-
-def _coded(values: Tensor) -> Tensor:
-    return dequantize_nf4(*quantize_nf4(values), 0, values.numel(), torch.float64).view(values.shape)
-
-
-def _stored_columns(factor: Tensor, mode: int, quantize: Quantize) -> tuple[Tensor, Tensor]:
-    """A factor as a layer stores it, and the scales of its columns."""
-    unit, scale = unit_columns(factor)
-    return (_stored(unit.T, quantize).T if mode else _stored(unit, quantize)), scale
-
-
 def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize) -> CPDecomposition:
     source, ridge = Source(weight), _RIDGE[quantize]
     factors = [factor.detach().double() for factor in found.factors]
     factors[0] = factors[0] * (found.weights.double() * source.scale)
-    plain = [_stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]
+    plain = [stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]
     units = [unit for unit, _ in plain]
     sums = _product(source, 0, units)
     best = _CPFit(source, units, sums, math.prod(scale for _, scale in plain))  # type: ignore[arg-type]
@@ -118,10 +77,11 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize) -> C
     for cycle in range(_CYCLES):
         before = best.squared_error()
         for mode in (1, 2, 0):
+            gram_others = _gram_product(factors, mode)
             if cycle > 0 or mode != 1:
                 sums = _product(source, mode, factors)
-                factors[mode] = _solved(sums, _gram_product(factors, mode), ridge)
-            factors[mode] = _stored_columns(factors[mode], mode, quantize)[0]
+                factors[mode] = _solved(sums, gram_others, ridge)
+            factors[mode] = stored_columns(factors[mode], mode, quantize, gram_others)[0]
         trial = _CPFit(source, list(factors), sums)  # the sums of mode 0, which depend on the other factors only
         best = min(best, trial, key=_CPFit.squared_error)
         factors[0] = factors[0] * trial.scales
@@ -189,9 +149,9 @@ def _rounded_tucker(found: TuckerDecomposition, weight: Tensor, quantize: Quanti
             if free[mode]:
                 unit, scale = unit_columns(factors[mode])
                 core = core * scale.view([-1 if axis == mode else 1 for axis in range(3)])
-                factors[mode] = _stored_columns(unit, mode, quantize)[0]
+                factors[mode] = stored_columns(unit, mode, quantize)[0]
         if all(free[mode] or found.rank[mode] == found.shape[mode] for mode in range(3)):
-            core = _stored_core(core, quantize)
+            core = stored_core(core, quantize)
         # else the core absorbs what an interpolative factor leaves, and is rounded after that
         out, in1, in2 = (factor.to(dtype) for factor in factors)
         result = TuckerDecomposition(core.to(dtype), (out, in1, in2))
@@ -204,7 +164,7 @@ def _rounded_tucker(found: TuckerDecomposition, weight: Tensor, quantize: Quanti
             continue
         part = source.project(bases, skip=mode)
         unit = leading(gram(part, mode), found.rank[mode], torch.float64)
-        factors[mode] = _stored_columns(unit, mode, quantize)[0]
+        factors[mode] = stored_columns(unit, mode, quantize)[0]
         bases[mode] = torch.linalg.qr(factors[mode])[0].to(source.dtype)
     core = source.project(bases).double() / source.scale
     for mode, (basis, factor) in enumerate(zip(bases, factors, strict=True)):

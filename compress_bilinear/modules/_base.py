@@ -2,14 +2,15 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import Quantize
-from ..errors import CompressionError, InputError
+from ..config import Compute, Quantize
+from ..errors import CompressionError, ConfigError, InputError
+from ..quantization import QuantizedTensor
 
 
 class CompressedBilinear(nn.Module):
@@ -17,7 +18,8 @@ class CompressedBilinear(nn.Module):
 
     Attributes:
         in1_features, in2_features, out_features: I, J and O.
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
+        compute: how a quantized layer computes; see `set_compute`.
         method: "dense", "cp" or "tucker".
     """
 
@@ -33,11 +35,45 @@ class CompressedBilinear(nn.Module):
         self.in2_features = in2_features
         self.out_features = out_features
         self.quantize = quantize
+        self.compute: Compute = "on_the_fly"
 
     @property
     def rank(self) -> int | tuple[int, int, int] | None:
         """R of a CP, (R_o, R_i, R_j) of a Tucker decomposition, None for a dense layer."""
         return None
+
+    @property
+    def computes(self) -> tuple[Compute, ...]:
+        """The modes that `set_compute` takes."""
+        integer = any(getattr(part, "takes_int8", False) for part in self.modules())
+        return ("on_the_fly", "resident", "int8") if integer else ("on_the_fly", "resident")
+
+    def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
+        """Choose how a quantized layer computes. It is no part of its state: neither saved nor loaded.
+
+        Args:
+            compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
+                de-quantized as well, in `dtype`, for inputs of that dtype: the same outputs up to the order of sums.
+                "int8" rounds each row of a CP's or Tucker's inputs and hidden values to int8 and multiplies integers
+                (`torch._int_mm`), which costs about 1% of the outputs' norm.
+            dtype: of the resident weights.
+
+        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no projection is in plain int8.
+        """
+        if self.quantize is None:
+            raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
+        if compute not in self.computes:
+            raise ConfigError(
+                f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
+                f"Found {compute!r}."
+            )
+        for part in self.modules():
+            if isinstance(part, QuantizedTensor):
+                part.keep_resident(dtype if compute == "resident" else None)
+            elif getattr(part, "takes_int8", False):
+                cast(Any, part).integer = compute == "int8"
+            elif isinstance(part, CompressedBilinear):
+                part.compute = compute
 
     @property
     @abstractmethod
@@ -64,7 +100,7 @@ class CompressedBilinear(nn.Module):
         Args:
             dtype: of the result and of its computation. None takes the layer's own, float32 for int8.
         """
-        return self.dense_rows(slice(None), dtype or self._weight_dtype())
+        return self.dense_rows(slice(None), dtype or self.weight_dtype)
 
     def forward(
         self,
@@ -154,7 +190,8 @@ class CompressedBilinear(nn.Module):
     def _first_weight(self) -> Tensor | None:
         """The floating weight whose dtype the inputs should have, None where any will do."""
 
-    def _weight_dtype(self) -> torch.dtype:
+    @property
+    def weight_dtype(self) -> torch.dtype:
         """The dtype of the stored weight, float32 for int8; wrapped inner layers are looked through."""
         if self.quantize is None:
             for name, parameter in self.named_parameters():

@@ -20,7 +20,7 @@ _TRACED_PARTS = 16
 _Kind = TypeVar("_Kind", bound=nn.Module)
 
 Scales: TypeAlias = Literal["none", "input", "rows"]
-"""What scales an int8 matrix has: none, one for each input component (`sigma`), or one for each of its rows or columns."""
+"""What scales an int8 matrix has: none, one for each input component (`sigma`), or one for each row or column."""
 
 
 class QuantizedLinear(nn.Module):
@@ -47,6 +47,11 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("sigma", sigma)
         self.register_parameter("bias", bias)
 
+    @property
+    def takes_int8(self) -> bool:
+        """Whether `integer` may be set: the weight is int8 without scales."""
+        return self.weight.scale is None
+
     def forward(
         self,
         input: Tensor,  # (..., in_features)
@@ -60,7 +65,7 @@ class QuantizedLinear(nn.Module):
         right: Tensor,  # broadcastable to that
         dtype: torch.dtype,
     ) -> Tensor:  # (..., out_features)
-        """`forward(left * right)` in `dtype`, the product formed and scaled in float32: in float16 it could overflow."""
+        """`forward(left * right)` in `dtype`; the product is formed in float32, for in float16 it could overflow."""
         wide = torch.promote_types(left.dtype, torch.float32)
         return self._scaled(left.to(wide) * right.to(wide), dtype)
 

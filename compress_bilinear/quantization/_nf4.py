@@ -100,7 +100,7 @@ def dequantize_nf4(
     first, last = start // BLOCK, -(-stop // BLOCK)  # whole blocks
     packed = qdata[first * BLOCK // 2 : min(last * BLOCK // 2, len(qdata))]
     index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
-    values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device)[index.int()]
+    values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device).index_select(0, index.int())
     magnitudes = scale[first:last].to(wide)
     full = len(values) // BLOCK
     values[: full * BLOCK].view(full, BLOCK).mul_(magnitudes[:full, None])

@@ -1,17 +1,28 @@
 """The report as data, and its renderers."""
 
-from ._data import AS_CONFIGURED, SCHEMA_VERSION, FrontPoint, LayerReport, Report
-from ._format import error, size, size_change, speedup
+from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures
+from ._data import AS_CONFIGURED, SCHEMA_VERSION, FrontPoint, LayerReport, Report, Spectrum, numeric_fields
+from ._format import error, printable, size, size_change, speedup
 from ._terminal import compact_table, render_text
 
 __all__ = [
     "AS_CONFIGURED",
+    "DEFAULT_FIELDS",
     "SCHEMA_VERSION",
+    "Comparison",
     "FrontPoint",
     "LayerReport",
+    "Limit",
+    "Panel",
     "Report",
+    "Spectrum",
+    "better",
     "compact_table",
+    "compare",
     "error",
+    "failures",
+    "numeric_fields",
+    "printable",
     "render_text",
     "size",
     "size_change",

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from ..errors import CompressionError
+from ..files import written_atomically
 
 SCHEMA_VERSION = 2
 
@@ -40,6 +43,21 @@ class FrontPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spectrum:
+    """Singular values of one unfolding of a layer's weight, the largest first; of a long mode some stand for all.
+
+    Attributes:
+        indices: which they are, counted from 1.
+        values: relative to the weight's Frobenius norm, so that the squares of all sum to 1.
+        sampled: whether they are estimated from some slices of a large weight.
+    """
+
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+    sampled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """What was done with one layer and what it cost; "after" is what the model holds afterwards.
 
@@ -47,14 +65,18 @@ class LayerReport:
         name: of the layer in the model, "" for the model itself; `aliases` has its other names.
         shape: (O, I, J).
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
-        quantize: None or "int8".
+        quantize: None, "int8" or "nf4".
         decision: "replaced" or "kept"; `reason` says why.
         weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
             was turned down. None where nothing was solved.
+        truncation_error, quantization_error: the parts of `weight_error` of a quantized layer: of the decomposition in
+            floating point, and how far what is stored is from it, both relative to ‖W‖. None where not quantized.
         output_error: ‖y − ŷ‖/‖y − b‖ on the calibration rows, against the original weight in float64; None without.
         calibration_rows: how many rows that is measured on.
         params_before, params_after: stored values, bias included.
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
+        resident_bytes: in memory, of a quantized layer: what is stored, and what its compute mode keeps de-quantized.
+        compute: how a quantized layer computes: "on_the_fly", "resident" or "int8". None for others.
         flops_before, flops_after: for a row, in the best order, multiply-add counted as 2.
         latency_before_ms, latency_after_ms, latency_dense_ms: medians, of `nn.Bilinear`, the replacement, and the
             fastest exact dense evaluation (`dense_order` names it); `..._quartiles_ms` are the quartiles. None where
@@ -65,6 +87,7 @@ class LayerReport:
         backend: which code evaluates the replacement.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
         front: the replacements that were considered, by bytes; empty where the config left no choice.
+        spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved or a mode is too long.
     """
 
     name: str
@@ -76,12 +99,16 @@ class LayerReport:
     decision: Literal["replaced", "kept"]
     reason: str
     weight_error: float | None = None
+    truncation_error: float | None = None
+    quantization_error: float | None = None
     output_error: float | None = None
     calibration_rows: int = 0
     params_before: int
     params_after: int
     bytes_before: int
     bytes_after: int
+    resident_bytes: int | None = None
+    compute: str | None = None
     flops_before: int | None = None
     flops_after: int | None = None
     latency_before_ms: float | None = None
@@ -97,6 +124,7 @@ class LayerReport:
     backend: str | None = None
     amplification: float | None = None
     front: tuple[FrontPoint, ...] = ()
+    spectra: tuple[Spectrum, ...] = ()
 
     @property
     def label(self) -> str:
@@ -113,6 +141,8 @@ class Report:
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
         environment: device, dtype, threads and versions that the figures hold for.
         metric_before, metric_after: the caller's own task metric of the whole model; None where none was given.
+        config: what was asked, as a configuration file has it (`config_text.read`); empty where it is not known.
+        call: the same in Python.
     """
 
     layers: tuple[LayerReport, ...]
@@ -121,6 +151,8 @@ class Report:
     environment: Mapping[str, str | int]
     metric_before: float | None = None
     metric_after: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    call: str = ""
 
     def __str__(self) -> str:
         from ._terminal import render_text
@@ -136,6 +168,8 @@ class Report:
             "model_bytes_after": self.model_bytes_after,
             "metric_before": self.metric_before,
             "metric_after": self.metric_after,
+            "config": self.config,
+            "call": self.call,
             "layers": [dataclasses.asdict(layer) for layer in self.layers],
         }
         plain: dict[str, Any] = _plain(body)
@@ -163,6 +197,8 @@ class Report:
                 environment=dict(data["environment"]),
                 metric_before=data["metric_before"],
                 metric_after=data["metric_after"],
+                config=dict(data["config"]),
+                call=data["call"],
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is needed. Found {error}.") from error
@@ -182,6 +218,23 @@ class Report:
 
         return render_markdown(self)
 
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """A page of its own, below 2 MB, that needs no network: summary, table, plots, environment and config.
+
+        Args:
+            path: where to write it too, whole or not at all.
+
+        Raises: CompressionError where `path` cannot be a file.
+        """
+        from ._html import render_html
+
+        if path is None:
+            return render_html(self)
+        with written_atomically(path) as temporary:  # which looks at the path before plots are drawn
+            text = render_html(self)
+            temporary.write_text(text, encoding="utf-8")
+        return text
+
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
@@ -193,10 +246,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@cache
+def numeric_fields() -> tuple[str, ...]:
+    """The fields of `LayerReport` that are one number."""
+    hints = get_type_hints(LayerReport)
+    kinds = {one.name: set(get_args(hints[one.name]) or (hints[one.name],)) for one in dataclasses.fields(LayerReport)}
+    return tuple(name for name, kind in kinds.items() if kind & {int, float} and kind <= {int, float, type(None)})
+
+
 def _layer(entry: Mapping[str, Any]) -> LayerReport:
     fields = {key: _tuples(value) for key, value in entry.items()}
+    for name in numeric_fields():
+        if not isinstance(fields.get(name), (int, float, type(None))) or isinstance(fields.get(name), bool):
+            raise CompressionError(f"`{name}` of a layer should be a number or null. Found {fields[name]!r}.")
     points = (FrontPoint(**{key: _tuples(value) for key, value in point.items()}) for point in fields["front"])
-    return LayerReport(**fields | {"front": tuple(points)})
+    spectra = (Spectrum(**{key: _tuples(value) for key, value in one.items()}) for one in fields["spectra"])
+    return LayerReport(**fields | {"front": tuple(points), "spectra": tuple(spectra)})
 
 
 def _tuples(value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ._data import AS_CONFIGURED, LayerReport, Report
+from ._data import AS_CONFIGURED, FrontPoint, LayerReport, Report
 
 COLUMNS = (
     "Layer",
@@ -40,12 +40,14 @@ def method(layer: LayerReport) -> str:
     """For instance "kept", "cp 64" or "tucker 8,16,16 int8"."""
     if layer.decision == "kept":
         return f"kept ({layer.method})"
-    parts = [layer.method]
-    if layer.rank is not None:
-        parts.append(",".join(str(r) for r in layer.rank) if isinstance(layer.rank, Sequence) else str(layer.rank))
-    if layer.quantize is not None:
-        parts.append(layer.quantize)
-    return " ".join(parts)
+    return named(layer)
+
+
+def named(one: LayerReport | FrontPoint) -> str:
+    """For instance "cp 64 int8", also of what was turned down."""
+    rank = one.rank
+    listed = ",".join(str(r) for r in rank) if isinstance(rank, Sequence) else "" if rank is None else str(rank)
+    return " ".join(part for part in (one.method, listed, one.quantize) if part)
 
 
 def error(value: float | None) -> str:
@@ -92,3 +94,8 @@ def notes(report: Report) -> list[str]:
         )
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return lines
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: a name must not move the cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -126,7 +126,7 @@ def test_expanded_inputs_are_never_written_out():
         def forward(self, input1: Tensor, input2: Tensor) -> None:
             pass
 
-    sink, width, length = Sink(), 20_000, 2_000  # written out, this is 320 GB
+    sink, width, length = Sink(), 1_000, 2_000  # written out, this is 32 GB
     pair = [torch.ones(width).expand(length, length, width) for _ in range(2)]
     found = collect_inputs(sink, {"": sink}, [pair], max_rows=3)[""]
     assert found.rows_seen == length**2

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import bilinear, low_rank
+from support import bilinear, command_line, low_rank
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, selection, state_dicts, surgery
+from compress_bilinear import planning, selection, state_dicts
 from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
@@ -60,16 +60,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 def run(monkeypatch, capsys):
     """Runs the command line with some arguments: its status, stdout and stderr."""
 
-    def main(*args: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compress-bilinear", *args])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code or 0
-        return status, *capsys.readouterr()
-
-    return main
+    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")
@@ -123,7 +114,10 @@ MISTAKES = {
         "Found no folder 'missing'",
     ),
     "output is a folder": (("compress", "layer.pt", "-o", "folder", "--no-latency", *TUCKER), "Found a folder"),
-    "report's suffix": (("compress", "layer.pt", *TO, *TUCKER, "--report", "report.txt"), "should end in .json or .md"),
+    "report's suffix": (
+        ("compress", "layer.pt", *TO, *TUCKER, "--report", "report.txt"),
+        "should end in .json, .md or .html",
+    ),
     "no report folder": (("compress", "layer.pt", *TO, *TUCKER, "--report", "missing/a.md"), "Found no folder"),
     "unknown command": (("frobnicate",), "No such command 'frobnicate'"),
     "unknown option": (("inspect", "net.pt", "--fast"), "No such option"),
@@ -133,7 +127,7 @@ MISTAKES = {
     "unknown method": (("compress", "layer.pt", *TO, "--method", "svd"), "'svd' is not one of 'cp', 'tucker', 'dense'"),
     "unknown quantize": (("compress", "layer.pt", *TO, *TUCKER, "--quantize", "int4"), "'int4' is not"),
     "no rows": (("compress", "layer.pt", *TO, *TUCKER, "--batch-size", "0"), "0 is not in the range x>=1"),
-    "unknown style": (("report", "net.pt", "net.pt", "--format", "html"), "'html' is not one of"),
+    "unknown style": (("report", "net.pt", "net.pt", "--format", "svg"), "'svg' is not one of"),
     "inspect nothing": (("inspect", "none.pt"), "should be a file"),
     "inspect a module": (("inspect", "module.pt"), "pickled Python objects"),
     "report on an original": (("report", "net.pt", "net.safetensors"), "safetensors without its description"),
@@ -198,9 +192,9 @@ class TestCompress:
 
     @pytest.mark.parametrize("method", [("--method", "cp", "--rank", "4"), TUCKER], ids=["cp", "tucker"])
     def test_a_time_limit_reaches_the_solver(self, run, monkeypatch, method):
-        limits, solve = [], surgery.solve
+        limits, solve = [], planning.solve
         monkeypatch.setattr(
-            surgery, "solve", lambda layer, config, limit, progress: limits.append(limit) or solve(layer, config, limit)
+            planning, "solve", lambda layer, config, limit, *rest: limits.append(limit) or solve(layer, config, limit)
         )
         assert run("compress", "net.pt", *TO, *method, "--layers", "rel", "--max-seconds", "5")[0] == 0
         assert limits == [pytest.approx(5, abs=1)]
@@ -211,7 +205,7 @@ class TestCompress:
 
         (folder / "small.safetensors").write_text("old")
         before = sorted(folder.rglob("*"))
-        monkeypatch.setattr(surgery, "solve", interrupted)
+        monkeypatch.setattr(planning, "solve", interrupted)
         status, _, err = run("compress", "net.pt", *TO, *TUCKER, "--layers", "rel", "--report", "report.json")
         assert (status, err.strip()) == (130, "compress-bilinear: interrupted")
         assert sorted(folder.rglob("*")) == before

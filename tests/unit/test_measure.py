@@ -92,12 +92,13 @@ class TestErrors:
                 layer.bias += 100  # in the denominator it would hide any error
         else:
             layer.bias = None
-        module, inputs = replacement(layer, method, quantize), rows(1030)  # more than two blocks
-        wide = (inputs.input1.double(), inputs.input2.double(), layer.weight.detach().double())
+        module, inputs = replacement(layer, method, quantize), rows(4120)
+        input1, input2 = inputs.held_out  # more than two blocks
+        wide = (input1.double(), input2.double(), layer.weight.detach().double())
         exact = ops.reference.bilinear_dense(*wide)
         added = 0 if layer.bias is None else layer.bias.detach().double()
         with torch.no_grad():
-            found = module(inputs.input1, inputs.input2).double() - added
+            found = module(input1, input2).double() - added
         expected = float((exact - found).norm() / exact.norm())
         error = measure.output_error(layer, module, inputs)
         assert error == pytest.approx(expected, rel=1e-3, abs=1e-6)  # rounding differs from block to block

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from compress_bilinear.progress import ProgressBars
@@ -20,6 +22,7 @@ def test_a_shown_bar_names_the_layer_and_its_error_on_stderr(capsys):
     assert "Solving rel[0]" in captured.err
     assert "error 0.1234" in captured.err
     assert "75%" in captured.err
+    assert re.search(r"left -:--:--|left \d:\d\d:\d\d", captured.err)
 
 
 def test_it_passes_on_what_is_raised_inside():

@@ -10,7 +10,7 @@ from support import assert_matches_reference, assert_same_state, bilinear, low_r
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, decomposition, ops, selection
+from compress_bilinear import cli, decomposition, ops, solving
 from compress_bilinear.errors import CheckpointError, CompressionError, ConfigError, InputError
 
 
@@ -286,7 +286,7 @@ class TestSolvers:
     def test_a_solve_of_several_attempts_has_one_progress(self):
         seen = []
         config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
-        selection.solve(bilinear(20, 18, 12), config, None, lambda done, error: seen.append(done))
+        solving.solve(bilinear(20, 18, 12), config, None, lambda done, error: seen.append(done))
         assert seen == sorted(seen)
 
     def test_an_int8_error_is_met_within_a_time_limit(self):

@@ -5,14 +5,15 @@ import torch
 from support import assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 
-from compress_bilinear import selection
+from compress_bilinear import selection, solving
 from compress_bilinear.calibration import LayerInputs
 from compress_bilinear.config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from compress_bilinear.discovery import FoundLayer
 from compress_bilinear.errors import ConfigError, InfeasibleError
-from compress_bilinear.measure import Latency, Timing, stored_bytes, weight_error
+from compress_bilinear.measure import Latency, OutputError, Timing, stored_bytes, weight_error
 from compress_bilinear.modules import CPBilinear, DenseBilinear, TuckerBilinear
-from compress_bilinear.selection import Candidate, judge, keep, objection, slowness, solve
+from compress_bilinear.selection import judge, keep, objection, slowness
+from compress_bilinear.solving import Candidate, solve
 
 TUCKER = TuckerConfig(rank=(3, 4, 4))
 
@@ -30,9 +31,9 @@ def timing(before: float, after: float, dense: float = 1.0, spread: float = 0.1)
     return Timing(*around, dense_order="outer", batch_size=7)
 
 
-def judged(layer: nn.Bilinear, config, *, time_rows=None, force=False, inputs=None, unreached=False):
+def judged(layer: nn.Bilinear, config, *, time_rows=None, force=False, measured=None, unreached=False):
     found = FoundLayer(("rel", "again"), layer)
-    return judge(found, config, solve(layer, config), inputs, unreached, time_rows, force)
+    return judge(found, config, solve(layer, config), measured, unreached, time_rows, force)
 
 
 class TestSolve:
@@ -92,15 +93,15 @@ class TestSolve:
         assert (found.module.rank, found.weight_error) == ((8, 12, 10), 0.0)
 
     def test_a_tighter_target_is_tried_where_rounding_made_it_miss(self, monkeypatch):
-        layer, targets, decompose = planted(noise=0.03), [], selection._decompose
+        layer, targets, decompose = planted(noise=0.03), [], solving._decompose
         goal = 1.0001 * solve(layer, TuckerConfig(rank=(3, 3, 3))).weight_error  # and int8 adds to it
 
         def recorded(weight, bias, config, rank, *others):
             targets.append(rank.error)
             return decompose(weight, bias, config, rank, *others)
 
-        monkeypatch.setattr(selection, "_decompose", recorded)
-        monkeypatch.setattr(selection, "_ROUNDING", 0.0)  # as if nothing were known of it
+        monkeypatch.setattr(solving, "_decompose", recorded)
+        monkeypatch.setattr(solving, "_ROUNDING", 0.0)  # as if nothing were known of it
         assert solve(layer, TuckerConfig(rank=MaxError(goal), quantize="int8")).weight_error <= goal
         assert len(targets) > 1
         assert targets == sorted(targets, reverse=True)
@@ -193,7 +194,7 @@ class TestJudge:
         timed(4, 2)
         layer = planted()
         inputs = LayerInputs(torch.randn(9, 12), torch.randn(9, 10), 9, 3)
-        decision = judged(layer, TUCKER, time_rows=7, inputs=inputs)
+        decision = judged(layer, TUCKER, time_rows=7, measured=OutputError(layer, inputs))
         report, module = decision.report, decision.replacement
         assert (report.decision, report.reason, report.backend) == ("replaced", "as configured", "torch")
         assert (report.name, report.aliases, report.shape) == ("rel", ("again",), (8, 12, 10))

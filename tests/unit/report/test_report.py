@@ -110,6 +110,22 @@ class TestData:
         assert report.model_bytes_after == sum(value.numel() * value.element_size() for value in unique.values())
         assert report.model_bytes_before == stored_bytes(network())
 
+    def test_the_config_is_told_as_a_file_has_it_and_in_python(self, report):
+        assert report.config == {
+            "layers": {
+                "up_a": {"method": "cp", "rank": 2, "quantize": "int8"},
+                "*": {"method": "tucker", "rank": [1, 2, 2]},
+            }
+        }
+        assert '"up_a": cb.CPConfig(rank=2, quantize="int8"),' in report.call
+        assert "calibration=batches," in report.call
+
+    def test_the_spectra_are_those_of_the_weight(self, report):
+        for record in report.layers[:2]:
+            assert [one.indices[-1] for one in record.spectra] == list(record.shape)
+            for one in record.spectra:
+                assert sum(value**2 for value in one.values) == pytest.approx(1, abs=1e-3)
+
     def test_the_environment_is_told(self, report):
         assert {"device", "dtype", "threads", "torch", "compress_bilinear", "processor"} <= set(report.environment)
 
@@ -155,6 +171,9 @@ class TestJson:
             (lambda data: data["layers"][0].pop("reason"), "reason"),
             (lambda data: data["layers"][0].update(colour="red"), "colour"),
             (lambda data: data.update(layers=[3]), "Found"),
+            (lambda data: data.pop("config"), "config"),
+            (lambda data: data["layers"][0].update(bytes_after="few"), "`bytes_after` of a layer should be a number"),
+            (lambda data: data["layers"][0].update(bytes_after=True), "should be a number or null. Found True"),
             (lambda data: data.update(layers=None), "Found"),
         ],
     )

@@ -1,0 +1,170 @@
+"""The commands that look at what was made: `report` on two checkpoints, and `compare` on several reports."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+import click
+import torch
+
+from .. import state_dicts
+from ..errors import CompressionError, ConfigError
+from ..report import Comparison, Limit, Report, failures, numeric_fields
+from ..report import compare as side_by_side
+from ._shared import (
+    FILE,
+    Style,
+    as_json,
+    check_targets,
+    device,
+    dtype,
+    examples,
+    quiet,
+    rendered,
+    rows,
+    show,
+    style_of,
+    write_together,
+)
+
+_Side = Literal["table", "markdown", "html", "csv", "json"]
+_SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", ".json": "json"}
+
+
+@click.command(
+    epilog=examples(
+        "report model.pt small.safetensors",
+        "report model.pt small.safetensors --format markdown",
+        "report model.pt small.safetensors -o report.html --batch-size 64",
+    )
+)
+@click.argument("original", type=FILE)
+@click.argument("compressed", type=FILE)
+@click.option(
+    "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
+)
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .json, .md or .html.")
+@rows
+@device
+@dtype
+@as_json
+@quiet
+def report(
+    original: Path,
+    compressed: Path,
+    style: Style,
+    output: Path | None,
+    batch_size: int | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
+    if output is not None:
+        style = style_of(output, "--output")
+        if output.resolve() in (original.resolve(), compressed.resolve()):
+            raise ConfigError("--output should be another file than ORIGINAL and COMPRESSED. Found the same as one.")
+        check_targets(output)
+    measured = state_dicts.compare(original, compressed, batch_size or 256, device=device, dtype=dtype)
+    if output is not None:
+        write_together([(output, rendered(measured, style))])
+        show(f"Wrote {output}", hidden=quiet or as_json)
+    if as_json:
+        print(measured.to_json())
+    elif output is None and not quiet:
+        print(rendered(measured, style))
+
+
+@click.command(
+    epilog=examples(
+        "compare cp.json tucker.json",
+        "compare cp.json tucker.json --figure output_error --figure bytes_after --format csv",
+        "compare *.json -o comparison.html",
+        "compare new.json --quiet --fail-above output_error=0.05 --fail-below speedup=1.2",
+    )
+    + f"\n\nFIELD is one of {', '.join(numeric_fields())}."
+)
+@click.argument("files", metavar="REPORT.json...", type=FILE, nargs=-1, required=True)
+@click.option("--figure", "figures", multiple=True, metavar="FIELD", help="What to compare; may be repeated.")
+@click.option(
+    "--format",
+    "style",
+    type=click.Choice(["table", *_SIDES.values()]),
+    default="table",
+    show_default=True,
+)
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .md, .html, .csv or .json.")
+@click.option(
+    "--fail-above", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has more, or none."
+)
+@click.option(
+    "--fail-below", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has less, or none."
+)
+@as_json
+@quiet
+def compare(
+    files: tuple[Path, ...],
+    figures: tuple[str, ...],
+    style: _Side,
+    output: Path | None,
+    fail_above: tuple[str, ...],
+    fail_below: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> str | None:
+    """Set reports side by side: a row a layer, a column a run, the best marked.
+
+    Layers count as the model holds them: one that was kept has errors of 0 and a speedup of 1. A limit fails for
+    every layer that breaks it, and for one whose figure is not known (null in its report); each has a line on stderr.
+    """
+    limits = [*(Limit.parse(text, True) for text in fail_above), *(Limit.parse(text, False) for text in fail_below)]
+    if output is not None:
+        if output.suffix not in _SIDES:
+            raise ConfigError(f"--output should end in .md, .html, .csv or .json. Found {str(output)!r}.")
+        if output.resolve() in {file.resolve() for file in files}:
+            raise ConfigError("--output should be another file than the reports. Found the same as one of them.")
+        check_targets(output)
+        style = _SIDES[output.suffix]
+    reports = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
+    together = side_by_side(reports, figures)
+    if output is not None:
+        write_together([(output, _rendered(together, style))])
+        show(f"Wrote {output}", hidden=quiet or as_json)
+    if as_json or (output is None and not quiet):
+        print(_rendered(together, "json" if as_json else style).rstrip("\n"))
+    broken = failures(reports, limits)
+    for line in broken:
+        click.echo(line, err=True)
+    return f"{len(broken)} failed" if broken else None
+
+
+def _read(path: Path) -> Report:
+    try:
+        return Report.from_json(path.read_text(encoding="utf-8"))
+    except (CompressionError, UnicodeDecodeError) as error:
+        raise CompressionError(f"{str(path)!r} should be a report that --report wrote as .json. {error}") from error
+
+
+def _names(files: tuple[Path, ...]) -> list[str]:
+    """The files' names without .json, or as given where two are the same."""
+    stems = Counter(file.stem for file in files)
+    names = [file.stem if stems[file.stem] == 1 else str(file) for file in files]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"Each report should be given once. Found {Counter(names).most_common(1)[0][0]!r} twice.")
+    return names
+
+
+def _rendered(comparison: Comparison, style: _Side) -> str:
+    match style:
+        case "table":
+            return str(comparison)
+        case "markdown":
+            return comparison.to_markdown()
+        case "html":
+            return comparison.to_html()
+        case "csv":
+            return comparison.to_csv()
+        case "json":
+            return json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)

@@ -1,0 +1,105 @@
+"""The commands that change nothing: `demo` and `inspect`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import click
+from rich.table import Table
+from rich.text import Text
+
+from .. import state_dicts, tensor_file
+from ..report import printable, size
+from ._shared import FILE, SEED, as_json, examples, quiet, show
+
+
+@click.command(epilog=examples("demo", "demo -o networks --seed 1", "demo --json"))
+@click.option("-o", "--output", type=FILE, help="Folder to keep the compressed networks in.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split and the training.")
+@as_json
+@quiet
+def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
+    """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
+    from .. import demo as main_job
+
+    rows, report = main_job.run(output, seed, progress=sys.stderr.isatty() and not quiet)
+    if as_json:
+        plain = [{"name": row.name, "accuracy": row.accuracy, **dataclasses.asdict(row.layer)} for row in rows]
+        print(json.dumps({"environment": dict(report.environment), "rows": plain}, indent=2))
+        return
+    measured_on = ", ".join(f"{key} {value}" for key, value in report.environment.items())
+    show(
+        main_job.table(rows),
+        "Output errors are on training inputs, accuracy is on 540 test images. Every compressed network was saved, "
+        "reloaded into a fresh one, and gave bit-equal outputs."
+        + (f" They are in {output}." if output is not None else ""),
+        f"Measured on: {measured_on}",
+        hidden=quiet,
+    )
+
+
+@click.command(epilog=examples("inspect model.pt", "inspect small.safetensors --json"))
+@click.argument("path", metavar="CHECKPOINT", type=FILE)
+@as_json
+def inspect(path: Path, as_json: bool) -> None:
+    """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
+    state = state_dicts.read_state(path)
+    compressed = state_dicts.descriptions(path)
+    found = state_dicts.candidates(state)
+    inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
+    if inside:
+        found = [candidate for candidate in found if not f"{candidate.name}.weight".startswith(inside)]
+    if as_json:
+        listed = {
+            "compressed": [dataclasses.asdict(layer) for layer in compressed],
+            "layers": [_plain(c) for c in found],
+        }
+        print(json.dumps(listed, indent=2))
+        return
+    if compressed:
+        show(_compressed_table(path, compressed))
+    if found or not compressed:
+        show(_candidate_table(path, found))
+        if not found:
+            show("No three-dimensional weight: nothing here can be an nn.Bilinear's.")
+
+
+def _plain(candidate: state_dicts.Candidate) -> dict[str, object]:
+    weight = candidate.weight
+    return {
+        "name": candidate.name,
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "bytes": weight.numel() * weight.element_size(),
+        "bias": candidate.bias is not None,
+        "maybe_convolution": candidate.maybe_convolution,
+    }
+
+
+def _compressed_table(path: Path, layers: list[tensor_file.LayerDescription]) -> Table:
+    table = _table(path, "Compressed layer", "Shape", "Method", "Rank", "Format")
+    for layer in layers:
+        shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
+        name = ", ".join(name or "(root)" for name in layer.names)
+        table.add_row(Text(printable(name)), shape, layer.method, str(layer.rank or "–"), layer.quantize or "–")
+    return table
+
+
+def _candidate_table(path: Path, found: list[state_dicts.Candidate]) -> Table:
+    table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
+    for candidate in found:
+        weight = candidate.weight
+        table.add_row(
+            Text(printable(candidate.name) or "(root)"),
+            "x".join(str(d) for d in weight.shape),
+            str(weight.dtype).removeprefix("torch."),
+            size(weight.numel() * weight.element_size()),
+            "yes" if candidate.bias is not None else "no",
+            "may be a Conv1d's (out, in, kernel)" if candidate.maybe_convolution else "",
+        )
+    return table
+
+
+def _table(path: Path, *columns: str) -> Table:
+    return Table(*columns, title=Text(str(path)), title_justify="left")

@@ -1,0 +1,120 @@
+"""What the commands share: options, and how they print and write."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import click
+import torch
+from rich.console import Console, RenderableType
+
+from ..errors import ConfigError
+from ..files import check_target, written_atomically
+from ..report import Report
+
+PROGRAM = "compress-bilinear"
+FILE = click.Path(path_type=Path)
+SEED = click.IntRange(0, 2**63 - 1)
+
+Style: TypeAlias = Literal["table", "markdown", "json", "html"]
+_STYLES: dict[str, Style] = {".json": "json", ".md": "markdown", ".html": "html"}
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
+quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+
+
+def _device(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.device | None:
+    if value is None:
+        return None
+    try:
+        device = torch.device(value)
+        torch.zeros(1, device=device)
+        if device.type != "meta":
+            return device
+        problem = "it holds no values"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise ConfigError(f"--device should be a device of this machine, say cpu or cuda:0. Found {value!r}: {problem}.")
+
+
+def _dtype(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.dtype | None:
+    return None if value is None else _DTYPES[value]
+
+
+device = click.option(
+    "--device",
+    metavar="DEVICE",
+    callback=_device,
+    help="Where to solve and measure: cpu, cuda, cuda:1.  [default: cpu]",
+)
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(list(_DTYPES)),
+    callback=_dtype,
+    help="Take the original in this dtype; errors and sizes are then against that.  [default: as stored]",
+)
+
+
+def examples(*lines: str) -> str:
+    """An epilog with a command a line, or over several where 80 columns are too few."""
+    shown = []
+    for line in lines:
+        first, *options = f"  {PROGRAM} {line}".split(" --")
+        shown.append(first)
+        for option in options:
+            fits = len(shown[-1]) + len(option) < 74
+            shown[-1:] = [f"{shown[-1]} --{option}"] if fits else [f"{shown[-1]} \\", f"      --{option}"]
+    return "\b\nExamples:\n" + "\n".join(shown)
+
+
+def style_of(path: Path, option: str, styles: Iterable[str] = tuple(_STYLES)) -> Style:
+    """The format that a file's suffix names. Raises: ConfigError for any other suffix."""
+    if path.suffix not in styles:
+        *some, last = styles
+        raise ConfigError(f"{option} should end in {', '.join(some)} or {last}. Found {str(path)!r}.")
+    return _STYLES[path.suffix]
+
+
+def rendered(report: Report, style: Style) -> str:
+    """The report as text in one of its formats."""
+    match style:
+        case "table":
+            return str(report)
+        case "markdown":
+            return report.to_markdown()
+        case "json":
+            return report.to_json()
+        case "html":
+            return report.to_html()
+
+
+def write_together(contents: Iterable[tuple[Path, str | Callable[[Path], object]]]) -> None:
+    """Write files, from text or by a function that takes a path, and put them in place only when all are whole."""
+    with ExitStack() as stack:
+        for path, content in contents:
+            temporary = stack.enter_context(written_atomically(path))
+            if isinstance(content, str):
+                temporary.write_text(content, encoding="utf-8")
+            else:
+                content(temporary)
+
+
+def check_targets(*targets: Path | None) -> None:
+    """Raise CompressionError where a file cannot be written: before anything takes time."""
+    for target in targets:
+        if target is not None:
+            check_target(target)
+
+
+def show(*parts: RenderableType, hidden: bool = False) -> None:
+    """Print on stdout, as wide as the terminal, or wide enough for a table where there is none."""
+    console = Console()
+    console = console if console.is_terminal else Console(width=120)
+    for part in () if hidden else parts:
+        whole: dict[str, Any] = (
+            {"markup": False, "highlight": False, "soft_wrap": True} if isinstance(part, str) else {}
+        )
+        console.print(part, **whole)

@@ -1,0 +1,55 @@
+"""How fast the singular values of a weight's unfoldings fall: what no decomposition can change."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._source import Source, full_precision
+from ._types import peak
+
+_EVEN, _HEAD = 32, 16  # values kept of an unfolding: spread evenly, and denser where they fall fast
+_LONGEST_MODE = 2048  # beyond which the eigenvalues take too long
+_EXACT_FLOPS = 2e9  # of a Gram up to which float64 takes no time
+_MOST_FLOPS = 3e10  # of a Gram, a second or less on two cores; a larger weight is sampled
+
+
+class UnfoldingSpectrum(NamedTuple):
+    """Some singular values of an unfolding over the weight's norm; `indices` count from 1, the largest first."""
+
+    indices: tuple[int, ...]
+    values: tuple[float, ...]
+    sampled: bool
+
+
+def spectra(
+    weight: Tensor,  # (O, I, J)
+) -> tuple[UnfoldingSpectrum, ...]:
+    """The spectra of the three unfoldings, in the order of the axes; none for zero, NaN, or a mode longer than 2048.
+
+    Values below about 1e-4 of the largest are rounding of float32 where the weight is large. Above 3e10 FLOPs the
+    unfolding is estimated from slices drawn at random.
+    """
+    largest = peak(weight.detach())
+    if max(weight.shape) > _LONGEST_MODE or not 0 < largest < math.inf:
+        return ()
+    with torch.no_grad(), full_precision(weight.device):
+        return tuple(_spectrum(weight.detach(), mode) for mode in range(3))
+
+
+def _spectrum(weight: Tensor, mode: int) -> UnfoldingSpectrum:
+    size, axis = weight.shape[mode], 1 if mode == 0 else 0
+    flops = 2.0 * weight.numel() * size
+    slices = weight.shape[axis]
+    taken = min(slices, max(1, round(slices * _MOST_FLOPS / flops)))
+    if taken < slices:
+        drawn = torch.randperm(slices, generator=torch.Generator().manual_seed(0))[:taken].sort().values
+        weight = weight.index_select(axis, drawn.to(weight.device))
+    gram = Source(weight).gram(mode, torch.float64 if flops <= _EXACT_FLOPS else torch.float32)
+    squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
+    values = (squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    even, head = torch.linspace(1, size, _EVEN), torch.logspace(0, math.log10(size), _HEAD)
+    indices = torch.cat((even, head)).round().long().unique() if size > _EVEN else torch.arange(1, size + 1)
+    kept = values[(indices - 1).to(values.device)].tolist()
+    return UnfoldingSpectrum(tuple(indices.tolist()), tuple(float(f"{value:.4g}") for value in kept), taken < slices)

@@ -1,0 +1,279 @@
+"""Replacements fitted to what a layer does with its inputs, without labels: whiten, decompose, refit, correct the bias.
+
+Every step is kept only where the stored replacement's error falls on rows that no fit has seen.
+"""
+
+import math
+import time
+import warnings
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import assert_never
+
+from . import decomposition as decompose
+from . import ops
+from .calibration import LayerInputs
+from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
+from .decomposition import CPDecomposition, Metric, TuckerDecomposition
+from .errors import AmplificationWarning
+from .measure import OutputError, weight_error
+from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+
+_FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
+_SHUFFLES = 1  # pairs of inputs that did not come together, for each that did
+
+Rank = int | tuple[int, int, int] | MaxSize
+Decomposition = CPDecomposition | TuckerDecomposition
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A replacement and how it does on held-out rows.
+
+    Attributes:
+        module: what would take the layer's place.
+        error: relative error of its outputs on the held-out rows; infinite where it has none that is a number.
+        way: "weight", "whitened" or "rows": what its factors were fitted to in the end.
+        own_bias: whether its bias was corrected, and so is no longer the layer's.
+        decomposition: what was stored; None for a dense layer.
+        on_output: whether the error is of the outputs; without calibration rows it is the weight's.
+    """
+
+    module: CompressedBilinear
+    error: float
+    way: str
+    own_bias: bool
+    decomposition: Decomposition | None
+    on_output: bool = True
+
+
+class Fitting:
+    """What is the same for all replacements of one layer: its metric, the rows to fit to, and those to measure on."""
+
+    def __init__(self, layer: nn.Bilinear, inputs: LayerInputs, fix_bias: bool = True, seed: int = 0) -> None:
+        """Compute nothing yet.
+
+        Args:
+            layer: the original, which is left as it is.
+            inputs: what it saw, at least `FEWEST_ROWS` rows.
+            fix_bias: whether a replacement's bias may differ from the layer's.
+            seed: of the pairs of inputs that did not come together.
+        """
+        self.layer, self.inputs = layer, inputs
+        self._fix_bias = fix_bias and layer.bias is not None
+        self._seed = seed
+        self._held_out: OutputError | None = None
+        self._metric: Metric | None = None
+        self._white: Tensor | None = None
+        self._rows: decompose.Rows | None = None
+        self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
+
+    @property
+    def held_out(self) -> OutputError:
+        """The error on held-out rows."""
+        if self._held_out is None:
+            self._held_out = OutputError(self.layer, self.inputs)
+        return self._held_out
+
+    @property
+    def metric(self) -> Metric:
+        """That of the inputs' second moments, and of the gradients where there are any."""
+        if self._metric is None:
+            first, second, _ = self.inputs.fit_moments
+            rows = self.inputs.rows_seen
+            self._metric = Metric.of_moments((self.inputs.gradient, first, second), rows)
+        return self._metric
+
+    @property
+    def white(self) -> Tensor:
+        """The weight in that metric (O, I, J), in float32 at least."""
+        if self._white is None:
+            self._white = self.metric.whiten(self.layer.weight.detach())
+        return self._white
+
+    def at(
+        self,
+        config: CPConfig | TuckerConfig,
+        rank: Rank,
+        *,
+        seconds: float | None = None,
+        progress: decompose.Progress | None = None,
+        thorough: bool = True,
+    ) -> Fitted:
+        """The best replacement of a rank or size that was found: of the weight, whitened, or refitted to rows.
+
+        Args:
+            rank: instead of the config's own.
+            seconds: for all of it; None is no limit.
+            thorough: False leaves out the fit to the plain weight, which is there so that no fit to rows ever does
+                worse than it, and the refit to rows where for the same method and format it did not help before.
+
+        Raises: ConfigError or InfeasibleError where the rank does not fit.
+        """
+        begun = time.perf_counter()
+
+        def left(share: float) -> float | None:
+            return None if seconds is None else max(share * (seconds - (time.perf_counter() - begun)), 1e-3)
+
+        def part(start: float, end: float) -> decompose.Progress | None:
+            if progress is None:
+                return None
+            told = progress
+            return lambda done, error: told(start + (end - start) * done, error)
+
+        found = self._decomposed(self.white, config, rank, left(0.4), part(0.0, 0.4))
+        fits = [self._stored(config, self._unwhitened(found), "whitened")]
+        kind = (type(config), config.quantize)
+        if thorough or self._rows_help.get(kind, True):
+            clock = decompose.Clock(left(0.5), part(0.4, 0.6))
+            if isinstance(found, CPDecomposition):
+                found = decompose.refit_cp(found, self._fit_rows(), clock)
+            else:
+                found = decompose.refit_tucker(found, self._fit_rows(), clock)
+            fits.append(self._stored(config, self._unwhitened(found), "rows"))
+            self._rows_help[kind] = fits[1].error < fits[0].error
+        if thorough:
+            plain = self._decomposed(self.layer.weight.detach(), config, rank, left(1.0), part(0.6, 1.0))
+            fits.append(self._stored(config, plain, "weight"))
+            if self._fix_bias:
+                fits.append(self._stored(config, plain, "weight", fix_bias=False))
+        return min(fits, key=lambda fit: fit.error)
+
+    def dense(self, config: DenseConfig) -> Fitted:
+        """The weight itself, rounded where the config says so; with the bias that is better for that."""
+        weight = self.layer.weight.detach()
+        module = DenseBilinear.from_weight(weight, quantize=config.quantize)
+        fits = [self._finished(module, "weight", None, fix_bias=False)]
+        if self._fix_bias and config.quantize is not None:
+            module = DenseBilinear.from_weight(weight, quantize=config.quantize)
+            fits.append(self._finished(module, "weight", None))
+        return min(fits, key=lambda fit: fit.error)
+
+    def _decomposed(
+        self,
+        weight: Tensor,
+        config: CPConfig | TuckerConfig,
+        rank: Rank,
+        seconds: float | None,
+        progress: decompose.Progress | None,
+    ) -> Decomposition:
+        size = self.layer.weight.element_size()
+        if isinstance(rank, MaxSize) and config.quantize is not None:
+            # the whitened weight may be wider than the layer's, and the fraction is of the layer's bytes
+            rank = MaxSize(rank.fraction * size / weight.element_size())
+        match config:
+            case CPConfig():
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", AmplificationWarning)  # the report says it
+                    return decompose.cp(
+                        weight,
+                        cast(int | MaxSize, rank),
+                        seed=config.seed,
+                        quantize=config.quantize,
+                        max_seconds=seconds,
+                        progress=progress,
+                    )
+            case TuckerConfig():
+                return decompose.tucker(
+                    weight,
+                    cast(tuple[int, int, int] | MaxSize, rank),
+                    quantize=config.quantize,
+                    max_seconds=seconds,
+                    progress=progress,
+                )
+            case _:
+                assert_never(config)
+
+    def _unwhitened(self, found: Decomposition) -> Decomposition:
+        dtype = self.layer.weight.dtype
+        if isinstance(found, CPDecomposition):
+            return decompose.unwhitened_cp(found, self.metric, dtype)
+        return decompose.unwhitened_tucker(found, self.metric, dtype)
+
+    def _stored(self, config: LayerConfig, found: Decomposition, way: str, fix_bias: bool = True) -> Fitted:
+        module: CompressedBilinear
+        if isinstance(found, CPDecomposition):
+            module = CPBilinear.from_decomposition(found, quantize=config.quantize)
+        else:
+            module = TuckerBilinear.from_decomposition(found, quantize=config.quantize)
+        return self._finished(module, way, found, fix_bias)
+
+    def _finished(
+        self, module: CompressedBilinear, way: str, found: Decomposition | None, fix_bias: bool = True
+    ) -> Fitted:
+        bias = self.layer.bias
+        corrected = fix_bias and self._fix_bias
+        if bias is not None:
+            value = bias.detach().clone()
+            if corrected:
+                value = (value.double() + self._lost_mean(module)).to(value.dtype)
+            module.set_bias(nn.Parameter(value))
+        error = self._error(module)
+        return Fitted(module, error if math.isfinite(error) else math.inf, way, corrected, found)
+
+    def _error(self, module: CompressedBilinear) -> float:
+        error = self.held_out.of(module)
+        # rows on which the layer gives nothing say nothing: there, any replacement whose weight is right will do
+        return weight_error(self.layer.weight.detach(), module) if error is None else error
+
+    def _lost_mean(self, module: CompressedBilinear) -> Tensor:  # (O,)
+        """⟨W_o − Ŵ_o, E[x1 x2ᵀ]⟩, the mean of what the outputs lack; in float64."""
+        weight = self.layer.weight.detach()
+        cross = self.inputs.fit_moments[2].to(weight.device)
+        parts = []
+        with torch.no_grad():
+            for rows in decompose.row_slices(weight.shape):
+                lost = weight[rows].double() - module.dense_rows(rows, torch.float64)
+                parts.append(torch.tensordot(lost, cross, dims=2))
+        return torch.cat(parts)
+
+    def _fit_rows(self) -> decompose.Rows:
+        """Whitened inputs, those that came together and others, what the layer makes of them, and their weights."""
+        if self._rows is None:
+            weight = self.layer.weight.detach()
+            dtype = self.white.dtype
+            most = max(32, int(_FIT_FLOPS / (2 * weight.numel() * (1 + _SHUFFLES))))
+            input1, input2 = (rows[:most].to(weight.device, dtype) for rows in self.inputs.fit)
+            generator = torch.Generator().manual_seed(self._seed)
+            order = torch.cat([torch.randperm(len(input2), generator=generator) for _ in range(_SHUFFLES)])
+            first = torch.cat([input1] * (1 + _SHUFFLES))
+            second = torch.cat([input2, input2[order.to(input2.device)]])
+            weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT / _SHUFFLES)
+            weights[: len(input1)] = 1.0
+            with torch.no_grad():
+                wanted = ops.bilinear_dense(first, second, weight.to(dtype))
+                root = self.metric.roots[0]
+                if root is not None:
+                    wanted = wanted @ root.to(wanted)
+            white = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
+            self._rows = (*white, wanted, weights)
+        return self._rows
+
+
+class WeightFitting(Fitting):
+    """The same without calibration rows: all is fitted to the weight, whose relative error is what counts."""
+
+    def __init__(self, layer: nn.Bilinear) -> None:
+        nothing = layer.weight.detach()[0, :0].new_empty(0, 0)
+        super().__init__(layer, LayerInputs(nothing, nothing, 0, 1), fix_bias=False)
+
+    def at(
+        self,
+        config: CPConfig | TuckerConfig,
+        rank: Rank,
+        *,
+        seconds: float | None = None,
+        progress: decompose.Progress | None = None,
+        thorough: bool = True,
+    ) -> Fitted:
+        found = self._decomposed(self.layer.weight.detach(), config, rank, seconds, progress)
+        return replace(self._stored(config, found, "weight"), on_output=False)
+
+    def dense(self, config: DenseConfig) -> Fitted:
+        return replace(super().dense(config), on_output=False)
+
+    def _error(self, module: CompressedBilinear) -> float:
+        return weight_error(self.layer.weight.detach(), module)

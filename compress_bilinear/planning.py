@@ -1,0 +1,263 @@
+"""What becomes of each selected layer: solved one after another in their shares of the time, and judged."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from .automatic import Chooser, Option, allocate, best_within
+from .calibration import Call, LayerInputs
+from .config import AutoConfig, Config, DenseConfig, MaxError
+from .discovery import FoundLayer
+from .errors import CompressionError, ConfigError, InfeasibleError
+from .fitting import Fitting, WeightFitting
+from .measure import OutputError, stored_bytes, weight_error
+from .progress import ProgressBars
+from .refinement import refine
+from .report import AS_CONFIGURED, FrontPoint
+from .selection import Decision, judge, keep
+from .solving import as_candidate, solve
+
+_DEFAULT_ROWS = 256
+_MOST_ROWS = 2**15
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A selected layer, what is asked of it, and why it cannot be replaced, if so."""
+
+    found: FoundLayer
+    config: Config
+    refusal: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to solve and judge: arguments of `surgery.plan`, and `calibrated`, whether rows were taken."""
+
+    calibrated: bool = False
+    batch_size: int | None = None
+    measure_latency: bool = True
+    force: bool = False
+    max_seconds: float | None = None
+
+
+@dataclass(eq=False)
+class _Open:
+    """A layer that an `AutoConfig` has still to choose for, and what there is to choose from."""
+
+    number: int
+    request: Request
+    options: list[Option] = field(default_factory=list)
+
+
+class Planner:
+    """Decides on all requests; `decisions` has one for each, in their order."""
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        inputs: Mapping[str, LayerInputs | None],
+        owners: Mapping[int, Sequence[str]],
+        options: Options,
+        bars: ProgressBars,
+    ) -> None:
+        self._requests, self._inputs, self._owners, self._options = requests, inputs, owners, options
+        solved = [r.found.layer for r in requests if r.refusal is None and not isinstance(r.config, DenseConfig)]
+        self._seconds = _TimeShares(options.max_seconds, solved)
+        self._progress = bars.parts("Solving", len(requests))
+        self._bars = bars
+        self._open: list[_Open] = []
+        self._misfits: list[tuple[Config, ConfigError | None]] = []
+        self.decisions: list[Decision] = []
+
+    def run(self) -> list[Decision]:
+        """Raises: ConfigError where a config's rank fits none of the layers that it is meant for."""
+        for number, request in enumerate(self._requests):
+            self.decisions.append(self._decided(number, request))
+        for wanted, unfit in self._misfits:
+            if unfit is not None and all(other is not None for config, other in self._misfits if config is wanted):
+                raise unfit
+        for config in {id(each.request.config): each.request.config for each in self._open}.values():
+            self._choose([each for each in self._open if each.request.config is config], config)
+        return self.decisions
+
+    def refined(
+        self, model: nn.Module, batches: Sequence[Any], forward_fn: Call | None, seconds: float
+    ) -> list[Decision]:
+        """The decisions, with replacements that were trained to give the network's outputs; see `refinement.refine`."""
+        replaced = {
+            id(request.found.layer): (k, request, decision.replacement)
+            for k, (request, decision) in enumerate(zip(self._requests, self.decisions, strict=True))
+            if decision.replacement is not None
+        }
+        if not replaced:
+            return self.decisions
+        own = [key for key, (k, _, _) in replaced.items() if self.decisions[k].own_bias]
+        modules = {key: module for key, (_, _, module) in replaced.items()}
+        progress = self._bars.parts("Refining", 1)(0, "the network")
+        found = refine(
+            model,
+            modules,
+            batches,
+            trained_bias=own,
+            forward_fn=forward_fn,
+            seconds=max(seconds, 1e-3),
+            progress=progress,
+        )
+        for key, (k, request, before) in replaced.items():
+            module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
+            if module is before:
+                continue
+            measured = self._measured(request.found)
+            known: dict[str, Any] = {"weight_error": weight_error(request.found.layer.weight.detach(), module)}
+            known["output_error"] = None if measured is None else measured.of(module)
+            told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
+            reason = decision.report.reason
+            known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
+            if module.quantize is not None:  # its parts are those of the factors before
+                known |= {"truncation_error": None, "quantization_error": None}
+            report = replace(decision.report, **known)
+            self.decisions[k] = replace(decision, replacement=module, report=report)
+        return self.decisions
+
+    def _decided(self, number: int, request: Request) -> Decision:
+        """For a layer that is still to be chosen for, that it is kept."""
+        found, wanted = request.found, request.config
+        if request.refusal is not None:
+            return keep(found, wanted, request.refusal)
+        fitting = self._fitting(found)
+        try:
+            with self._seconds.share(found.layer) as share:
+                if isinstance(wanted, AutoConfig):
+                    self._open.append(_Open(number, request, self._tried(number, found, wanted, fitting, share)))
+                    return keep(found, wanted, "")
+                progress = self._progress(number, found.label)
+                candidate = solve(found.layer, wanted, share, progress, fitting)
+        except ConfigError as error:
+            misfit = ConfigError(str(error).replace("the weight", f"layer {found.label!r}"))
+            self._misfits.append((wanted, misfit))
+            return keep(found, wanted, str(misfit))
+        except CompressionError as error:
+            return keep(found, wanted, str(error))
+        self._misfits.append((wanted, None))
+        measured = fitting.held_out if fitting is not None else self._measured(found)
+        return judge(
+            found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
+        )
+
+    def _fitting(self, found: FoundLayer) -> Fitting | None:
+        seen = self._inputs.get(found.label)
+        if seen is None or not seen.is_enough:
+            return None
+        tied = found.layer.bias is not None and len(self._owners.get(id(found.layer.bias), ())) > 1
+        return Fitting(found.layer, seen, fix_bias=not tied)  # what is tied to the bias must not change with it
+
+    def _measured(self, found: FoundLayer) -> OutputError | None:
+        seen = self._inputs.get(found.label)
+        return None if seen is None else OutputError(found.layer, seen)
+
+    def _unreached(self, found: FoundLayer) -> bool:
+        return self._options.calibrated and self._inputs.get(found.label) is None
+
+    def _rows(self, found: FoundLayer) -> int:
+        seen = self._inputs.get(found.label)
+        return self._options.batch_size or (min(seen.rows_per_call, _MOST_ROWS) if seen is not None else _DEFAULT_ROWS)
+
+    def _time_rows(self, found: FoundLayer) -> int | None:
+        return self._rows(found) if self._options.measure_latency else None
+
+    def _tried(
+        self, number: int, found: FoundLayer, config: AutoConfig, fitting: Fitting | None, share: float | None
+    ) -> list[Option]:
+        """The front of one layer."""
+        if not bool(found.layer.weight.detach().any()):
+            raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
+        limit = config.limit(calibrated=fitting is not None)
+        on_output = fitting is not None and not (limit is not None and limit.on == "weight")
+        if limit is not None and limit.on == "output" and not on_output:
+            raise InfeasibleError(f"{limit} needs calibration rows of the layer. Found too few or none.")
+        chosen_by = fitting if on_output and fitting is not None else WeightFitting(found.layer)
+        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed)
+        if limit is not None:
+            chooser.within(limit.error)
+        else:
+            assert config.fraction is not None
+            chooser.sized(config.fraction, alone=self._count(config) == 1)
+        return chooser.timed(self._rows(found)) if config.prefer == "speed" else chooser.options
+
+    def _count(self, config: AutoConfig) -> int:
+        return sum(request.config is config and request.refusal is None for request in self._requests)
+
+    def _choose(self, layers: Sequence[_Open], config: Config) -> None:
+        """One option for each of these layers, which an `AutoConfig` has in common."""
+        assert isinstance(config, AutoConfig)
+        fronts = {each.request.found.label: each.options for each in layers}
+        limit = config.limit(calibrated=self._options.calibrated)
+        try:
+            if limit is not None:
+                chosen = {name: best_within(options, limit.error, config.prefer) for name, options in fronts.items()}
+            else:
+                before = sum(stored_bytes(each.request.found.layer) for each in layers)
+                chosen = allocate(fronts, int((config.fraction or 0) * before), config.prefer)
+        except InfeasibleError as error:
+            for each in layers:
+                decision = keep(each.request.found, config, str(error))
+                self.decisions[each.number] = _with_front(decision, each.options, each.options[0])
+            return
+        for each in layers:
+            self._settle(each, chosen[each.request.found.label], limit)
+
+    def _settle(self, each: _Open, option: Option, limit: MaxError | None) -> None:
+        found, config = each.request.found, each.request.config
+        if option.fitted is None or option.config is None:
+            why = "no smaller replacement meets the target" if limit else "the size allows to keep it"
+            decision = keep(found, config, f"{why} of {len(each.options) - 1} that were tried")
+        else:
+            candidate = as_candidate(found.layer, option.fitted)
+            rows, unreached = self._time_rows(found), self._unreached(found)
+            measured, force = self._measured(found), self._options.force
+            decision = judge(found, option.config, candidate, measured, unreached, rows, force)
+        self.decisions[each.number] = _with_front(decision, each.options, option)
+
+
+def _with_front(decision: Decision, options: Sequence[Option], chosen: Option) -> Decision:
+    on_output = any(option.fitted is not None and option.fitted.on_output for option in options)
+    points = []
+    for option in sorted(options, key=lambda each: (each.bytes, each.error)):
+        error = {"output_error" if on_output else "weight_error": option.error}
+        point = FrontPoint(
+            method="keep" if option.fitted is None else option.fitted.module.method,
+            rank=None if option.fitted is None else option.fitted.module.rank,
+            quantize=None if option.config is None else option.config.quantize,
+            bytes=option.bytes,
+            flops=option.flops,
+            latency_ms=option.latency,
+            chosen=option is chosen,
+            **error,
+        )
+        points.append(point)
+    return replace(decision, report=replace(decision.report, front=tuple(points)))
+
+
+class _TimeShares:
+    """What is left of a time budget, shared among the layers that are left by the sizes of their weights."""
+
+    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
+        self._left = max_seconds
+        self._sizes = {id(layer): layer.weight.numel() for layer in layers}
+
+    @contextmanager
+    def share(self, layer: nn.Bilinear) -> Iterator[float | None]:
+        """This layer's part; only what is spent within the context is gone."""
+        rest = sum(self._sizes.values())
+        size = self._sizes.pop(id(layer), 0)
+        begun = time.perf_counter()
+        try:
+            yield None if self._left is None else max(self._left * size / max(rest, 1), 1e-3)
+        finally:
+            if self._left is not None:
+                self._left = max(self._left - (time.perf_counter() - begun), 0.0)

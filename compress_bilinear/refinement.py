@@ -1,0 +1,250 @@
+"""Replacements trained a little, without labels: the compressed network is to give the original network's outputs.
+
+The factors of all CP and Tucker replacements move together, by Adam (Kingma and Ba, 2015) on the squared error of the
+network's outputs (knowledge distillation: Hinton, Vinyals, Dean, 2015), through the rounding of their storage format
+(straight-through gradients: Bengio, Léonard, Courville, 2013). What comes of it is kept only where the stored network's
+error falls on batches that were not trained on.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .calibration import Call, call, undisturbed
+from .config import Quantize
+from .decomposition import Progress, stored_columns, stored_core
+from .errors import CompressionError, ConfigError
+from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear, stored_as
+
+DEFAULT_SECONDS = 60.0
+_MOST_BATCHES = 256
+_MOST_BYTES = 2**28  # of the batches and of the network's outputs for them
+_HELD_OUT = 4  # one batch in so many
+_RATE = 1e-2  # of a parameter's root mean square, at first
+_CHECKS = 12  # of the error on held-out batches
+
+
+class BatchSample:
+    """A uniform sample of a stream's batches, of bounded bytes, taken while something else consumes the stream."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[tuple[float, Any]] = []
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches."""
+        for batch in batches:
+            self._kept.append((float(torch.rand((), generator=self._generator)), batch))
+            self._kept.sort(key=lambda pair: pair[0])
+            del self._kept[_MOST_BATCHES:]
+            while len(self._kept) > 2 and sum(_bytes(kept) for _, kept in self._kept) > _MOST_BYTES:
+                self._kept.pop()
+            yield batch
+
+    @property
+    def batches(self) -> list[Any]:
+        """In random order."""
+        return [batch for _, batch in self._kept]
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """New replacements, by the ids of the layers that they are for, and the network's error before and after."""
+
+    modules: dict[int, CompressedBilinear]
+    before: float
+    after: float
+
+
+def refine(
+    model: nn.Module,
+    replacements: Mapping[int, CompressedBilinear],
+    batches: Sequence[Any],
+    *,
+    trained_bias: Iterable[int] = (),
+    forward_fn: Call | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    progress: Progress | None = None,
+) -> Refined:
+    """Fit replacements to the outputs of the whole network.
+
+    Args:
+        model: the original, which is left as it is; it runs in eval mode.
+        replacements: for `nn.Bilinear` layers of it, by id. Dense ones stay as they are.
+        batches: what the model takes, without labels; a quarter of them is held out.
+        trained_bias: ids of the layers whose replacement's bias is its own, and is trained too.
+        forward_fn: as in `calibration.collect_inputs`.
+        seconds: for all of it.
+        progress: as in `decomposition.cp`, with the error on held-out batches.
+
+    Returns:
+        The replacements in their storage formats, refined, or as they were where that is no better; and the relative
+        error of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
+
+    Raises:
+        ConfigError: there are not two batches.
+        CompressionError: the model's outputs hold no floating tensor, or the model cannot be copied.
+    """
+    begun = time.perf_counter()
+    if len(batches) < 2:
+        raise ConfigError(
+            "`refine='network'` needs at least two calibration batches, one of them to measure on. "
+            f"Found {len(batches)}."
+        )
+    run = forward_fn or call
+    trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
+    with undisturbed(model):
+        wanted = [_outputs(run(model, batch)) for batch in batches]
+    held_out = max(1, len(batches) // _HELD_OUT)
+    data = list(zip(batches, wanted, strict=True))
+    fit, held = data[held_out:], data[:held_out]
+    stored = _student(model, replacements)
+    before = _error(stored, run, held)
+    if not trained or not before > 0:
+        return Refined(dict(replacements), before, before)
+    floating = {key: _trainable(module) for key, module in trained.items()}
+    student = _student(model, {**replacements, **floating})
+    parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
+    biases = [floating[key].bias for key in trained_bias if key in floating]
+    parameters += [bias for bias in biases if isinstance(bias, nn.Parameter)]
+    best, least = dict(replacements), before
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        groups = [{"params": [p], "lr": _RATE * _rms(p), "rate": _RATE * _rms(p)} for p in parameters]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        norm = _norm(target for _, targets in fit for target in targets) / math.sqrt(len(fit))
+        checks = 1
+        while (done := (time.perf_counter() - begun) / seconds) < 1:
+            for number in torch.randperm(len(fit)).tolist():
+                done = min((time.perf_counter() - begun) / seconds, 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
+                batch, targets = fit[number]
+                found = _outputs(run(student, batch))
+                loss = sum(((f - t) / max(norm, 1e-30)).square().sum() for f, t in zip(found, targets, strict=True))
+                assert isinstance(loss, Tensor)
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                if done >= checks / _CHECKS:
+                    break
+            if done >= checks / _CHECKS:
+                checks = int(done * _CHECKS) + 1
+                now = {key: _restored(module, trained[key]) for key, module in floating.items()}
+                error = _error(_student(model, {**replacements, **now}), run, held)
+                if error < least:
+                    best, least = {**replacements, **now}, error
+                if progress is not None:
+                    progress(min(done, 1.0), least)
+    return Refined(best, before, least)
+
+
+def _student(model: nn.Module, modules: Mapping[int, nn.Module]) -> nn.Module:
+    """A copy of the network in eval mode, in which these modules, not copies, are in the places of layers."""
+    memo: dict[int, Any] = dict(modules)
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CompressionError(
+            f"The model could not be copied to be refined ({type(error).__name__}: {error})."
+        ) from error
+    for parameter in copied.parameters():
+        if not any(parameter is own for module in modules.values() for own in module.parameters()):
+            parameter.requires_grad_(False)
+    return copied.eval()
+
+
+def _trainable(module: CompressedBilinear) -> CompressedBilinear:
+    """Its factors as parameters, which are rounded as its format does whenever they are used."""
+    new = stored_as(copy.deepcopy(module), None, torch.promote_types(module.weight_dtype, torch.float32))
+    if module.quantize is None:
+        return new
+    for name in ("out_proj", "in1_proj", "in2_proj"):
+        linear = getattr(new, name)
+        if isinstance(linear, nn.Linear):
+            rounding = _Rounded(module.quantize, 0 if name == "out_proj" else 1)
+            parametrize.register_parametrization(linear, "weight", rounding)
+    if isinstance(new, TuckerBilinear):
+        assert isinstance(new.core, DenseBilinear)
+        parametrize.register_parametrization(new.core, "weight", _Rounded(module.quantize, None))
+    return new
+
+
+class _Rounded(nn.Module):
+    """What is stored of a factor, or of a core where `mode` is None; the gradient passes straight through."""
+
+    def __init__(self, quantize: Quantize, mode: int | None) -> None:
+        super().__init__()
+        self._quantize, self._mode = quantize, mode
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self._mode is None:
+                rounded = stored_core(weight, self._quantize)
+            else:
+                factor = weight.T if self._mode else weight
+                values, scale = stored_columns(factor, self._mode, self._quantize)
+                rounded = (values * scale).T if self._mode else values * scale
+        return weight + (rounded.to(weight.dtype) - weight).detach()
+
+
+def _restored(module: CompressedBilinear, like: CompressedBilinear) -> CompressedBilinear:
+    """In the storage format and dtype of the replacement that it was made of."""
+    plain = copy.deepcopy(module)
+    for part in plain.modules():
+        if parametrize.is_parametrized(part, "weight"):
+            parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+    new = stored_as(plain, like.quantize, like.weight_dtype)
+    bias, old = plain.bias, like.bias
+    if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):
+        new.set_bias(nn.Parameter(bias.detach().to(old.dtype), old.requires_grad))
+    return new
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    """The floating tensors in what a network returns, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _outputs(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _outputs(item)]
+    return []
+
+
+def _error(student: nn.Module, run: Call, data: Sequence[tuple[Any, list[Tensor]]]) -> float:
+    """‖f − f̂‖/‖f‖ over batches, in float64; infinite where it is no number."""
+    lost = total = 0.0
+    with torch.no_grad():
+        for batch, targets in data:
+            if not targets:
+                raise CompressionError("The model should return a floating tensor, or a tuple or dict that has one.")
+            found = _outputs(run(student, batch))
+            lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in zip(found, targets, strict=True)))
+            total = math.hypot(total, _norm(targets))
+    error = lost / total if total else 0.0
+    return error if math.isfinite(error) else math.inf
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(tensor.double().norm()) for tensor in tensors))
+
+
+def _rms(parameter: Tensor) -> float:
+    return float(parameter.detach().double().square().mean().sqrt()) or 1e-3
+
+
+def _bytes(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return batch.numel() * batch.element_size()
+    if isinstance(batch, Mapping):
+        return sum(_bytes(item) for item in batch.values())
+    return sum(_bytes(item) for item in batch) if isinstance(batch, (tuple, list)) else 0

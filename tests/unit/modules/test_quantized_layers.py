@@ -1,0 +1,277 @@
+"""What every quantized layer promises, by form and format: small, accurate, finite, movable, in bounded memory."""
+
+import copy
+import itertools
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+from support import assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
+from torch import nn
+
+import compress_bilinear as cb
+from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
+from compress_bilinear.errors import ConfigError
+from compress_bilinear.measure import resident_bytes, stored_bytes, weight_error
+from compress_bilinear.modules import _linear
+from compress_bilinear.ops import _dense, reference
+
+FORMATS = ("int8", "nf4")
+METHODS = ("dense", "cp", "tucker")
+BOUND = {"int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def exact_parts(method, shape, rank, *, scale=1.0):
+    """A decomposition of random Gaussian factors."""
+    if method == "cp":
+        factors = tuple(normal(size, rank, seed=seed) for seed, size in enumerate(shape))
+        return CPDecomposition(scale * normal(rank, seed=9).abs(), factors)
+    ranks = tuple(min(rank, size) for size in shape)
+    factors = tuple(normal(size, r, seed=seed) for seed, (size, r) in enumerate(zip(shape, ranks, strict=True)))
+    return TuckerDecomposition(scale * normal(*ranks, seed=9), factors)
+
+
+def made(method, quantize, shape=(19, 30, 23), rank=7, *, scale=1.0, bias=True):
+    """A quantized layer for a weight of shape (O, I, J), and that weight in float64."""
+    added = normal(shape[0], seed=5) if bias else None
+    if method == "dense":
+        weight = scale * normal(*shape)
+        return cb.DenseBilinear.from_weight(weight, added, quantize=quantize), weight.double()
+    decomposition = exact_parts(method, shape, rank, scale=scale)
+    wide = type(decomposition)(  # at 1e30, float32 holds the weight but not what is summed on the way
+        *(
+            part.double() if isinstance(part, torch.Tensor) else tuple(factor.double() for factor in part)
+            for part in vars(decomposition).values()
+            if part is not None
+        )
+    )
+    kind = cb.CPBilinear if method == "cp" else cb.TuckerBilinear
+    return kind.from_decomposition(decomposition, added, quantize=quantize), wide.to_tensor()
+
+
+def rows(layer, count=5, dtype=torch.float32):
+    sizes = (layer.in1_features, layer.in2_features)
+    return tuple(normal(count, size, seed=seed, dtype=dtype) for seed, size in enumerate(sizes, 20))
+
+
+def relative(found, exact):
+    scale = float(exact.abs().max()) or 1.0
+    return float((found.double() / scale - exact / scale).norm() / (exact / scale).norm())
+
+
+for_all = pytest.mark.parametrize(("method", "quantize"), list(itertools.product(METHODS, FORMATS)))
+for_factors = pytest.mark.parametrize("method", ["cp", "tucker"])
+
+
+class TestAccuracy:
+    @for_all
+    @pytest.mark.parametrize("rank", [1, 7, 16, 48])
+    @pytest.mark.parametrize("shape", [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)], ids=str)
+    def test_odd_sizes_and_ranks(self, method, quantize, shape, rank):
+        layer, exact = made(method, quantize, shape, rank)
+        assert relative(layer.to_dense(torch.float64), exact) < BOUND[quantize]
+        input1, input2 = rows(layer)
+        expected = reference.bilinear_dense(
+            input1.double(), input2.double(), layer.to_dense(torch.float64), layer.bias.double()
+        )
+        assert_matches_reference(layer(input1, input2).detach(), expected.detach())
+
+    @for_all
+    @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e28])
+    def test_extreme_magnitudes_stay_finite_and_accurate(self, method, quantize, scale):
+        layer, exact = made(method, quantize, scale=scale, bias=False)
+        assert relative(layer.to_dense(torch.float64), exact) < BOUND[quantize]
+        output = layer(*rows(layer))
+        assert bool(torch.isfinite(output).all())
+        assert bool(output.any())
+
+    @for_factors
+    @pytest.mark.parametrize("quantize", FORMATS)
+    def test_zero_columns_stay_zero(self, method, quantize):
+        parts = exact_parts(method, (19, 30, 23), 7)
+        for factor in parts.factors:
+            factor[:, 2] = 0
+        kind = cb.CPBilinear if method == "cp" else cb.TuckerBilinear
+        layer = kind.from_decomposition(parts, quantize=quantize)
+        assert relative(layer.to_dense(torch.float64), parts.to_tensor().double()) < BOUND[quantize]
+        assert bool(torch.isfinite(layer(*rows(layer))).all())
+        zero = type(parts)(*(part if isinstance(part, tuple) else 0 * part for part in list(vars(parts).values())[:2]))
+        assert not bool(kind.from_decomposition(zero, quantize=quantize).to_dense().any())
+
+    @for_factors
+    @pytest.mark.parametrize(("shape", "rank"), [((64, 64, 64), 24), ((100, 80, 70), 16), ((97, 148, 148), 40)])
+    def test_int8_takes_027_of_the_bytes_also_with_columns_scaled_by_a_million(self, method, shape, rank):
+        parts = exact_parts(method, shape, rank)
+        exact = parts.to_tensor().double()
+        moved = [10.0 ** normal(rank, seed=seed).clamp(-1, 1).mul(6) for seed in (1, 2)]
+        out, in1, in2 = (factor.double() for factor in parts.factors)
+        if method == "cp":
+            skewed = CPDecomposition(
+                parts.weights.double(), (out * moved[0], in1 * moved[1], in2 / moved[0] / moved[1])
+            )
+        else:
+            core = parts.core.double() / moved[0][:, None] / moved[1]
+            skewed = TuckerDecomposition(core, (out, in1 * moved[0], in2 * moved[1]))
+        kind = cb.CPBilinear if method == "cp" else cb.TuckerBilinear
+        layer = kind.from_decomposition(skewed, quantize="int8")
+        assert stored_bytes(layer) <= 0.27 * stored_bytes(kind.from_decomposition(parts))
+        assert relative(layer.to_dense(torch.float64), exact) <= 0.015
+
+
+@for_all
+def test_a_save_a_cast_and_a_copy_reload_bit_for_bit_also_after_forwards(method, quantize, tmp_path):
+    layer, _ = made(method, quantize)
+    net = nn.ModuleDict({"rel": layer})
+    inputs = rows(layer)
+    before, expected = state_of(net), layer(*inputs)
+    layer(*inputs).sum().backward()
+    net.zero_grad()
+    assert torch.equal(layer.train()(*inputs), expected)
+    assert torch.equal(layer.eval()(*inputs), expected)
+    layer.out_features  # noqa: B018  # nothing is computed lazily
+    net.half().bfloat16().float()
+    if layer.bias is not None:
+        before["rel.bias" if method == "dense" else "rel.out_proj.bias"] = layer.bias.detach().clone()
+    assert_same_state(net, before)
+    expected = layer(*inputs)
+    copied = copy.deepcopy(net)
+    assert torch.equal(copied["rel"](*inputs), expected)
+    cb.save(net, tmp_path / "net.safetensors")
+    again = cb.load(tmp_path / "net.safetensors", nn.ModuleDict({"rel": nn.Bilinear(30, 23, 19)}))
+    assert torch.equal(again["rel"](*inputs), expected)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    with torch.device("meta"):
+        rank = () if layer.rank is None else (layer.rank,)
+        fresh = nn.ModuleDict({"rel": type(layer)(30, 23, 19, *rank, quantize=quantize)})
+    fresh.load_state_dict(state, assign=True)
+    assert torch.equal(fresh["rel"](*inputs), expected)
+
+
+@for_all
+@pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+class TestComputeModes:
+    def made(self, method, quantize, compute, **options):
+        layer, _ = made(method, quantize, **options)
+        if compute not in layer.computes:
+            with pytest.raises(ConfigError, match="`compute` should be one of"):
+                layer.set_compute(compute)
+            pytest.skip("this form has no int8 projections")
+        layer.set_compute(compute)
+        return layer
+
+    def test_outputs_and_gradients_are_those_of_the_dense_weight(self, method, quantize, compute):
+        layer = self.made(method, quantize, compute)
+        inputs = [value.requires_grad_() for value in rows(layer)]
+        layer.train()
+        output = layer(*inputs)
+        wanted = [*inputs, layer.bias]
+        found = torch.autograd.grad(output.square().sum(), wanted)
+        wide = [value.detach().double().requires_grad_() for value in wanted]
+        exact = reference.bilinear_dense(wide[0], wide[1], layer.to_dense(torch.float64), wide[2])
+        bound = 0.04 if compute == "int8" else 1e-5
+        assert relative(output.detach(), exact.detach()) < bound
+        for gradient, expected in zip(found, torch.autograd.grad(exact.square().sum(), wide), strict=True):
+            assert relative(gradient, expected) < bound
+        assert torch.equal(layer.eval()(*inputs), output)
+
+    @pytest.mark.parametrize("count", [0, 1, 33])
+    def test_rows_are_independent(self, method, quantize, compute, count):
+        layer = self.made(method, quantize, compute)
+        input1, input2 = rows(layer, count)
+        output = layer(input1, input2)
+        assert output.shape == (count, layer.out_features)
+        for k in range(count):
+            assert relative(output[k].detach(), layer(input1[k], input2[k]).detach().double()) < 1e-5
+
+    def test_it_compiles_whole_and_exports(self, method, quantize, compute):
+        layer = self.made(method, quantize, compute).eval()
+        inputs = rows(layer)
+        expected = layer(*inputs).detach()
+        layer.requires_grad_(False)
+        torch.compiler.reset()  # each case is a compilation of the same code
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert_matches_reference(compiled(*inputs), expected.double())
+        exported = torch.export.export(layer, inputs).module()
+        assert_matches_reference(exported(*inputs), expected.double())
+
+    def test_what_is_stored_does_not_change(self, method, quantize, compute):
+        layer = self.made(method, quantize, compute)
+        size, state = stored_bytes(layer), state_of(layer)
+        values = sum(part.shape.numel() for part in layer.modules() if isinstance(part, _linear.QuantizedTensor))
+        assert resident_bytes(layer) == size + (4 * values if compute == "resident" else 0)
+        layer.set_compute("on_the_fly")
+        assert resident_bytes(layer) == stored_bytes(layer) == size
+        assert_same_state(layer, state)
+
+
+def peak_bytes(call):
+    """The most bytes that PyTorch's allocator held at once for a call."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+@for_all
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_forward_holds_one_dequantized_part_beside_what_lies_between(method, quantize, dtype, monkeypatch):
+    part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
+    monkeypatch.setattr(_linear, "CHUNK", part)
+    monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", part)
+    layer, _ = made(method, quantize, shape, rank)
+    layer = layer.to(dtype)
+    values = rows(layer, count, dtype=dtype)
+    with torch.no_grad():
+        layer(*values)
+        peak = peak_bytes(lambda: layer(*values))
+    # a part in float32, beside it the same in the inputs' dtype; of NF4, its indices, eight bytes each
+    held = part * (4 + (8 if quantize == "nf4" else 0 if dtype == torch.float32 else dtype.itemsize))
+    # the projections, their product, and inputs and outputs; of a dense weight or core, T
+    elements = {"dense": 130 * 128, "cp": 4 * 1024, "tucker": 94 * 94}[method] + 2 * sum(shape)
+    packed = 2**17 if dtype == torch.bfloat16 else 0  # oneDNN's copy of a part, of which it has few outputs here
+    between = 4 * count * elements + packed
+    assert peak <= held + between
+    whole = {"dense": math.prod(shape), "cp": 1024 * sum(shape), "tucker": 94**3}[method] * dtype.itemsize
+    assert held + between < whole
+
+
+class TestBitsOfTheApi:
+    @pytest.mark.parametrize("compute", ["fast", None, 8], ids=str)
+    def test_an_unknown_mode(self, compute):
+        layer, _ = made("cp", "int8")
+        with pytest.raises(ConfigError, match="should be one of"):
+            layer.set_compute(compute)
+
+    def test_a_layer_in_floating_point(self):
+        layer = cb.CPBilinear.from_bilinear(bilinear(4, 5, 6), 2)
+        with pytest.raises(ConfigError, match=r"quantized layer\. Found one in floating point"):
+            layer.set_compute("resident")
+
+    @for_factors
+    def test_the_error_is_split_in_the_candidate(self, method):
+        from compress_bilinear.selection import solve
+
+        layer = bilinear(30, 23, 19)
+        with torch.no_grad():
+            layer.weight.copy_(low_rank((19, 30, 23), 9, noise=0.3))
+        config = (
+            cb.CPConfig(rank=9, quantize="nf4") if method == "cp" else cb.TuckerConfig(rank=(9,) * 3, quantize="nf4")
+        )
+        found = solve(layer, config)
+        module = found.module
+        assert found.weight_error == weight_error(layer.weight, module)
+        assert found.storage["truncation_error"] < found.weight_error
+        assert 0.01 < found.storage["quantization_error"] < 0.25
+        assert found.weight_error < found.truncation_error + found.quantization_error
+        assert (found.storage["compute"], found.storage["resident_bytes"]) == ("on_the_fly", stored_bytes(module))
+        dense = solve(layer, cb.DenseConfig(quantize="int8"))
+        assert dense.storage["truncation_error"] == 0
+        assert dense.storage["quantization_error"] == dense.weight_error > 0
+        assert solve(layer, cb.DenseConfig()).storage == {}
