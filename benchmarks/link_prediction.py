@@ -106,10 +106,11 @@ def train(seed: int = 0, epochs: int = EPOCHS, progress: bool = False) -> TuckER
     return model.eval()
 
 
-def mean_reciprocal_rank(model: nn.Module, triples: Triples) -> float:
+def metrics(model: nn.Module, triples: Triples) -> dict[str, float]:
     """Of the test triples, in both directions, filtered: other entities known to be right are not counted.
 
-    Of equal scores the mean rank is taken.
+    Returns:
+        "mrr", the mean reciprocal rank, and "hits@1", the share of rank 1. Of equal scores the mean rank is taken.
     """
     known = torch.zeros(2 * triples.relations, triples.entities, triples.entities, dtype=torch.bool)
     for part in (triples.train, triples.valid, triples.test):
@@ -121,7 +122,12 @@ def mean_reciprocal_rank(model: nn.Module, triples: Triples) -> float:
     own = scores.gather(1, tail[:, None])
     others = scores.masked_fill(known[relation, head], -torch.inf)
     rank = 1 + (others > own).sum(1) + (others == own).sum(1) / 2
-    return float((1 / rank.double()).mean())
+    return {"mrr": float((1 / rank.double()).mean()), "hits@1": float((rank == 1).double().mean())}
+
+
+def mean_reciprocal_rank(model: nn.Module, triples: Triples) -> float:
+    """The "mrr" of `metrics`."""
+    return metrics(model, triples)["mrr"]
 
 
 def main() -> None:

@@ -4,12 +4,13 @@ python -m benchmarks.quality            # three seeds of both networks; about ha
 python -m benchmarks.quality --seeds 1  # of the first only
 python -m benchmarks.quality --quick    # a barely trained network at one size, under a minute
 
-By hand: the weight in 8 or 4 bits, TensorLy's Tucker and CP of the weight, and an SVD of each output's slice, all in the
-layer's own dtype. Ours: automatic plans, fitted to the layer's outputs on the training inputs, without labels.
+By hand: the weight in 8 or 4 bits; TensorLy's Tucker and CP of the weight, and an SVD of each output's slice, all in
+the layer's own dtype. Ours: automatic plans, fitted to the layer's outputs on the training inputs, without labels.
 Writes results/quality_cpu.csv and .png: one row for each network, seed, method and size.
 """
 
 import argparse
+import copy
 import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -77,14 +78,18 @@ def by_hand(weight: Tensor, times: int) -> Iterator[tuple[str, Tensor, int]]:
     yield "TensorLy CP", dense, rank * (out + in1 + in2) * weight.element_size()
     ranks = _proportional(weight.shape, budget)
     core, parts = tensorly_tucker(weight, rank=ranks)
-    yield "TensorLy Tucker", tensorly.tucker_to_tensor((core, parts)), int(
-        (core.numel() + sum(part.numel() for part in parts)) * weight.element_size()
+    yield (
+        "TensorLy Tucker",
+        tensorly.tucker_to_tensor((core, parts)),
+        int((core.numel() + sum(part.numel() for part in parts)) * weight.element_size()),
     )
     kept = budget // (out * (in1 + in2))
     if kept:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
-        yield "SVD per output", (left[..., :kept] * values[:, None, :kept]) @ right[:, :kept], (
-            kept * out * (in1 + in2) * weight.element_size()
+        yield (
+            "SVD per output",
+            (left[..., :kept] * values[:, None, :kept]) @ right[:, :kept],
+            (kept * out * (in1 + in2) * weight.element_size()),
         )
 
 
@@ -108,8 +113,6 @@ def with_weight(network: Network, weight: Tensor) -> nn.Module:
     try:
         with torch.no_grad():
             layer.weight.copy_(weight)
-        import copy
-
         return copy.deepcopy(network.model)
     finally:
         with torch.no_grad():
@@ -129,7 +132,9 @@ def rows_of(network: Network, seed: int, quick: bool) -> Iterator[dict[str, Any]
         measured = {name: round(value, 5) for name, value in found.items()}
         losses = {f"{name}_lost": round(before[name] - value, 5) for name, value in found.items()}
         size = {"asked_x": times, "smaller_x": round(original / used, 3), "bytes": used}
-        return {"network": network.name, "seed": seed, "kind": kind, "method": method} | size | measured | losses | known
+        return (
+            {"network": network.name, "seed": seed, "kind": kind, "method": method} | size | measured | losses | known
+        )
 
     yield row("original", "nn.Bilinear", None, original, network.model)
     for quantize in ("int8", "nf4"):
@@ -144,20 +149,22 @@ def rows_of(network: Network, seed: int, quick: bool) -> Iterator[dict[str, Any]
         yield row("ours", "automatic", times, report.bytes_after, model, **known)
         if times >= 16 and not quick:
             begun = time.perf_counter()
-            model, report = compressed(
-                network, chosen_config(report), refine="network", max_seconds=2 * REFINE_SECONDS
-            )
+            model, report = compressed(network, chosen_config(report), refine="network", max_seconds=2 * REFINE_SECONDS)
             yield row("ours", "automatic, refined", times, report.bytes_after, model, **told(report, begun))
     for error in () if quick else ERRORS:
         limit = cb.MaxError(error, on="output")
-        kinds = [cb.AutoConfig(error=limit)]
-        kinds += [kind(rank=limit, quantize=q) for kind in (cb.CPConfig, cb.TuckerConfig) for q in (None, "int8", "nf4")]
+        kinds: list[Any] = [cb.AutoConfig(error=limit)]
+        kinds += [
+            kind(rank=limit, quantize=q) for kind in (cb.CPConfig, cb.TuckerConfig) for q in (None, "int8", "nf4")
+        ]
         for config in kinds:
             begun = time.perf_counter()
             model, report = compressed(network, config)
             if report.decision == "kept":
                 continue
-            name = "automatic" if isinstance(config, cb.AutoConfig) else f"{report.method} {report.quantize or ''}".strip()
+            name = (
+                "automatic" if isinstance(config, cb.AutoConfig) else f"{report.method} {report.quantize or ''}".strip()
+            )
             known = told(report, begun) | {"error_limit": error}
             yield row("to an error", name, None, report.bytes_after, model, **known)
 
@@ -172,10 +179,11 @@ def compressed(network: Network, config: Any, **options: Any) -> tuple[nn.Module
 
 def chosen_config(report: cb.LayerReport) -> Any:
     """What asks for the same again."""
+    quantize: Any = report.quantize
     if report.decision == "kept" or report.method == "dense":
-        return cb.DenseConfig(quantize=report.quantize)
+        return cb.DenseConfig(quantize=quantize)
     kind: Any = cb.CPConfig if report.method == "cp" else cb.TuckerConfig
-    return kind(rank=report.rank, quantize=report.quantize)
+    return kind(rank=report.rank, quantize=quantize)
 
 
 def told(report: cb.LayerReport, begun: float) -> dict[str, Any]:

@@ -176,6 +176,8 @@ def _made(contestants: Contestants) -> tuple[dict[str, CompressedBilinear], dict
             rows[name] = {"status": "ok"}
         except ImportError as error:
             rows[name] = {"status": f"not installed: {error.name or error}"}
+        except RuntimeError as error:  # a library's, on a size that it does not take
+            rows[name] = {"status": f"fails: {error}"}
     return layers, rows
 
 
@@ -222,6 +224,20 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    """The CSV, with what it was measured on in every row."""
+    where = environment(torch.device("cpu"), torch.float32)
+    try:
+        where["torchao"] = version("torchao")
+    except PackageNotFoundError:
+        where["torchao"] = "not installed"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*FIELDS, *where], restval="")
+        writer.writeheader()
+        writer.writerows(row | where for row in rows)
+
+
 def main() -> None:
     """Run, print a table and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -244,17 +260,8 @@ def main() -> None:
         print("trained networks ...", file=sys.stderr)
         rows += trained(options.quick)
     Console(width=120).print(_table(rows))
-    where = environment(torch.device("cpu"), torch.float32)
-    try:
-        where["torchao"] = version("torchao")
-    except PackageNotFoundError:
-        where["torchao"] = "not installed"
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "quantization_cpu.csv"
-    with written_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *where], restval="")
-        writer.writeheader()
-        writer.writerows(row | where for row in rows)
+    write(rows, path)
     print(f"Wrote {path}")
 
 

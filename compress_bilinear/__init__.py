@@ -1,6 +1,7 @@
 """Compress the `nn.Bilinear` layers of trained networks, and report what that did."""
 
 from . import decomposition, ops
+from .adapters import register_adapter
 from .checkpoint import load, save
 from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from .conversion import dequantize, quantize, set_compute
@@ -31,6 +32,7 @@ __all__ = [
     "ops",
     "plan",
     "quantize",
+    "register_adapter",
     "save",
     "set_compute",
 ]

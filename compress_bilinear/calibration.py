@@ -291,7 +291,7 @@ def _checked_loss(loss: object) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise CompressionError(f"`loss_fn` should return a differentiable scalar tensor. Found {found}.")
-    return loss.sum()
+    return loss
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -1,7 +1,7 @@
 """Save compressed networks, and load them into freshly built original ones."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import discovery, tensor_file
+from .adapters import COMPRESSED, AdaptedBilinear
 from .errors import CheckpointError
 from .modules import CompressedBilinear
 from .tensor_file import LayerDescription
@@ -21,11 +22,14 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     names: dict[int, list[str]] = {}
     layers: dict[int, CompressedBilinear] = {}
     inner: set[int] = set()  # the core of a Tucker layer is no layer of the network
+    forms: dict[int, str] = {}  # of the modules that hold layers, by the layer
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, CompressedBilinear):
             names.setdefault(id(module), []).append(name)
             layers[id(module)] = module
             inner |= {id(child) for child in module.modules() if child is not module}
+        elif isinstance(module, AdaptedBilinear):
+            forms[id(module.compressed)] = module.adapter_name
     descriptions = []
     for key, layer in layers.items():
         if key in inner:
@@ -39,6 +43,7 @@ def describe(model: nn.Module) -> list[LayerDescription]:
             rank=layer.rank,
             quantize=layer.quantize,
             bias=layer.bias is not None,
+            adapter=forms.get(key),
         )
         expected, found = list(description.build().state_dict()), list(layer.state_dict())
         if sorted(expected) != sorted(found):
@@ -114,7 +119,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     Args:
         path: the file.
         model: the network as its code builds it, with its `nn.Bilinear` layers; also one on the meta device. It is
-            changed in place: described layers are replaced, and all parameters and buffers are filled.
+            changed in place: described layers are replaced, and all parameters and buffers are filled. Classes that
+            were registered by `register_adapter` have to be so here too.
 
     Returns:
         The model; where the model itself is the described layer, its replacement.
@@ -124,18 +130,27 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     """
     state, descriptions = tensor_file.read(path)
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {id(found.layer): found for found in discovery.find(model)}
-    new: dict[int, CompressedBilinear] = {}
+    layers = {id(found.module): found for found in discovery.find(model)}
+    new: dict[int, nn.Module] = {}
+    biases: list[tuple[nn.Parameter, CompressedBilinear]] = []
     rest = dict(state)
     expected = dict(model.state_dict())
     for description in descriptions:
-        layer = _target(modules, layers, description)
-        module = filled(description, state)
-        new[id(layer)] = _placed(module, layer)
+        target = _target(modules, layers, description)
+        module = _placed(filled(description, state), target.layer)
+        if target.layer.bias is not None:
+            biases.append((target.layer.bias, module))
+        new[id(target.module)] = module if target.adapted is None else target.adapted.replaced(module)
         for name in description.names:
             prefix = f"{name}." if name else ""
             rest = {key: value for key, value in rest.items() if not key.startswith(prefix)}
-            expected = {key: value for key, value in expected.items() if not key.startswith(prefix)}
+        for name in target.names:
+            prefix = f"{name}." if name else ""
+            if target.adapted is None:
+                expected = {key: value for key, value in expected.items() if not key.startswith(prefix)}
+            else:  # the module's other parts stay
+                gone = {prefix + part for part in (*target.adapted.weights, *target.adapted.biases)}
+                expected = {key: value for key, value in expected.items() if key not in gone}
     _check_names(expected, rest, "the network")
     for name, value in expected.items():
         if value.shape != rest[name].shape or value.dtype != rest[name].dtype:
@@ -145,41 +160,52 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
             )
         if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
             raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
-    if id(model) in new:
+    if id(model) in new and not expected:
         return new[id(model)]  # type: ignore[return-value]  # a root nn.Bilinear gives way to its replacement
-    _commit(model, new, expected, rest)
+    if id(model) in new:  # and so does a root of another form, whose other parts have yet to be filled
+        root = nn.ModuleList([model])
+        prefixed = [{f"0.{name}": value for name, value in part.items()} for part in (expected, rest)]
+        _commit(root, new, biases, *prefixed)
+        return root[0]  # type: ignore[return-value]
+    _commit(model, new, biases, expected, rest)
     return model
 
 
 def _target(
     modules: Mapping[str, nn.Module], layers: Mapping[int, discovery.FoundLayer], description: LayerDescription
-) -> nn.Bilinear:
+) -> discovery.FoundLayer:
     """The original layer that a description is for."""
-    name = description.name
-    layer = modules.get(name)
-    if not isinstance(layer, nn.Bilinear):
-        found = "no such layer" if layer is None else f"a {type(layer).__name__}"
+    part = "" if description.adapter is None else COMPRESSED
+    wanted = tuple(name.removesuffix(part).removesuffix(".") if part else name for name in description.names)
+    name, module = wanted[0], modules.get(wanted[0])
+    target = layers.get(id(module))
+    kind = "an nn.Bilinear" if description.adapter is None else f"of the form {description.adapter!r}"
+    if target is None or description.adapter != (target.adapted and target.adapted.adapter.name):
+        found = "no such layer" if module is None else f"a {type(module).__name__}"
+        if target is not None and target.adapted is not None:
+            found += f" of the form {target.adapted.adapter.name!r}"
+        also = " Is its class registered (register_adapter)?" if description.adapter and not target else ""
         raise CheckpointError(
-            f"Layer {name or '(root)'!r} should be an nn.Bilinear of a freshly built original network. Found {found}."
+            f"Layer {name or '(root)'!r} should be {kind} of a freshly built original network. Found {found}.{also}"
         )
-    names = layers[id(layer)].names
-    if set(names) != set(description.names):
+    if set(target.names) != set(wanted):
         raise CheckpointError(
-            f"Layer {name!r} should be shared under the names {', '.join(description.names)}. "
-            f"Found it under {', '.join(names)}."
+            f"Layer {name!r} should be shared under the names {', '.join(wanted)}. "
+            f"Found it under {', '.join(target.names)}."
         )
-    refused = discovery.refusal(layers[id(layer)], {}, values=False)
+    refused = discovery.refusal(target, {}, values=False)
     if refused is not None:
-        raise CheckpointError(f"Layer {name or '(root)'!r} should be a plain nn.Bilinear. Found that {refused}.")
+        raise CheckpointError(f"Layer {name or '(root)'!r} should be a plain {target.form}. Found that {refused}.")
+    layer = target.layer
     sizes = {
         what: (getattr(description, what), getattr(layer, what))
         for what in ("in1_features", "in2_features", "out_features")
     }
     sizes["bias"] = (description.bias, layer.bias is not None)
-    for what, (wanted, found_size) in sizes.items():
-        if wanted != found_size:
-            raise CheckpointError(f"`{what}` of layer {name or '(root)'!r} should be {wanted}. Found {found_size}.")
-    return layer
+    for what, (asked, found_size) in sizes.items():
+        if asked != found_size:
+            raise CheckpointError(f"`{what}` of layer {name or '(root)'!r} should be {asked}. Found {found_size}.")
+    return target
 
 
 def _placed(module: CompressedBilinear, layer: nn.Bilinear) -> CompressedBilinear:
@@ -200,7 +226,11 @@ def _placed(module: CompressedBilinear, layer: nn.Bilinear) -> CompressedBilinea
 
 
 def _commit(
-    model: nn.Module, new: Mapping[int, CompressedBilinear], current: Mapping[str, Tensor], rest: Mapping[str, Tensor]
+    model: nn.Module,
+    new: Mapping[int, nn.Module],
+    biases: Sequence[tuple[nn.Parameter, CompressedBilinear]],
+    current: Mapping[str, Tensor],
+    rest: Mapping[str, Tensor],
 ) -> None:
     """Swap and fill; everything has been checked, and still a failure puts back what there was."""
     meta = any(value.is_meta for value in current.values())
@@ -209,9 +239,9 @@ def _commit(
         (holder, name, tensor) for holder in holders for name, tensor in holder.items() if tensor is not None
     ]
     values = {name: value.clone() for name, value in current.items() if not value.is_meta}
-    ties = _ties(model, new)
     undo = discovery.swap(model, new)
     try:
+        ties = _ties(model, biases)
         model.load_state_dict(rest, strict=False, assign=meta)
         _retie(ties)
     except BaseException:
@@ -227,19 +257,16 @@ def _commit(
 _Slot = tuple[Callable[[], Any], Callable[[Any], None]]  # how to read and how to set a parameter's place
 
 
-def _ties(model: nn.Module, new: Mapping[int, CompressedBilinear]) -> list[list[_Slot]]:
-    """The places that share one parameter; of a layer that gives way, its bias's place in the replacement."""
+def _ties(model: nn.Module, biases: Sequence[tuple[nn.Parameter, CompressedBilinear]]) -> list[list[_Slot]]:
+    """The places that share one parameter; of a layer that has given way, its bias's place in the new one."""
     slots: dict[int, list[_Slot]] = {}
     for module in model.modules():
-        replacement = new.get(id(module))
         for name, parameter in module._parameters.items():
-            if parameter is None or (replacement is not None and name != "bias"):
-                continue
-            if replacement is not None:
-                slot: _Slot = (partial(getattr, replacement, "bias"), replacement.set_bias)
-            else:
-                slot = (partial(module._parameters.get, name), partial(module._parameters.__setitem__, name))
-            slots.setdefault(id(parameter), []).append(slot)
+            if parameter is not None:
+                place = partial(module._parameters.get, name), partial(module._parameters.__setitem__, name)
+                slots.setdefault(id(parameter), []).append(place)
+    for bias, layer in biases:
+        slots.setdefault(id(bias), []).append((partial(getattr, layer, "bias"), layer.set_bias))
     return [shared for shared in slots.values() if len(shared) > 1]
 
 

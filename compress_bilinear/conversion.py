@@ -1,4 +1,4 @@
-"""Compressed layers in another storage format: back to floating point to be fine-tuned, and to 8 bits again."""
+"""Compressed layers in another storage format: floating point to be fine-tuned, 8 or 4 bits; and how they compute."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -20,10 +20,10 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool = False) -> _Model:
-    """Store the 8-bit layers in floating point, as parameters that can be fine-tuned.
+    """Store the quantized layers in floating point, as parameters that can be fine-tuned.
 
     They have the same function, up to rounding in `dtype`, and take inputs of that dtype alone, as plain layers do.
-    Afterwards `cb.quantize(model)` rounds them to 8 bits again.
+    Afterwards `cb.quantize(model)` rounds them again.
 
     Args:
         model: any module; a compressed layer itself too.
@@ -32,10 +32,10 @@ def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool
         inplace: False leaves the model as it is and returns a copy.
 
     Returns:
-        The model, its 8-bit layers in floating point. New factors require gradients; a bias keeps its flag.
+        The model, its quantized layers in floating point. New factors require gradients; a bias keeps its flag.
 
     Raises:
-        MatchError: no layer is stored in 8 bits; the message lists what there is.
+        MatchError: no layer is quantized; the message lists what there is.
         ConfigError: `dtype` is not floating.
         CompressionError: a layer has hooks or wrapped inner layers, which would be lost; or `inplace=True` where the
             model is itself the layer. The model is left exactly as it was.
@@ -49,18 +49,18 @@ def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool
         kept = bias.dtype if isinstance(bias, torch.Tensor) else first
         return stored_as(layer, None, dtype or kept)
 
-    return _converted(model, lambda layer: layer.quantize is not None, "stored in 8 bits", convert, inplace)
+    return _converted(model, lambda layer: layer.quantize is not None, "that is quantized", convert, inplace)
 
 
 def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
-    """Store compressed layers that are in floating point in 8 bits: the way back from `dequantize`.
+    """Store compressed layers that are in floating point in 8 or 4 bits: the way back from `dequantize`.
 
-    It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold. For an `nn.Bilinear`, see `compress`, which
-    measures what that costs.
+    It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold, value by value. For an `nn.Bilinear`, see
+    `compress`, which also fits factors to how others were rounded, and measures what that costs.
 
     Args:
         model: any module; a compressed layer itself too.
-        quantize: the storage format.
+        quantize: the storage format, "int8" or "nf4".
         inplace: False leaves the model as it is and returns a copy.
 
     Raises:

@@ -1,5 +1,6 @@
 """Which layers a model has, which are selected, which cannot be replaced faithfully; and the swap itself."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
+from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 from .config import Config
 from .errors import CompressionError, ConfigError, MatchError
 from .modules import CompressedBilinear
@@ -44,25 +46,65 @@ _HARMLESS |= {"__parameters__", "__dict__", "__weakref__", "reset_parameters", "
 
 @dataclass(frozen=True, eq=False)
 class FoundLayer:
-    """A bilinear layer and all the names under which the model has it, "" for the model itself."""
+    """A bilinear layer and all the names under which the model has it, "" for the model itself.
+
+    Attributes:
+        layer: the `nn.Bilinear`; of a module of another form, one that has been made of its weight and bias.
+        adapted: how a module of another form carries it; None for an `nn.Bilinear`.
+    """
 
     names: tuple[str, ...]
     layer: nn.Bilinear
+    adapted: AdaptedLayer | None = None
 
     @property
     def label(self) -> str:
         return self.names[0] or "(root)"
 
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the model under the names."""
+        return self.layer if self.adapted is None else self.adapted.module
+
+    @property
+    def form(self) -> str:
+        """The kind of that: "nn.Bilinear", or the name of its class."""
+        return "nn.Bilinear" if self.adapted is None else self.adapted.kind
+
+    @property
+    def rows(self) -> nn.Module:
+        """What is called with the layer's pairs of rows: of an adapted module, while it is observed."""
+        return self.layer if self.adapted is None else self.adapted.probe.rows
+
+    def current(self) -> nn.Bilinear:
+        """The layer as the model has it now."""
+        return self.layer if self.adapted is None else self.adapted.bilinear()
+
 
 def find(model: nn.Module) -> list[FoundLayer]:
-    """All `nn.Bilinear` layers in the model's order, each once with all its names."""
+    """All `nn.Bilinear` layers, and modules that carry one in another form, in the model's order.
+
+    Each comes once, with all its names. Raises: ConfigError where a registered adapter does not fit its module.
+    """
     names: dict[int, list[str]] = {}
-    layers: dict[int, nn.Bilinear] = {}
+    modules: dict[int, nn.Module] = {}
+    inner: set[int] = set()  # the parts of compressed layers
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Bilinear):
-            names.setdefault(id(module), []).append(name)
-            layers[id(module)] = module
-    return [FoundLayer(tuple(found), layers[key]) for key, found in names.items()]
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+        if isinstance(module, CompressedBilinear):
+            inner.update(id(part) for part in module.modules())
+    found = []
+    for key, module in modules.items():
+        adapted = adapted_layer(module) if key not in inner and not isinstance(module, nn.Bilinear) else None
+        if adapted is not None:
+            inside = tuple(f"{name}." if name else "" for name in names[key])
+            held = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
+            adapted.elsewhere = tuple(name for name in held if not name.startswith(inside))
+            found.append(FoundLayer(tuple(names[key]), adapted.bilinear(), adapted))
+        elif isinstance(module, nn.Bilinear):
+            found.append(FoundLayer(tuple(names[key]), module))
+    return found
 
 
 def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
@@ -90,7 +132,8 @@ def select(
     if not found:
         top = [name or "(root)" for name in find_compressed(model)]
         also = f" These are compressed already: {', '.join(top)}." if top else ""
-        raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}")
+        like = "".join(f" {told}." for told in unknown_forms(model))
+        raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}{like}")
     for module in model.modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise CompressionError(
@@ -101,7 +144,10 @@ def select(
     for what, globs in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
         for pattern in globs:
             if not any(_matches(layer, (pattern,)) for layer in found):
-                raise MatchError(f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.")
+                like = "".join(f" {told}." for told in unknown_forms(model))
+                raise MatchError(
+                    f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.{like}"
+                )
     chosen = []
     for layer in found:
         if _matches(layer, includes) and not _matches(layer, excludes):
@@ -156,7 +202,12 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def refusal(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
     layer = found.layer
-    reason = _other_behaviour(layer) or hooked(layer) or _tied(layer, owners)
+    if found.adapted is None:
+        reason = _other_behaviour(layer) or hooked(layer) or _tied([layer.weight], owners)
+    else:
+        weights = [found.module.get_parameter(name) for name in found.adapted.weights]
+        reason = found.adapted.objection() or next(filter(None, map(hooked, found.adapted.owners)), None)
+        reason = reason or _tied(weights, owners)
     return reason or (_unfit_values(layer) if values else None)
 
 
@@ -193,10 +244,11 @@ def hooked(layer: nn.Module) -> str | None:
     return None
 
 
-def _tied(layer: nn.Bilinear, owners: Mapping[int, Sequence[str]]) -> str | None:
-    names = owners.get(id(layer._parameters["weight"]), ())  # by id: the layer itself counts once
-    if len(names) > 1:
-        return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
+def _tied(weights: Sequence[Tensor], owners: Mapping[int, Sequence[str]]) -> str | None:
+    for weight in weights:
+        names = owners.get(id(weight), ())  # by id: the layer itself counts once
+        if len(names) > 1:
+            return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
     return None
 
 
@@ -222,6 +274,18 @@ def _unfit_values(layer: nn.Bilinear) -> str | None:
     if layer.bias is not None and tuple(layer.bias.shape) != expected[:1]:
         return f"its bias has shape {tuple(layer.bias.shape)}, where {expected[:1]} is required"
     return None
+
+
+def fingerprint(layer: nn.Bilinear) -> str:
+    """Of every bit of weight and bias, with their dtype and device."""
+    digest = hashlib.blake2b()
+    for tensor in (layer.weight, layer.bias):
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:

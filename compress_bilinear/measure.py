@@ -1,5 +1,6 @@
 """Errors in float64, bytes as stored, and latencies side by side."""
 
+import functools
 import math
 import platform
 import statistics
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from . import ops
+from .adapters import AdaptedLayer
 from .calibration import LayerInputs
 from .decomposition import relative_error
-from .modules import CompressedBilinear
+from .modules import CompressedBilinear, DenseBilinear
 from .quantization import QuantizedTensor
 
 _BLOCK_SECONDS = 2e-3  # a timed block repeats a call until it lasts about this long
@@ -253,6 +255,25 @@ def time_replacement(layer: nn.Bilinear, module: CompressedBilinear, batch_size:
     best = min(exact, key=lambda name: exact[name].median)
     order = "nn.Bilinear" if best == "before" else best
     return Timing(measured["before"], measured["after"], exact[best], order, batch_size)
+
+
+def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: float = 1.0) -> Timing:
+    """Time a module of another form: its own forward, its replacement's, and that around the exact weight.
+
+    In the mode of the module, without gradients, on the first call that calibration saw, or on its adapter's example.
+    """
+    args, kwargs = adapted.arguments()
+    layer = adapted.bilinear()
+    exact = DenseBilinear(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
+    exact.weight, exact.bias = nn.Parameter(layer.weight.detach()), layer.bias  # the original's memory
+    modules = {"before": adapted.module, "after": adapted.replaced(module), "exact": adapted.replaced(exact)}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        rows = adapted.rows()
+        calls = {name: functools.partial(made, *args, **kwargs) for name, made in modules.items()}
+        measured = latencies(calls, layer.weight.device, seconds)
+    best = min("before", "exact", key=lambda name: measured[name].median)
+    order = adapted.kind if best == "before" else "DenseBilinear"
+    return Timing(measured["before"], measured["after"], measured[best], order, max(1, rows))
 
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:

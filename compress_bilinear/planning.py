@@ -104,6 +104,7 @@ class Planner:
             modules,
             batches,
             trained_bias=own,
+            adapted={id(r.found.layer): r.found.adapted for r in self._requests if r.found.adapted is not None},
             forward_fn=forward_fn,
             seconds=max(seconds, 1e-3),
             progress=progress,
@@ -131,6 +132,8 @@ class Planner:
             return keep(found, wanted, request.refusal)
         fitting = self._fitting(found)
         try:
+            if found.adapted is not None:
+                found.adapted.verify()
             with self._seconds.share(found.layer) as share:
                 if isinstance(wanted, AutoConfig):
                     self._open.append(_Open(number, request, self._tried(number, found, wanted, fitting, share)))

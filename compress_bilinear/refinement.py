@@ -11,12 +11,14 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .adapters import AdaptedLayer
 from .calibration import Call, call, undisturbed
 from .config import Quantize
 from .decomposition import Progress, stored_columns, stored_core
@@ -69,6 +71,7 @@ def refine(
     batches: Sequence[Any],
     *,
     trained_bias: Iterable[int] = (),
+    adapted: Mapping[int, AdaptedLayer] = MappingProxyType({}),
     forward_fn: Call | None = None,
     seconds: float = DEFAULT_SECONDS,
     progress: Progress | None = None,
@@ -79,6 +82,7 @@ def refine(
         model: the original, which is left as it is; it runs in eval mode.
         replacements: for `nn.Bilinear` layers of it, by id. Dense ones stay as they are.
         batches: what the model takes, without labels; a quarter of them is held out.
+        adapted: the modules of other forms that carry layers, by the layer's id.
         trained_bias: ids of the layers whose replacement's bias is its own, and is trained too.
         forward_fn: as in `calibration.collect_inputs`.
         seconds: for all of it.
@@ -105,12 +109,12 @@ def refine(
     held_out = max(1, len(batches) // _HELD_OUT)
     data = list(zip(batches, wanted, strict=True))
     fit, held = data[held_out:], data[:held_out]
-    stored = _student(model, replacements)
+    stored = _student(model, replacements, adapted)
     before = _error(stored, run, held)
     if not trained or not before > 0:
         return Refined(dict(replacements), before, before)
     floating = {key: _trainable(module) for key, module in trained.items()}
-    student = _student(model, {**replacements, **floating})
+    student = _student(model, {**replacements, **floating}, adapted)
     parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
     biases = [floating[key].bias for key in trained_bias if key in floating]
     parameters += [bias for bias in biases if isinstance(bias, nn.Parameter)]
@@ -139,7 +143,7 @@ def refine(
             if done >= checks / _CHECKS:
                 checks = int(done * _CHECKS) + 1
                 now = {key: _restored(module, trained[key]) for key, module in floating.items()}
-                error = _error(_student(model, {**replacements, **now}), run, held)
+                error = _error(_student(model, {**replacements, **now}, adapted), run, held)
                 if error < least:
                     best, least = {**replacements, **now}, error
                 if progress is not None:
@@ -147,10 +151,14 @@ def refine(
     return Refined(best, before, least)
 
 
-def _student(model: nn.Module, modules: Mapping[int, nn.Module]) -> nn.Module:
+def _student(
+    model: nn.Module, modules: Mapping[int, CompressedBilinear], adapted: Mapping[int, AdaptedLayer]
+) -> nn.Module:
     """A copy of the network in eval mode, in which these modules, not copies, are in the places of layers."""
-    memo: dict[int, Any] = dict(modules)
+    memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
     try:
+        for key in modules.keys() & adapted.keys():
+            memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise CompressionError(

@@ -10,7 +10,15 @@ from . import decomposition as decompose
 from . import ops
 from .config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .discovery import FoundLayer, is_lazy
-from .measure import OutputError, Timing, parameter_count, stored_bytes, time_replacement, weight_error
+from .measure import (
+    OutputError,
+    Timing,
+    parameter_count,
+    stored_bytes,
+    time_adapted,
+    time_replacement,
+    weight_error,
+)
 from .modules import CompressedBilinear
 from .report import AS_CONFIGURED, LayerReport, Spectrum
 from .solving import Candidate
@@ -52,7 +60,7 @@ def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> 
     return None
 
 
-def slowness(timing: Timing | None) -> str | None:
+def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> str | None:
     """Why an exact dense layer is not worth making, or None: it must be faster beyond the spread of the blocks."""
     if timing is None:
         return "whether it is faster has not been measured"
@@ -61,7 +69,7 @@ def slowness(timing: Timing | None) -> str | None:
     return (
         "it is not faster here beyond the spread: "
         f"{timing.after.median:.3g} ms (upper quartile {timing.after.upper:.3g}), "
-        f"nn.Bilinear {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})"
+        f"{form} {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})"
     )
 
 
@@ -89,6 +97,7 @@ def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
         "aliases": tuple(found.names[1:]),
         "method": _method(config),
         "quantize": None if isinstance(config, AutoConfig) else config.quantize,
+        "form": found.form,
         "shape": None,
         "params_before": 0,
         "bytes_before": 0,
@@ -136,15 +145,19 @@ def judge(
         against = f"its outputs leave the range of {_dtype(layer)} on the calibration rows"
     if against is not None and not force:
         return keep(found, config, against, **known)
-    timing = time_replacement(layer, module, time_rows) if time_rows is not None else None
+    timing = None
+    if time_rows is not None and found.adapted is not None:
+        timing = time_adapted(found.adapted, module)
+    elif time_rows is not None:
+        timing = time_replacement(layer, module, time_rows)
     if against is None and isinstance(config, DenseConfig) and config.quantize is None:
-        against = slowness(timing)
+        against = slowness(timing, found.form)
         if against is not None and not force:
             return keep(found, config, against, **known, **_timing(timing))
     reason = AS_CONFIGURED if against is None else f"forced, although {against}"
     reasons = [reason]
     if timing is not None and timing.speedup < 1:
-        reasons.append(f"slower here than nn.Bilinear ({timing.speedup:.2f}x)")
+        reasons.append(f"slower here than {found.form} ({timing.speedup:.2f}x)")
     if candidate.amplification is not None and candidate.amplification > decompose.AMPLIFICATION_LIMIT:
         reasons.append(f"its components cancel (amplification {candidate.amplification:.2g})")
     if unreached:

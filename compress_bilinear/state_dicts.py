@@ -275,6 +275,11 @@ def compare(
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
     layers = []
     for description in descriptions:
+        if description.adapter is not None:
+            raise CheckpointError(
+                f"{str(compressed)!r} should hold layers that were nn.Bilinear, to be compared without the network's "
+                f"code. Found {description.name!r}, which was of the form {description.adapter!r}."
+            )
         prefix = f"{description.name}." if description.name else ""
         weight, bias = before.get(f"{prefix}weight"), before.get(f"{prefix}bias")
         shape = (description.out_features, description.in1_features, description.in2_features)

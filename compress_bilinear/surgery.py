@@ -1,7 +1,6 @@
 """Find the layers, check and solve everything, then only swap."""
 
 import copy
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 import torch
 from torch import nn
 
-from . import config_text, discovery
+from . import adapters, config_text, discovery
 from .calibration import Call, LayerInputs, collect_inputs
 from .config import AutoConfig, Config, MaxError
 from .decomposition import check_max_seconds
@@ -95,11 +94,10 @@ class Plan(Generic[_Model]):
         memo: dict[int, Any] = {}
         try:
             for entry in chosen:
-                layer = entry.found.layer
                 # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
                 # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
-                bias = copy.deepcopy(layer.bias, memo)
-                memo[id(layer)] = _ready(entry, bias)
+                bias = copy.deepcopy(entry.found.layer.bias, memo)
+                memo[id(entry.found.module)] = _ready(entry, bias, memo)
             copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(
@@ -108,7 +106,7 @@ class Plan(Generic[_Model]):
         there = dict(copied.named_modules(remove_duplicate=False))
         for entry in chosen:
             for name in entry.found.names:
-                if there.get(name) is not memo[id(entry.found.layer)]:
+                if there.get(name) is not memo[id(entry.found.module)]:
                     raise CompressionError(
                         f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                         "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
@@ -127,13 +125,13 @@ class Plan(Generic[_Model]):
                     "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
                     f"{type(self.model).__name__}: use the model that `inplace=False` returns."
                 )
-            held = discovery.plain_reference(self.model, entry.found.layer)
+            held = discovery.plain_reference(self.model, entry.found.module)
             if held is not None:
                 raise CompressionError(
                     f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        return discovery.swap(self.model, {id(e.found.layer): _ready(e, e.found.layer.bias) for e in chosen})
+        return discovery.swap(self.model, {id(e.found.module): _ready(e, e.found.layer.bias) for e in chosen})
 
 
 def plan(
@@ -153,7 +151,10 @@ def plan(
     max_seconds: float | None = None,
     progress: bool | None = None,
 ) -> Plan[_Model]:
-    """Solve and measure a replacement for each selected `nn.Bilinear`, without changing the model.
+    """Solve and measure a replacement for each selected bilinear layer, without changing the model.
+
+    These are the `nn.Bilinear` layers, and modules of another form that `register_adapter` describes or that are known
+    by structure: biaffine scorers, einsums, and a flat `nn.Linear` on a product.
 
     A layer is selected by its name in the model (`model.named_modules()`), by shell globs in which "*" also matches
     dots. A layer under several names is replaced once and stays shared. A layer that cannot be replaced faithfully
@@ -206,7 +207,7 @@ def plan(
     owners = discovery.parameter_owners(model)
     requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
     _check_calibrated(requests, calibration is not None)
-    open_layers = {each.found.label: each.found.layer for each in requests if each.refusal is None}
+    open_layers = {each.found.label: each.found for each in requests if each.refusal is None}
     options = Options(
         calibrated=calibration is not None,
         batch_size=batch_size,
@@ -220,16 +221,18 @@ def plan(
         if calibration is not None and open_layers:
             batches = bars.track(calibration, "Calibrating")
             watched = batches if refine is None else sample.watch(batches)
-            inputs = collect_inputs(model, open_layers, watched, forward_fn=forward_fn, loss_fn=loss_fn)
+            with adapters.observing(found.adapted for found in open_layers.values()):
+                rows = {label: found.rows for label, found in open_layers.items()}
+                inputs = collect_inputs(model, rows, watched, forward_fn=forward_fn, loss_fn=loss_fn)
         planner = Planner(requests, inputs, owners, options, bars)
         decisions = planner.run()
         if refine is not None:
             left = DEFAULT_SECONDS if max_seconds is None else max_seconds - (time.perf_counter() - begun)
             decisions = planner.refined(model, sample.batches, forward_fn, left)
-    entries = [
-        _Entry(each.found, decision, _fingerprint(each.found.layer) if decision.replacement is not None else "")
-        for each, decision in zip(requests, decisions, strict=True)
-    ]
+    entries = []
+    for each, decision in zip(requests, decisions, strict=True):
+        fingerprint = discovery.fingerprint(each.found.current()) if decision.replacement is not None else ""
+        entries.append(_Entry(each.found, decision, fingerprint))
     asked: dict[str, Any] = {
         "include": include,
         "exclude": exclude,
@@ -306,22 +309,10 @@ def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
     )
 
 
-def _fingerprint(layer: nn.Bilinear) -> str:
-    """Of every bit of weight and bias, with their dtype and device."""
-    digest = hashlib.blake2b()
-    for tensor in (layer.weight, layer.bias):
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
     found = entry.found
     for name in found.names:
-        if modules.get(name) is not found.layer:
+        if modules.get(name) is not found.module:
             raise StalePlanError(
                 f"Layer {name or '(root)'!r} should be the one that was planned for. "
                 f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."
@@ -329,15 +320,18 @@ def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mappin
     refusal = discovery.refusal(found, owners)
     if refusal is not None:
         raise StalePlanError(f"Layer {found.label!r} can no longer be replaced: {refusal}. Plan again.")
-    if _fingerprint(found.layer) != entry.fingerprint:
+    if discovery.fingerprint(found.current()) != entry.fingerprint:
         raise StalePlanError(
             f"Layer {found.label!r} should have the weights that were planned for. Found that its weight or bias has "
             "changed, or has moved to another device or dtype: plan again."
         )
 
 
-def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
-    """A copy of the replacement with the layer's flags and this bias, which keeps its identity."""
+def _ready(entry: _Entry, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of the replacement with the layer's flags and this bias, which keeps its identity.
+
+    Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
+    """
     if entry.replacement is None:
         raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
     new, layer = copy.deepcopy(entry.replacement), entry.found.layer
@@ -347,4 +341,4 @@ def _ready(entry: _Entry, bias: nn.Parameter | None) -> CompressedBilinear:
     for parameter in new.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)
-    return new
+    return new if entry.found.adapted is None else entry.found.adapted.replaced(new, memo)

@@ -27,7 +27,10 @@ METADATA_KEY = "compress_bilinear"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDescription:
-    """One replaced layer of a checkpoint; `names` are all its names in the network, "" for the network itself."""
+    """One replaced layer of a checkpoint; `names` are all its names in the network, "" for the network itself.
+
+    With `adapter`, the form of the module that the layer is a part of, the names end in that part's ("compressed").
+    """
 
     names: tuple[str, ...]
     method: str
@@ -37,6 +40,7 @@ class LayerDescription:
     rank: int | tuple[int, int, int] | None
     quantize: str | None
     bias: bool
+    adapter: str | None = None
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ FLOORS = (
     ("config", "files", "progress", "quantization"),
     ("config_text", "decomposition", "ops"),
     ("modules",),
+    ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("fitting", "refinement"),

@@ -1,6 +1,7 @@
 """The benchmarks of solvers and of storage formats run, verify and say what they measured, on tiny tensors."""
 
 import csv
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,10 @@ def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_pat
             assert row["torch"]
         assert 0 < float(suite["int8"]["error"]) < 0.02 < float(suite["nf4"]["error"]) < 0.3
         assert float(suite["nf4"]["bytes_vs_fp32"]) < 0.15 < float(suite["int8"]["bytes_vs_fp32"]) <= 0.27
-        digits = measured["digits", form, "int8"]
-        assert float(digits["error"]) < float(digits["truncation_error"]) + 0.01
+        digits = measured["digits", form, "int8"]  # a trained weight
+        allowed = 0.007 if form == "dense" else 0.015
+        assert float(digits["error"]) <= math.hypot(float(digits["truncation_error"]), allowed)
+        assert float(digits["bytes_vs_fp32"]) <= 0.27
     assert ("simgnn_ntn", "cp", "bitsandbytes Linear8bitLt") in measured
     assert abs(float(measured["digits", "dense", "int8"]["metric_change"])) <= 0.002
 

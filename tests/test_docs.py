@@ -1,5 +1,7 @@
-"""The README and the examples do what they say: every code fence runs, every example runs."""
+"""The README, the pages and the examples do what they say: every code fence runs, every example runs."""
 
+import ast
+import importlib.util
 import re
 import runpy
 import shlex
@@ -13,10 +15,12 @@ from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear import demo
+from compress_bilinear.adapters import _registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCES = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 SET_UP = re.compile(r"^python3 -m venv ", flags=re.MULTILINE)
 
 
@@ -74,9 +78,85 @@ def test_the_table_has_the_demos_rows_and_columns() -> None:
     assert sorted(header.split()) == sorted(words)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def fences_of(path: Path, language: str) -> list[str]:
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert path.read_text(encoding="utf-8").count("```") == 2 * len(found)
+    assert {name for name, _ in found} <= {"bash", "python", "py"}  # "py" includes an example, which runs by itself
+    return [body for name, body in found if name == language]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_python_fences_of_a_page_run_one_after_another(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_registry, "_REGISTERED", {})
+    names: dict[str, object] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for body in fences_of(path, "python"):
+            exec(body, names)
+
+
+def test_command_lines_of_the_pages_are_the_readmes() -> None:
+    for path in PAGES:
+        for body in fences_of(path, "bash"):
+            assert body in fences("bash")  # which run above
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert {path.name for path in PAGES} == set(re.findall(r"[a-z_]+\.md", navigation))
+    for path in PAGES:
+        for target in re.findall(r"\]\(([a-z_]+\.md)\)", path.read_text(encoding="utf-8")):
+            assert (ROOT / "docs" / target).is_file()
+
+
+def test_the_reference_has_every_public_name() -> None:
+    shown = set(
+        re.findall(r"^::: compress_bilinear\.(\w+)", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    )
+    assert shown == set(cb.__all__)
+
+
+def test_every_example_has_its_section_and_its_own_words() -> None:
+    page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert f'## {path.stem}\n\n{words}\n\n```py\n--8<-- "examples/{path.name}"\n```' in page
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for name in ("mkdocs", "mkdocstrings"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'compress-bilinear[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    assert (tmp_path / "site" / "theory.html").is_file()
+
+
+# what some examples need beyond the `test` extra; and a warning of the exporter's own
+NEEDED = {"lora_peft": ["peft"], "export": ["onnx", "onnxscript", "onnxruntime"]}
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.filterwarnings("ignore::FutureWarning")])
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_example_replaces_its_layer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = runpy.run_path(str(path))["main"]()
+    for name in NEEDED.get(path.stem, []):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'compress-bilinear[examples]'")
+    with torch.random.fork_rng(devices=[]):
+        report = runpy.run_path(str(path))["main"]()
     assert [layer.decision for layer in report.layers] == ["replaced"]
-    assert report.layers[0].output_error is not None
-    assert report.layers[0].name in capsys.readouterr().out
+    assert report.layers[0].output_error is not None or path.stem == "checkpoint_without_code"
+    told = capsys.readouterr().out
+    assert report.layers[0].name in told
+    scores = re.search(r"([0-9.]+) before, ([0-9.]+) after", told)
+    if scores is not None and path.stem != "lora_peft":  # which mends an error, where the others keep a score
+        assert float(scores[1]) - 0.01 <= float(scores[2]) <= 1
+        assert float(scores[1]) > 0.8

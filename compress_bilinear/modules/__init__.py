@@ -1,6 +1,6 @@
 """The layers that take the place of `nn.Bilinear`."""
 
-from ._base import CompressedBilinear
+from ._base import CompressedBilinear, block_rows
 from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear
@@ -14,5 +14,6 @@ __all__ = [
     "InterpolativeLinear",
     "QuantizedLinear",
     "TuckerBilinear",
+    "block_rows",
     "stored_as",
 ]

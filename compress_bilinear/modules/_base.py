@@ -94,6 +94,9 @@ class CompressedBilinear(nn.Module):
     @abstractmethod
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor: ...
 
+    @abstractmethod
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor: ...
+
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight (O, I, J) that the layer stands for; differentiable in the stored factors.
 
@@ -160,7 +163,7 @@ class CompressedBilinear(nn.Module):
         reason = self._obstacle(where)
         rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
         shape = (self.out_features, self.in1_features, self.in2_features)
-        of = dtype or self._weight_dtype()
+        of = dtype or self.weight_dtype
         bits = 8 * of.itemsize if self.quantize is None else 8
         return str(
             ops.explain(
@@ -171,6 +174,48 @@ class CompressedBilinear(nn.Module):
     def _obstacle(self, device: torch.device) -> str | None:
         """Why the layer's tensors cannot be handed to `ops` at once."""
         return None
+
+    def blockwise(
+        self,
+        input1: Tensor,  # (..., K, I / K)
+        input2: Tensor,  # (..., K, J)
+    ) -> Tensor:  # (..., O)
+        """A sum of K bilinear forms, whose weights (O, I / K, J) are the blocks of W along its in1 axis.
+
+        y_o = Σ_k x1_kᵀ W_ok x2_k + b_o: what a grouped bilinear classifier computes, in the FLOPs of its blocks alone.
+
+        Raises: InputError for inputs of less than two dimensions, other sizes, or other dtypes.
+        """
+        if input1.dim() < 2 or input1.shape[:-1] != input2.shape[:-1] or input1.shape[-2] == 0:
+            raise InputError(
+                "`input1` and `input2` should be (..., K, I / K) and (..., K, J) with the same leading dimensions and "
+                f"K at least 1. Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            )
+        self._check(input1.flatten(-2), input2)
+        return self._blockwise(input1, input2)
+
+    def indexed(
+        self,
+        input1: Tensor,  # (..., I)
+        index: Tensor,  # (...), integers in 0..J − 1
+    ) -> Tensor:  # (..., O)
+        """y_o = Σ_i x1_i W_oij + b_o for j = `index`: `forward` with a one-hot `input2`, as of relations or labels.
+
+        Raises: InputError for other sizes, leading dimensions or dtypes.
+        """
+        if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+            raise InputError(f"`index` should hold integers. Found {index.dtype}.")
+        if index.shape != input1.shape[:-1]:
+            raise InputError(
+                "`input1` should be (..., I) and `index` (...), the same leading dimensions. "
+                f"Found {tuple(input1.shape)} and {tuple(index.shape)}."
+            )
+        self._check(input1, input1.new_empty(self.in2_features))
+        return self._indexed(input1, index)
+
+    def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
+        one_hot = nn.functional.one_hot(index.long(), self.in2_features)
+        return self._forward(input1, one_hot.to(input1.dtype))
 
     def _check(self, input1: Tensor, input2: Tensor) -> None:
         for name, value, size in (("input1", input1, self.in1_features), ("input2", input2, self.in2_features)):
@@ -208,6 +253,15 @@ class CompressedBilinear(nn.Module):
         if self.quantize is not None:
             parts.append(f"quantize={self.quantize!r}")
         return ", ".join(parts)
+
+
+def block_rows(
+    input1: Tensor,  # (..., K, I / K)
+) -> Tensor:  # (..., K, I)
+    """Each block by itself in a row of zeros, where it was in the whole."""
+    count, size = input1.shape[-2:]
+    rows = input1.new_zeros(*input1.shape[:-1], count, size)
+    return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
 
 
 def autocast_enabled(device_type: str) -> bool:

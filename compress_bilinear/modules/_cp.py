@@ -12,7 +12,7 @@ from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
 from ._base import ProjectedBilinear, autocast_dtype
-from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear
+from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
 from ._plain import obstacle, on_tensors
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
@@ -145,6 +145,15 @@ class CPBilinear(ProjectedBilinear):
 
     def _obstacle(self, device: torch.device) -> str | None:
         return obstacle(self._parts(), device)
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
+        if is_plain(self.out_proj, QuantizedLinear):  # as in `_product`
+            wide = torch.promote_types(left.dtype, torch.float32)
+            summed = (left.to(wide) * right.to(wide)).sum(-2)
+            return self._product(summed, summed.new_ones(1), input1)
+        output: Tensor = self.out_proj((left * right).sum(-2))
+        return output
 
     def _product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
         """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""

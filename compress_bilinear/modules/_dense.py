@@ -154,6 +154,34 @@ class DenseBilinear(CompressedBilinear):
             output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
             return output if bias is None else output + bias
 
+    def contract(
+        self,
+        product: Tensor,  # (..., I, J)
+    ) -> Tensor:  # (..., O)
+        """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product."""
+        flat, _, _, bias, _ = self._operands(*[product.flatten(-2)] * 2)
+        with without_autocast(flat.device.type):
+            weights = (self.dense_rows(rows, flat.dtype) for rows in self._row_parts())
+            output = torch.cat([nn.functional.linear(flat, weight.flatten(1)) for weight in weights], dim=-1)
+        return output if bias is None else output + bias
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
+        return self.contract(product.flatten(-3, -2))
+
+    def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
+        input1, _, _, bias, _ = self._operands(input1, input1)
+        rows, columns = input1.reshape(index.numel(), self.in1_features, 1), index.reshape(-1)
+        with without_autocast(input1.device.type):
+            weights = (self.dense_rows(part, input1.dtype).movedim(2, 0) for part in self._row_parts())
+            # (N, O, I): each row's own matrix
+            output = torch.cat([torch.bmm(weight[columns], rows) for weight in weights], dim=1)
+        output = output.reshape(*index.shape, self.out_features)
+        return output if bias is None else output + bias
+
+    def _row_parts(self) -> list[slice]:
+        return list(row_parts(self.weight)) if isinstance(self.weight, QuantizedTensor) else [slice(None)]
+
 
 def _empty(shape: Sequence[int], quantize: Quantize, device: torch.device | str | None) -> QuantizedTensor:
     if quantize == "nf4":

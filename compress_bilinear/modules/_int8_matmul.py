@@ -51,5 +51,7 @@ def _product(input: Tensor, weight: Tensor) -> Tensor:
     if input.is_cuda and (count <= 16 or out % 8 or width % 8):
         qdata = torch.nn.functional.pad(qdata, [0, -width % 8, 0, max(0, 17 - count)])
         weight = torch.nn.functional.pad(weight, [0, -width % 8, 0, -out % 8])
+    elif width == 1:  # `torch._int_mm` of torch 2.13 is wrong there on a CPU
+        qdata, weight = torch.nn.functional.pad(qdata, [0, 1]), torch.nn.functional.pad(weight, [0, 1])
     product = torch._int_mm(qdata, weight.T)[:count, :out]
     return (product * (peak * (UNIT / LEVELS))).to(input.dtype).reshape(*input.shape[:-1], out)

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from .. import ops
 from ..config import Quantize
 from ..quantization import NF4Tensor, QuantizedTensor, restore_dtypes
-from ._base import autocast_dtype, without_autocast
+from ._base import autocast_dtype, block_rows, without_autocast
 from ._int8_matmul import int8_linear
 
 CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four megabytes in float32
@@ -93,6 +93,18 @@ def is_plain(layer: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
     """A layer of this very type that does nothing else: not wrapped, hooked or patched."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
     return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
+
+
+def project_blocks(
+    linear: nn.Module,
+    input: Tensor,  # (..., K, I / K)
+) -> Tensor:  # (..., K, out_features)
+    """Each of K blocks of the input projected by its own columns of a linear layer of I inputs."""
+    if is_plain(linear, nn.Linear) and linear.bias is None:
+        weight = linear.weight.unflatten(1, tuple(input.shape[-2:]))
+        return torch.einsum("...kb,rkb->...kr", input, weight)
+    projected: Tensor = linear(block_rows(input))  # any other module takes whole rows
+    return projected
 
 
 def row_parts(tensor: QuantizedTensor) -> Iterator[slice]:

@@ -21,7 +21,7 @@ from ..decomposition import (
 from ..quantization import QuantizedTensor
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
-from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
+from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
 from ._plain import obstacle, on_tensors
 
 
@@ -177,3 +177,9 @@ class TuckerBilinear(ProjectedBilinear):
 
     def _obstacle(self, device: torch.device) -> str | None:
         return obstacle(self._parts(), device)
+
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        # the core on Σ_k p_k ⊗ q_k, as one row
+        summed = project_blocks(self.in1_proj, input1).mT @ self.in2_proj(input2)
+        output: Tensor = self.out_proj(self.core.contract(summed))
+        return output

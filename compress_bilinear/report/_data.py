@@ -63,6 +63,8 @@ class LayerReport:
 
     Attributes:
         name: of the layer in the model, "" for the model itself; `aliases` has its other names.
+        form: "nn.Bilinear", or the class of a module that carried the weight in another form. The latency before, and
+            what is told as "nn.Bilinear", is then of that module's own forward, and the batch its pairs of rows.
         shape: (O, I, J).
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
         quantize: None, "int8" or "nf4".
@@ -123,6 +125,7 @@ class LayerReport:
     batch_size: int | None = None
     backend: str | None = None
     amplification: float | None = None
+    form: str = "nn.Bilinear"
     front: tuple[FrontPoint, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
 

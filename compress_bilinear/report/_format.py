@@ -84,6 +84,9 @@ def notes(report: Report) -> list[str]:
     """A line for each layer with something to say, then the model's bytes, the timing and the environment."""
     told = [layer for layer in report.layers if layer.reason != AS_CONFIGURED]
     lines = [f"{layer.label}: {layer.decision}: {layer.reason}" for layer in told]
+    for layer in report.layers:
+        if layer.form != "nn.Bilinear":
+            lines.append(f"{layer.label}: is a {layer.form}: what it was is measured by its own forward")
     lines.append(f"Whole model: {size_change(report.model_bytes_before, report.model_bytes_after)}")
     timed = next((layer for layer in report.layers if layer.batch_size is not None), None)
     if timed is not None:

@@ -76,6 +76,19 @@ class TestEachForm:
         assert all(parameter.grad is not None for parameter in floating.parameters())
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_four_bits_there_and_back_are_the_same(way):
+    layer = made(way, "nf4")
+    again = cb.quantize(cb.dequantize(layer, dtype=torch.float64), "nf4")
+    assert again.quantize == "nf4"
+    before = layer.state_dict()
+    assert list(again.state_dict()) == list(before)
+    for name, value in again.state_dict().items():
+        if value.dtype in (torch.uint8, torch.int32):
+            assert torch.equal(value, before[name])
+    assert_matches_reference(again.to_dense(), layer.to_dense().double())
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 9, 3), (9, 1, 3), (5, 6, 1)], ids=str)
 @pytest.mark.parametrize("quantize", ["int8", None], ids=str)
 def test_dimensions_of_size_1(shape, quantize):
@@ -132,9 +145,9 @@ class TestModels:
 
 class TestRefusals:
     def test_nothing_to_convert(self):
-        with pytest.raises(MatchError, match=r"stored in 8 bits\. Found no compressed layer"):
+        with pytest.raises(MatchError, match=r"that is quantized\. Found no compressed layer"):
             cb.dequantize(nn.Sequential(nn.Bilinear(2, 3, 4)))
-        with pytest.raises(MatchError, match=r"stored in 8 bits. Found 0 \(tucker, None\)"):
+        with pytest.raises(MatchError, match=r"that is quantized. Found 0 \(tucker, None\)"):
             cb.dequantize(nn.Sequential(made("tucker", None)))
         with pytest.raises(MatchError, match=r"in floating point. Found \(root\) \(cp, int8\)"):
             cb.quantize(made("cp"))
@@ -176,3 +189,51 @@ class TestRefusals:
             layer.bias.zero_()
         for name, value in new.state_dict().items():
             assert torch.equal(value, kept[name])
+
+
+class TestComputeModes:
+    def test_every_quantized_layer_that_has_the_mode_gets_it(self):
+        net = nn.ModuleDict({"cp": made("cp"), "dense": made("dense"), "plain": made("cp", None)})
+        chosen = cb.set_compute(net, "int8")
+        assert {name: choice.compute for name, choice in chosen.items()} == {"cp": "int8", "dense": "on_the_fly"}
+        assert (net["cp"].compute, net["dense"].compute, net["plain"].compute) == ("int8", "on_the_fly", "on_the_fly")
+        assert all(choice.latencies == {} for choice in chosen.values())
+
+    def test_resident_weights_are_counted_apart_from_what_is_stored(self):
+        net = nn.Sequential(made("dense"))
+        stored = cb.set_compute(net, "on_the_fly")["0"]
+        resident = cb.set_compute(net, "resident")["0"]
+        assert stored.resident_bytes == stored.stored_bytes == resident.stored_bytes
+        assert resident.resident_bytes == stored.stored_bytes + 4 * IN1 * IN2 * OUT
+        assert str(resident) == f"resident (stores {stored.stored_bytes} bytes, holds {resident.resident_bytes})"
+
+    def test_the_fastest_is_chosen_by_measurement(self):
+        layer = made("tucker")
+        choice = cb.set_compute(layer, rows=3)[""]
+        assert choice.latencies.keys() == {"on_the_fly", "resident", "int8"}
+        assert layer.compute == choice.compute
+        if choice.compute != "on_the_fly":
+            assert choice.latencies[choice.compute].upper < choice.latencies["on_the_fly"].lower
+        assert all(f"{mode} {timed.median:.3g} ms" in str(choice) for mode, timed in choice.latencies.items())
+
+    def test_the_dtype_is_the_bias_s_unless_it_is_given(self):
+        layer = made("dense", dtype=torch.bfloat16)
+        cb.set_compute(layer, "resident")
+        assert layer.weight.resident.dtype == torch.bfloat16
+        cb.set_compute(layer, "resident", dtype=torch.float64)
+        assert layer.weight.resident.dtype == torch.float64
+
+    @pytest.mark.parametrize(
+        ("model", "asked", "error", "message"),
+        [
+            (nn.Linear(2, 2), {}, MatchError, "Found no compressed layer"),
+            (made("cp", None), {}, MatchError, r"Found \(root\) \(cp\)"),
+            (made("cp"), {"compute": "fast"}, ConfigError, "`compute` should be one of"),
+            (made("cp"), {"rows": 0}, ConfigError, "`rows` should be a positive int. Found 0"),
+            (made("dense"), {"compute": "int8"}, ConfigError, "for CP and Tucker in int8"),
+            (made("cp", "nf4"), {"compute": "int8"}, ConfigError, "for CP and Tucker in int8"),
+        ],
+    )
+    def test_mistakes(self, model, asked, error, message):
+        with pytest.raises(error, match=message):
+            cb.set_compute(model, **asked)

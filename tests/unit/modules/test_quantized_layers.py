@@ -15,6 +15,7 @@ from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.measure import resident_bytes, stored_bytes, weight_error
 from compress_bilinear.modules import _linear
+from compress_bilinear.modules._int8_matmul import int8_linear
 from compress_bilinear.ops import _dense, reference
 
 FORMATS = ("int8", "nf4")
@@ -242,6 +243,18 @@ def test_a_forward_holds_one_dequantized_part_beside_what_lies_between(method, q
     assert held + between < whole
 
 
+@pytest.mark.parametrize("count", [0, 1, 5, 40])
+@pytest.mark.parametrize("out", [1, 2, 7, 64])
+@pytest.mark.parametrize("width", [1, 2, 7, 64])
+def test_integer_products_are_exact_for_all_sizes(width, out, count):
+    # integers whose rows have a largest one of 127 are rounded to themselves
+    input = (31 * normal(count, width)).round().clamp(-126, 126)
+    input[:, :1] = 127
+    weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
+    found = int8_linear(input.double(), weight)
+    torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
+
+
 class TestBitsOfTheApi:
     @pytest.mark.parametrize("compute", ["fast", None, 8], ids=str)
     def test_an_unknown_mode(self, compute):
@@ -256,7 +269,7 @@ class TestBitsOfTheApi:
 
     @for_factors
     def test_the_error_is_split_in_the_candidate(self, method):
-        from compress_bilinear.selection import solve
+        from compress_bilinear.solving import solve
 
         layer = bilinear(30, 23, 19)
         with torch.no_grad():

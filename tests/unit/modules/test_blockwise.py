@@ -1,0 +1,69 @@
+"""`blockwise` and `indexed`: the same layer on a sum over blocks, and on an index for a one-hot input."""
+
+import warnings
+
+import pytest
+import torch
+from support import assert_matches_reference, bilinear
+from torch import nn
+
+from compress_bilinear.errors import AmplificationWarning, InputError
+from compress_bilinear.modules import CPBilinear, DenseBilinear, TuckerBilinear
+
+OUT, IN1, IN2 = 5, 12, 7
+BUILT = {
+    "dense": lambda layer, quantize: DenseBilinear.from_bilinear(layer, quantize=quantize),
+    "cp": lambda layer, quantize: CPBilinear.from_bilinear(layer, 6, quantize=quantize),
+    "tucker": lambda layer, quantize: TuckerBilinear.from_bilinear(layer, (3, 4, 3), quantize=quantize),
+    "near full": lambda layer, quantize: TuckerBilinear.from_bilinear(layer, (5, 11, 7), quantize=quantize),
+}
+
+
+@pytest.fixture(params=[(name, quantize) for name in BUILT for quantize in (None, "int8")], ids=str)
+def module(request):
+    name, quantize = request.param
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AmplificationWarning)
+        return BUILT[name](bilinear(IN1, IN2, OUT, dtype=torch.float64), quantize)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 12])
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (0,), ()])
+def test_blockwise_is_the_sum_of_its_blocks(module, blocks, leading):
+    torch.manual_seed(0)
+    input1 = torch.randn(*leading, blocks, IN1 // blocks, dtype=torch.float64)
+    input2 = torch.randn(*leading, blocks, IN2, dtype=torch.float64)
+    weight = module.to_dense(torch.float64).unflatten(1, (blocks, -1))
+    expected = torch.einsum("...ki,okij,...kj->...o", input1, weight, input2) + module.bias
+    assert_matches_reference(module.blockwise(input1, input2).detach(), expected.detach(), 10)
+
+
+@pytest.mark.parametrize("leading", [(4,), (2, 3), (0,), ()])
+def test_indexed_is_a_one_hot_input(module, leading):
+    torch.manual_seed(0)
+    input1 = torch.randn(*leading, IN1, dtype=torch.float64)
+    index = torch.randint(IN2, leading)
+    expected = module(input1, nn.functional.one_hot(index, IN2).double())
+    assert_matches_reference(module.indexed(input1, index).detach(), expected.detach(), 10)
+
+
+def test_wrapped_projections_run():
+    layer = CPBilinear(IN1, IN2, OUT, 6)
+    inputs = torch.randn(4, 3, IN1 // 3), torch.randn(4, 3, IN2)
+    expected = layer.blockwise(*inputs)
+    calls = []
+    layer.in1_proj.register_forward_hook(lambda *args: calls.append(1))
+    torch.testing.assert_close(layer.blockwise(*inputs), expected)
+    assert calls
+
+
+def test_wrong_inputs_are_told():
+    layer = DenseBilinear(IN1, IN2, OUT)
+    with pytest.raises(InputError, match="K at least 1"):
+        layer.blockwise(torch.randn(4, 3, 4), torch.randn(4, 2, IN2))
+    with pytest.raises(InputError, match=r"\(..., 12\)"):
+        layer.blockwise(torch.randn(4, 3, 5), torch.randn(4, 3, IN2))
+    with pytest.raises(InputError, match="integers"):
+        layer.indexed(torch.randn(4, IN1), torch.zeros(4))
+    with pytest.raises(InputError, match="same leading dimensions"):
+        layer.indexed(torch.randn(4, IN1), torch.zeros(3, dtype=torch.long))
