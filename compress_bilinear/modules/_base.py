@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import Compute, Quantize
 from ..errors import CompressionError, ConfigError, InputError
 from ..quantization import QuantizedTensor
@@ -139,6 +140,40 @@ class CompressedBilinear(nn.Module):
                 f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
             )
         return self._pairwise(input1, input2)
+
+    def explain(
+        self,
+        rows: int = 1024,
+        *,
+        pairs: bool = False,
+        gradient: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> str:
+        """Which path a call takes, and why; nothing is computed.
+
+        Args:
+            rows: N of the call, or its pairs.
+            pairs: whether of `pairwise`.
+            gradient: whether a gradient is wanted.
+            device, dtype: of the inputs; None takes the layer's.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        where = tensors[0].device if device is None else torch.device(device)
+        reason = self._obstacle(where)
+        rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
+        shape = (self.out_features, self.in1_features, self.in2_features)
+        of = dtype or self.weight_dtype
+        bits = 8 * of.itemsize if self.quantize is None else 8
+        return str(
+            ops.explain(
+                self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, obstacle=reason
+            )
+        )
+
+    def _obstacle(self, device: torch.device) -> str | None:
+        """Why the layer's tensors cannot be handed to `ops` at once."""
+        return None
 
     def blockwise(
         self,

@@ -1,6 +1,7 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
 from ._base import ProjectedBilinear, autocast_dtype
 from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
+from ._plain import obstacle, on_tensors
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
 
@@ -119,22 +121,30 @@ class CPBilinear(ProjectedBilinear):
         return torch.einsum("or,ri->oir", out[rows], in1) @ in2
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if obstacle(self._parts(), input1.device) is None:
+            return self._operation(ops.bilinear_cp, input1, input2)
         return self._product(self.in1_proj(input1), self.in2_proj(input2), input1)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if obstacle(self._parts(), input1.device) is None:
+            return self._operation(ops.pairwise_cp, input1, input2)
         left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
         if ops.is_tracing():
             return self._product(left, right, input1)  # the block size would tie the graph to these lengths
         per_row = max(1, math.prod(input2.shape[:-1]) * self.rank)
         blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
-        if len(blocks) == 1:
-            return self._product(left, right, input1)
-        if not is_plain(self.out_proj, nn.Linear):
-            return torch.cat([self._product(block, right, input1) for block in blocks], dim=-3)
-        # the layer's tensors by name, so that what is recomputed in the backward is what this call saw
-        weight, bias = self.out_proj.weight, self.out_proj.bias
-        run = ops.block_runner(True, left, right, weight)
-        return torch.cat([run(_linear_of_product, block, right, weight, bias) for block in blocks], dim=-3)
+        pieces = [self._product(block, right, input1) for block in blocks]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-3)
+
+    def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
+        sigma = getattr(self.out_proj, "sigma", None)
+        return on_tensors(operation, input1, input2, list(self._parts().values()), sigma=sigma)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj, "out_proj": self.out_proj}
+
+    def _obstacle(self, device: torch.device) -> str | None:
+        return obstacle(self._parts(), device)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
@@ -152,7 +162,3 @@ class CPBilinear(ProjectedBilinear):
             return self.out_proj.of_product(left, right, dtype)
         output: Tensor = self.out_proj(left * right)
         return output
-
-
-def _linear_of_product(left: Tensor, right: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return nn.functional.linear(left * right, weight, bias)

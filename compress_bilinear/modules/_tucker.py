@@ -1,9 +1,12 @@
 """`TuckerBilinear`: a small dense bilinear core between three linear layers."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from .. import ops
 from ..config import Quantize, TuckerRank, check_quantize
 from ..decomposition import (
     TuckerDecomposition,
@@ -15,9 +18,11 @@ from ..decomposition import (
     tucker_flops,
     unit_columns,
 )
+from ..quantization import QuantizedTensor
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
+from ._plain import obstacle, on_tensors
 
 
 class TuckerBilinear(ProjectedBilinear):
@@ -151,12 +156,27 @@ class TuckerBilinear(ProjectedBilinear):
         return None
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if obstacle(self._parts(), input1.device) is None:
+            return self._operation(ops.bilinear_tucker, input1, input2)
         output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if obstacle(self._parts(), input1.device) is None:
+            return self._operation(ops.pairwise_tucker, input1, input2)
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
+
+    def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
+        scale = self.core.weight.scale if isinstance(self.core.weight, QuantizedTensor) else None
+        return on_tensors(operation, input1, input2, list(self._parts().values()), scale=scale)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        layers = {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj}
+        return layers | {"core": self.core, "out_proj": self.out_proj}
+
+    def _obstacle(self, device: torch.device) -> str | None:
+        return obstacle(self._parts(), device)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # the core on Σ_k p_k ⊗ q_k, as one row

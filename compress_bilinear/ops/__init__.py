@@ -1,16 +1,37 @@
 """Factors and inputs to outputs: tensors in, tensors out. `reference` is the definition."""
 
 from . import reference
-from ._dense import ORDERS, Order, best_order, bilinear_dense, block_runner, dense_flops, is_tracing, pairwise_dense
+from ._choice import BACKENDS, Backend, Choice
+from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
+from ._gemm import linear, linear_times
+from ._layers import (
+    bilinear_cp,
+    bilinear_dense,
+    bilinear_tucker,
+    explain,
+    pairwise_cp,
+    pairwise_dense,
+    pairwise_tucker,
+)
 
 __all__ = [
+    "BACKENDS",
     "ORDERS",
+    "Backend",
+    "Choice",
     "Order",
     "best_order",
+    "bilinear_cp",
     "bilinear_dense",
+    "bilinear_tucker",
     "block_runner",
     "dense_flops",
+    "explain",
     "is_tracing",
+    "linear",
+    "linear_times",
+    "pairwise_cp",
     "pairwise_dense",
+    "pairwise_tucker",
     "reference",
 ]

@@ -2,7 +2,7 @@
 
 y_no = Σ_ij x1_ni W_oij x2_nj can be summed in three orders, each of 2·N·O·I·J FLOPs; they differ in what lies between:
 
-- "in1_first": T = x1 W_o (N x O x J), then T · x2;
+- "in1_first": T = x1 W_o (N x O x J), then T · x2; its product wants the weight's slices turned, a copy of each;
 - "in2_first": T = W_o x2 (N x O x I), then T · x1;
 - "outer": T = x1 ⊗ x2 (N x I x J), then one matrix product with W.
 
@@ -22,29 +22,42 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..quantization import dequantize
+from ._gemm import linear, prefers_onednn
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
 ORDERS: tuple[Order, ...] = ("in1_first", "in2_first", "outer")
 
-# Elements of T in a block. On a CPU about a megabyte is fastest; a GPU wants fewer, larger launches. A block that is
-# recomputed in the backward has an overhead of its own, so it is larger.
-_CPU_BLOCK = 2**18
+# Elements of T in a block. On a CPU about two megabytes are fastest; a GPU wants fewer, larger launches. A block that
+# is recomputed in the backward has an overhead of its own, so it is larger.
+_CPU_BLOCK = 2**19
 _CPU_BLOCK_GRAD = 2**22
 _GPU_BLOCK = 2**24
 _OUTER_BLOCK = 2**20
 _OUTER_MOST = 2**14  # I·J above which "outer" blocks have too few rows for an efficient product
+_OUTER_RATIO = 2  # of O to the inputs' sizes, from which "outer" wins: its product is long and narrow
+_BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficient; the rest of a block is rows
+_TURN = 2  # what copying an element of the weight costs, in elements of T that are written and summed
+_SMALL_PAIRS = 2**18  # elements of x1 ⊗ x2 up to which a call is small
+_SMALL_PRODUCTS = 2**21  # and its multiply-adds, unless it has
+_FEW_ROWS = 8
+_SMALL_OUT = 4  # outputs from which a small call takes "outer"
 _WEIGHT_BLOCK = 2**20  # elements of the weight that are de-quantized at once (or one output's slice)
 _TRACED_ROW = 4096  # elements of T for a row in a traced graph, where the number of rows is not known
 _TRACED_PARTS = 16
 
 
-def best_order(shape: tuple[int, int, int]) -> Order:
-    """The order for a weight (O, I, J): eliminate the largest dimension first."""
+def best_order(shape: tuple[int, int, int], rows: int | None = None) -> Order:
+    """The order for a weight (O, I, J): eliminate the largest dimension first, if turning the weight pays.
+
+    Few rows leave the weight as it lies: "in2_first" saves O·I·J copies and costs N·O·(I − J) elements of T.
+    """
     out, in1, in2 = shape
-    if out >= max(in1, in2) and in1 * in2 <= _OUTER_MOST:
+    if out >= _OUTER_RATIO * max(in1, in2) and in1 * in2 <= _OUTER_MOST:
         return "outer"
-    return "in1_first" if in1 >= in2 else "in2_first"
+    if rows is None:
+        return "in1_first" if in1 > in2 else "in2_first"
+    return "in1_first" if rows * (in1 - in2) > _TURN * in1 * in2 else "in2_first"
 
 
 def dense_flops(shape: tuple[int, int, int]) -> int:
@@ -53,53 +66,79 @@ def dense_flops(shape: tuple[int, int, int]) -> int:
     return 2 * out * in1 * in2 + 2 * min(out * in1, out * in2, in1 * in2)
 
 
-def bilinear_dense(
+def check_inputs(input1: Tensor, input2: Tensor, pairs: bool = False) -> None:
+    """Raise InputError where the leading dimensions differ."""
+    last = 2 if pairs else 1
+    if min(input1.dim(), input2.dim()) < last or input1.shape[:-last] != input2.shape[:-last]:
+        raise InputError(
+            "The inputs should have the same leading dimensions. "
+            f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+        )
+
+
+def small_dense(
+    input1: Tensor,  # (..., I)
+    input2: Tensor,  # (..., J)
+    weight: Tensor,  # (O, I, J)
+    bias: Tensor | None,  # (O,)
+) -> Tensor | None:  # (..., O)
+    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU."""
+    out, in1, in2 = weight.shape
+    if input1.device.type != "cpu" or in1 * in2 > _SMALL_PAIRS or in1 == 0 or is_tracing():
+        return None
+    rows = input1.numel() // in1
+    if rows * in1 * in2 > _SMALL_PAIRS or rows == 0 or (rows > _FEW_ROWS and rows * weight.numel() > _SMALL_PRODUCTS):
+        return None
+    if out >= _SMALL_OUT:
+        pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
+        return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
+    if input1.dim() != 2:
+        return None
+    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(rows, out, in1)
+    if bias is None:
+        return torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
+    return torch.baddbmm(bias.unsqueeze(1), product, input1.unsqueeze(2)).squeeze(2)
+
+
+def composed_dense(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
     weight: Tensor,  # (O, I, J); int8 with `scale`
-    bias: Tensor | None = None,  # (O,)
-    *,
-    scale: Tensor | None = None,  # float32, broadcastable to `weight`
-    order: Order | None = None,
+    bias: Tensor | None,  # (O,)
+    scale: Tensor | None,  # float32, broadcastable to `weight`
+    order: Order | None,
 ) -> Tensor:  # (..., O)
-    """y_o = x1ᵀ W_o x2 + b_o, exact up to rounding.
+    """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch.
 
-    Peak extra memory is a few blocks of T (a megabyte each on a CPU without gradients) beside inputs and output; an
+    Peak extra memory is a few blocks of T (two megabytes each on a CPU without gradients) beside inputs and output; an
     int8 weight is de-quantized block by block into the inputs' dtype.
-
-    Args:
-        order: one of "in1_first", "in2_first", "outer"; None chooses by shape (`best_order`).
     """
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
-    if input2.shape[:-1] != leading or (order is not None and order not in ORDERS):
-        raise InputError(
-            f"The inputs should have the same leading dimensions, and `order` be None or one of {ORDERS}. "
-            f"Found {tuple(input1.shape)}, {tuple(input2.shape)} and {order!r}."
-        )
     rows = math.prod(leading)
     rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
-    order = order or best_order((out, in1, in2))
-    if is_tracing():
+    tracing = is_tracing()
+    order = order or best_order((out, in1, in2), None if tracing else rows)
+    if tracing:
         output = _traced(rows1, rows2, weight, scale, order)
     elif order == "outer":
         output = _outer(rows1, rows2, weight, scale)
     else:
-        if order == "in2_first":
+        if order == "in1_first":
             rows1, rows2, weight, scale = rows2, rows1, weight.mT, None if scale is None else scale.mT
-        output = _contract_first(rows1, rows2, weight, scale)
+        output = _contract(rows1, rows2, weight, scale)
     if bias is not None:
-        output = output + bias
-    return output.reshape(*leading, out)
+        wanted = torch.is_grad_enabled() and (output.requires_grad or bias.requires_grad)
+        output = output + bias if wanted or tracing or is_transformed() else output.add_(bias)
+    return output.view(*leading, out)
 
 
-def pairwise_dense(
+def composed_dense_pairs(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
     weight: Tensor,  # (O, I, J); int8 with `scale`
-    bias: Tensor | None = None,  # (O,)
-    *,
-    scale: Tensor | None = None,  # float32, broadcastable to `weight`
+    bias: Tensor | None,  # (O,)
+    scale: Tensor | None,  # float32, broadcastable to `weight`
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
     leading, (length1, in1), (length2, in2) = input1.shape[:-2], input1.shape[-2:], input2.shape[-2:]
@@ -110,11 +149,11 @@ def pairwise_dense(
     if swap:
         batch1, batch2, weight, scale = batch2, batch1, weight.mT, None if scale is None else scale.mT
     limit = _TRACED_ROW if is_tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
-    parts = list(_weight_parts(weight, scale, limit // weight.shape[2]))
+    parts = list(_weight_parts(weight, scale, max(limit, 1 if scale is None else 0) // weight.shape[2]))
     run = block_runner(len(parts) > 1, batch1, batch2, weight)
     pieces = [run(_pairs, batch1, batch2, part, part_scale) for part, part_scale in parts]
-    output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)  # (B, O, L1, L2)
-    output = output.permute(0, 3, 2, 1) if swap else output.permute(0, 2, 3, 1)
+    output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)  # (B, L2, L1, O), of the swapped lengths
+    output = output if swap else output.transpose(1, 2)
     output = (output if bias is None else output + bias).contiguous()
     return output.reshape(*leading, length1, length2, out)
 
@@ -122,6 +161,11 @@ def pairwise_dense(
 def is_tracing() -> bool:
     """Whether a graph is being recorded that has to hold for other numbers of rows too."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active, as torch.autograd.Function asks for it."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def _block(like: Tensor) -> int:
@@ -133,9 +177,7 @@ def _block(like: Tensor) -> int:
 def block_runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
     """Runs a block: as it is, or recomputed in the backward where several blocks would be kept for a gradient."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    # torch.func's transforms cannot recompute; this is how torch.autograd.Function asks for them
-    transformed = torch._C._are_functorch_transforms_active()
-    if not (several and wanted) or transformed or is_tracing():
+    if not (several and wanted) or is_transformed() or is_tracing():  # torch.func's transforms cannot recompute
         return lambda function, *args: function(*args)
     return lambda function, *args: checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -157,29 +199,41 @@ def _plain(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return part if scale is None else dequantize(part, scale, dtype)
 
 
-def _contract_first(first: Tensor, second: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    """Σ_ab first_na W_oab second_nb, eliminating a first: (N, O)."""
-    width = weight.shape[2]
-    limit = _block(first)
-    rows = max(1, min(first.shape[0], limit // width))
-    parts = list(_weight_parts(weight, scale, limit // (rows * width)))
-    blocks = list(zip(first.split(rows), second.split(rows), strict=True))
-    run = block_runner(len(parts) * len(blocks) > 1, first, second, weight)
+def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O)."""
+    out, width, _ = weight.shape
+    count, limit = max(1, kept.shape[0]), _block(kept)
+    columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
+    parts = list(_weight_parts(weight, scale, columns))
+    rows = max(1, min(count, limit // (width * min(out, columns))))
+    blocks = list(zip(kept.split(rows), first.split(rows), strict=True))
     if len(parts) * len(blocks) == 1:
-        return run(_matvec, first, second, *parts[0]).mT.contiguous()
-    pieces = []
+        return _matvec(kept, first, *parts[0])
+    if torch.is_grad_enabled() or is_transformed():
+        run = block_runner(True, kept, first, weight)
+        columns_of = [
+            torch.cat([run(_matvec, block1, block2, part, part_scale) for block1, block2 in blocks])
+            for part, part_scale in parts
+        ]
+        return columns_of[0] if len(columns_of) == 1 else torch.cat(columns_of, dim=1)
+    output, start = kept.new_empty(kept.shape[0], out), 0
     for part, part_scale in parts:
-        if not torch.is_grad_enabled():
-            part, part_scale = _plain(part, part_scale, first.dtype), None  # once for all rows
-        column = [run(_matvec, block1, block2, part, part_scale) for block1, block2 in blocks]
-        pieces.append(column[0] if len(column) == 1 else torch.cat(column, dim=1))
-    return torch.cat(pieces).mT.contiguous()
+        part = _plain(part, part_scale, kept.dtype).contiguous()  # once for all rows
+        target = output[:, start : start + len(part)].split(rows)
+        start += len(part)
+        for block1, block2, piece in zip(*zip(*blocks, strict=True), target, strict=True):
+            piece.copy_(_matvec(block1, block2, part, None))
+    return output
 
 
-def _matvec(first: Tensor, second: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
-    """(n, a), (n, b), (o, a, b) -> (o, n)."""
-    product = torch.matmul(first, _plain(part, scale, first.dtype))
-    return (product * second).sum(-1)
+def _matvec(kept: Tensor, first: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
+    """(n, a), (n, b), (o, a, b) -> (n, o)."""
+    outputs, width, _ = part.shape
+    product = linear(first, _plain(part, scale, first.dtype).flatten(0, 1)).view(-1, outputs, width)
+    wanted = torch.is_grad_enabled() and (product.requires_grad or kept.requires_grad)
+    if wanted or is_tracing() or is_transformed():
+        return (product * kept.unsqueeze(1)).sum(-1)
+    return product.mul_(kept.unsqueeze(1)).sum(-1)
 
 
 def _outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
@@ -201,16 +255,22 @@ def _outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
 def _outer_block(rows1: Tensor, rows2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(n, i), (n, j), (o, i, j) -> (n, o)."""
     product = (rows1.unsqueeze(2) * rows2.unsqueeze(1)).flatten(1)
-    return torch.nn.functional.linear(product, _plain(part, scale, rows1.dtype).flatten(1))
+    return linear(product, _plain(part, scale, rows1.dtype).flatten(1))
 
 
 def _pairs(batch1: Tensor, batch2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
-    """(B, k, a), (B, l, b), (o, a, b) -> (B, o, k, l)."""
-    batch, length1, width = batch1.shape
-    outputs = part.shape[0]
-    product = torch.matmul(batch1.reshape(-1, width), _plain(part, scale, batch1.dtype))  # (o, B·k, b)
-    product = product.unflatten(1, (batch, length1)).transpose(0, 1).flatten(1, 2)  # (B, o·k, b)
-    return torch.bmm(product, batch2.mT).unflatten(1, (outputs, length1))
+    """(B, k, a), (B, l, b), (o, a, b) -> (B, l, k, o)."""
+    batch, length1, _ = batch1.shape
+    outputs, _, width = part.shape
+    weight = _plain(part, scale, batch1.dtype).mT.flatten(0, 1)  # (o·b, a)
+    product = linear(batch1, weight).view(batch, length1 * outputs, width)
+    if not (torch.is_grad_enabled() or is_tracing()) and batch > 0 and prefers_onednn(batch2[0], product[0]):
+        output = batch2.new_empty(batch, batch2.shape[1], length1 * outputs)
+        for index in range(batch):
+            output[index] = linear(batch2[index], product[index])
+    else:
+        output = torch.bmm(batch2, product.mT)
+    return output.unflatten(2, (length1, outputs))
 
 
 def _traced(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None, order: Order) -> Tensor:
@@ -218,7 +278,7 @@ def _traced(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None, 
     in1, in2 = weight.shape[1:]
     if order == "outer" and in1 * in2 <= _TRACED_ROW:
         return _outer_block(rows1, rows2, weight, scale)
-    if order == "in2_first" or (order == "outer" and in2 > in1):
+    if order == "in1_first" or (order == "outer" and in1 > in2):
         rows1, rows2, weight, scale = rows2, rows1, weight.mT, None if scale is None else scale.mT
-    parts = _weight_parts(weight, scale, _TRACED_ROW // weight.shape[2])
-    return torch.cat([_matvec(rows1, rows2, part, part_scale) for part, part_scale in parts]).mT.contiguous()
+    parts = _weight_parts(weight, scale, _TRACED_ROW // weight.shape[1])
+    return torch.cat([_matvec(rows1, rows2, part, part_scale) for part, part_scale in parts], dim=1)

@@ -49,3 +49,28 @@ def pairwise_dense(
     """y_klo = x1_kᵀ W_o x2_l + b_o, for all pairs of k and l."""
     output = torch.einsum("...ki,oij,...lj->...klo", input1, weight, input2)
     return output if bias is None else output + bias
+
+
+def pairwise_cp(
+    input1: Tensor,  # (..., L1, I)
+    input2: Tensor,  # (..., L2, J)
+    factors: tuple[Tensor, Tensor, Tensor],  # (O, R), (I, R), (J, R)
+    bias: Tensor | None = None,  # (O,)
+) -> Tensor:  # (..., L1, L2, O)
+    """y_kl = C (Aᵀ x1_k * Bᵀ x2_l) + b."""
+    out, in1, in2 = factors
+    output = torch.einsum("...kr,...lr,or->...klo", input1 @ in1, input2 @ in2, out)
+    return output if bias is None else output + bias
+
+
+def pairwise_tucker(
+    input1: Tensor,  # (..., L1, I)
+    input2: Tensor,  # (..., L2, J)
+    core: Tensor,  # (R_o, R_i, R_j)
+    factors: tuple[Tensor, Tensor, Tensor],  # (O, R_o), (I, R_i), (J, R_j)
+    bias: Tensor | None = None,  # (O,)
+) -> Tensor:  # (..., L1, L2, O)
+    """y_kl = U G(Aᵀ x1_k, Bᵀ x2_l) + b."""
+    out, in1, in2 = factors
+    output = pairwise_dense(input1 @ in1, input2 @ in2, core) @ out.mT
+    return output if bias is None else output + bias

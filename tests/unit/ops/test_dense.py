@@ -201,7 +201,7 @@ def test_strided_operands(order):
     [
         ((17, 63, 37), "in1_first"),
         ((17, 37, 63), "in2_first"),
-        ((17, 40, 40), "in1_first"),
+        ((17, 40, 40), "in2_first"),
         ((80, 5, 7), "outer"),
         ((2000, 200, 300), "in2_first"),  # the products of the inputs would be too wide
     ],

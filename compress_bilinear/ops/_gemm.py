@@ -1,0 +1,133 @@
+"""x Wᵀ on a CPU by whichever of torch's two libraries is faster for it.
+
+torch multiplies float32 matrices by MKL, which keeps its fastest kernels to Intel's processors; oneDNN, which the same
+wheels bring and torch uses for 16-bit products, does not. On an AMD EPYC with AVX-512 oneDNN is about twice as fast,
+but costs some 12 microseconds more a call and lays out the weight anew in each, so it is taken where both are small
+beside the product. Both sum in float32. Everything that records a graph or transforms functions sees `F.linear`.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as _plain
+
+from ..quantization import dequantize
+
+_LEAST_ROWS = 16  # below, laying out the weight costs more than it saves
+_LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
+
+
+def linear(
+    input: Tensor,  # (..., K)
+    weight: Tensor,  # (M, K), of any strides
+    bias: Tensor | None = None,  # (M,)
+) -> Tensor:  # (..., M)
+    """input weightᵀ + bias."""
+    if not prefers_onednn(input, weight):
+        return _plain(input, weight, bias)
+    rows = input.reshape(-1, input.shape[-1])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return _Linear.apply(rows, weight, bias).unflatten(0, input.shape[:-1])  # type: ignore[no-untyped-call]
+    return _product(rows, weight, bias).view(*input.shape[:-1], weight.shape[0])
+
+
+def linear_times(
+    input: Tensor,  # (..., K)
+    weight: Tensor,  # (M, K), of any strides
+    other: Tensor,  # (..., M)
+) -> Tensor:  # (..., M)
+    """(input weightᵀ) * other, in one pass where no gradient is wanted."""
+    wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or other.requires_grad)
+    if wanted or other.dtype != input.dtype or not prefers_onednn(input, weight):
+        product = linear(input, weight)
+        return product * other if wanted or product.dtype != other.dtype or _recorded() else product.mul_(other)
+    shape = other.shape
+    rows, other = input.reshape(-1, input.shape[-1]), other.reshape(-1, shape[-1])
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, None, "mul")
+    return found.view(shape)
+
+
+def values(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in `dtype`: int8 has the step 2⁻⁷, which every floating dtype holds exactly."""
+    return dequantize(factor, None, dtype) if factor.dtype == torch.int8 else factor
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` by oneDNN with its gradients, themselves differentiable."""
+
+    @staticmethod
+    def forward(context: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(rows, weight)
+        return _product(rows, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = context.saved_tensors
+        wanted = context.needs_input_grad
+        return (
+            linear(gradient, weight.T) if wanted[0] else None,
+            linear(gradient.T, rows.T) if wanted[1] else None,
+            gradient.sum(0) if wanted[2] else None,
+        )
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return found
+
+
+def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` takes oneDNN for this product."""
+    width = weight.shape[1]
+    if width == 0 or input.dtype != torch.float32 or weight.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    rows = input.numel() // width
+    return (
+        rows >= _LEAST_ROWS
+        and rows * weight.numel() >= _LEAST_PRODUCTS
+        and input.device.type == "cpu"
+        and type(input) is Tensor
+        and type(weight) in (Tensor, torch.nn.Parameter)
+        and onednn_is_faster()
+        and not _recorded()
+    )
+
+
+def is_small(input: Tensor, *weights: Tensor) -> bool:
+    """Whether a call on a CPU is too small for anything but `F.linear`, by the size of each of its weights."""
+    if input.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+        return False
+    rows = input.numel() // max(1, input.shape[-1])
+    return rows * max(weight.numel() for weight in weights) < _LEAST_PRODUCTS
+
+
+def onednn_is_faster() -> bool:
+    """Whether float32 products on this processor are oneDNN's: it is not Intel's, and torch's BLAS is MKL."""
+    return bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()
+
+
+@cache
+def _has_slow_mkl() -> bool:
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return any(line.startswith("vendor_id") and "AuthenticAMD" in line for line in lines)
+    except OSError:
+        return False
+
+
+def _recorded() -> bool:
+    """Whether operators are watched or transformed: by tracing, torch.func, a dispatch mode, forward AD or autocast."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )

@@ -1,0 +1,125 @@
+"""What the Triton kernels share: a masked tile, a projection of rows, and how a dtype is multiplied.
+
+Loads outside a tensor give zero and stores outside are masked, so that any size will do; offsets of rows and outputs
+are 64-bit. Sums are in float32. int8 values are exact in each of the dtypes that they are multiplied in.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
+OPTIONS = {"enable_fp_fusion": True}  # what has been the default, which Triton 3.9 warns will change
+
+# the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 in TF32 only where torch's own matrix products on CUDA may."""
+    if dtype != torch.float32:
+        return "ieee"  # of no effect: the products of 16-bit values are exact in float32
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and later
+    if setting is None:
+        return "tf32" if matmul.allow_tf32 else "ieee"
+    if setting == "none":
+        setting = torch.backends.fp32_precision  # type: ignore[attr-defined, unused-ignore]
+    return "tf32" if setting == "tf32" else "ieee"
+
+
+def exact(x: Tensor) -> bool:
+    """Whether the products of these values are taken without tensor cores."""
+    return x.dtype == torch.float32 and precision(x.dtype) == "ieee"
+
+
+def scale_layout(scale: Tensor | None, weight: Tensor) -> tuple[int, ...]:
+    """Strides of a weight's scales and the entries that share one, along each axis; see `QuantizedTensor`."""
+    if scale is None:
+        return (0, 0, 0, 1, 1, 1)
+    counts, sizes = scale.shape, weight.shape
+    strides = [0 if count == 1 else stride for count, stride in zip(counts, scale.stride(), strict=True)]
+    return (*strides, *(-(-size // count) for count, size in zip(counts, sizes, strict=True)))
+
+
+def tile(size: int, most: int) -> int:
+    """The power of two from 16, the least that `tl.dot` takes, to `most` that covers `size` if any does."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+@triton.jit
+def times(left, right):
+    """left * right, rounded once to `left`'s dtype."""
+    if _INTERPRETED:  # noqa: SIM108 - decided when compiled
+        product = (left.to(tl.float32) * right.to(tl.float32)).to(left.dtype)
+    else:
+        product = left * right
+    return product
+
+
+@triton.jit
+def multiply(left, right, accumulator, PRECISION: tl.constexpr):
+    """accumulator + left @ right, in float32."""
+    if _INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def operand(value, dtype: tl.constexpr):
+    """`value` in `dtype`; int8 by way of float32, which the interpreter needs for bfloat16."""
+    if value.dtype == tl.int8:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
+def load_tile(pointer, row, rows, row_stride, column, columns, column_stride):
+    """The tile pointer[row, column]; zero where an index is out of range."""
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+
+
+@triton.jit
+def load_scales(pointer, row, rows, row_stride, row_block, column, columns, column_stride, column_block):
+    """The scale of each entry of a tile, in float32; zero where an index is out of range."""
+    offset = (row // row_block).to(tl.int64)[:, None] * row_stride
+    offset += (column // column_block).to(tl.int64)[None, :] * column_stride
+    return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(pointer, value, row, rows, row_stride, column, columns, column_stride):
+    """Write the part of a tile that is in range, in the pointer's dtype."""
+    offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def project(
+    x,  # (rows, width)
+    weight,  # (components, width), floating or int8
+    row,
+    rows,
+    x_row,
+    x_column,
+    component,
+    components,
+    w_row,
+    w_column,
+    width,
+    accumulator,  # (BN, BR), float32
+    BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """accumulator + x[row] weight[component]ᵀ, in float32."""
+    for start in range(0, width, BK):
+        k = start + tl.arange(0, BK)
+        left = load_tile(x, row, rows, x_row, k, width, x_column)
+        right = load_tile(weight, k, width, w_column, component, components, w_row)
+        accumulator = multiply(left, operand(right, left.dtype), accumulator, PRECISION)
+    return accumulator

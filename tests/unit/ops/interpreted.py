@@ -1,0 +1,293 @@
+"""Every Triton kernel under Triton's interpreter, against float64 references; `test_triton.py` runs this file.
+
+Not collected by itself: TRITON_INTERPRET has to be set before Triton is imported, and holds for the whole process.
+Fresh memory is filled with NaN, so what a kernel leaves unwritten is seen; operands lie in larger tensors of NaN, so
+what it reads beside them is seen too.
+"""
+
+import pytest
+import torch
+from support import assert_matches_reference
+
+from compress_bilinear import ops
+from compress_bilinear.ops import _choice, _dispatch, _triton_cp, _triton_dense
+from compress_bilinear.quantization import QuantizedTensor, dequantize, quantize_int8, scale_grid
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
+SIZES = ((5, 37, 19, 21), (1, 1, 9, 3), (33, 9, 1, 1), (70, 70, 17, 33))
+
+
+@pytest.fixture(autouse=True)
+def nan_in_fresh_memory():
+    assert _choice.INTERPRETED
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape, dtype=torch.float64, scale=1.0):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def framed(tensor, turned=False):
+    """The same values inside a larger tensor of NaN, last axis contiguous or, `turned`, the first."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point():
+        frame = torch.full([size + 2 for size in tensor.shape], 127, dtype=tensor.dtype)
+    else:
+        frame = torch.full([size + 2 for size in tensor.shape], torch.nan, dtype=tensor.dtype)
+    if turned:
+        frame = frame.permute(*reversed(range(tensor.dim()))).contiguous().permute(*reversed(range(tensor.dim())))
+    view = frame[tuple(slice(1, -1) for _ in tensor.shape)]
+    view.copy_(tensor)
+    return view
+
+
+def leaves(tensors, turned=False):
+    return [framed(tensor, turned).requires_grad_() for tensor in tensors]
+
+
+def assert_gradients(found, exact, tensors, wide, factor=1.0):
+    direction = normal(*found.shape)
+    ours = torch.autograd.grad(found, tensors, direction.to(found.dtype))
+    theirs = torch.autograd.grad(exact, wide, direction.to(found.dtype).double())
+    for gradient, expected in zip(ours, theirs, strict=True):
+        assert_matches_reference(gradient, expected, factor)
+
+
+def wide_of(tensors):
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def dense_operands(sizes, dtype):
+    rows, in1, in2, out = sizes
+    return [normal(rows, in1), normal(rows, in2), normal(out, in1, in2), normal(out)], dtype
+
+
+def operands(kind, sizes, dtype, rank=(5, 18, 20)):
+    """Inputs, the layer's tensors and bias."""
+    rows, in1, in2, out = sizes
+    inputs = [normal(rows, in1), normal(rows + 1, in2)[:rows]]
+    match kind:
+        case "dense":
+            rest = [normal(out, in1, in2)]
+        case "cp":
+            rest = [normal(rank[2], in1), normal(rank[2] + 1, in2)[: rank[2]], normal(out, rank[2])]
+        case _:
+            rest = [normal(rank[1], in1), normal(rank[2], in2), normal(*rank), normal(out, rank[0])]
+    return [tensor.to(dtype) for tensor in [*inputs, *rest, normal(out)]]
+
+
+def reference(kind, tensors):
+    x1, x2, *rest, bias = tensors
+    match kind:
+        case "dense":
+            return ops.reference.bilinear_dense(x1, x2, rest[0], bias)
+        case "cp":
+            return ops.reference.bilinear_cp(x1, x2, (rest[2], rest[0].mT, rest[1].mT), bias)
+        case _:
+            in1, in2, core, out = rest
+            return ops.reference.bilinear_tucker(x1, x2, core, (out, in1.mT, in2.mT), bias)
+
+
+CALLS = {"dense": ops.bilinear_dense, "cp": ops.bilinear_cp, "tucker": ops.bilinear_tucker}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("kind", CALLS)
+def test_outputs_and_gradients(kind, sizes, turned):
+    tensors = leaves(operands(kind, sizes, torch.float32), turned)
+    wide = wide_of(tensors)
+    found = CALLS[kind](*tensors, backend="triton")
+    exact = reference(kind, wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, tensors, wide)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("kind", CALLS)
+def test_half_precision(kind, dtype):
+    tensors = leaves([0.3 * tensor for tensor in operands(kind, SIZES[0], dtype)])
+    wide = wide_of(tensors)
+    found = CALLS[kind](*tensors, backend="triton")
+    exact = reference(kind, wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, tensors, wide)
+
+
+@pytest.mark.parametrize("width", [40, _triton_cp.MOST_IN + 5])
+def test_only_the_gradients_that_are_wanted_are_taken(width):
+    # the inputs' alone in the kernel, or wider ones from what it stores; a weight's alone
+    for wanted in ([0], [1], [2], [4], [5]):
+        tensors = operands("cp", (6, width, 7, 5), torch.float32)
+        for index in wanted:
+            tensors[index].requires_grad_()
+        found = ops.bilinear_cp(*tensors, backend="triton")
+        exact = ops.bilinear_cp(*tensors, backend="composed")
+        for index in wanted:
+            (ours,), (theirs,) = (torch.autograd.grad(y.sum(), tensors[index]) for y in (found, exact))
+            assert_matches_reference(ours, theirs.double())
+
+
+def test_a_split_product_is_the_same(monkeypatch):
+    # many outputs: the product of the projections, then a plain linear map
+    tensors = leaves(operands("cp", (5, 9, 11, 300), torch.float32))
+    assert _choice.cp_splits(5, 20, 300)
+    wide = wide_of(tensors)
+    found, exact = ops.bilinear_cp(*tensors, backend="triton"), reference("cp", wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, tensors, wide)
+
+
+def test_one_kernel_and_several_programs_sum_the_same_dense_layer(monkeypatch):
+    tensors = operands("dense", SIZES[3], torch.float32)
+    expected = reference("dense", [tensor.double() for tensor in tensors])
+    for few in (1, 128):  # whole sums over i, and parts of them
+        monkeypatch.setattr(_triton_dense, "FEW", few)
+        assert_matches_reference(ops.bilinear_dense(*tensors, backend="triton"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [1, 2, "blocks"])
+def test_int8_dense(layout, dtype):
+    x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 200, 5), dtype)
+    if layout == "blocks":
+        stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).requantized(weight)
+        qdata, scale = stored.qdata, stored.scale
+    else:
+        qdata, scale = quantize_int8(weight, layout)
+    inputs = leaves([x1, x2])
+    found = ops.bilinear_dense(*inputs, framed(qdata), bias, scale=framed(scale), backend="triton")
+    wide = wide_of(inputs)
+    exact = ops.reference.bilinear_dense(*wide, dequantize(qdata, scale, torch.float64), bias.double())
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, inputs, wide)
+
+
+def unit_factor(factor):
+    """int8 of step 2⁻⁷, and what it stands for."""
+    qdata = (factor / factor.abs().max() * 127).round().to(torch.int8)
+    return framed(qdata), qdata.double() / 128
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", [21, 300])  # one kernel, and a fused product with a linear map
+def test_int8_cp_and_its_pairs(out, dtype):
+    x1, x2, *factors, bias = operands("cp", (5, 37, 19, out), torch.float32)
+    values, exact_factors = zip(*map(unit_factor, factors), strict=True)
+    sigma = normal(len(factors[0]), dtype=torch.float32)
+    inputs = leaves([x1.to(dtype), x2.to(dtype)])
+    wide, bias = wide_of(inputs), bias.to(dtype)
+    in1, in2, widened = *exact_factors[:2], exact_factors[2] * sigma.double()
+    found = ops.bilinear_cp(*inputs, *values, bias, sigma=framed(sigma), backend="triton")
+    exact = reference("cp", [*wide, in1, in2, widened, bias.double()])
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, inputs, wide)
+    with torch.no_grad():
+        pairs = ops.pairwise_cp(*inputs, *values, bias, sigma=sigma, backend="triton")
+        assert_matches_reference(ops.bilinear_cp(*inputs, *values, bias, sigma=sigma), exact.detach())
+    every = ops.reference.pairwise_cp(*wide, (widened, in1.mT, in2.mT), bias.double())
+    assert_matches_reference(pairs, every.detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [(5, 18, 20), (5, 20, 18), (129, 3, 4)])  # scales along either axis; its core alone
+def test_int8_tucker_and_its_pairs(rank, dtype):
+    x1, x2, *factors, bias = operands("tucker", SIZES[0], torch.float32, rank)
+    core = QuantizedTensor.empty(rank, scale_grid(rank)).requantized(factors.pop(2))
+    (in1, w1), (in2, w2), (out, u) = map(unit_factor, factors)
+    g = core.dequantize(torch.float64)
+    inputs = leaves([x1.to(dtype), x2.to(dtype)])
+    wide, bias = wide_of(inputs), bias.to(dtype)
+    values = (in1, in2, framed(core.qdata), out)
+    found = ops.bilinear_tucker(*inputs, *values, bias, scale=framed(core.scale), backend="triton")
+    exact = reference("tucker", [*wide, w1, w2, g, u, bias.double()])
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, inputs, wide)
+    if rank[0] > _choice.MOST_RANK:
+        return
+    with torch.no_grad():
+        pairs = ops.pairwise_tucker(*inputs, *values, bias, scale=core.scale, backend="triton")
+    every = ops.reference.pairwise_tucker(*wide, g, (u, w1.mT, w2.mT), bias.double())
+    assert_matches_reference(pairs, every.detach())
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 40), (18, 2)])
+def test_pairs(lengths):
+    length1, length2 = lengths
+    for kind, call in (("cp", ops.pairwise_cp), ("tucker", ops.pairwise_tucker)):
+        _, _, *rest = operands(kind, (1, 7, 9, 35), torch.float32)
+        inputs = [normal(2, length1, 7, dtype=torch.float32), normal(2, length2, 9, dtype=torch.float32)]
+        found = call(*map(framed, inputs), *map(framed, rest), backend="triton")
+        assert_matches_reference(found, call(*[t.double() for t in [*inputs, *rest]]))
+
+
+@pytest.mark.parametrize("absent", ["in1", "in2", "out", "rank"])
+def test_a_tucker_layer_that_does_not_fit_one_kernel_has_its_core_fused(absent, monkeypatch):
+    rank = (21, 37, 19) if absent != "rank" else (_choice.MOST_RANK + 1, 3, 4)
+    tensors = operands("tucker", SIZES[0], torch.float32, rank)
+    names = ["x1", "x2", "in1", "in2", "core", "out", "bias"]
+    arguments = [None if name == absent else t for name, t in zip(names, tensors, strict=True)]
+    wide = [None if t is None else t.double() for t in arguments]
+    found = ops.bilinear_tucker(*arguments, backend="triton")
+    assert_matches_reference(found, ops.bilinear_tucker(*wide))
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_graphs_are_captured_whole(kind):
+    tensors = operands(kind, SIZES[0], torch.float32)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    call = lambda *args: CALLS[kind](*args, backend="triton")  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = call(*tensors)
+    found = compiled(*tensors)
+    assert_matches_reference(found.detach(), expected.detach().double())
+    direction = normal(*expected.shape, dtype=torch.float32)
+    ours, theirs = (torch.autograd.grad(y, tensors, direction) for y in (found, expected))
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert_matches_reference(gradient, exact.double())
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_operators_are_registered_soundly(kind):
+    tensors = [tensor.requires_grad_() for tensor in operands(kind, SIZES[0], torch.float32)]
+    x1, x2, *rest, bias = tensors
+    match kind:
+        case "dense":
+            args, op = (x1, x2, rest[0], None), _dispatch.fused_dense
+        case "cp":
+            args, op = (x1, x2, *rest, bias, None), _dispatch.fused_cp
+        case _:
+            args, op = (x1, x2, *rest, bias, None), _dispatch.fused_tucker
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_second_derivatives_take_the_composed_path(kind):
+    tensors = [tensor.requires_grad_() for tensor in operands(kind, (3, 4, 5, 2), torch.float32, (2, 3, 4))]
+    second = []
+    for backend in ("triton", "composed"):
+        output = CALLS[kind](*tensors, backend=backend)
+        (first,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), tensors[2])[0])
+    assert_matches_reference(second[0], second[1].double())
+
+
+def test_what_the_kernels_cannot_do_is_an_error_with_the_reason():
+    tensors = operands("cp", SIZES[0], torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        ops.bilinear_cp(*tensors, backend="triton")
+    single = [tensor.float() for tensor in tensors]
+    with pytest.raises(ValueError, match="no rows"):
+        ops.bilinear_cp(single[0][:0], single[1][:0], *single[2:], backend="triton")
+    with pytest.raises(ValueError, match="several dtypes"):
+        ops.bilinear_cp(single[0].half(), single[1].half(), *single[2:5], single[5].bfloat16(), backend="triton")
+    with pytest.raises(ValueError, match="no backward"):
+        ops.pairwise_cp(*[tensor.requires_grad_() for tensor in single], backend="triton")
+    with pytest.raises(ValueError, match=r"torch\.func"):
+        torch.func.vmap(lambda x1: ops.bilinear_cp(x1, *single[1:], backend="triton"))(single[0].unsqueeze(0))

@@ -1,0 +1,206 @@
+import pytest
+import torch
+from support import DTYPES, SHAPES, assert_matches_reference
+
+from compress_bilinear import ops
+from compress_bilinear.errors import InputError
+from compress_bilinear.ops import _choice, _cp, _gemm
+from compress_bilinear.quantization import QuantizedTensor, scale_grid
+
+RANK = (4, 5, 6)
+
+
+def normal(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def factors(kind, shape, dtype=torch.float64):
+    """The tensors of a layer of `shape` (I, J, O), its bias last."""
+    in1, in2, out = shape
+    if kind == "cp":
+        tensors = [normal(7, in1), normal(7, in2), normal(out, 7), normal(out)]
+    else:
+        tensors = [normal(RANK[1], in1), normal(RANK[2], in2), normal(*RANK), normal(out, RANK[0]), normal(out)]
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def reference(kind, pairs, x1, x2, *tensors):
+    name = ("pairwise_" if pairs else "bilinear_") + kind
+    in1, in2, *core, out, bias = tensors
+    return getattr(ops.reference, name)(x1, x2, *core, (out, in1.mT, in2.mT), bias)
+
+
+def call(kind, pairs, *args, **options):
+    return getattr(ops, ("pairwise_" if pairs else "bilinear_") + kind)(*args, **options)
+
+
+def inputs(pairs, shape, dtype=torch.float64):
+    leading = ((2, 3), (2, 5)) if pairs else ((2, 3), (2, 3))
+    return [normal(*lead, size).to(dtype) for lead, size in zip(leading, shape[:2], strict=True)]
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs):
+    tensors = [t.requires_grad_() for t in (*inputs(pairs, shape, dtype), *factors(kind, shape, dtype))]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    found, expected = call(kind, pairs, *tensors), reference(kind, pairs, *wide)
+    factor = 10 if dtype in (torch.float16, torch.bfloat16) else 1  # three roundings in a row
+    assert_matches_reference(found.detach(), expected.detach(), factor)
+    direction = normal(*found.shape).to(dtype)
+    ours = torch.autograd.grad(found, tensors, direction)
+    for gradient, exact in zip(ours, torch.autograd.grad(expected, wide, direction.double()), strict=True):
+        assert_matches_reference(gradient, exact, factor)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+def test_first_and_second_derivatives(kind, pairs):
+    shape = (3, 2, 2)
+    tensors = [t.requires_grad_() for t in (*inputs(pairs, shape), *factors(kind, shape))]
+    assert torch.autograd.gradcheck(lambda *args: call(kind, pairs, *args), tensors)
+    assert torch.autograd.gradgradcheck(lambda *args: call(kind, pairs, *args), tensors, fast_mode=True)
+
+
+def test_pairs_in_blocks_are_the_same(monkeypatch):
+    shape = (7, 5, 9)
+    tensors = [t.requires_grad_() for t in (*inputs(True, shape), *factors("cp", shape))]
+    whole = ops.pairwise_cp(*tensors)
+    for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
+        monkeypatch.setattr(_cp, name, 10)
+    blocks = ops.pairwise_cp(*tensors)
+    assert_matches_reference(blocks.detach(), whole.detach())
+    for ours, exact in zip(*(torch.autograd.grad(y.sum(), tensors) for y in (blocks, whole)), strict=True):
+        assert_matches_reference(ours, exact)
+
+
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_graphs_export_compile_and_vmap(kind, pairs):
+    shape = (7, 5, 3)
+    tensors = (*inputs(pairs, shape), *factors(kind, shape))
+
+    class Layer(torch.nn.Module):
+        def forward(self, *args):
+            return call(kind, pairs, *args)
+
+    expected = reference(kind, pairs, *tensors)
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    assert_matches_reference(compiled(*tensors), expected)
+    assert_matches_reference(torch.export.export(Layer(), tensors).module()(*tensors), expected)
+    x1, x2, *rest = tensors
+    mapped = torch.func.vmap(lambda x1, x2: call(kind, pairs, x1, x2, *rest))(x1, x2)
+    assert_matches_reference(mapped, expected)
+
+
+def test_int8_factors_have_the_step_of_the_format():
+    shape = (7, 150, 9)
+    x1, x2 = inputs(False, shape, torch.float32)
+    in1, in2, core, out, bias = factors("tucker", shape, torch.float32)
+    stored = QuantizedTensor.empty(core.shape, scale_grid(core.shape)).requantized(core)
+    values = [(100 * t / t.abs().max()).to(torch.int8) for t in (in1, in2, out)]
+    wide = [value.double() / 128 for value in values]
+    found = ops.bilinear_tucker(x1, x2, *values[:2], stored.qdata, values[2], bias, scale=stored.scale)
+    exact = stored.dequantize(torch.float64)
+    expected = reference("tucker", False, x1.double(), x2.double(), *wide[:2], exact, wide[2], bias.double())
+    assert_matches_reference(found, expected)
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products of any size by oneDNN, whatever the processor."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(_gemm, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(_gemm, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(_gemm, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1,)])
+def test_onednn_products_are_linear_maps(shape):
+    x, weight, bias = normal(*shape, 9).float(), normal(7, 9).float(), normal(7).float()
+    other = normal(*shape, 7).float()
+    for w in (weight, weight.T.contiguous().T, normal(9, 7).float().T):
+        assert _gemm.prefers_onednn(x, w)
+        exact = torch.nn.functional.linear(x.double(), w.double())
+        assert_matches_reference(ops.linear(x, w, bias), exact + bias.double())
+        kept = other.clone()
+        assert_matches_reference(ops.linear_times(x, w, other), exact * other.double())
+        assert torch.equal(other, kept)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_products_have_gradients_twice():
+    tensors = [normal(4, 5).float(), normal(3, 5).float(), normal(3).float()]
+    for wanted in ((0,), (1,), (2,), (0, 1, 2)):
+        ours, wide = ([t.clone() for t in tensors], [t.double() for t in tensors])
+        for index in wanted:
+            ours[index].requires_grad_(), wide[index].requires_grad_()
+        y, exact = ops.linear(*ours).pow(3).sum(), torch.nn.functional.linear(*wide).pow(3).sum()
+        first = torch.autograd.grad(y, [ours[i] for i in wanted], create_graph=True)
+        expected = torch.autograd.grad(exact, [wide[i] for i in wanted], create_graph=True)
+        for gradient, reference_ in zip(first, expected, strict=True):
+            assert_matches_reference(gradient.detach(), reference_.detach())
+        (second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in first), ours[wanted[0]])
+        (exact_second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in expected), wide[wanted[0]])
+        assert_matches_reference(second, exact_second)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_every_order_of_a_dense_layer_by_onednn(order):
+    tensors = [normal(33, 37), normal(33, 63), normal(17, 37, 63), normal(17)]
+    single = [t.float().requires_grad_() for t in tensors]
+    wide = [t.float().double().requires_grad_() for t in tensors]
+    expected = ops.reference.bilinear_dense(*wide)
+    found = ops.bilinear_dense(*single, order=order)
+    assert_matches_reference(found.detach(), expected.detach())
+    with torch.no_grad():
+        assert_matches_reference(ops.bilinear_dense(*single, order=order), expected.detach())
+        pairs = ops.pairwise_dense(single[0][:5], *single[1:])
+        assert_matches_reference(pairs, ops.reference.pairwise_dense(wide[0][:5], *wide[1:]).detach())
+    for ours, exact in zip(
+        *(torch.autograd.grad(y.sum(), t) for y, t in ((found, single), (expected, wide))), strict=True
+    ):
+        assert_matches_reference(ours, exact)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_whoever_watches_operators_sees_those_of_torch():
+    x, weight = normal(4, 5).float(), normal(3, 5).float()
+    assert _gemm.prefers_onednn(x, weight)
+    with torch.autocast("cpu"):
+        assert not _gemm.prefers_onednn(x, weight)
+    assert torch.func.vmap(lambda row: ops.linear(row, weight))(x.unsqueeze(1)).shape == (4, 1, 3)
+    exported = torch.export.export(torch.nn.Linear(5, 3), (x,))
+    assert "mkldnn" not in str(exported.graph)
+
+
+def test_a_backend_that_cannot_run_is_an_error_with_the_reason():
+    tensors = (*inputs(False, (7, 5, 3)), *factors("cp", (7, 5, 3)))
+    with pytest.raises(InputError, match=r"None or one of .* Found 'cuda'\."):
+        ops.bilinear_cp(*tensors, backend="cuda")
+    with pytest.raises(InputError, match=r"inputs are on cpu|not installed"):
+        ops.bilinear_cp(*tensors, backend="triton")
+    assert_matches_reference(ops.bilinear_cp(*tensors, backend="composed"), ops.bilinear_cp(*tensors))
+
+
+def problem(form, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):
+    return _choice.Problem(form, shape, rank, rows, False, torch.device("cuda"), dtype, bits)
+
+
+def test_the_model_prefers_fewer_launches_and_less_traffic():
+    few = problem("cp", (64,), 8)
+    assert _choice.seconds(few, "triton") < _choice.seconds(few, "composed")
+    narrow, wide = problem("dense", (), 4096, shape=(1, 512, 512)), problem("dense", (), 4096, shape=(128, 512, 512))
+    ratios = [_choice.seconds(p, "triton") / _choice.seconds(p, "composed") for p in (wide, narrow)]
+    assert ratios[0] < ratios[1]  # one output fills a sixteenth of a tile
+
+
+@pytest.mark.parametrize(("rank", "fits"), [((16, 500, 16), True), ((64, 9, 128), True), ((128, 9, 128), False)])
+def test_a_tucker_core_fits_one_kernel_up_to_its_registers(rank, fits):
+    assert _choice.fits_one_kernel(rank, False) == fits
