@@ -81,14 +81,19 @@ def load_triples() -> Triples:
     return Triples(train, valid, test, len(entity), len(relation))
 
 
-def train(seed: int = 0, epochs: int = EPOCHS, progress: bool = False) -> TuckER:
-    """Train by Adam on all (head, relation) pairs of the training set; the caller's random state is left alone."""
-    triples = load_triples()
+def queries(triples: Triples) -> tuple[Tensor, Tensor]:
+    """The (head, relation) pairs of the training set (N, 2), and for each the smoothed targets (N, entities)."""
     rows = triples.reciprocal(triples.train)
     pairs, pair = rows[:, :2].unique(dim=0, return_inverse=True)
     tails = torch.zeros(len(pairs), triples.entities)
     tails[pair, rows[:, 2]] = 1.0
-    targets = (1 - _SMOOTHING) * tails + _SMOOTHING / triples.entities
+    return pairs, (1 - _SMOOTHING) * tails + _SMOOTHING / triples.entities
+
+
+def train(seed: int = 0, epochs: int = EPOCHS, progress: bool = False) -> TuckER:
+    """Train by Adam on all (head, relation) pairs of the training set; the caller's random state is left alone."""
+    triples = load_triples()
+    pairs, targets = queries(triples)
     console = Console(stderr=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

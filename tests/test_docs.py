@@ -138,7 +138,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 # what some examples need beyond the `test` extra; and a warning of the exporter's own
-NEEDED = {"lora_peft": ["peft"], "export": ["onnx", "onnxscript", "onnxruntime"]}
+NEEDED = {
+    "lora_peft": ["peft"],
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "relation_fine_tuning": ["pykeen"],
+}
+SHORTER = {"relation_fine_tuning": {"epochs": 2, "seconds": 1, "size": 4}}  # as it stands it trains for a minute
 EXAMPLES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.filterwarnings("ignore::FutureWarning")])
     for path in sorted((ROOT / "examples").glob("*.py"))
@@ -151,7 +156,7 @@ def test_example_replaces_its_layer(path: Path, capsys: pytest.CaptureFixture[st
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install 'compress-bilinear[examples]'")
     with torch.random.fork_rng(devices=[]):
-        report = runpy.run_path(str(path))["main"]()
+        report = runpy.run_path(str(path))["main"](**SHORTER.get(path.stem, {}))
     assert [layer.decision for layer in report.layers] == ["replaced"]
     assert report.layers[0].output_error is not None or path.stem == "checkpoint_without_code"
     told = capsys.readouterr().out
