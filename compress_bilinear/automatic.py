@@ -13,7 +13,7 @@ from . import ops
 from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
 from .decomposition import Progress
 from .errors import CompressionError, InfeasibleError
-from .fitting import Fitted, Fitting
+from .fitting import Fitted, Fitting, WeightFitting
 from .measure import latencies, stored_bytes
 
 _MOST_TRIES = 12  # sizes, in the search for the smallest
@@ -71,12 +71,33 @@ class Chooser:
         """Try to find, for every method and format, the smallest replacement whose error is at most `limit`."""
         self._dense()
         for number, quantize in enumerate((*FORMATS, None)):
-            met = any(option.error <= limit and option.config is not None for option in self.options)
-            if quantize is None and met:
-                break  # the same rank in full precision is no better, and larger
             for second, config in enumerate(self._configs(quantize)):
+                alike = [o for o in self.options if type(o.config) is type(config)]
+                if quantize is None and any(option.error <= limit for option in alike):
+                    continue  # the same rank in full precision is hardly better, and larger
                 self._span = ((2 * number + second) / 6, (2 * number + second + 1) / 6)
-                self.smallest(config, limit)
+                if isinstance(self.fitting, WeightFitting):
+                    self._exactly(config, self.fitting, limit)
+                else:
+                    self.smallest(config, limit)
+
+    def _exactly(self, config: CPConfig | TuckerConfig, fitting: WeightFitting, limit: float) -> None:
+        """The smallest within `limit`, by the solvers' own search for it."""
+        left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
+        if left is not None and left <= 0:
+            return
+        told, (start, end) = self._progress, self._span
+        try:
+            found = fitting.within(
+                config,
+                limit,
+                seconds=None if left is None else _SHARE * left,
+                progress=told and (lambda part, error: told(start + (end - start) * part, error)),
+            )
+        except CompressionError:  # out of reach
+            return
+        if stored_bytes(found.module) < self.options[0].bytes:
+            self._add(replace(config, rank=found.module.rank), found)  # type: ignore[arg-type]
 
     def smallest(self, config: CPConfig | TuckerConfig, limit: float) -> list[Fitted]:
         """What was found while closing in on the smallest replacement of this kind within `limit`."""
@@ -182,8 +203,10 @@ def allocate(fronts: Mapping[str, Sequence[Option]], budget: int, prefer: str) -
 
     Raises: InfeasibleError where even the smallest options together are larger.
     """
+    # what loses all of a layer's outputs is no replacement: the layer would be kept, whatever its bytes
+    fronts = {name: [o for o in options if o.error < 1] for name, options in fronts.items()}
     if prefer == "speed":
-        fronts = {name: _not_slower(options, budget) for name, options in fronts.items()}
+        fronts = _not_slower(fronts, budget)
     chosen = {name: min(options, key=lambda o: (o.bytes, o.error)) for name, options in fronts.items()}
     left = budget - sum(option.bytes for option in chosen.values())
     if left < 0:
@@ -211,11 +234,22 @@ def allocate(fronts: Mapping[str, Sequence[Option]], budget: int, prefer: str) -
     return chosen
 
 
-def _not_slower(options: Sequence[Option], budget: int) -> list[Option]:
-    """What is not slower than the layer itself; all, where none of that is small."""
-    kept = next(option for option in options if option.config is None)
-    quick = [o for o in options if o.latency is None or kept.latency is None or o.latency <= kept.latency]
-    return quick if any(o.bytes <= budget and o.config is not None for o in quick) else list(options)
+def _not_slower(fronts: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Sequence[Option]]:
+    """What is not slower than each layer itself; all, for the layers that are largest so, until the budget is met."""
+    quick: dict[str, Sequence[Option]] = {}
+    for name, options in fronts.items():
+        kept = next(option for option in options if option.config is None)
+        quick[name] = [o for o in options if o.latency is None or kept.latency is None or o.latency <= kept.latency]
+
+    def saved(name: str) -> int:
+        return min(o.bytes for o in quick[name]) - min(o.bytes for o in fronts[name])
+
+    while sum(min(o.bytes for o in options) for options in quick.values()) > budget:
+        name = max(quick, key=saved)
+        if saved(name) == 0:
+            break
+        quick[name] = fronts[name]
+    return quick
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:

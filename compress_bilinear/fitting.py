@@ -6,8 +6,9 @@ Every step is kept only where the stored replacement's error falls on rows that 
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +17,45 @@ from typing_extensions import assert_never
 from . import decomposition as decompose
 from . import ops
 from .calibration import LayerInputs
-from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
+from .config import CPConfig, CPRank, DenseConfig, LayerConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
 from .decomposition import CPDecomposition, Metric, TuckerDecomposition
-from .errors import AmplificationWarning
+from .errors import AmplificationWarning, InfeasibleError
 from .measure import OutputError, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
 _SHUFFLES = 1  # pairs of inputs that did not come together, for each that did
 
-Rank = int | tuple[int, int, int] | MaxSize
+Rank = int | tuple[int, int, int] | MaxSize | MaxError
 Decomposition = CPDecomposition | TuckerDecomposition
+
+_ATTEMPTS = 4  # at a target that rounding made miss
+_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
+_Found = TypeVar("_Found")
+
+
+def within_after_rounding(
+    attempt: Callable[[MaxError], tuple[_Found, float]], limit: float, quantize: Quantize | None, dtype: torch.dtype
+) -> _Found:
+    """What `attempt` finds for a target so tight that its error, with the rounding that the target knows not, fits.
+
+    Raises: InfeasibleError where rounding alone is more than `limit`, or where `attempt` does.
+    """
+    target = limit
+    if quantize is not None:
+        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
+    for _ in range(_ATTEMPTS):
+        found, error = attempt(MaxError(target))
+        if error <= limit:
+            return found
+        # truncation and rounding errors add in quadrature
+        rounding = max(error**2 - target**2, 0.0)
+        remaining = limit**2 - 1.1 * rounding
+        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
+    stored = quantize or str(dtype).removeprefix("torch.")
+    raise InfeasibleError(
+        f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at {error:.3g}."
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,9 +166,9 @@ class Fitting:
             self._rows_help[kind] = fits[1].error < fits[0].error
         if thorough:
             plain = self._decomposed(self.layer.weight.detach(), config, rank, left(1.0), part(0.6, 1.0))
-            fits.append(self._stored(config, plain, "weight"))
+            fits.append(self._rounded(config, plain))
             if self._fix_bias:
-                fits.append(self._stored(config, plain, "weight", fix_bias=False))
+                fits.append(self._rounded(config, plain, fix_bias=False))
         return min(fits, key=lambda fit: fit.error)
 
     def dense(self, config: DenseConfig) -> Fitted:
@@ -170,7 +199,7 @@ class Fitting:
                     warnings.simplefilter("ignore", AmplificationWarning)  # the report says it
                     return decompose.cp(
                         weight,
-                        cast(int | MaxSize, rank),
+                        cast(CPRank, rank),
                         seed=config.seed,
                         quantize=config.quantize,
                         max_seconds=seconds,
@@ -179,7 +208,7 @@ class Fitting:
             case TuckerConfig():
                 return decompose.tucker(
                     weight,
-                    cast(tuple[int, int, int] | MaxSize, rank),
+                    cast(TuckerRank, rank),
                     quantize=config.quantize,
                     max_seconds=seconds,
                     progress=progress,
@@ -200,6 +229,16 @@ class Fitting:
         else:
             module = TuckerBilinear.from_decomposition(found, quantize=config.quantize)
         return self._finished(module, way, found, fix_bias)
+
+    def _rounded(self, config: LayerConfig, found: Decomposition, fix_bias: bool = True) -> Fitted:
+        """A decomposition of the plain weight, its parts rounded to each other as without calibration."""
+        weight = self.layer.weight.detach()
+        parts: Decomposition
+        if isinstance(found, CPDecomposition):
+            parts = decompose.rounded(found, weight, config.quantize)
+        else:
+            parts = decompose.rounded(found, weight, config.quantize)
+        return replace(self._stored(config, parts, "weight", fix_bias), decomposition=found)
 
     def _finished(
         self, module: CompressedBilinear, way: str, found: Decomposition | None, fix_bias: bool = True
@@ -243,12 +282,12 @@ class Fitting:
             second = torch.cat([input2, input2[order.to(input2.device)]])
             weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT / _SHUFFLES)
             weights[: len(input1)] = 1.0
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
                 wanted = ops.bilinear_dense(first, second, weight.to(dtype))
                 root = self.metric.roots[0]
                 if root is not None:
                     wanted = wanted @ root.to(wanted)
-            white = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
+                white = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
             self._rows = (*white, wanted, weights)
         return self._rows
 
@@ -269,8 +308,26 @@ class WeightFitting(Fitting):
         progress: decompose.Progress | None = None,
         thorough: bool = True,
     ) -> Fitted:
-        found = self._decomposed(self.layer.weight.detach(), config, rank, seconds, progress)
-        return replace(self._stored(config, found, "weight"), on_output=False)
+        weight = self.layer.weight.detach()
+        found = self._decomposed(weight, config, rank, seconds, progress)
+        return replace(self._rounded(config, found), on_output=False)
+
+    def within(
+        self,
+        config: CPConfig | TuckerConfig,
+        limit: float,
+        *,
+        seconds: float | None = None,
+        progress: decompose.Progress | None = None,
+    ) -> Fitted:
+        """The smallest replacement of this kind whose error is at most `limit`. Raises: InfeasibleError without one."""
+
+        def attempt(target: MaxError) -> tuple[Fitted, float]:
+            share = None if seconds is None else seconds / 2
+            found = self.at(config, target, seconds=share, progress=progress)
+            return found, found.error
+
+        return within_after_rounding(attempt, limit, config.quantize, self.layer.weight.dtype)
 
     def dense(self, config: DenseConfig) -> Fitted:
         return replace(super().dense(config), on_output=False)

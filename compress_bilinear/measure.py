@@ -89,7 +89,8 @@ class OutputError:
     def of(self, module: CompressedBilinear) -> float | None:
         """None where y − b is zero on all rows: then they say nothing. NaN or infinite where ŷ is."""
         residual = 0.0
-        with torch.no_grad():
+        device = self._rows[0][0].device.type if self._rows else "cpu"
+        with torch.no_grad(), torch.autocast(device, enabled=False):  # as `_dtype`
             for (first, second), exact in zip(self._rows, self._exact, strict=True):
                 found = module(first.to(self._dtype), second.to(self._dtype)).double()
                 difference = _norm(exact - found if self._bias is None else exact + self._bias - found)

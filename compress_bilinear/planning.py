@@ -15,6 +15,7 @@ from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
 from .fitting import Fitting, WeightFitting
 from .measure import OutputError, stored_bytes, weight_error
+from .modules import CompressedBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
@@ -99,6 +100,11 @@ class Planner:
         own = [key for key, (k, _, _) in replaced.items() if self.decisions[k].own_bias]
         modules = {key: module for key, (_, _, module) in replaced.items()}
         progress = self._bars.parts("Refining", 1)(0, "the network")
+
+        def accept(changed: Mapping[int, CompressedBilinear]) -> bool:
+            """Whether what was promised for single layers still holds."""
+            return all(self._meets(replaced[key][1], module) for key, module in changed.items())
+
         found = refine(
             model,
             modules,
@@ -108,6 +114,7 @@ class Planner:
             forward_fn=forward_fn,
             seconds=max(seconds, 1e-3),
             progress=progress,
+            accept=accept,
         )
         for key, (k, request, before) in replaced.items():
             module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
@@ -124,6 +131,23 @@ class Planner:
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
+
+    def _meets(self, request: Request, module: CompressedBilinear) -> bool:
+        """Whether a replacement is within the error that its config allows, if any, or has been forced."""
+        found, config = request.found, request.config
+        measured = self._measured(found)
+        if isinstance(config, AutoConfig):
+            enough = measured is not None and self._inputs[found.label].is_enough  # type: ignore[union-attr]
+            limit = config.limit(calibrated=enough)
+        else:
+            rank = None if isinstance(config, DenseConfig) else config.rank
+            limit = rank if isinstance(rank, MaxError) else None
+        if limit is None or self._options.force:
+            return True
+        if limit.on == "weight" or measured is None:
+            return weight_error(found.layer.weight.detach(), module) <= limit.error
+        error = measured.of(module)
+        return error is None or error <= limit.error
 
     def _decided(self, number: int, request: Request) -> Decision:
         """For a layer that is still to be chosen for, that it is kept."""
@@ -217,7 +241,8 @@ class Planner:
     def _settle(self, each: _Open, option: Option, limit: MaxError | None) -> None:
         found, config = each.request.found, each.request.config
         if option.fitted is None or option.config is None:
-            why = "no smaller replacement meets the target" if limit else "the size allows to keep it"
+            what = "faster" if isinstance(config, AutoConfig) and config.prefer == "speed" else "smaller"
+            why = f"no {what} replacement meets the target" if limit else "the size allows to keep it"
             decision = keep(found, config, f"{why} of {len(each.options) - 1} that were tried")
         else:
             candidate = as_candidate(found.layer, option.fitted)

@@ -9,7 +9,7 @@ error falls on batches that were not trained on.
 import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +75,7 @@ def refine(
     forward_fn: Call | None = None,
     seconds: float = DEFAULT_SECONDS,
     progress: Progress | None = None,
+    accept: Callable[[Mapping[int, CompressedBilinear]], bool] = lambda found: True,
 ) -> Refined:
     """Fit replacements to the outputs of the whole network.
 
@@ -87,6 +88,7 @@ def refine(
         forward_fn: as in `calibration.collect_inputs`.
         seconds: for all of it.
         progress: as in `decomposition.cp`, with the error on held-out batches.
+        accept: whether new replacements, by id, will do; asked of those that lower the error.
 
     Returns:
         The replacements in their storage formats, refined, or as they were where that is no better; and the relative
@@ -94,7 +96,8 @@ def refine(
 
     Raises:
         ConfigError: there are not two batches.
-        CompressionError: the model's outputs hold no floating tensor, or the model cannot be copied.
+        CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
+            cannot be copied.
     """
     begun = time.perf_counter()
     if len(batches) < 2:
@@ -105,15 +108,17 @@ def refine(
     run = forward_fn or call
     trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
     with undisturbed(model):
-        wanted = [_outputs(run(model, batch)) for batch in batches]
+        wanted = [_outputs(_ran(run, model, batch)) for batch in batches]
     held_out = max(1, len(batches) // _HELD_OUT)
     data = list(zip(batches, wanted, strict=True))
     fit, held = data[held_out:], data[:held_out]
     stored = _student(model, replacements, adapted)
     before = _error(stored, run, held)
-    if not trained or not before > 0:
+    if not trained or not 0 < before < math.inf:
         return Refined(dict(replacements), before, before)
-    floating = {key: _trainable(module) for key, module in trained.items()}
+    dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
+    dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+    floating = {key: _trainable(module, dtypes[key]) for key, module in trained.items()}
     student = _student(model, {**replacements, **floating}, adapted)
     parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
     biases = [floating[key].bias for key in trained_bias if key in floating]
@@ -133,7 +138,11 @@ def refine(
                 batch, targets = fit[number]
                 found = _outputs(run(student, batch))
                 loss = sum(((f - t) / max(norm, 1e-30)).square().sum() for f, t in zip(found, targets, strict=True))
-                assert isinstance(loss, Tensor)
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise CompressionError(
+                        "The model's outputs should be differentiable by those of its bilinear layers, for "
+                        "`refine='network'`. Found outputs without gradients: is it run under no_grad, or detached?"
+                    )
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -144,7 +153,7 @@ def refine(
                 checks = int(done * _CHECKS) + 1
                 now = {key: _restored(module, trained[key]) for key, module in floating.items()}
                 error = _error(_student(model, {**replacements, **now}, adapted), run, held)
-                if error < least:
+                if error < least and accept(now):
                     best, least = {**replacements, **now}, error
                 if progress is not None:
                     progress(min(done, 1.0), least)
@@ -170,9 +179,29 @@ def _student(
     return copied.eval()
 
 
-def _trainable(module: CompressedBilinear) -> CompressedBilinear:
-    """Its factors as parameters, which are rounded as its format does whenever they are used."""
-    new = stored_as(copy.deepcopy(module), None, torch.promote_types(module.weight_dtype, torch.float32))
+def _ran(run: Call, model: nn.Module, batch: Any) -> Any:
+    try:
+        return run(model, batch)
+    except Exception as error:
+        raise CompressionError(
+            f"The model failed on a calibration batch that `refine='network'` runs it on: {type(error).__name__}: "
+            f"{error}\nPass `forward_fn`, say `lambda model, batch: model(batch[0])`, for batches with labels: a "
+            "`loss_fn` does not say what the outputs are."
+        ) from error
+
+
+def _widened(module: CompressedBilinear) -> CompressedBilinear:
+    """A copy in floating point, of float32 at least."""
+    return stored_as(copy.deepcopy(module), None, torch.promote_types(module.weight_dtype, torch.float32))
+
+
+def _trainable(module: CompressedBilinear, dtype: torch.dtype) -> CompressedBilinear:
+    """Its factors as parameters, which are rounded as its format does whenever they are used; for inputs of `dtype`."""
+    new = _widened(module)
+    own = new.weight_dtype
+    if dtype != own:
+        new.register_forward_pre_hook(lambda _, inputs: tuple(value.to(own) for value in inputs))
+        new.register_forward_hook(lambda _, inputs, output: output.to(dtype))
     if module.quantize is None:
         return new
     for name in ("out_proj", "in1_proj", "in2_proj"):
@@ -206,10 +235,10 @@ class _Rounded(nn.Module):
 
 def _restored(module: CompressedBilinear, like: CompressedBilinear) -> CompressedBilinear:
     """In the storage format and dtype of the replacement that it was made of."""
-    plain = copy.deepcopy(module)
-    for part in plain.modules():
-        if parametrize.is_parametrized(part, "weight"):
-            parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+    plain = _widened(like)
+    # by name: parametrizations cannot be removed from a copy, whose class is that of the module it was made of
+    state = {name.replace(".parametrizations.weight.original", ".weight"): v for name, v in module.state_dict().items()}
+    plain.load_state_dict(state)
     new = stored_as(plain, like.quantize, like.weight_dtype)
     bias, old = plain.bias, like.bias
     if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):

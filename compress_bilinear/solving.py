@@ -16,12 +16,9 @@ from .calibration import FEWEST_ROWS
 from .config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .decomposition import CPDecomposition
 from .errors import AmplificationWarning, InfeasibleError
-from .fitting import Fitted, Fitting
+from .fitting import Fitted, Fitting, within_after_rounding
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
-
-_ATTEMPTS = 4  # at a target that rounding made miss
-_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,22 +111,12 @@ def solve(
             return attempt(rank)
         except InfeasibleError as error:
             raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
-    target = rank.error
-    if config.quantize is not None:
-        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
-    for _ in range(_ATTEMPTS):
-        found = attempt(MaxError(target))
-        if found.weight_error <= rank.error:
-            return found
-        # truncation and rounding errors add in quadrature
-        rounding = max(found.weight_error**2 - target**2, 0.0)
-        remaining = rank.error**2 - 1.1 * rounding
-        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
-    stored = config.quantize or str(weight.dtype).removeprefix("torch.")
-    raise InfeasibleError(
-        f"A relative error of {rank.error:g} is out of reach of {stored} factors: rounding alone keeps it at "
-        f"{found.weight_error:.3g}."
-    )
+
+    def measured(target: MaxError) -> tuple[Candidate, float]:
+        found = attempt(target)
+        return found, found.weight_error
+
+    return within_after_rounding(measured, rank.error, config.quantize, weight.dtype)
 
 
 def _decompose(

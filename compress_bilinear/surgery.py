@@ -83,7 +83,7 @@ class Plan(Generic[_Model]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for entry in chosen:
             _check_fresh(modules, entry, owners)
-        before = None if self._evaluate is None else float(self._evaluate(self.model))
+        before = None if self._evaluate is None else _metric(self._evaluate, self.model)
         if inplace:
             undo = self._apply_inplace(chosen)
             try:
@@ -116,7 +116,7 @@ class Plan(Generic[_Model]):
     def _evaluated(self, before: float | None, compressed: _Model) -> Report:
         if self._evaluate is None:
             return self.report
-        return replace(self.report, metric_before=before, metric_after=float(self._evaluate(compressed)))
+        return replace(self.report, metric_before=before, metric_after=_metric(self._evaluate, compressed))
 
     def _apply_inplace(self, chosen: Sequence[_Entry]) -> Callable[[], None]:
         for entry in chosen:
@@ -198,6 +198,8 @@ def plan(
     check_max_seconds(max_seconds)
     if refine not in (None, "network"):
         raise ConfigError(f"`refine` should be None or 'network'. Found {refine!r}.")
+    if evaluate is not None and not callable(evaluate):
+        raise ConfigError(f"`evaluate` should be a function of a model. Found {evaluate!r}.")
     for what, given in (("forward_fn", forward_fn), ("loss_fn", loss_fn), ("refine", refine)):
         if given is not None and calibration is None:
             raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
@@ -243,6 +245,14 @@ def plan(
     ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
     told = config_text.asked(configs, asked, [name for name, value in ours.items() if value is not None])
     return Plan(model, entries, replace(_report(model, entries), **told), evaluate)
+
+
+def _metric(evaluate: Evaluate, model: nn.Module) -> float:
+    found = evaluate(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"`evaluate` should return a number. Found {type(found).__name__}.") from error
 
 
 def _check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:

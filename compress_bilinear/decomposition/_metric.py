@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressionError
+from ._source import full_precision
 from ._types import CPDecomposition, TuckerDecomposition
 
 _DAMPING = 1e-3  # of the mean eigenvalue
@@ -53,12 +54,13 @@ class Metric:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         white = weight.detach().to(dtype)
         out, in1, in2 = (None if root is None else root.to(weight.device, dtype) for root in self.roots)
-        if in2 is not None:
-            white = (white.flatten(0, 1) @ in2).view(white.shape)
-        if in1 is not None:
-            white = torch.matmul(in1, white)
-        if out is not None:
-            white = (out @ white.flatten(1)).view(white.shape)
+        with full_precision(weight.device):
+            if in2 is not None:
+                white = (white.flatten(0, 1) @ in2).view(white.shape)
+            if in1 is not None:
+                white = torch.matmul(in1, white)
+            if out is not None:
+                white = (out @ white.flatten(1)).view(white.shape)
         return white
 
     def unwhiten(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
