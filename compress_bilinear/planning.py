@@ -35,6 +35,15 @@ class Request:
     refusal: str | None
 
 
+def check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:
+    """Raise ConfigError where an error on the outputs is asked for, and there are no inputs to have outputs for."""
+    for request in requests:
+        config = request.config
+        rank = config.error if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        if isinstance(rank, MaxError) and rank.on == "output" and not calibrated:
+            raise ConfigError(f"{rank} needs `calibration`: inputs whose outputs can be compared. Found none.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How to solve and judge: arguments of `surgery.plan`, and `calibrated`, whether rows were taken."""

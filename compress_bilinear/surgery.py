@@ -11,12 +11,12 @@ from torch import nn
 
 from . import adapters, config_text, discovery
 from .calibration import Call, LayerInputs, collect_inputs
-from .config import AutoConfig, Config, MaxError
+from .config import Config
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
 from .measure import environment, stored_bytes
 from .modules import CompressedBilinear
-from .planning import Options, Planner, Request
+from .planning import Options, Planner, Request, check_calibrated
 from .progress import ProgressBars
 from .refinement import DEFAULT_SECONDS, BatchSample
 from .report import FrontPoint, Report, render_text
@@ -208,7 +208,7 @@ def plan(
     selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
     requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
-    _check_calibrated(requests, calibration is not None)
+    check_calibrated(requests, calibration is not None)
     open_layers = {each.found.label: each.found for each in requests if each.refusal is None}
     options = Options(
         calibrated=calibration is not None,
@@ -253,15 +253,6 @@ def _metric(evaluate: Evaluate, model: nn.Module) -> float:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"`evaluate` should return a number. Found {type(found).__name__}.") from error
-
-
-def _check_calibrated(requests: Sequence[Request], calibrated: bool) -> None:
-    """Raise ConfigError where an error on the outputs is asked for, and there are no inputs to have outputs for."""
-    for request in requests:
-        config = request.config
-        rank = config.error if isinstance(config, AutoConfig) else getattr(config, "rank", None)
-        if isinstance(rank, MaxError) and rank.on == "output" and not calibrated:
-            raise ConfigError(f"{rank} needs `calibration`: inputs whose outputs can be compared. Found none.")
 
 
 def compress(
