@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from . import ops
 from .adapters import AdaptedLayer
 from .calibration import LayerInputs
 from .decomposition import relative_error
+from .errors import ConfigError
 from .modules import CompressedBilinear, DenseBilinear
 from .quantization import QuantizedTensor
 
@@ -107,6 +109,15 @@ def _norm(tensor: Tensor) -> float:
     """The Frobenius norm, also of values whose squares leave float64's range."""
     peak = float(tensor.abs().max()) if tensor.numel() else 0.0
     return peak * float((tensor / peak).norm()) if 0 < peak < math.inf else peak
+
+
+def task_metric(evaluate: Callable[[Any], float], model: nn.Module) -> float:
+    """The caller's own metric of a model. Raises: ConfigError where it is no number."""
+    found = evaluate(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"`evaluate` should return a number. Found {type(found).__name__}.") from error
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from .calibration import Call, LayerInputs, collect_inputs
 from .config import Config
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
-from .measure import environment, stored_bytes
+from .measure import environment, stored_bytes, task_metric
 from .modules import CompressedBilinear
 from .planning import Options, Planner, Request, check_calibrated
 from .progress import ProgressBars
@@ -83,7 +83,7 @@ class Plan(Generic[_Model]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for entry in chosen:
             _check_fresh(modules, entry, owners)
-        before = None if self._evaluate is None else _metric(self._evaluate, self.model)
+        before = None if self._evaluate is None else task_metric(self._evaluate, self.model)
         if inplace:
             undo = self._apply_inplace(chosen)
             try:
@@ -116,7 +116,7 @@ class Plan(Generic[_Model]):
     def _evaluated(self, before: float | None, compressed: _Model) -> Report:
         if self._evaluate is None:
             return self.report
-        return replace(self.report, metric_before=before, metric_after=_metric(self._evaluate, compressed))
+        return replace(self.report, metric_before=before, metric_after=task_metric(self._evaluate, compressed))
 
     def _apply_inplace(self, chosen: Sequence[_Entry]) -> Callable[[], None]:
         for entry in chosen:
@@ -245,14 +245,6 @@ def plan(
     ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
     told = config_text.asked(configs, asked, [name for name, value in ours.items() if value is not None])
     return Plan(model, entries, replace(_report(model, entries), **told), evaluate)
-
-
-def _metric(evaluate: Evaluate, model: nn.Module) -> float:
-    found = evaluate(model)
-    try:
-        return float(found)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"`evaluate` should return a number. Found {type(found).__name__}.") from error
 
 
 def compress(

@@ -294,3 +294,118 @@ def test_the_failing_batch_is_named_and_described():
     model = Net()
     with pytest.raises(CompressionError, match=r"(?s)batch 1: RuntimeError: no such word.*left: a tensor of shape \(2"):
         collect_inputs(model, {"rel": model.rel}, [pairs(2), FAILING])
+
+
+def reference(x1: Tensor, x2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments and cross moment in float64."""
+    first, second = x1.reshape(-1, IN1).double(), x2.reshape(-1, IN2).double()
+    return tuple(a.T @ b / len(first) for a, b in ((first, first), (second, second), (first, second)))
+
+
+def assert_moments(found: LayerInputs, x1: Tensor, x2: Tensor) -> None:
+    for moment, expected in zip(found.moments, reference(x1, x2), strict=True):
+        assert moment.dtype == torch.float64
+        torch.testing.assert_close(moment, expected, rtol=1e-12, atol=1e-12)
+
+
+def bilinear_call(layer, x1, x2):
+    return layer(x1, x2)
+
+
+class TestMoments:
+    @pytest.mark.parametrize("leading", [(), (1,), (40,), (2, 3, 4)])
+    def test_of_several_batches(self, leading):
+        batches = [pairs(*leading, seed=seed) for seed in range(3)]
+        found = sample(bilinear_call, batches, max_rows=5)
+        assert_moments(found, *(torch.stack(parts) for parts in zip(*batches, strict=True)))
+
+    @pytest.mark.parametrize("dims", [(2,), (1,), (1, 2), (0, 2)])
+    def test_of_inputs_that_are_expanded_in_any_dimensions(self, dims):
+        """Dimensions of `dims` are expanded in the first input, 1 in the second."""
+        x1, x2 = pairs(3, 4, 5)
+        for dim in dims:
+            x1 = x1.select(dim, 0).unsqueeze(dim).expand(3, 4, 5, IN1)
+        x2 = x2.select(1, 0).unsqueeze(1).expand(3, 4, 5, IN2)
+        assert_moments(sample(bilinear_call, [(x1, x2)]), x1, x2)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_of_half_precision_are_summed_in_float64(self, dtype):
+        batch = [value.to(dtype) * 100 for value in pairs(50)]
+        layer = bilinear(IN1, IN2, OUT, dtype=dtype)
+        found = collect_inputs(layer, {"rel": layer}, [tuple(batch)])["rel"]
+        assert_moments(found, *batch)
+
+    def test_under_autocast(self):
+        x1, x2 = pairs(50)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = sample(bilinear_call, [(x1, x2)])
+        assert_moments(found, x1, x2)
+
+    def test_of_shared_calls_are_of_the_union(self):
+        (a, b), (c, d) = pairs(30), pairs(10, seed=1)
+        found = sample(lambda layer, a, b, c, d: layer(a, b).sum() + layer(c, d).sum(), [(a, b, c, d)])
+        assert_moments(found, torch.cat([a, c]), torch.cat([b, d]))
+
+    @pytest.mark.parametrize("most", [40, 1000])
+    def test_for_fitting_leave_out_exactly_what_is_held_out(self, most):
+        x1, x2 = pairs(200)
+        x1[:, 0] = torch.arange(200)
+        found = sample(bilinear_call, [(x1, x2)], max_rows=most)
+        held = found.held_out[0][:, 0].long()
+        assert len(held) == min(most, 200) // 4
+        assert not set(held.tolist()) & set(found.fit[0][:, 0].long().tolist())
+        left = torch.ones(200, dtype=torch.bool)
+        left[held] = False
+        for moment, expected in zip(found.fit_moments, reference(x1[left], x2[left]), strict=True):
+            torch.testing.assert_close(moment, expected, rtol=1e-9, atol=1e-9)
+
+    def test_a_tiny_sample_is_all_held_out_and_fits_nothing(self):
+        found = sample(bilinear_call, [pairs(31)])
+        assert not found.is_enough
+        assert (len(found.fit[0]), len(found.held_out[0])) == (0, 31)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_inputs_that_are_no_numbers_name_the_layer(self, value, which):
+        batch = pairs(40)
+        batch[which][3, 2] = value
+        with pytest.raises(CompressionError, match=r"reach layer 'rel' should be finite.*in 1 of 40 sampled"):
+            sample(bilinear_call, [batch])
+
+
+class TestLabelledBatches:
+    def test_without_forward_fn_the_error_suggests_it(self):
+        model = Net()
+        with pytest.raises(
+            CompressionError, match=r"(?s)pass `forward_fn`.*Found a tuple of .* tensor of shape \(2,\)"
+        ):
+            collect_inputs(model, {"rel": model.rel}, [(*pairs(2), False, torch.zeros(2))])
+
+    def test_forward_fn_says_what_is_run(self):
+        x1, x2 = pairs(40)
+        model = Call(bilinear_call)
+        run = {"forward_fn": lambda model, batch: model(*batch["inputs"])}
+        found = collect_inputs(model, {"rel": model.rel}, [{"inputs": (x1, x2), "label": "yes"}], **run)["rel"]
+        assert_moments(found, x1, x2)
+
+    def test_a_loss_gives_the_moment_of_its_gradients_and_touches_nothing(self):
+        (x1, x2), target = pairs(40), torch.randn(40, OUT, generator=torch.Generator().manual_seed(5))
+        model = Call(bilinear_call).train()
+        model.rel.weight.grad = torch.ones_like(model.rel.weight)
+        before = state_of(model)
+        loss = {"loss_fn": lambda model, batch: (model(*batch[:2]) - batch[2]).square().sum()}
+        found = collect_inputs(model, {"rel": model.rel}, [(x1, x2, target)], **loss)["rel"]
+        with torch.no_grad():
+            gradient = 2 * (model.rel(x1, x2) - target).double()
+        torch.testing.assert_close(found.gradient, gradient.T @ gradient / 40, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model.rel.weight.grad, torch.ones_like(model.rel.weight))
+        assert model.rel.bias.grad is None
+        assert_same_state(model, before)
+        assert model.training
+        assert not model.rel._forward_hooks
+
+    @pytest.mark.parametrize("loss", [lambda y: y, lambda y: 3.0, lambda y: y.detach().sum()])
+    def test_a_loss_is_a_differentiable_scalar(self, loss):
+        model = Call(bilinear_call)
+        with pytest.raises(CompressionError, match="`loss_fn` should return a differentiable scalar"):
+            collect_inputs(model, {"rel": model.rel}, [pairs(4)], loss_fn=lambda m, batch: loss(m(*batch)))

@@ -2,7 +2,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from compress_bilinear import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from compress_bilinear import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from compress_bilinear.config import check_quantize, check_rank
 from compress_bilinear.errors import ConfigError
 
@@ -84,3 +84,36 @@ def test_the_checks_accept_what_is_valid():
     check_quantize("int8")
     check_quantize("nf4")
     check_rank(1)
+
+
+@pytest.mark.parametrize("options", [{}, {"error": 0.1, "size": 0.1}, {"error": MaxError(0.1), "size": MaxSize(0.1)}])
+def test_an_auto_config_has_one_of_error_and_size(options):
+    with pytest.raises(ConfigError, match="one of `error` and `size`"):
+        AutoConfig(**options)
+
+
+@pytest.mark.parametrize("option", ["error", "size"])
+@pytest.mark.parametrize("value", [0, 1, -1, "0.1", True, float("nan")])
+def test_an_auto_configs_numbers_are_fractions(option, value):
+    with pytest.raises(ConfigError, match="above 0 and below 1"):
+        AutoConfig(**{option: value})
+
+
+def test_an_auto_configs_plain_error_is_of_the_outputs_where_there_are_rows():
+    assert AutoConfig(error=0.1).limit(calibrated=True) == MaxError(0.1, on="output")
+    assert AutoConfig(error=0.1).limit(calibrated=False) == MaxError(0.1)
+    assert AutoConfig(error=MaxError(0.1)).limit(calibrated=True) == MaxError(0.1)
+    assert AutoConfig(size=MaxSize(0.2)).fraction == AutoConfig(size=0.2).fraction == 0.2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: AutoConfig(size=0.1, prefer="accuracy"), "`prefer` should be 'size' or 'speed'"),
+        (lambda: CPConfig(rank=1, fit="outputs"), "`fit` should be 'output' or 'weight'"),
+        (lambda: MaxError(0.1, on="outputs"), "`on` of a MaxError"),
+    ],
+)
+def test_other_words_are_errors(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

@@ -1,5 +1,6 @@
 import copy
 import json
+from typing import ClassVar
 
 import pytest
 import torch
@@ -658,3 +659,60 @@ def test_absorbed_modes_train_compile_and_take_autocast(rank, quantize):
     copied = copy.deepcopy(layer)
     copied.load_state_dict(layer.state_dict())
     assert torch.equal(copied(*rows()), layer(*rows()))
+
+
+class TestFittedOutputs:
+    CALIBRATION: ClassVar = {"calibration": [rows(200)]}
+
+    def test_a_corrected_bias_is_a_new_one_and_the_original_as_it_was(self, net, inplace):
+        bias = net.first.bias
+        before = bias.detach().clone()
+        new = compressed(net, cb.DenseConfig(quantize="nf4"), inplace=inplace, **self.CALIBRATION)
+        assert new.first.bias is not bias
+        assert not torch.equal(new.first.bias, before)
+        assert torch.equal(bias, before)
+
+    def test_a_tied_bias_is_not_corrected_and_stays_tied(self, net, inplace):
+        net.first.bias = net.one.bias
+        before = net.one.bias.detach().clone()
+        new = compressed(net, cb.DenseConfig(quantize="nf4"), inplace=inplace, **self.CALIBRATION)
+        assert new.first.bias is new.one.bias
+        assert torch.equal(new.first.bias, before)
+
+    def test_what_was_fitted_is_saved_and_loaded_bit_for_bit(self, net, tmp_path):
+        new = compressed(net, cb.AutoConfig(size=0.5), **self.CALIBRATION)
+        cb.save(new, tmp_path / "small.safetensors")
+        again = cb.load(tmp_path / "small.safetensors", Net())
+        assert torch.equal(again(*rows()), new(*rows()))
+
+
+class TestEvaluating:
+    def test_the_report_has_the_metric_before_and_after(self, net, inplace):
+        _, report = run(cb.compress, net, TUCKER, inplace=inplace, evaluate=lambda m: isinstance(m.first, nn.Bilinear))
+        assert (report.metric_before, report.metric_after) == (1.0, 0.0)
+
+    @pytest.mark.parametrize("when", ["before", "after"])
+    @pytest.mark.parametrize("how", ["raises", "no number"])
+    def test_a_failing_one_leaves_the_model_as_it_was(self, net, inplace, when, how):
+        def evaluate(model):
+            if isinstance(model.first, nn.Bilinear) == (when == "after"):
+                return 0.5
+            if how == "raises":
+                raise OSError("the disk is gone")
+            return {"accuracy": 0.5}
+
+        before, modules = state_of(net), dict(net.named_modules())
+        with pytest.raises(OSError if how == "raises" else ConfigError):
+            run(cb.compress, net, TUCKER, inplace=inplace, evaluate=evaluate)
+        assert dict(net.named_modules()) == modules
+        assert_same_state(net, before)
+
+    def test_it_is_a_function(self, net):
+        with pytest.raises(ConfigError, match="`evaluate` should be a function"):
+            run(cb.plan, net, TUCKER, evaluate=3)
+
+
+@pytest.mark.parametrize("option", ["forward_fn", "loss_fn", "refine"])
+def test_what_runs_batches_needs_calibration(net, option):
+    with pytest.raises(ConfigError, match=f"`{option}` needs `calibration`"):
+        run(cb.plan, net, TUCKER, **{option: "network" if option == "refine" else lambda m, b: m(*b)})

@@ -1,0 +1,121 @@
+import pytest
+import torch
+from support import bilinear
+from torch import Tensor, nn
+
+import compress_bilinear as cb
+from compress_bilinear.calibration import LayerInputs, collect_inputs
+from compress_bilinear.fitting import Fitting
+from compress_bilinear.measure import OutputError
+
+IN1, IN2, OUT = 10, 8, 6
+CP, TUCKER = cb.CPConfig(rank=6), cb.TuckerConfig(rank=(3, 4, 4))
+
+
+def rows(count: int, seed: int = 0, correlated: bool = True) -> tuple[Tensor, Tensor]:
+    """x2 a noisy function of x1, both of a nonzero mean."""
+    generator, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(99)
+    first = torch.randn(count, IN1, generator=generator)
+    if not correlated:
+        return first, torch.randn(count, IN2, generator=generator)
+    mixing = torch.randn(IN1, IN2, generator=fixed) / 3
+    spread = torch.logspace(0, -1, IN1)
+    return first * spread + 0.3, torch.tanh(first @ mixing) + 0.1 * torch.randn(count, IN2, generator=generator)
+
+
+def seen(layer: nn.Bilinear, first: Tensor, second: Tensor) -> LayerInputs:
+    found = collect_inputs(layer, {"": layer}, [(first, second)])[""]
+    assert found is not None
+    return found
+
+
+def fresh_error(layer: nn.Bilinear, module: nn.Module) -> float:
+    first, second = rows(4000, seed=77)
+    return OutputError(layer, LayerInputs(first, second, 4000, 1)).of(module)
+
+
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+def test_on_correlated_inputs_it_beats_the_weight_by_far_on_fresh_rows(config):
+    layer = bilinear(IN1, IN2, OUT)
+    fitted = Fitting(layer, seen(layer, *rows(2000))).at(config, config.rank)
+    plain = cb.compress(layer, config, measure_latency=False)[0]
+    assert fitted.way == "rows"
+    assert fresh_error(layer, fitted.module) < 0.7 * fresh_error(layer, plain)
+
+
+@pytest.mark.parametrize("correlated", [True, False])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("kind", [cb.CPConfig, cb.TuckerConfig])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_512_rows_never_leave_more_error_than_the_weight_alone(kind, quantize, correlated, seed):
+    rank = 6 if kind is cb.CPConfig else (3, 4, 4)
+    layer, batch = bilinear(IN1, IN2, OUT, seed=seed), rows(512, seed, correlated)
+    errors = {}
+    for fit in ("output", "weight"):
+        config = kind(rank=rank, quantize=quantize, fit=fit)
+        (found,) = cb.plan(layer, config, calibration=[batch], measure_latency=False).report.layers
+        errors[fit] = found.output_error
+    assert errors["output"] <= errors["weight"] * (1 + 1e-9)
+
+
+def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
+    layer = bilinear(IN1, IN2, OUT, dtype=torch.float64)
+    before = layer.bias.detach().clone()
+    first, second = (value.double() for value in rows(400))
+    inputs = seen(layer, first, second)
+    fitted = Fitting(layer, inputs).dense(cb.DenseConfig(quantize="nf4"))
+    assert fitted.own_bias
+    with torch.no_grad():
+        lost = layer(*inputs.fit) - fitted.module(*inputs.fit)
+    assert float(lost.mean(0).abs().max()) < 1e-5 * float(lost.std())  # nf4 computes in float32
+    assert torch.equal(layer.bias, before)
+    assert torch.equal(fitted.module.bias - before != 0, torch.ones(OUT, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+def test_a_bias_that_must_not_change_does_not(config):
+    layer = bilinear(IN1, IN2, OUT)
+    fitted = Fitting(layer, seen(layer, *rows(400)), fix_bias=False).at(config, config.rank)
+    assert not fitted.own_bias
+    assert torch.equal(fitted.module.bias, layer.bias)
+
+
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+def test_layers_without_bias_stay_so(config):
+    layer = bilinear(IN1, IN2, OUT, bias=False)
+    fitted = Fitting(layer, seen(layer, *rows(400))).at(config, config.rank)
+    assert fitted.module.bias is None
+    assert not fitted.own_bias
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("config", [CP, cb.TuckerConfig(rank=(OUT, 5, 7))], ids=["cp", "tucker"])
+def test_half_precision_layers_keep_their_dtype(dtype, config):
+    layer = bilinear(IN1, IN2, OUT, dtype=dtype)
+    fitted = Fitting(layer, seen(layer, *(value.to(dtype) for value in rows(300)))).at(config, config.rank)
+    assert {parameter.dtype for parameter in fitted.module.parameters()} == {dtype}
+    assert fitted.error < 0.9
+
+
+@pytest.mark.parametrize("make", ["constant", "zero", "rank one"])
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+def test_inputs_that_say_little_give_finite_replacements(make, config):
+    layer, (first, second) = bilinear(IN1, IN2, OUT), rows(64)
+    if make == "constant":
+        first, second = first[:1].expand(64, -1), second[:1].expand(64, -1)
+    elif make == "zero":
+        first = first * 0
+    else:
+        first = first[:, :1] * torch.ones(IN1)
+    fitted = Fitting(layer, seen(layer, first, second)).at(config, config.rank)
+    assert bool(torch.isfinite(fitted.module.to_dense()).all())
+    if make != "zero":
+        assert fitted.error < (1e-3 if make == "constant" else 0.7)
+
+
+def test_autocast_does_not_matter():
+    layer, batch = bilinear(IN1, IN2, OUT), rows(300)
+    inputs = seen(layer, *batch)
+    expected = Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error == pytest.approx(expected, rel=1e-3)

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from support import bilinear
+from torch import Tensor, nn
+
+import compress_bilinear as cb
+from compress_bilinear import automatic
+from compress_bilinear.errors import ConfigError
+from compress_bilinear.measure import Latency
+from compress_bilinear.report import Report
+
+IN1, IN2, OUT = 6, 5, 4
+
+
+class Net(nn.Module):
+    """Two layers, one that is shared, and one whose weight is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = bilinear(IN1, IN2, OUT, seed=1)
+        self.b = self.again = bilinear(IN1, IN2, OUT, seed=2)
+        self.zero = bilinear(IN1, IN2, OUT)
+        nn.init.zeros_(self.zero.weight)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self.a(x1, x2) + self.b(x1, x2) + self.again(x1, x2) + self.zero(x1, x2)
+
+
+def rows(count: int = 160) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randn(count, IN1, generator=generator)
+    return first, first[:, :IN2] + 0.3 * torch.randn(count, IN2, generator=generator)
+
+
+def planned(config, **options) -> cb.Plan:
+    known = {"calibration": [rows()], "measure_latency": False}
+    return cb.plan(Net(), config, **known | options)
+
+
+@pytest.mark.parametrize("calibration", [None, [rows()]], ids=["weight", "output"])
+def test_a_size_is_met_by_all_layers_together(calibration):
+    plan = planned(cb.AutoConfig(size=0.3), calibration=calibration)
+    *layers, zero = plan.report.layers
+    assert [layer.name for layer in layers] == ["a", "b"]
+    assert zero.decision == "kept"
+    assert "all zero" in zero.reason
+    assert sum(layer.bytes_after for layer in layers) <= 0.3 * sum(layer.bytes_before for layer in layers)
+    for front in plan.fronts.values():
+        assert ("dense", "int8") in {(point.method, point.quantize) for point in front}
+        assert sum(point.chosen for point in front) == 1
+    new, _ = plan.apply()
+    assert new.b is new.again
+    assert Report.from_dict(plan.report.to_dict()).layers[0].front == plan.report.layers[0].front
+    again = planned(cb.AutoConfig(size=0.3), calibration=calibration)
+    assert again.fronts == plan.fronts
+
+
+def test_an_error_is_met_by_every_layer_and_not_larger_than_by_a_single_method():
+    auto = planned(cb.AutoConfig(error=0.3)).report.layers[:2]
+    assert all(layer.output_error <= 0.3 for layer in auto if layer.decision == "replaced")
+    for kind in (cb.CPConfig, cb.TuckerConfig):
+        single = planned(kind(rank=cb.MaxError(0.3, on="output"), quantize="int8")).report.layers[:2]
+        for chosen, other in zip(auto, single, strict=True):
+            assert chosen.bytes_after <= other.bytes_after
+            assert other.decision == "kept" or other.output_error <= 0.3
+
+
+def test_two_auto_configs_allocate_apart():
+    configs = {"a": cb.AutoConfig(size=0.2), "*": cb.AutoConfig(size=0.6)}
+    first, second, _ = planned(configs).report.layers
+    assert first.bytes_after <= 0.2 * first.bytes_before
+    assert 0.2 * second.bytes_before < second.bytes_after <= 0.6 * second.bytes_before
+
+
+def test_speed_takes_the_fastest_that_meets_the_error(monkeypatch):
+    def measured(calls, device, seconds=1.0):
+        return {name: Latency(10.0 - int(name) % 9, 1.0, 1.0) for name in calls}
+
+    monkeypatch.setattr(automatic, "latencies", measured)
+    plan = planned(cb.AutoConfig(error=0.5, prefer="speed"))
+    for front in plan.fronts.values():
+        (chosen,) = (point for point in front if point.chosen)
+        assert chosen.latency_ms == min(point.latency_ms for point in front if point.output_error <= 0.5)
+
+
+def test_output_targets_need_calibration():
+    for config in (cb.CPConfig(rank=cb.MaxError(0.1, on="output")), cb.AutoConfig(error=cb.MaxError(0.1, on="output"))):
+        with pytest.raises(ConfigError, match="needs `calibration`"):
+            planned(config, calibration=None)
+
+
+def test_output_targets_say_where_there_are_too_few_rows_or_none_that_meet_them():
+    target = cb.MaxError(0.1, on="output")
+    for config in (cb.CPConfig(rank=target), cb.AutoConfig(error=target)):
+        assert "Found too few" in planned(config, calibration=[rows(20)]).report.layers[0].reason
+    layer = planned(cb.TuckerConfig(rank=cb.MaxError(1e-6, on="output"), quantize="nf4")).report.layers[0]
+    assert "out of reach of a tucker that is smaller" in layer.reason

@@ -1,0 +1,135 @@
+import itertools
+
+import pytest
+import torch
+from support import assert_same_state, bilinear, state_of
+from torch import Tensor, nn
+
+import compress_bilinear as cb
+from compress_bilinear import refinement
+from compress_bilinear.errors import CompressionError, ConfigError
+from compress_bilinear.modules import CompressedBilinear
+from compress_bilinear.refinement import refine
+
+IN1, IN2, OUT = 8, 7, 5
+
+
+class Net(nn.Module):
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.rel = bilinear(IN1, IN2, OUT, dtype=dtype)
+        self.norm = nn.BatchNorm1d(OUT, dtype=dtype)
+        self.head = nn.Linear(OUT, 3, dtype=dtype).requires_grad_(False)
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        self.count += 1
+        return self.head(torch.tanh(self.norm(self.rel(x1, x2))))
+
+
+def batches(count: int = 16, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of three hidden dimensions and some noise, so that a low rank can be fitted to them."""
+    generator = torch.Generator().manual_seed(0)
+    mixings = [torch.randn(3, size, generator=generator) for size in (IN1, IN2)]
+    found = []
+    for _ in range(count):
+        hidden = torch.randn(32, 3, generator=generator)
+        noise = [0.1 * torch.randn(32, size, generator=generator) for size in (IN1, IN2)]
+        found.append(tuple((hidden @ m + n).to(dtype) for m, n in zip(mixings, noise, strict=True)))
+    return found
+
+
+def made(model: Net, method: str, quantize) -> CompressedBilinear:
+    kind, rank = (cb.CPBilinear, 5) if method == "cp" else (cb.TuckerBilinear, (4, 4, 6))
+    return kind.from_bilinear(model.rel, rank, quantize=quantize)
+
+
+@pytest.mark.parametrize("method", ["cp", "tucker"])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_falls_and_the_format_stays(method, quantize, dtype, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(refinement.time, "perf_counter", lambda: float(next(ticks)))  # about one a step
+    model = Net(dtype).train()
+    model.norm.eval()
+    before, flags = state_of(model), [part.training for part in model.modules()]
+    module = made(model, method, quantize)
+    stored = state_of(module)
+    found = refine(model, {id(model.rel): module}, batches(dtype=dtype), trained_bias=[id(model.rel)], seconds=240)
+    new = found.modules[id(model.rel)]
+    assert found.after < found.before
+    assert new is not module
+    assert (type(new), new.quantize, new.rank) == (type(module), quantize, module.rank)
+    assert {k: (v.dtype, v.shape) for k, v in state_of(new).items()} == {
+        k: (v.dtype, v.shape) for k, v in stored.items()
+    }
+    assert_same_state(module, stored)
+    assert_same_state(model, before)
+    assert [part.training for part in model.modules()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in model.head.parameters())
+
+
+def test_what_is_not_accepted_is_not_kept():
+    model = Net()
+    module = made(model, "cp", None)
+    found = refine(model, {id(model.rel): module}, batches(), seconds=0.2, accept=lambda _: False)
+    assert found.modules[id(model.rel)] is module
+    assert found.after == found.before
+
+
+def test_one_batch_is_an_error():
+    with pytest.raises(ConfigError, match="at least two calibration batches"):
+        cb.plan(Net(), cb.CPConfig(rank=4), calibration=batches(1), refine="network", measure_latency=False)
+
+
+class Wrapped(Net):
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x1: Tensor, x2: Tensor):
+        return self.change(super().forward(x1, x2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y.argmax(-1), "should return a floating tensor"),
+        (lambda y: None, "should return a floating tensor"),
+        (lambda y: y.detach(), "should be differentiable"),
+    ],
+    ids=["integers", "nothing", "detached"],
+)
+def test_outputs_that_cannot_be_matched_are_an_error_and_the_model_as_it_was(change, message):
+    model = Wrapped(change)
+    before = state_of(model)
+    with pytest.raises(CompressionError, match=message):
+        cb.compress(
+            model, cb.CPConfig(rank=4), calibration=batches(), refine="network", measure_latency=False, inplace=True
+        )
+    assert isinstance(model.rel, nn.Bilinear)
+    assert_same_state(model, before)
+
+
+def test_batches_with_labels_need_a_forward_fn():
+    labelled = [(x1, x2, x1[:, 0]) for x1, x2 in batches()]
+    options = {"calibration": labelled, "refine": "network", "measure_latency": False, "max_seconds": 1.0}
+    with pytest.raises(CompressionError, match="Pass `forward_fn`"):
+        cb.plan(Net(), cb.CPConfig(rank=4), loss_fn=lambda m, b: m(*b[:2]).square().mean(), **options)
+    (found,) = cb.plan(Net(), cb.CPConfig(rank=4), forward_fn=lambda m, b: m(*b[:2]), **options).report.layers
+    assert "the network's error on held-out batches fell" in found.reason
+
+
+def test_a_target_of_a_layer_still_holds_afterwards():
+    config = cb.CPConfig(rank=cb.MaxError(0.5))
+    options = {"calibration": batches(), "refine": "network", "measure_latency": False, "max_seconds": 0.6}
+    (found,) = cb.plan(Net(), config, **options).report.layers
+    assert found.decision == "replaced"
+    assert found.weight_error <= 0.5
+
+
+def test_outputs_that_are_infinite_refine_nothing():
+    model = Wrapped(lambda y: y.masked_fill(y > 0, float("-inf")))
+    module = made(model, "cp", None)
+    assert refine(model, {id(model.rel): module}, batches(), seconds=30).modules[id(model.rel)] is module
