@@ -1,5 +1,6 @@
 """Figures as people read them, for every renderer alike."""
 
+import math
 from collections.abc import Sequence
 
 from ._data import AS_CONFIGURED, FrontPoint, LayerReport, Report
@@ -87,6 +88,10 @@ def notes(report: Report) -> list[str]:
     for layer in report.layers:
         if layer.form != "nn.Bilinear":
             lines.append(f"{layer.label}: is a {layer.form}: what it was is measured by its own forward")
+    for layer in report.layers:
+        lines += [f"{layer.label}: {told}" for told in (*_storage(layer), *_runners_up(layer))]
+    if report.metric_before is not None and report.metric_after is not None:
+        lines.append(f"Your metric: {report.metric_before:.4f} before, {report.metric_after:.4f} after")
     lines.append(f"Whole model: {size_change(report.model_bytes_before, report.model_bytes_after)}")
     timed = next((layer for layer in report.layers if layer.batch_size is not None), None)
     if timed is not None:
@@ -97,6 +102,40 @@ def notes(report: Report) -> list[str]:
         )
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return lines
+
+
+_RUNNERS_UP = 3
+
+
+def _storage(layer: LayerReport) -> list[str]:
+    """How a quantized layer computes, and what of its weight's error rounding has added."""
+    if layer.decision == "kept" or layer.compute is None or layer.resident_bytes is None:
+        return []
+    told = f"computes {layer.compute.replace('_', ' ')}, with {size(layer.resident_bytes)} resident"
+    if layer.truncation_error is not None and layer.quantization_error is not None:
+        told += f"; weight error {error(layer.truncation_error)} by truncation and "
+        told += f"{error(layer.quantization_error)} by rounding"
+    return [told]
+
+
+def _runners_up(layer: LayerReport) -> list[str]:
+    """What came nearest in as few bytes, of other methods and formats, where there was a choice."""
+    chosen = next((point for point in layer.front if point.chosen), None)
+    if chosen is None:
+        return []
+
+    def lost(point: FrontPoint) -> float:
+        found = point.output_error if point.output_error is not None else point.weight_error
+        return math.inf if found is None else found
+
+    others: dict[tuple[str, str | None], FrontPoint] = {}
+    for point in sorted(layer.front, key=lambda each: (lost(each), each.bytes)):
+        kind = (point.method, point.quantize)
+        if point.bytes <= 1.05 * chosen.bytes and kind != (chosen.method, chosen.quantize):
+            others.setdefault(kind, point)
+    shown = [f"{named(point)} ({error(lost(point))} in {size(point.bytes)})" for point in others.values()]
+    told = ", ".join(shown[:_RUNNERS_UP]) or "none so small"
+    return [f"chosen of {len(layer.front)}: {named(chosen)}; runners-up: {told}"]
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ from ._held import held
 from ._page import Cell, drawn, page
 from ._plots import Plot, front_plot, latency_plot, spectra_plot
 
-_MOST_BYTES = 1_900_000  # of a page, plots included
+_MOST_BYTES = 1_950_000  # of a page, plots included
 _OPEN = 3  # layers up to which all are open
 _MOST_DETAILS = 300
 _NAMED = 5  # layers that a warning names

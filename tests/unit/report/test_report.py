@@ -270,3 +270,26 @@ class TestTerminal:
 )
 def test_figures_are_readable(shown, text):
     assert shown == text
+
+
+class TestNotes:
+    def test_a_choice_is_shown_with_its_runners_up(self):
+        points = (
+            FrontPoint(method="tucker", rank=(1, 2, 3), quantize="nf4", bytes=80, flops=1, output_error=0.25),
+            FrontPoint(method="cp", rank=4, quantize="int8", bytes=90, flops=1, output_error=0.125, chosen=True),
+            FrontPoint(method="cp", rank=3, quantize="int8", bytes=70, flops=1, output_error=0.5),
+            FrontPoint(method="dense", quantize="int8", bytes=300, flops=1, output_error=0.001),
+        )
+        text = str(holding(layer(front=points)))
+        assert "chosen of 4: cp 4 int8; runners-up: tucker 1,2,3 nf4 (0.2500 in 80 B)" in text
+
+    def test_storage_and_its_share_of_the_error_are_told(self):
+        stored = layer(
+            compute="on_the_fly", resident_bytes=1500, truncation_error=0.5, quantization_error=0.25, quantize="int8"
+        )
+        text = str(holding(stored))
+        assert "computes on the fly, with 1.5 kB resident; weight error 0.5000 by truncation and 0.2500" in text
+
+    def test_a_metric_is_told(self):
+        report = dataclasses.replace(holding(layer()), metric_before=0.75, metric_after=0.5)
+        assert "Your metric: 0.7500 before, 0.5000 after" in str(report)
