@@ -24,6 +24,9 @@ _CLOSE = 1.04  # ratio of two sizes, the larger of which meets a limit and the s
 _STEPS = (0.5, 0.7, 1.0)  # times the fraction that all layers may take: the sizes that are tried for a single layer
 _MORE_STEPS = (1.4, 2.0, 4.0)  # and where others may leave it some of theirs
 _FULL = 0.9  # of the weight's numbers: factors of more are hardly smaller than the weight in the same format
+_MOST_COMPONENTS = (
+    8  # times the largest size: a CP of more takes minutes to solve, to be little smaller than the weight
+)
 _ROUNDING = 0.03  # an error above which that of 8-bit rounding hardly matters, and a lower rank in full precision loses
 
 FORMATS: tuple[Quantize, ...] = get_args(Quantize)
@@ -146,7 +149,7 @@ class Chooser:
         left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
         if left is not None and left <= 0:
             return None
-        if self._numbers(config, fraction) > _FULL:
+        if self._numbers(config, fraction) > _FULL or self._components(config, fraction) > _MOST_COMPONENTS:
             return None  # the weight itself in this format is about as small, and loses nothing else
         told, (start, end) = self._progress, self._span
         try:
@@ -168,6 +171,13 @@ class Chooser:
         """How many numbers such a size holds, for each of the weight's; scales are left out."""
         size = self.layer.weight.element_size()
         return fraction * {None: 1.0, "int8": size, "nf4": 2.0 * size}[config.quantize]
+
+    def _components(self, config: CPConfig | TuckerConfig, fraction: float) -> float:
+        """How many components a CP of such a size has, for each index of the longest mode."""
+        if isinstance(config, TuckerConfig):
+            return 0.0
+        shape = self.layer.weight.shape
+        return self._numbers(config, fraction) * self.layer.weight.numel() / (sum(shape) * max(shape))
 
     def _add(self, wanted: LayerConfig, found: Fitted) -> None:
         size, flops = stored_bytes(found.module), found.module.flops_per_row

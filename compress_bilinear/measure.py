@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 from . import ops
 from .adapters import AdaptedLayer
 from .calibration import LayerInputs
-from .decomposition import relative_error
+from .decomposition import relative_error, row_slices
 from .errors import ConfigError
 from .modules import CompressedBilinear, DenseBilinear
 from .quantization import QuantizedTensor
@@ -83,9 +83,13 @@ class OutputError:
             for first, second in zip(*(value[:most].split(_ROWS) for value in inputs.held_out), strict=True)
         ]
         self.rows = sum(len(first) for first, _ in self._rows)
+        parts: list[list[Tensor]] = [[] for _ in self._rows]
         with torch.no_grad():
-            wide = weight.double()
-            self._exact = [ops.bilinear_dense(x.double(), y.double(), wide) for x, y in self._rows]
+            for outputs in row_slices(weight.shape):  # a large weight is not widened at once
+                wide = weight[outputs].double()
+                for part, (x, y) in zip(parts, self._rows, strict=True):
+                    part.append(ops.bilinear_dense(x.double(), y.double(), wide))
+        self._exact = [torch.cat(part, dim=-1) for part in parts]
         self._total = math.hypot(*map(_norm, self._exact))
 
     def of(self, module: CompressedBilinear) -> float | None:
