@@ -31,6 +31,7 @@ class Candidate:
     Attributes:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
+        note: what else is to be said of it.
     """
 
     module: CompressedBilinear
@@ -40,6 +41,7 @@ class Candidate:
     quantization_error: float | None = None
     output_error: float | None = None
     own_bias: bool = False
+    note: str | None = None
 
     @property
     def storage(self) -> dict[str, Any]:
@@ -191,6 +193,7 @@ def as_candidate(layer: nn.Bilinear, found: Fitted) -> Candidate:
     """With the errors of its weight."""
     weight, module, floating = layer.weight.detach(), found.module, found.decomposition
     fitted: dict[str, Any] = {"output_error": found.error if found.on_output else None, "own_bias": found.own_bias}
+    fitted["note"] = found.note
     if floating is None:
         return Candidate(module, weight_error(weight, module), None, **fitted)
     amplification = floating.amplification if isinstance(floating, CPDecomposition) else None

@@ -8,6 +8,7 @@ Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" 
 Kronecker-factored approximate curvature" (2015).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from ._source import full_precision
-from ._types import CPDecomposition, TuckerDecomposition
+from ._types import CPDecomposition, TuckerDecomposition, peak
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
@@ -105,18 +106,23 @@ def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.d
     """A Tucker decomposition of a whitened weight as one of the weight, in `dtype`.
 
     A mode of full rank is absorbed into the core, as ever. The other factors keep columns that give projections of
-    equal variance, which rounds best, but for a common scale.
+    equal variance, which rounds best, but for a common scale; where the core would leave the dtype's range so, they
+    have unit columns.
     """
     core = found.core.double()
-    factors = []
-    for mode, factor in enumerate(found.factors):
-        wide = metric.unwhiten(mode, factor)
-        if wide.shape[0] == wide.shape[1]:
-            core = torch.tensordot(wide, core, dims=([1], [mode])).movedim(0, mode)
-            wide = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-        else:
-            scale = float(wide.norm(dim=0).max()) or 1.0
-            wide, core = wide / scale, core * scale
-        factors.append(wide.to(dtype))
-    out, in1, in2 = factors
+    factors = [metric.unwhiten(mode, factor) for mode, factor in enumerate(found.factors)]
+    free = [mode for mode, wide in enumerate(factors) if wide.shape[0] != wide.shape[1]]
+    for mode in {0, 1, 2}.difference(free):
+        core = torch.tensordot(factors[mode], core, dims=([1], [mode])).movedim(0, mode)
+        factors[mode] = torch.eye(len(factors[mode]), dtype=core.dtype, device=core.device)
+    scales = {mode: float(factors[mode].norm(dim=0).max()) or 1.0 for mode in free}
+    if peak(core) * math.prod(scales.values()) < torch.finfo(dtype).max:
+        core = core * math.prod(scales.values())
+        factors = [factor / scales.get(mode, 1.0) for mode, factor in enumerate(factors)]
+    else:
+        for mode in free:
+            norms = factors[mode].norm(dim=0)
+            core = core * norms.view([-1 if axis == mode else 1 for axis in range(3)])
+            factors[mode] = factors[mode] / norms.where(norms > 0, 1.0)
+    out, in1, in2 = (factor.to(dtype) for factor in factors)
     return TuckerDecomposition(core.to(dtype), (out, in1, in2))

@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.calibration import LayerInputs, collect_inputs
+from compress_bilinear.decomposition import Clock
+from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.fitting import Fitting
 from compress_bilinear.measure import OutputError
 
@@ -95,6 +97,34 @@ def test_half_precision_layers_keep_their_dtype(dtype, config):
     fitted = Fitting(layer, seen(layer, *(value.to(dtype) for value in rows(300)))).at(config, config.rank)
     assert {parameter.dtype for parameter in fitted.module.parameters()} == {dtype}
     assert fitted.error < 0.9
+
+
+def test_half_precision_cores_stay_in_range_where_one_direction_of_the_inputs_dominates():
+    layer = bilinear(IN1, IN2, OUT, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    first, second = ((100 * value.mean(1, keepdim=True) + value) / 100 for value in rows(300))
+    fitted = Fitting(layer, seen(layer, first.half(), second.half())).at(TUCKER, TUCKER.rank)
+    assert fitted.way == "rows"
+    assert fitted.error < 0.1
+
+
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+@pytest.mark.parametrize("thorough", [True, False])
+def test_factors_out_of_range_give_way_to_those_of_the_weight(config, thorough, monkeypatch):
+    def unwhitened(self, found):
+        raise CompressionError("`core` should be finite. Found NaN or infinity.")
+
+    layer, batch = bilinear(IN1, IN2, OUT), rows(300)
+    expected = Fitting(layer, seen(layer, *batch))._decomposed(layer.weight, config, config.rank, Clock()).to_tensor()
+    monkeypatch.setattr(Fitting, "_unwhitened", unwhitened)
+    fitted = Fitting(layer, seen(layer, *batch)).at(config, config.rank, thorough=thorough)
+    assert fitted.way == "weight"
+    torch.testing.assert_close(fitted.module.to_dense(), expected)
+    (told,) = cb.plan(layer, config, calibration=[batch], measure_latency=False).report.layers
+    assert "fitted to the weight, for factors fitted to the outputs leave the range" in told.reason
+    with pytest.raises(ConfigError):  # a rank that does not fit is another matter
+        Fitting(layer, seen(layer, *batch)).at(config, 10**6 if config is CP else (OUT + 1, 1, 1))
 
 
 @pytest.mark.parametrize("make", ["constant", "zero", "rank one"])
