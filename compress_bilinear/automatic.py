@@ -13,8 +13,9 @@ from . import ops
 from .config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
 from .decomposition import Progress
 from .errors import CompressionError, InfeasibleError
-from .fitting import Fitted, Fitting, WeightFitting
+from .fitting import Fitted, Fitting
 from .measure import latencies, stored_bytes
+from .weight_fitting import WeightFitting
 
 _MOST_TRIES = 12  # sizes, in the search for the smallest
 _LEAST_FRACTION, _MOST_FRACTION = 1e-4, 0.97

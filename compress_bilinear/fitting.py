@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,34 +27,6 @@ _SHUFFLES = 1  # pairs of inputs that did not come together, for each that did
 
 Rank = int | tuple[int, int, int] | MaxSize | MaxError
 Decomposition = CPDecomposition | TuckerDecomposition
-
-_ATTEMPTS = 4  # at a target that rounding made miss
-_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
-_Found = TypeVar("_Found")
-
-
-def within_after_rounding(
-    attempt: Callable[[MaxError], tuple[_Found, float]], limit: float, quantize: Quantize | None, dtype: torch.dtype
-) -> _Found:
-    """What `attempt` finds for a target so tight that its error, with the rounding that the target knows not, fits.
-
-    Raises: InfeasibleError where rounding alone is more than `limit`, or where `attempt` does.
-    """
-    target = limit
-    if quantize is not None:
-        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
-    for _ in range(_ATTEMPTS):
-        found, error = attempt(MaxError(target))
-        if error <= limit:
-            return found
-        # truncation and rounding errors add in quadrature
-        rounding = max(error**2 - target**2, 0.0)
-        remaining = limit**2 - 1.1 * rounding
-        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
-    stored = quantize or str(dtype).removeprefix("torch.")
-    raise InfeasibleError(
-        f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at {error:.3g}."
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +61,8 @@ def _part(clock: Clock, share: float, span: tuple[float, float]) -> Clock:
 
 class Fitting:
     """What is the same for all replacements of one layer: its metric, the rows to fit to, and those to measure on."""
+
+    _calibrated = True
 
     def __init__(
         self,
@@ -173,6 +147,7 @@ class Fitting:
         except CompressionError as error:  # half precision, or very large weights
             note = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
         if thorough or not fits:
+            self._white = self._rows = None  # their memory is for the solver
             plain = self._decomposed(self.layer.weight.detach(), config, rank, _part(clock, 1.0, (0.6, 1.0)))
             fits.append(self._rounded(config, plain))
             if self._fix_bias:
@@ -185,7 +160,7 @@ class Fitting:
     ) -> Iterator[Fitted]:
         """Of the whitened weight, and of that refitted to rows."""
         found = self._decomposed(self.white, config, rank, _part(clock, 0.4, (0.0, 0.4)))
-        whitened = self._stored(config, self._unwhitened(found), "whitened")
+        whitened = self._best_rounded(config, found, self.white, "whitened")
         yield whitened
         kind = (type(config), config.quantize)
         if not thorough and not self._rows_help.get(kind, True):
@@ -195,19 +170,26 @@ class Fitting:
             found = decompose.refit_cp(found, self._fit_rows(), part)
         else:
             found = decompose.refit_tucker(found, self._fit_rows(), part)
-        refitted = self._stored(config, self._unwhitened(found), "rows")
+        # rounded to what the rows have found, which is not what is nearest to the weight
+        refitted = self._best_rounded(config, found, None, "rows")
         yield refitted
         self._rows_help[kind] = refitted.error < whitened.error
 
     def dense(self, config: DenseConfig) -> Fitted:
-        """The weight itself, rounded where the config says so; with the bias that is better for that."""
+        """The weight itself, rounded where the config says so: what is best of ways to round, and of both biases."""
         weight = self.layer.weight.detach()
-        module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-        fits = [self._finished(module, "weight", None, fix_bias=False)]
-        if self._fix_bias and config.quantize is not None:
-            module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-            fits.append(self._finished(module, "weight", None))
-        return min(fits, key=lambda fit: fit.error)
+
+        def fits(weight: Tensor) -> list[Fitted]:
+            made = [self._finished(DenseBilinear.from_weight(weight, quantize=config.quantize), "weight", None, False)]
+            if self._fix_bias and config.quantize is not None:
+                module = DenseBilinear.from_weight(weight, quantize=config.quantize)
+                made.append(self._finished(module, "weight", None))
+            return made
+
+        found = fits(weight)
+        if config.quantize is not None and self._calibrated:
+            found += fits(decompose.stored_weight(weight, config.quantize, self.metric))
+        return min(found, key=lambda fit: fit.error)
 
     def _decomposed(self, weight: Tensor, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock) -> Decomposition:
         size = self.layer.weight.element_size()
@@ -239,6 +221,25 @@ class Fitting:
         else:
             module = TuckerBilinear.from_decomposition(found, quantize=config.quantize)
         return self._finished(module, way, found, fix_bias)
+
+    def _best_rounded(self, config: LayerConfig, found: Decomposition, target: Tensor | None, way: str) -> Fitted:
+        """Of a decomposition of the whitened weight, rounded value by value, or its parts to each other.
+
+        Args:
+            target: in the metric (O, I, J); None takes what is decomposed.
+        """
+        parts = self._unwhitened(found)
+        plain = self._stored(config, parts, way)
+        if config.quantize is None:
+            return plain
+        target = found.to_tensor() if target is None else target
+        fitted: Decomposition
+        if isinstance(parts, CPDecomposition):
+            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
+        else:
+            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
+        fits = (plain, replace(self._stored(config, fitted, way), decomposition=parts))
+        return min(fits, key=lambda fit: fit.error)
 
     def _rounded(self, config: LayerConfig, found: Decomposition, fix_bias: bool = True) -> Fitted:
         """A decomposition of the plain weight, its parts rounded to each other as without calibration."""
@@ -300,38 +301,3 @@ class Fitting:
                 white = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
             self._rows = (*white, wanted, weights)
         return self._rows
-
-
-class WeightFitting(Fitting):
-    """The same without calibration rows: all is fitted to the weight, whose relative error is what counts."""
-
-    def __init__(self, layer: nn.Bilinear) -> None:
-        nothing = layer.weight.detach()[0, :0].new_empty(0, 0)
-        super().__init__(layer, LayerInputs(nothing, nothing, 0, 1), fix_bias=False)
-
-    def _best(self, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock, thorough: bool) -> Fitted:
-        found = self._decomposed(self.layer.weight.detach(), config, rank, clock)
-        return replace(self._rounded(config, found), on_output=False)
-
-    def within(
-        self,
-        config: CPConfig | TuckerConfig,
-        limit: float,
-        *,
-        seconds: float | None = None,
-        progress: decompose.Progress | None = None,
-    ) -> Fitted:
-        """The smallest replacement of this kind whose error is at most `limit`. Raises: InfeasibleError without one."""
-
-        def attempt(target: MaxError) -> tuple[Fitted, float]:
-            share = None if seconds is None else seconds / 2
-            found = self.at(config, target, seconds=share, progress=progress)
-            return found, found.error
-
-        return within_after_rounding(attempt, limit, config.quantize, self.layer.weight.dtype)
-
-    def dense(self, config: DenseConfig) -> Fitted:
-        return replace(super().dense(config), on_output=False)
-
-    def _error(self, module: CompressedBilinear) -> float:
-        return weight_error(self.layer.weight.detach(), module)

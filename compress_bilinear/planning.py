@@ -13,7 +13,7 @@ from .calibration import Call, LayerInputs
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
-from .fitting import Fitting, WeightFitting
+from .fitting import Fitting
 from .measure import OutputError, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear
 from .progress import ProgressBars
@@ -21,6 +21,7 @@ from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
 from .selection import CANCELLING, Decision, cancelling, judge, keep
 from .solving import as_candidate, solve
+from .weight_fitting import WeightFitting
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15

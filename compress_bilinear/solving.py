@@ -16,9 +16,10 @@ from .calibration import FEWEST_ROWS
 from .config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .decomposition import CPDecomposition
 from .errors import AmplificationWarning, InfeasibleError
-from .fitting import Fitted, Fitting, within_after_rounding
+from .fitting import Fitted, Fitting
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from .weight_fitting import within_after_rounding
 
 
 @dataclass(frozen=True, eq=False)

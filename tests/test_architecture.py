@@ -24,6 +24,7 @@ FLOORS = (
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("fitting", "refinement"),
+    ("weight_fitting",),
     ("automatic",),
     ("solving",),
     ("selection",),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from ._source import full_precision
-from ._types import CPDecomposition, TuckerDecomposition, peak
+from ._types import CPDecomposition, TuckerDecomposition, peak, row_slices
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
@@ -53,16 +53,21 @@ class Metric:
     ) -> Tensor:  # (O, I, J)
         """The weight whose Frobenius error is the error in this metric: in float32 at least."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        white = weight.detach().to(dtype)
+        white = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         out, in1, in2 = (None if root is None else root.to(weight.device, dtype) for root in self.roots)
         with full_precision(weight.device):
-            if in2 is not None:
-                white = (white.flatten(0, 1) @ in2).view(white.shape)
-            if in1 is not None:
-                white = torch.matmul(in1, white)
+            for rows in row_slices(weight.shape):  # beside the result, no other copy of a large weight
+                part = weight.detach()[rows].to(dtype)
+                part = part if in2 is None else (part.flatten(0, 1) @ in2).view(part.shape)
+                white[rows] = part if in1 is None else torch.matmul(in1, part)
             if out is not None:
                 white = (out @ white.flatten(1)).view(white.shape)
         return white
+
+    def whitened(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
+        """The way back from `unwhiten`."""
+        root = self.roots[mode]
+        return factor.double() if root is None else root.to(factor.device) @ factor.double()
 
     def unwhiten(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
         """A factor of a whitened weight as one of the weight itself, in float64."""
@@ -77,6 +82,10 @@ class Metric:
         """Inputs for the whitened weight, in the rows' dtype: it makes of these what the weight makes of the rows."""
         inverse = self.inverses[mode]
         return rows if inverse is None else rows @ inverse.to(rows)
+
+
+PLAIN = Metric((None, None, None), (None, None, None))
+"""That in which the error of the weight itself counts."""
 
 
 def _roots(moment: Tensor, rows: int) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,25 @@ def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
     assert torch.equal(fitted.module.bias - before != 0, torch.ones(OUT, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [cb.DenseConfig, cb.CPConfig, cb.TuckerConfig])
+def test_what_rounding_costs_the_outputs_is_less_than_value_by_value_on_fresh_rows(kind, quantize):
+    layer = bilinear(IN1, IN2, OUT)
+    fitting = Fitting(layer, seen(layer, *rows(2000)), fix_bias=False)
+    if kind is cb.DenseConfig:
+        plain, floating = cb.DenseBilinear.from_bilinear(layer, quantize=quantize), 0.0
+        fitted = fitting.dense(kind(quantize=quantize))
+    else:
+        rank = 12 if kind is cb.CPConfig else (4, 6, 5)
+        found = fitting.at(kind(rank=rank), rank)
+        module = cb.CPBilinear if kind is cb.CPConfig else cb.TuckerBilinear
+        plain = module.from_decomposition(found.decomposition, layer.bias, quantize=quantize)
+        floating = fresh_error(layer, found.module)
+        fitted = fitting.at(kind(rank=rank, quantize=quantize), rank)
+    lost = [fresh_error(layer, module) ** 2 - floating**2 for module in (plain, fitted.module)]
+    assert lost[1] < 0.8 * lost[0]
+
+
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_a_bias_that_must_not_change_does_not(config):
     layer = bilinear(IN1, IN2, OUT)
