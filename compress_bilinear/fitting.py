@@ -230,7 +230,7 @@ class Fitting:
         """
         parts = self._unwhitened(found)
         plain = self._stored(config, parts, way)
-        if config.quantize is None:
+        if config.quantize is None or config.quantize == "bf16":
             return plain
         target = found.to_tensor() if target is None else target
         fitted: Decomposition

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .automatic import Chooser, Option, allocate, best_within
+from .allocation import Option, allocate, best_within
+from .automatic import Chooser
 from .calibration import Call, LayerInputs
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
@@ -241,7 +242,8 @@ class Planner:
         if limit is not None and limit.on == "output" and not on_output:
             raise InfeasibleError(f"{limit} needs calibration rows of the layer. Found too few or none.")
         chosen_by = fitting if on_output and fitting is not None else WeightFitting(found.layer)
-        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed)
+        exact = config.prefer == "speed" and self._options.measure_latency  # it is made where it is measured faster
+        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed, exact)
         if limit is not None:
             chooser.within(limit.error)
         else:

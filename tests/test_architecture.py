@@ -24,7 +24,7 @@ FLOORS = (
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("fitting", "refinement"),
-    ("weight_fitting",),
+    ("weight_fitting", "allocation"),
     ("automatic",),
     ("solving",),
     ("selection",),

@@ -23,7 +23,7 @@ from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_sl
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
 # squared relative error that rounding the factors that are left will add: what a ridge should discourage
-_RIDGE: dict[Quantize, float] = {"int8": 1e-4, "nf4": 1e-2}
+_RIDGE = {"int8": 1e-4, "nf4": 1e-2}
 _LEAST_RIDGE = 1e-9
 _CYCLES = 4  # of rounding each factor anew
 _GAIN = 0.998  # of the error, below which another cycle is worth its time
@@ -35,14 +35,14 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
     Args:
         found: the decomposition in floating point.
         weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
-        quantize: the format; with None it is `found` itself.
+        quantize: the format; with None, and with "bf16", whose rounding hardly counts, it is `found` itself.
         metric: that in which the error counts.
 
     Returns:
         In float32, or float64 for such a weight. The layer that is made of it stores these very values (but for a
         Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
     """
-    if quantize is None:
+    if quantize is None or quantize == "bf16":
         return found
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ..config import Quantize
 from ..quantization import (
@@ -9,6 +10,7 @@ from ..quantization import (
     LEVELS,
     NF4_CODE,
     UNIT,
+    BF16Tensor,
     dequantize,
     dequantize_nf4,
     expanded,
@@ -36,9 +38,15 @@ def unit_columns(
 
 def stored_core(core: Tensor, quantize: Quantize) -> Tensor:
     """A core (R_o, R_i, R_j) as a layer stores it; float64."""
-    if quantize == "int8":
-        return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
-    return _coded(core)[0]
+    match quantize:
+        case "bf16":
+            return _halved(core)
+        case "int8":
+            return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
+        case "nf4":
+            return _coded(core)[0]
+        case _:
+            assert_never(quantize)
 
 
 def stored_columns(
@@ -55,6 +63,8 @@ def stored_columns(
     Hoefler, Alistarh, 2023; the nearest plane algorithm of Babai, 1986). Components that cancel gain most.
     """
     unit, scale = unit_columns(factor)
+    if quantize == "bf16":  # so fine that nothing has to be taken back
+        return _halved(unit), scale
     matrix = unit if mode == 0 else unit.T
     if quantize == "int8":
         plain, steps = dequantize(quantize_unit(matrix), None, torch.float64), torch.full_like(matrix, UNIT * LEVELS)
@@ -76,6 +86,8 @@ def stored_weight(
     `stored_columns`: here of each output by itself, in the metric of its inputs, whose Kronecker product is never
     formed. Of a weight with more than 2¹⁴ products of inputs, errors are taken back along in1 alone.
     """
+    if quantize == "bf16":
+        return _halved(weight).to(weight.dtype)
     plain, steps = _coded(weight) if quantize == "nf4" else _blocks(weight)
     upper1, upper2 = (_upper(None if root is None else root @ root, _INPUT_DAMPING) for root in metric.roots[1:])
     if upper1 is None and upper2 is None:
@@ -113,6 +125,10 @@ def _row_fed_back(row: Tensor, plain: Tensor, steps: Tensor, upper: Tensor, quan
 def _kept_largest(wanted: Tensor, plain: Tensor, steps: Tensor, quantize: Quantize) -> Tensor:
     """Nearest values; but the largest entries stay so: their codes are what makes a scale the scale."""
     return torch.where(plain.abs() >= steps, plain, _nearest(wanted, steps, quantize))
+
+
+def _halved(values: Tensor) -> Tensor:
+    return BF16Tensor.coded(values).dequantize(torch.float64)
 
 
 def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
