@@ -18,9 +18,9 @@ from compress_bilinear.modules import _linear
 from compress_bilinear.modules._int8_matmul import int8_linear
 from compress_bilinear.ops import _dense, reference
 
-FORMATS = ("int8", "nf4")
+FORMATS = ("bf16", "int8", "nf4")
 METHODS = ("dense", "cp", "tucker")
-BOUND = {"int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
+BOUND = {"bf16": 0.01, "int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
