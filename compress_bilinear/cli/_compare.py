@@ -141,10 +141,17 @@ def compare(
 
 
 def _read(path: Path) -> Report:
+    required = f"{str(path)!r} should be a report that --report wrote as .json."
+    if path.is_dir() or not path.exists():
+        raise CompressionError(f"{required} Found {'a folder' if path.is_dir() else 'no such file'}.")
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
-    except (CompressionError, UnicodeDecodeError) as error:
-        raise CompressionError(f"{str(path)!r} should be a report that --report wrote as .json. {error}") from error
+    except UnicodeDecodeError as error:
+        raise CompressionError(f"{required} Found a file that is no text.") from error
+    except OSError as error:
+        raise CompressionError(f"{required} Found a file that cannot be read: {error.strerror}.") from error
+    except CompressionError as error:
+        raise CompressionError(f"{required} {error}") from error
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:

@@ -28,6 +28,7 @@ from ..report import size
 from ._shared import (
     FILE,
     SEED,
+    Content,
     as_json,
     check_targets,
     device,
@@ -147,17 +148,20 @@ def compress(
         state, chosen, configs, device=device, dtype=dtype, progress=False if quiet else None, **options
     )
     made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}))
+    files: list[tuple[Path, Content]] = []
+    if output is not None and described and not dry_run:
+        files.append((output, lambda temporary: tensor_file.write(new_state, described, temporary)))
+    if report is not None:
+        files.append((report, rendered(made, style_of(report, "--report"))))
+    write_together(files)  # before anything is printed: who reads that may have gone
     if as_json:
         print(made.to_json())
     else:
-        show(str(planned) if dry_run else str(made), hidden=quiet)
-    reports = [] if report is None else [(report, rendered(made, style_of(report, "--report")))]
-    if dry_run or output is None or not described:
-        write_together(reports)
+        written = [f"Wrote {path} ({size(path.stat().st_size)})" for path, _ in files]
+        show(str(planned) if dry_run else str(made), *written, hidden=quiet)
+    if not described:
         unwritten = f"nothing was replaced, so {str(output)!r} was not written"
-        return "nothing would be replaced" if dry_run and not described else None if dry_run else unwritten
-    write_together([(output, lambda temporary: tensor_file.write(new_state, described, temporary)), *reports])
-    show(f"Wrote {output} ({size(output.stat().st_size)})", hidden=quiet or as_json)
+        return "nothing would be replaced" if dry_run else unwritten
     return None
 
 

@@ -91,8 +91,12 @@ def rendered(report: Report, style: Style) -> str:
             return report.to_html()
 
 
-def write_together(contents: Iterable[tuple[Path, str | Callable[[Path], object]]]) -> None:
-    """Write files, from text or by a function that takes a path, and put them in place only when all are whole."""
+Content: TypeAlias = str | Callable[[Path], object]
+"""A file's text, or a function that writes the file at a path."""
+
+
+def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
+    """Write files, and put them in place only when all are whole."""
     with ExitStack() as stack:
         for path, content in contents:
             temporary = stack.enter_context(written_atomically(path))

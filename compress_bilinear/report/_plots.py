@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ._data import FrontPoint, LayerReport, Spectrum
+from ._data import FrontPoint, LayerReport, Quartiles, Spectrum
 from ._format import error, named, printable, size
 from ._svg import GRID, INK, SERIES, SURFACE, inlined
 
@@ -28,7 +28,7 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     """Bars of the medians with the quartiles; None where nothing was timed."""
     after = "turned down" if layer.decision == "kept" else "replacement"
     rows = [
-        ((label, detail), value, quartiles if quartiles and None not in quartiles else None)
+        ((label, detail), value, _whole(quartiles))
         for label, detail, value, quartiles in (
             ("nn.Bilinear", "", layer.latency_before_ms, layer.latency_before_quartiles_ms),
             (
@@ -67,6 +67,12 @@ def latency_plot(layer: LayerReport) -> Plot | None:
         for label, value, quartiles in rows
     )
     return Plot(_drawn(draw, left=0.25), f"Bars of the latency of a call of {layer.batch_size} rows: {told}.")
+
+
+def _whole(quartiles: Quartiles | None) -> tuple[float, float] | None:
+    """Both of them, or neither."""
+    low, high = quartiles or (None, None)
+    return None if low is None or high is None else (low, high)
 
 
 def front_plot(layer: LayerReport) -> Plot | None:

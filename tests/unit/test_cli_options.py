@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
@@ -66,6 +67,10 @@ MISTAKES = {
     "config and a seed": (("compress", "net.pt", *TO, *CONFIG, "--seed", "0"), "stands alone. Found --seed too"),
     "no config file": (("compress", "net.pt", *TO, "--config", "none.toml"), "should be a file of text to read"),
     "wrong config": (("compress", "net.pt", *TO, "--config", "wrong.toml"), "wrong.toml: layers.rel.rank: `rank` of"),
+    "config with a key mistyped": (
+        ("compress", "net.pt", *TO, "--config", "typing.toml"),
+        "typing.toml: layers.rel.methd: unknown. Did you mean method?",
+    ),
     "config and no layer of it": (
         ("compress", "net.pt", *TO, "--config", "rel.toml", "--layers", "head"),
         "--layers should leave a layer that --config is about. Found globs rel",
@@ -77,7 +82,21 @@ MISTAKES = {
     "report over the checkpoint": (("compress", "net.pt", *TO, *REL, "--report", "net.pt"), "should end in .json"),
     "report's output": (("report", "net.pt", "net.pt", "-o", "a.txt"), "--output should end in .json, .md or .html"),
     "compare nothing": (("compare",), "Missing argument 'REPORT.json...'"),
-    "compare a checkpoint": (("compare", "net.pt"), "'net.pt' should be a report that --report wrote as .json"),
+    "compare a checkpoint": (
+        ("compare", "net.pt"),
+        "'net.pt' should be a report that --report wrote as .json. Found a file that is no text",
+    ),
+    "compare what is not there": (
+        ("compare", "none.json"),
+        "should be a report that --report wrote as .json. Found no",
+    ),
+    "compare a folder": (("compare", "folder.json"), "should be a report that --report wrote as .json. Found a folder"),
+    "compare what may not be read": (("compare", "secret.json"), "a file that cannot be read: Permission denied"),
+    "compare a list": (
+        ("compare", "list.json"),
+        "'list.json' should be a report that --report wrote as .json. `schema",
+    ),
+    "compare what is nested for ever": (("compare", "deep.json"), "A report in JSON is required"),
     "compare twice the same": (("compare", "one.json", "one.json"), "Each report should be given once"),
     "compare into a report": (("compare", "one.json", "-o", "one.json"), "another file than the reports"),
     "compare into a picture": (("compare", "one.json", "-o", "a.png"), "should end in .md, .html, .csv or .json"),
@@ -88,11 +107,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_users_mistake_is_one_line_and_status_2(run, folder, case):
+def test_a_users_mistake_is_one_line_and_status_2(run, folder, case, monkeypatch):
     (folder / "wrong.toml").write_text('[layers.rel]\nmethod = "cp"\nrank = "many"\n')
     (folder / "rel.toml").write_text('[layers.rel]\nmethod = "cp"\nrank = 3\n')
+    (folder / "folder.json").mkdir()
+    (folder / "list.json").write_text("[]")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "typing.toml").write_text('[layers.rel]\nmethd = "cp"\nrank = 3\n')
     before = sorted(folder.rglob("*"))
     args, problem = MISTAKES[case]
+    if "secret.json" in args:  # nobody forbids root to read
+        denied = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(Path, "exists", lambda path: True)
+        monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=denied))
     status, _, err = run(*args)
     assert status == 2
     assert problem in err
@@ -271,7 +298,7 @@ class TestCompare:
         Path("odd.json").write_text(json.dumps(data))
         status, _, err = run("compare", "odd.json")
         assert status == 2
-        assert "`bytes_after` of a layer should be a number or null. Found 'few'" in err
+        assert "`bytes_after` of layer 'a' should be a whole number, at least 0. Found 'few'" in err
 
 
 class TestInspect:
@@ -353,6 +380,25 @@ def test_ctrl_c_leaves_nothing_half_written(folder):
     assert (process.returncode, out, err.strip()) == (130, "", "compress-bilinear: interrupted")
     assert sorted(folder.rglob("*")) == before
     assert (folder / "small.safetensors").read_text() == "old"
+
+
+def test_what_was_asked_for_is_written_although_nobody_reads_what_is_printed(run, folder, monkeypatch):
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    for command in (
+        ("compress", *TO, *REL, "--report", "a.json"),
+        ("compress", "--json", *TO, *REL, "--report", "a.json"),
+    ):
+        for name in ("small.safetensors", "a.json"):
+            (folder / name).unlink(missing_ok=True)
+        with monkeypatch.context() as patch:
+            patch.setattr("compress_bilinear.cli._compress.show", closed)
+            patch.setattr("builtins.print", closed)
+            patch.setattr("os.dup2", lambda *args: None)
+            assert run(command[0], "net.pt", *command[1:])[0] == 1
+        assert cb.Report.from_json((folder / "a.json").read_text()).layers[0].decision == "replaced"
+        assert isinstance(cb.load("small.safetensors", net())["rel"], cb.TuckerBilinear)
 
 
 def test_who_reads_no_further_causes_no_error():
