@@ -24,7 +24,7 @@ def record(
     """
     if not isinstance(data, Mapping):
         raise CompressionError(f"{what} should be an object. Found {data!r}.")
-    known = _hints(kind)
+    known = _hints(kind)  # type: ignore[arg-type]  # a class can be hashed
     for name in data:
         if name not in known:
             raise CompressionError(f"{what} should have {', '.join(known)}. Found {name!r}.{nearest(name, known)}")
