@@ -12,21 +12,7 @@ from .. import state_dicts
 from ..errors import CompressionError, ConfigError
 from ..report import Comparison, Limit, Report, failures, numeric_fields
 from ..report import compare as side_by_side
-from ._shared import (
-    FILE,
-    Style,
-    as_json,
-    check_targets,
-    device,
-    dtype,
-    examples,
-    quiet,
-    rendered,
-    rows,
-    show,
-    style_of,
-    write_together,
-)
+from ._shared import FILE, Style, check_targets, examples, measuring, printing, rendered, show, style_of, write_together
 
 _Side = Literal["table", "markdown", "html", "csv", "json"]
 _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", ".json": "json"}
@@ -45,11 +31,7 @@ _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", "
     "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
 )
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .json, .md or .html.")
-@rows
-@device
-@dtype
-@as_json
-@quiet
+@measuring
 def report(
     original: Path,
     compressed: Path,
@@ -102,8 +84,7 @@ def report(
 @click.option(
     "--fail-below", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has less, or none."
 )
-@as_json
-@quiet
+@printing
 def compare(
     files: tuple[Path, ...],
     figures: tuple[str, ...],

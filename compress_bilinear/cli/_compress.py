@@ -25,22 +25,7 @@ from ..config import (
 from ..config_text import Recipe
 from ..errors import ConfigError
 from ..report import size
-from ._shared import (
-    FILE,
-    SEED,
-    Content,
-    as_json,
-    check_targets,
-    device,
-    dtype,
-    examples,
-    quiet,
-    rendered,
-    rows,
-    show,
-    style_of,
-    write_together,
-)
+from ._shared import FILE, SEED, Content, check_targets, examples, measuring, rendered, show, style_of, write_together
 
 _OF_A_CONFIG = (
     "method",
@@ -83,13 +68,9 @@ _OF_A_CONFIG = (
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
-@rows
-@device
-@dtype
 @click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan; write no checkpoint.")
 @click.option("--report", type=FILE, metavar="FILE", help="Also write the report: .json, .md or .html.")
-@as_json
-@quiet
+@measuring
 @click.pass_context
 def compress(
     context: click.Context,

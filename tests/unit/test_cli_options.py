@@ -15,13 +15,12 @@ import click
 import pytest
 import torch
 from records import kept, replaced, report
-from support import bilinear, command_line, low_rank
+from support import assert_refused, bilinear, low_rank, timed_at_once
 from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear import selection, state_dicts
 from compress_bilinear.cli._main import app
-from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
 BATCH = torch.randn(5, IN1), torch.randn(5, IN2)
@@ -48,14 +47,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     )
     Path("one.json").write_text(one.to_json())
     Path("two.json").write_text(two.to_json())
-    latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
-    monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+    timed_at_once(monkeypatch)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")
@@ -114,18 +107,12 @@ def test_a_users_mistake_is_one_line_and_status_2(run, folder, case, monkeypatch
     (folder / "list.json").write_text("[]")
     (folder / "deep.json").write_text("[" * 100_000)
     (folder / "typing.toml").write_text('[layers.rel]\nmethd = "cp"\nrank = 3\n')
-    before = sorted(folder.rglob("*"))
     args, problem = MISTAKES[case]
     if "secret.json" in args:  # nobody forbids root to read
         denied = PermissionError(13, "Permission denied")
         monkeypatch.setattr(Path, "exists", lambda path: True)
         monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=denied))
-    status, _, err = run(*args)
-    assert status == 2
-    assert problem in err
-    assert err.startswith("compress-bilinear: error: ")
-    assert err.count("\n") == 1
-    assert sorted(folder.rglob("*")) == before
+    assert_refused(run, folder, args, problem)
 
 
 class TestCompress:
