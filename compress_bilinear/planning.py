@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .automatic import Chooser, Option, allocate, best_within
+from .baselines import renewed
 from .calibration import Call, LayerInputs
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
@@ -19,7 +20,7 @@ from .modules import CompressedBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
-from .selection import Decision, judge, keep
+from .selection import Decision, compared, judge, keep
 from .solving import as_candidate, solve
 
 _DEFAULT_ROWS = 256
@@ -137,6 +138,9 @@ class Planner:
             known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
             if module.quantize is not None:  # its parts are those of the factors before
                 known |= {"truncation_error": None, "quantization_error": None}
+            for name in ("front", "compared"):
+                points = getattr(decision.report, name)
+                known[name] = renewed(points, known["weight_error"], known["output_error"])
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
@@ -181,9 +185,10 @@ class Planner:
             return keep(found, wanted, str(error))
         self._misfits.append((wanted, None))
         measured = fitting.held_out if fitting is not None else self._measured(found)
-        return judge(
+        decision = judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
+        return compared(decision, found.layer, candidate, measured)
 
     def _fitting(self, found: FoundLayer) -> Fitting | None:
         seen = self._inputs.get(found.label)

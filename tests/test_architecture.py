@@ -24,7 +24,7 @@ FLOORS = (
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
     ("fitting", "refinement"),
-    ("automatic",),
+    ("automatic", "baselines"),
     ("solving",),
     ("selection",),
     ("planning",),

@@ -91,6 +91,8 @@ class LayerReport:
         backend: which code evaluates the replacement.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
         front: the replacements that were considered, by bytes; empty where the config left no choice.
+        compared: where it left none, what the replacement stands beside, by bytes: the layer itself, its weight in 8
+            bits, and what a search for the rank tried. Empty where nothing was solved.
         spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved or a mode is too long.
     """
 
@@ -129,6 +131,7 @@ class LayerReport:
     amplification: float | None = None
     form: str = "nn.Bilinear"
     front: tuple[FrontPoint, ...] = ()
+    compared: tuple[FrontPoint, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
 
     @property
@@ -270,7 +273,7 @@ def _layer(entry: Any, number: int) -> LayerReport:
     named = isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
     what = f"layer {entry['name'] or '(root)'!r}" if named else f"layer {number}"
     inner: dict[str, tuple[object, ...]] = {}
-    for name, kind in {"front": FrontPoint, "spectra": Spectrum}.items():
+    for name, kind in {"front": FrontPoint, "compared": FrontPoint, "spectra": Spectrum}.items():
         if isinstance(entry, Mapping) and isinstance(entry.get(name), (list, tuple)):
             inner[name] = tuple(record(kind, one, f"{name}[{k}] of {what}") for k, one in enumerate(entry[name]))
     layer = record(LayerReport, entry, what, **inner)
