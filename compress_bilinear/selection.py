@@ -190,8 +190,14 @@ def _timing(timing: Timing | None) -> dict[str, Any]:
     return known
 
 
-def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint."""
+def compare_layers(
+    name: str,
+    layer: nn.Bilinear,
+    module: CompressedBilinear,
+    batch_size: int | None,
+    measured: OutputError | None = None,
+) -> LayerReport:
+    """The report on a replacement that has been made already, say in a checkpoint; `measured` as in `judge`."""
     wanted: LayerConfig
     match module.rank:
         case None:
@@ -201,6 +207,6 @@ def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, ba
         case triple:
             wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    decision = judge(FoundLayer((name,), layer), wanted, candidate, None, False, batch_size, True)
-    report = compared(decision, layer, candidate, None).report
+    decision = judge(FoundLayer((name,), layer), wanted, candidate, measured, False, batch_size, True)
+    report = compared(decision, layer, candidate, measured).report
     return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already

@@ -23,7 +23,7 @@ FLOORS = (
     ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
-    ("fitting", "refinement"),
+    ("fitting", "refinement", "rows_file"),
     ("automatic", "baselines"),
     ("solving",),
     ("selection",),

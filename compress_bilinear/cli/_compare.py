@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import torch
@@ -12,7 +12,19 @@ from .. import state_dicts
 from ..errors import CompressionError, ConfigError
 from ..report import Comparison, Limit, Report, failures, numeric_fields
 from ..report import compare as side_by_side
-from ._shared import FILE, Style, check_targets, examples, measuring, printing, rendered, show, style_of, write_together
+from ._shared import (
+    FILE,
+    Style,
+    calibration,
+    check_targets,
+    examples,
+    measuring,
+    printing,
+    rendered,
+    show,
+    style_of,
+    write_together,
+)
 
 _Side = Literal["table", "markdown", "html", "csv", "json"]
 _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", ".json": "json"}
@@ -23,6 +35,7 @@ _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", "
         "report model.pt small.safetensors",
         "report model.pt small.safetensors --format markdown",
         "report model.pt small.safetensors -o report.html --batch-size 64",
+        "report model.pt small.safetensors --calibration rows.safetensors",
     )
 )
 @click.argument("original", type=FILE)
@@ -31,12 +44,14 @@ _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", "
     "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
 )
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .json, .md or .html.")
+@calibration
 @measuring
 def report(
     original: Path,
     compressed: Path,
     style: Style,
     output: Path | None,
+    calibration: Path | None,
     batch_size: int | None,
     device: torch.device | None,
     dtype: torch.dtype | None,
@@ -46,10 +61,11 @@ def report(
     """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
     if output is not None:
         style = style_of(output, "--output")
-        if output.resolve() in (original.resolve(), compressed.resolve()):
-            raise ConfigError("--output should be another file than ORIGINAL and COMPRESSED. Found the same as one.")
+        if output.resolve() in {file.resolve() for file in (original, compressed, calibration) if file is not None}:
+            raise ConfigError("--output should be another file than those that are read. Found the same as one.")
         check_targets(output)
-    measured = state_dicts.compare(original, compressed, batch_size or 256, device=device, dtype=dtype)
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
+    measured = state_dicts.compare(original, compressed, batch_size or 256, **where)
     if output is not None:
         write_together([(output, rendered(measured, style))])
         show(f"Wrote {output}", hidden=quiet or as_json)

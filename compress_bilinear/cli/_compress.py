@@ -25,7 +25,19 @@ from ..config import (
 from ..config_text import Recipe
 from ..errors import ConfigError
 from ..report import size
-from ._shared import FILE, SEED, Content, check_targets, examples, measuring, rendered, show, style_of, write_together
+from ._shared import (
+    FILE,
+    SEED,
+    Content,
+    calibration,
+    check_targets,
+    examples,
+    measuring,
+    rendered,
+    show,
+    style_of,
+    write_together,
+)
 
 _OF_A_CONFIG = (
     "method",
@@ -35,6 +47,7 @@ _OF_A_CONFIG = (
     "quantize",
     "prefer",
     "seed",
+    "on",
 )  # options that a file says instead
 
 
@@ -44,6 +57,7 @@ _OF_A_CONFIG = (
         "compress model.pt -o small.safetensors --method cp --rank 64 --quantize int8 --report report.html",
         "compress model.pt --dry-run --max-error 0.1 --json > plan.json",
         "compress model.pt -o small.safetensors --config layers.toml --max-seconds 60",
+        "compress model.pt -o small.safetensors --method auto --max-size 0.1 --calibration rows.safetensors",
     )
     + "\n\n\b\nlayers.toml, say; the first glob that matches a layer holds:\n"
     '  [layers."rel.*"]\n  method = "cp"\n  max_error = 0.05\n  quantize = "int8"\n'
@@ -55,7 +69,12 @@ _OF_A_CONFIG = (
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json file of globs and what to do with them.")
 @click.option("--method", type=click.Choice(config_text.METHODS), default="tucker", show_default=True)
 @click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
-@click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
+@click.option("--max-error", type=float, help="Instead of a rank: highest relative error.")
+@click.option(
+    "--on",
+    type=click.Choice(["weight", "output"]),
+    help="What --max-error counts on.  [default: weight; of --method auto with --calibration, output]",
+)
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
 @click.option("--quantize", type=click.Choice(get_args(Quantize)), help="Storage format of the new layers.")
 @click.option(
@@ -65,6 +84,7 @@ _OF_A_CONFIG = (
     help="What --method auto makes small.  [default: size]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
+@calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
@@ -81,10 +101,12 @@ def compress(
     method: str,
     rank: str | None,
     max_error: float | None,
+    on: Literal["weight", "output"] | None,
     max_size: float | None,
     quantize: Quantize | None,
     prefer: Literal["size", "speed"],
     seed: int,
+    calibration: Path | None,
     max_seconds: float | None,
     force: bool,
     no_latency: bool,
@@ -100,7 +122,7 @@ def compress(
 
     The result loads with compress_bilinear.load(OUTPUT, Net()), Net being the original network, in its dtype.
     """
-    _check_files(path, output, report, dry_run)
+    _check_files(path, output, report, calibration, dry_run)
     if config is not None:
         given = [name for name in _OF_A_CONFIG if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
@@ -110,7 +132,8 @@ def compress(
             )
         recipe = config_text.read(config)
     else:
-        recipe = Recipe(configs={"*": _config(method, rank, max_error, max_size, quantize, prefer, seed)}, options={})
+        single = _config(method, rank, max_error, max_size, quantize, prefer, seed, on)
+        recipe = Recipe(configs={"*": single}, options={})
     if state_dicts.descriptions(path):
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
@@ -126,9 +149,17 @@ def compress(
     chosen = state_dicts.choose(state, include or (tuple(recipe.configs) if config is not None else ()))
     configs = _matching(recipe, chosen)
     planned, new_state, described = state_dicts.compress_state(
-        state, chosen, configs, device=device, dtype=dtype, progress=False if quiet else None, **options
+        state,
+        chosen,
+        configs,
+        device=device,
+        dtype=dtype,
+        calibration=calibration,
+        progress=False if quiet else None,
+        **options,
     )
-    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}))
+    ours = () if calibration is None else ("calibration",)
+    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}, ours))
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: tensor_file.write(new_state, described, temporary)))
@@ -146,7 +177,7 @@ def compress(
     return None
 
 
-def _check_files(path: Path, output: Path | None, report: Path | None, dry_run: bool) -> None:
+def _check_files(path: Path, output: Path | None, report: Path | None, rows: Path | None, dry_run: bool) -> None:
     """What is wrong with the files is said before anything takes time."""
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
@@ -158,6 +189,8 @@ def _check_files(path: Path, output: Path | None, report: Path | None, dry_run: 
         raise ConfigError(
             "--report should be another file than CHECKPOINT and --output. Found the same as one of them."
         )
+    if rows is not None and rows.resolve() in {file.resolve() for file in (output, report) if file is not None}:
+        raise ConfigError("--calibration should be another file than those that are written. Found the same as one.")
     check_targets(output, report)
 
 
@@ -179,7 +212,11 @@ def _config(
     quantize: Quantize | None,
     prefer: Literal["size", "speed"],
     seed: int,
+    on: Literal["weight", "output"] | None = None,
 ) -> Config:
+    if on is not None and max_error is None:
+        raise ConfigError(f"--on says what --max-error counts on. Found --on {on} alone.")
+    limit = None if max_error is None else MaxError(max_error, on or "weight")
     given = [name for name, value in _targets(rank, max_error, max_size).items() if value is not None]
     if method == "dense":
         if given or quantize is None:
@@ -192,14 +229,14 @@ def _config(
         if len(given) != 1 or rank is not None or quantize is not None:
             listed = ", ".join(given + (["--quantize"] if quantize is not None else [])) or "none"
             raise ConfigError(f"--method auto takes one of --max-error and --max-size alone. Found {listed}.")
-        return AutoConfig(error=max_error, size=max_size, prefer=prefer, seed=seed)
+        return AutoConfig(error=max_error if on is None else limit, size=max_size, prefer=prefer, seed=seed)
     if prefer != "size":
         raise ConfigError(f"--prefer is for --method auto. Found --method {method}.")
     if len(given) != 1:
         raise ConfigError(
             f"--method {method} takes one of --rank, --max-error and --max-size. Found {', '.join(given) or 'none'}."
         )
-    target = MaxError(max_error) if max_error is not None else MaxSize(max_size) if max_size is not None else None
+    target = limit if limit is not None else MaxSize(max_size) if max_size is not None else None
     if method == "cp":
         cp_rank: CPRank = target if target is not None else _ints(rank, 1, "--rank of CP")[0]
         return CPConfig(rank=cp_rank, quantize=quantize, seed=seed)

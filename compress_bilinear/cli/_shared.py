@@ -57,6 +57,13 @@ _dtype_option = click.option(
     callback=_dtype,
     help="Take the original in this dtype; errors and sizes are then against that.  [default: as stored]",
 )
+calibration = click.option(
+    "--calibration",
+    type=FILE,
+    metavar="FILE",
+    help="Rows of the layers' inputs, .safetensors or .npz: for a layer rel the tensors rel.input1 (N, in1) and "
+    "rel.input2 (N, in2). Factors are fitted to the outputs, and output errors measured on held-out rows.",
+)
 
 
 def printing(command: _Command) -> _Command:
