@@ -369,6 +369,30 @@ def test_ctrl_c_leaves_nothing_half_written(folder):
     assert (folder / "small.safetensors").read_text() == "old"
 
 
+LOADING = """
+import runpy, sys
+
+class Interrupted:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["compress-bilinear", "inspect", "net.pt"]
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["runpy.run_module('compress_bilinear', run_name='__main__')", "from compress_bilinear.cli import main; main()"],
+    ids=["module", "script"],
+)
+def test_ctrl_c_while_pytorch_is_loaded_is_no_traceback(start):
+    with in_a_process("-c", LOADING + start) as process:
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "compress-bilinear: interrupted\n")
+
+
 def test_what_was_asked_for_is_written_although_nobody_reads_what_is_printed(folder):
     with in_a_process("-m", "compress_bilinear", "compress", "net.pt", *TO, *REL, "--report", "a.json") as process:
         process.stdout.close()
