@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def measured(
     found = contestants(case, count, dtype, device)
     for name, contestant in list(found.items()):
         out = (training and not contestant.trains) or (contestant.compiled and not compiling) or name in excluded
-        error = None if out else attempt(name, contestant.family, lambda c=contestant: gate(c, case))  # type: ignore[misc]
+        error = None if out else attempt(name, contestant.family, partial(gate, contestant, case))
         if isinstance(error, float) and error < TOLERANCES[dtype]:
             calls[name] = trained(contestant, dtype) if training else forward(contestant)
             continue
@@ -90,9 +91,11 @@ def measured(
         del found[name]
     with torch.set_grad_enabled(training):
         samples = latencies(calls, device, seconds, lambda name, call: attempt(name, found[name].family, call))
-        peaks = {
-            name: attempt(name, found[name].family, lambda name=name: peak(calls[name], device)) for name in samples
-        }  # type: ignore[misc]
+        gc.collect()
+        peaks = {}
+        for name in samples:
+            step = partial(peak, calls[name], device)
+            peaks[name] = attempt(name, found[name].family, step)
     baseline = statistics.median(samples["nn.Bilinear"]) if samples.get("nn.Bilinear") else None
     result: list[Row] = []
     for name, values in samples.items():
@@ -163,9 +166,9 @@ def latencies(
     """
     single: dict[str, float] = {}
     for name, call in calls.items():
-        first = attempt(name, lambda call=call: timed(call, device, 1))  # type: ignore[misc]
-        if isinstance(first, float) and first < SLOW:
-            first = attempt(name, lambda call=call: min(timed(call, device, 1) for _ in range(3)))  # type: ignore[misc]
+        first = attempt(name, partial(timed, call, device, 1))
+        if isinstance(first, float) and first < SLOW:  # which came to cold caches
+            first = attempt(name, partial(timed, call, device, 1))
         if isinstance(first, float):
             single[name] = first
     repeats = {name: max(1, min(200, round(BLOCK_SECONDS / duration))) for name, duration in single.items()}
@@ -175,8 +178,9 @@ def latencies(
     for _ in range(round(min(max(seconds / max(share, 1e-9), ROUNDS[0]), ROUNDS[1]))):
         for name in quick:
             if name in samples:
-                block = lambda name=name: (timed(calls[name], device, 2), timed(calls[name], device, repeats[name]))[1]  # noqa: E731
-                sample = attempt(name, block)
+                sample = attempt(name, partial(timed, calls[name], device, 2))
+                if sample is not None:
+                    sample = attempt(name, partial(timed, calls[name], device, repeats[name]))
                 if isinstance(sample, float):
                     samples[name].append(1e3 * sample)
                 else:
@@ -205,7 +209,6 @@ def timed(call: Call, device: torch.device, repeats: int) -> float:
 
 def peak(call: Call, device: torch.device) -> float:
     """Bytes beyond what was there before the call, the output included: resident ones, on a GPU allocated ones."""
-    gc.collect()
     if device.type != "cuda":
         return float(with_peak(call)[1])
     torch.cuda.synchronize()
