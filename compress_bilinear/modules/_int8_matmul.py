@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..quantization import LEVELS, UNIT
 
+CHUNK = 2**20  # of the weight's values that are de-quantized at once (or one row of them)
 _LEAST = 1e-30  # of a row's largest magnitude, for a row of zeros
 
 
@@ -16,8 +17,8 @@ def int8_linear(
 ) -> Tensor:  # (..., O)
     """x Wᵀ through `torch._int_mm`; the inputs' rounding costs about 1% of the output.
 
-    The gradient is that of the product without rounding. Where CUDA's kernel does not take the sizes (it needs more
-    than 16 rows, and multiples of 8), integers are padded.
+    The gradient is that of the product without rounding; the weight's parts are read for it one by one. Where CUDA's
+    kernel does not take the sizes (it needs more than 16 rows, and multiples of 8), integers are padded.
     """
     if torch.is_grad_enabled() and input.requires_grad:
         output: Tensor = _Int8Linear.apply(input, weight)  # type: ignore[no-untyped-call]
@@ -39,7 +40,10 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,), (grad,) = ctx.saved_tensors, grads
-        return (grad @ weight.to(grad.dtype)) * UNIT, None
+        rows = max(1, CHUNK // max(1, weight.shape[1]))
+        parts = zip(grad.split(rows, dim=-1), weight.split(rows), strict=True)
+        total = sum((part @ values.to(grad.dtype) for part, values in parts), start=grad.new_zeros(()))
+        return total * UNIT, None
 
 
 def _product(input: Tensor, weight: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from . import reference
 from ._choice import BACKENDS, Backend, Choice
 from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
-from ._gemm import linear, linear_times
+from ._gemm import linear, linear_times, stored_linear
 from ._layers import (
     bilinear_cp,
     bilinear_dense,
@@ -34,4 +34,5 @@ __all__ = [
     "pairwise_dense",
     "pairwise_tucker",
     "reference",
+    "stored_linear",
 ]
