@@ -134,7 +134,7 @@ def set_compute(
         there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
         raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
     if compute != "fastest" and not any(compute in layer.computes for layer in layers.values()):
-        raise ConfigError(f"A layer should have the mode {compute!r}, which is for CP and Tucker in int8. Found none.")
+        raise ConfigError(f"A layer should have the mode {compute!r}, which is for those in int8. Found none.")
     choices = {}
     for name, layer in layers.items():
         bias = layer.bias

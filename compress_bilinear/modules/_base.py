@@ -45,7 +45,7 @@ class CompressedBilinear(nn.Module):
     @property
     def computes(self) -> tuple[Compute, ...]:
         """The modes that `set_compute` takes."""
-        integer = any(getattr(part, "takes_int8", False) for part in self.modules())
+        integer = any(getattr(part, "takes_int8", False) for part in self._computing())
         return ("on_the_fly", "resident", "int8") if integer else ("on_the_fly", "resident")
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
@@ -54,11 +54,12 @@ class CompressedBilinear(nn.Module):
         Args:
             compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
                 de-quantized as well, in `dtype`, for inputs of that dtype: the same outputs up to the order of sums.
-                "int8" rounds each row of a CP's or Tucker's inputs and hidden values to int8 and multiplies integers
-                (`torch._int_mm`), which costs about 1% of the outputs' norm.
+                "int8" rounds each row of the longer input of a dense layer, or of a CP's or Tucker's inputs and hidden
+                values, to int8 and multiplies integers (`torch._int_mm`), which costs about 1% of the outputs' norm;
+                a Tucker's core is computed on the fly.
             dtype: of the resident weights.
 
-        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no projection is in plain int8.
+        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no weight is in int8 that takes it.
         """
         if self.quantize is None:
             raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
@@ -70,10 +71,15 @@ class CompressedBilinear(nn.Module):
         for part in self.modules():
             if isinstance(part, QuantizedTensor):
                 part.keep_resident(dtype if compute == "resident" else None)
-            elif getattr(part, "takes_int8", False):
-                cast(Any, part).integer = compute == "int8"
             elif isinstance(part, CompressedBilinear):
-                part.compute = compute
+                part.compute = "on_the_fly" if compute == "int8" and part is not self else compute
+        for part in self._computing():
+            if getattr(part, "takes_int8", False):
+                cast(Any, part).integer = compute == "int8"
+
+    def _computing(self) -> list[nn.Module]:
+        """The layer and its linear parts: what may multiply integers."""
+        return [part for part in self.modules() if part is self or not isinstance(part, CompressedBilinear)]
 
     @property
     @abstractmethod

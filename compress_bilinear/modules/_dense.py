@@ -12,6 +12,7 @@ from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import NF4Tensor, QuantizedTensor, scale_grid
 from ._base import CompressedBilinear, autocast_dtype, without_autocast
+from ._int8_matmul import int8_bilinear
 from ._linear import row_parts
 
 
@@ -24,6 +25,10 @@ class DenseBilinear(CompressedBilinear):
     an `NF4Tensor`. Inputs may then have any floating dtype, and beside inputs and output a forward holds at most 2²⁰
     de-quantized values (or one output's), and a block of T (see `ops`). For a backward, inputs and at most one block of
     T are kept, but no de-quantized values: those are read again, part by part.
+
+    Attributes:
+        integer: whether `forward` also rounds the longer input's rows to int8 and multiplies integers, where the weight
+            is int8: see `set_compute`. Pairs, blocks and indices are computed on the fly then.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -59,7 +64,13 @@ class DenseBilinear(CompressedBilinear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        self.integer = False
         self.reset_parameters()
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether `integer` may be set: the weight is int8."""
+        return self.quantize == "int8"
 
     def reset_parameters(self) -> None:
         """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""
@@ -135,6 +146,12 @@ class DenseBilinear(CompressedBilinear):
         return input1.to(dtype), input2.to(dtype), weight, bias, scale
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if self.integer:
+            input1, input2, weight, bias, scale = self._operands(input1, input2)
+            assert scale is not None
+            with without_autocast(input1.device.type):
+                output = int8_bilinear(input1, input2, weight, scale)
+            return output if bias is None else output + bias
         return self._evaluated(ops.bilinear_dense, input1, input2)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:

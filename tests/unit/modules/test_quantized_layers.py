@@ -13,8 +13,9 @@ from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.measure import resident_bytes, stored_bytes, weight_error
 from compress_bilinear.modules import _linear
-from compress_bilinear.modules._int8_matmul import int8_linear
+from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
+from compress_bilinear.quantization import dequantize, scale_grid
 
 
 class TestAccuracy:
@@ -169,6 +170,23 @@ def test_integer_products_are_exact_for_all_sizes(width, out, count):
     weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
     found = int8_linear(input.double(), weight)
     torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 9), (2, 9, 1), (5, 13, 300), (4, 300, 13), (130, 40, 37)], ids=str)
+def test_integer_bilinear_products_are_exact_for_all_sizes(shape, count):
+    _, in1, in2 = shape
+    grid = scale_grid(shape)
+    weight = (40 * normal(*shape)).round().clamp(-127, 127).to(torch.int8)
+    scale = (1e-3 * normal(*grid, seed=1).abs()).bfloat16()
+    input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
+    longer = input1 if in1 > in2 else input2
+    longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
+    exact = reference.bilinear_dense(input1, input2, dequantize(weight, scale, torch.float64))
+    torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
+    halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
+    assert halves.dtype == torch.float16
+    assert count == 0 or relative(halves, exact) < 2e-3
 
 
 class TestBitsOfTheApi:
