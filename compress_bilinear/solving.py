@@ -19,6 +19,7 @@ from .errors import AmplificationWarning, InfeasibleError
 from .fitting import Fitted, Fitting, within_after_rounding
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from .report import ComputeMode
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Candidate:
     Attributes:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
+        compute_modes: what its compute mode was chosen by.
     """
 
     module: CompressedBilinear
@@ -40,6 +42,7 @@ class Candidate:
     quantization_error: float | None = None
     output_error: float | None = None
     own_bias: bool = False
+    compute_modes: tuple[ComputeMode, ...] = ()
 
     @property
     def storage(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class Candidate:
             "quantization_error": self.weight_error if self.module.method == "dense" else self.quantization_error,
             "resident_bytes": resident_bytes(self.module),
             "compute": self.module.compute,
+            "compute_modes": self.compute_modes,
         }
 
 

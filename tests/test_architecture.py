@@ -23,7 +23,7 @@ FLOORS = (
     ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
-    ("fitting", "refinement"),
+    ("computing", "fitting", "refinement"),
     ("automatic",),
     ("solving",),
     ("selection",),

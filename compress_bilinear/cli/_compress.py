@@ -10,6 +10,7 @@ import torch
 from click.core import ParameterSource
 
 from .. import config_text, state_dicts, tensor_file
+from ..computing import MODES
 from ..config import (
     AutoConfig,
     Config,
@@ -80,6 +81,7 @@ _OF_A_CONFIG = (
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
+@click.option("--compute", type=click.Choice(MODES), help="How quantized layers compute.  [default: on_the_fly]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @rows
@@ -104,6 +106,7 @@ def compress(
     prefer: Literal["size", "speed"],
     seed: int,
     max_seconds: float | None,
+    compute: str | None,
     force: bool,
     no_latency: bool,
     batch_size: int | None,
@@ -137,7 +140,7 @@ def compress(
     options: dict[str, Any] = dict(recipe.options)
     include = options.pop("include", ())
     include = layers or ((include,) if isinstance(include, str) else tuple(include))
-    asked = {"max_seconds": max_seconds, "batch_size": batch_size}
+    asked = {"max_seconds": max_seconds, "batch_size": batch_size, "compute": compute}
     options |= {name: value for name, value in asked.items() if value is not None}
     options |= ({"force": True} if force else {}) | ({"measure_latency": False} if no_latency else {})
     state = state_dicts.read_state(path)

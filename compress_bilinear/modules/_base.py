@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +45,20 @@ class CompressedBilinear(nn.Module):
     @property
     def computes(self) -> tuple[Compute, ...]:
         """The modes that `set_compute` takes."""
-        integer = any(getattr(part, "takes_int8", False) for part in self._computing())
-        return ("on_the_fly", "resident", "int8") if integer else ("on_the_fly", "resident")
+        return tuple(mode for mode in get_args(Compute) if self.refused_compute(mode) is None)
+
+    def refused_compute(self, compute: Compute) -> str | None:
+        """Why `set_compute` does not take a mode, or None where it does."""
+        if self.quantize is None:
+            return "the layer is in floating point"
+        if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
+            return None
+        if self.quantize == "nf4":
+            return "its values have four bits, and only those of eight are multiplied as integers"
+        return "none of its projections is in int8 without scales of its own"
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
-        """Choose how a quantized layer computes. It is no part of its state: neither saved nor loaded.
+        """Choose how a quantized layer computes. It is no part of its `state_dict`; `compress_bilinear.save` keeps it.
 
         Args:
             compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
@@ -66,7 +75,7 @@ class CompressedBilinear(nn.Module):
         if compute not in self.computes:
             raise ConfigError(
                 f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
-                f"Found {compute!r}."
+                f"Found {compute!r}{'' if compute not in get_args(Compute) else f': {self.refused_compute(compute)}'}."
             )
         for part in self.modules():
             if isinstance(part, QuantizedTensor):
