@@ -11,7 +11,8 @@ from .. import ops
 from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
-from ._base import ProjectedBilinear, autocast_dtype
+from ._autocast import autocast_dtype
+from ._base import ProjectedBilinear
 from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
 from ._plain import bare_operands, obstacle, on_tensors
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantization import NF4Tensor, QuantizedTensor
-from ._base import autocast_dtype, without_autocast
+from ._autocast import autocast_dtype, without_autocast
 from ._dense import DenseBilinear
 from ._linear import AddBias, QuantizedLinear
 
