@@ -10,7 +10,9 @@ from torch import nn
 
 from .allocation import Option, allocate, best_within
 from .automatic import Chooser
+from .baselines import renewed
 from .calibration import Call, LayerInputs
+from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
@@ -20,8 +22,8 @@ from .modules import CompressedBilinear, CPBilinear, DenseBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
-from .selection import CANCELLING, Decision, cancelling, judge, keep
-from .solving import as_candidate, solve
+from .selection import CANCELLING, Decision, cancelling, compared, judge, keep
+from .solving import Candidate, as_candidate, solve
 from .weight_fitting import WeightFitting
 
 _DEFAULT_ROWS = 256
@@ -55,6 +57,7 @@ class Options:
     measure_latency: bool = True
     force: bool = False
     max_seconds: float | None = None
+    compute: ComputeAsked = "on_the_fly"
 
 
 @dataclass(eq=False)
@@ -134,7 +137,12 @@ class Planner:
             if module is not before:
                 told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to "
                 told += f"{found.after:.3g}"
+                if module.quantize is not None:
+                    module.set_compute(before.compute, request.found.layer.weight.dtype)
                 known = self._known_again(request.found, module)
+                for name in ("front", "compared"):
+                    points = getattr(decision.report, name)
+                    known[name] = renewed(points, known["weight_error"], known["output_error"])
             elif isinstance(module, DenseBilinear):
                 told = "not refined, for it is dense"
             else:
@@ -196,15 +204,26 @@ class Planner:
         except CompressionError as error:
             return keep(found, wanted, str(error))
         self._misfits.append((wanted, None))
-        return judge(
-            found,
-            wanted,
-            candidate,
-            self._measured(found),
-            self._unreached(found),
-            self._time_rows(found),
-            self._options.force,
+        measured = self._measured(found)
+        candidate = self._computing(found, wanted, candidate, measured)
+        decision = judge(
+            found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
+        return compared(decision, found.layer, candidate, measured)
+
+    def _computing(self, found: FoundLayer, config: Config, candidate: Candidate, on: OutputError | None) -> Candidate:
+        """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that."""
+        asked, module = self._options.compute, candidate.module
+        if asked == "on_the_fly" or module.quantize is None:
+            return candidate
+        limit = config.limit(on is not None) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        objection = misses(limit if isinstance(limit, MaxError) else None, on)
+        rows = seen_rows(found.layer, self._inputs.get(found.label), self._rows(found))
+        choice = choose_compute(module, asked, rows, timed=self._options.measure_latency, objection=objection)
+        error = candidate.output_error
+        if choice.compute == "int8" and error is not None and on is not None:
+            error = on.of(module)
+        return replace(candidate, compute_modes=choice.modes, output_error=error)
 
     def _fitting(self, found: FoundLayer) -> Fitting | None:
         seen = self._inputs.get(found.label)
@@ -283,6 +302,7 @@ class Planner:
             candidate = as_candidate(found.layer, option.fitted)
             rows, unreached = self._time_rows(found), self._unreached(found)
             measured, force = self._measured(found), self._options.force
+            candidate = self._computing(found, config, candidate, measured)
             decision = judge(found, option.config, candidate, measured, unreached, rows, force)
         self.decisions[each.number] = _with_front(decision, each.options, option)
 
