@@ -120,8 +120,13 @@ class Chooser:
             # where the whole weight in fewer bits loses little, only a weight of low rank has a CP that loses less
             if rounded > _ROUNDING or self._least(size) < rounded:
                 self._all_at((_cp(q, self._seed) for q in self._few), size, behind)
-            if self._least(size) < min(_ROUNDING, rounded):
-                self._all_at((kind for q in self._many for kind in (_tucker(q), _cp(q, self._seed))), size, behind)
+            # lower ranks in more bits: where even Tucker's, which are found soon, gain nothing, none do
+            for quantize in self._many if self._least(size) < min(_ROUNDING, rounded) else ():
+                before = self._least(size)
+                self._all_at([_tucker(quantize)], size, behind)
+                if self._least(size) == before:
+                    break
+                self._all_at([_cp(quantize, self._seed)], size, behind)
 
     def _all_at(self, configs: Iterable[CPConfig | TuckerConfig], size: float, behind: set[LayerConfig]) -> None:
         """Try those that are not far behind, and note those that are: so they would be at the next smaller size."""
