@@ -7,8 +7,9 @@ to measurements: `python -m benchmarks.run --device cuda` compares every choice 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ _FUSED = 0.5  # of that peak, in a fused kernel; a cuBLAS product of these sizes
 _CUBLAS = 0.7
 _PROCESSORS = 128  # programs that fill the chip
 _ROWS = 64  # of a program
+TRACED_ROWS = 1024  # for which the choice is made in a graph that has to hold for any number
 
 
 @dataclass(frozen=True)
@@ -82,17 +84,24 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         if torch.version.hip is not None:
             return "the Triton kernels have been checked for NVIDIA's processors only"
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device.index)
+        if capability is None:
+            return "torch finds no GPU here"
         if capability < (8, 0):
             return f"the Triton kernels need compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
     return None
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 def transformed(tensors: Sequence[Tensor | None]) -> str | None:
     """Why these tensors, or what surrounds the call, want operators that torch knows; None where nothing does."""
     kinds = {tensor.device.type for tensor in tensors if tensor is not None}
     if any(kind != "meta" and torch.is_autocast_enabled(kind) for kind in kinds):
-        return "autocast is on, and casts torch's own operators"
+        return "autocast is on, and leaves operands in float64 alone"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -134,6 +143,12 @@ def choose(problem: Problem, backend: Backend | None = None, obstacle: str | Non
     if fused < composed:
         return Choice("triton", _fused_name(problem), estimate)
     return Choice("composed", name, estimate)
+
+
+@lru_cache(maxsize=2**12)
+def chosen(*problem: Any) -> bool:
+    """Whether the fused path is the faster one for a `Problem` of these values; kept, for calls may be short."""
+    return choose(Problem(*problem)).backend == "triton"
 
 
 def check_backend(backend: Backend | None) -> None:
