@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 from torch.nn.functional import linear
 
 from ._choice import cp_splits, fits_one_kernel
