@@ -21,9 +21,8 @@ Backend: TypeAlias = Literal["composed", "triton"]
 BACKENDS: tuple[Backend, ...] = ("composed", "triton")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_RANK = 128  # R_o and R_j that a fused Tucker holds
-MOST_CORE = (
-    64 * 128
-)  # elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half with int8
+# elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half in float32 or int8
+MOST_CORE = 64 * 128
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, slowly, to be checked
@@ -169,10 +168,14 @@ def _unfit(problem: Problem) -> str | None:
     return None
 
 
-def fits_one_kernel(rank: tuple[int, ...], int8: bool) -> bool:
-    """Whether a Tucker layer's (R_o, R_i, R_j) fit the fused kernel whole; else its core alone is fused."""
+def fits_one_kernel(rank: tuple[int, ...], wide: bool) -> bool:
+    """Whether a Tucker layer's (R_o, R_i, R_j) fit the fused kernel whole; else its core alone is fused.
+
+    Args:
+        wide: whether inputs are in float32 or factors in int8, which take more registers.
+    """
     padded = [max(16, 1 << (size - 1).bit_length()) for size in (rank[0], rank[2])]
-    return max(padded) <= MOST_RANK and padded[0] * padded[1] <= MOST_CORE // (1 + int8)
+    return max(padded) <= MOST_RANK and padded[0] * padded[1] <= MOST_CORE // (1 + wide)
 
 
 def cp_splits(rows: int, rank: int, outputs: int) -> bool:
@@ -190,7 +193,7 @@ def _fused_name(problem: Problem) -> str:
             split = cp_splits(problem.rows, problem.rank[0], problem.shape[0])
             return "Triton, fused product and a linear map" if split else "Triton, one fused kernel"
         case "tucker":
-            whole = fits_one_kernel(problem.rank, problem.weight_bits == 8)
+            whole = fits_one_kernel(problem.rank, problem.weight_bits == 8 or problem.dtype == torch.float32)
             return "Triton, one fused kernel" if whole else "Triton, fused core between linear maps"
 
 

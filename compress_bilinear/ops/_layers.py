@@ -113,7 +113,8 @@ def bilinear_tucker(
         return composed_tucker(*operands, scale)
     rows1, rows2 = _rows(input1, input2)
     int8 = {tensor is not None and tensor.dtype == torch.int8 for tensor in (in1, in2, core, out)}
-    if in1 is None or in2 is None or out is None or len(int8) > 1 or not _dispatch.fits_one_kernel(_shape(core), *int8):
+    wide = True in int8 or input1.dtype == torch.float32
+    if in1 is None or in2 is None or out is None or len(int8) > 1 or not _dispatch.fits_one_kernel(_shape(core), wide):
         inner = _dispatch.launched(_dispatch.fused_dense, project(rows1, in1), project(rows2, in2), core, scale)
         if out is None:
             return _leading(inner if bias is None else inner + bias, input1)
