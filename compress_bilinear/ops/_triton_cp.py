@@ -5,6 +5,8 @@ the product's share of the outputs; nothing of size N x R reaches memory. `cp_pr
 parallel over the components too: the better half where rows are few or outputs many, the other being a plain GEMM.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -119,6 +121,7 @@ def cp_backward(
         store_tile(dx2, total2, n, rows, width2, j, width2, 1)
 
 
+@cache
 def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps; `exact` for float32 without TF32, whose products take registers instead of tensor cores.
 

@@ -4,6 +4,8 @@ For each i the rows of x2, times column i of x1, are multiplied with the slice W
 float32. The inputs' gradients are the same form with the weight's axes in another order, so the same kernel.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -77,6 +79,7 @@ def dense_weight_gradient(
     store_tile(dw + o * width1 * width2, total, i, width1, width2, j, width2, 1)
 
 
+@cache
 def dense_tiles(
     rows: int, width2: int, outputs: int, bits: int, exact: bool, scaled: bool, aligned: bool
 ) -> dict[str, int]:
@@ -91,6 +94,7 @@ def dense_tiles(
     return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
 
 
+@cache
 def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the weight's gradient."""
     most = 32 if exact else 64
