@@ -8,19 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from .automatic import Chooser, Option, allocate, best_within
+from .allocation import Option, allocate, best_within
+from .automatic import Chooser
+from .baselines import renewed
 from .calibration import Call, LayerInputs
+from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
-from .fitting import Fitting, WeightFitting
+from .fitting import Fitting
 from .measure import OutputError, stored_bytes, weight_error
-from .modules import CompressedBilinear
+from .modules import CompressedBilinear, CPBilinear, DenseBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
-from .selection import Decision, judge, keep
-from .solving import as_candidate, solve
+from .selection import CANCELLING, Decision, cancelling, compared, judge, keep
+from .solving import Candidate, as_candidate, solve
+from .weight_fitting import WeightFitting
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
@@ -53,6 +57,7 @@ class Options:
     measure_latency: bool = True
     force: bool = False
     max_seconds: float | None = None
+    compute: ComputeAsked = "on_the_fly"
 
 
 @dataclass(eq=False)
@@ -82,6 +87,7 @@ class Planner:
         self._bars = bars
         self._open: list[_Open] = []
         self._misfits: list[tuple[Config, ConfigError | None]] = []
+        self._errors: dict[str, OutputError | None] = {}
         self.decisions: list[Decision] = []
 
     def run(self) -> list[Decision]:
@@ -127,19 +133,37 @@ class Planner:
         )
         for key, (k, request, before) in replaced.items():
             module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
-            if module is before:
-                continue
-            measured = self._measured(request.found)
-            known: dict[str, Any] = {"weight_error": weight_error(request.found.layer.weight.detach(), module)}
-            known["output_error"] = None if measured is None else measured.of(module)
-            told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
-            reason = decision.report.reason
-            known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
-            if module.quantize is not None:  # its parts are those of the factors before
-                known |= {"truncation_error": None, "quantization_error": None}
+            known: dict[str, Any] = {}
+            if module is not before:
+                told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to "
+                told += f"{found.after:.3g}"
+                if module.quantize is not None:
+                    module.set_compute(before.compute, request.found.layer.weight.dtype)
+                known = self._known_again(request.found, module)
+                for name in ("front", "compared"):
+                    points = getattr(decision.report, name)
+                    known[name] = renewed(points, known["weight_error"], known["output_error"])
+            elif isinstance(module, DenseBilinear):
+                told = "not refined, for it is dense"
+            else:
+                told = f"not refined: the network's error on held-out batches did not fall from {found.before:.3g}"
+            parts = [part for part in decision.report.reason.split("; ") if not part.startswith(CANCELLING)]
+            parts += cancelling(known.get("amplification", decision.report.amplification))
+            known["reason"] = "; ".join([*(part for part in parts if part != AS_CONFIGURED), told])
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
+
+    def _known_again(self, found: FoundLayer, module: CompressedBilinear) -> dict[str, Any]:
+        """The figures of a report that its refined factors change."""
+        measured = self._measured(found)
+        known: dict[str, Any] = {"weight_error": weight_error(found.layer.weight.detach(), module)}
+        known["output_error"] = None if measured is None else measured.of(module)
+        if isinstance(module, CPBilinear):
+            known["amplification"] = module.to_decomposition().amplification
+        if module.quantize is not None:  # its parts are those of the factors before
+            known |= {"truncation_error": None, "quantization_error": None}
+        return known
 
     def _meets(self, request: Request, module: CompressedBilinear) -> bool:
         """Whether a replacement is within the error that its config allows, if any, or has been forced."""
@@ -180,21 +204,41 @@ class Planner:
         except CompressionError as error:
             return keep(found, wanted, str(error))
         self._misfits.append((wanted, None))
-        measured = fitting.held_out if fitting is not None else self._measured(found)
-        return judge(
+        measured = self._measured(found)
+        candidate = self._computing(found, wanted, candidate, measured)
+        decision = judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
+        return compared(decision, found.layer, candidate, measured)
+
+    def _computing(self, found: FoundLayer, config: Config, candidate: Candidate, on: OutputError | None) -> Candidate:
+        """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that."""
+        asked, module = self._options.compute, candidate.module
+        if asked == "on_the_fly" or module.quantize is None:
+            return candidate
+        limit = config.limit(on is not None) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        objection = misses(limit if isinstance(limit, MaxError) else None, on)
+        rows = seen_rows(found.layer, self._inputs.get(found.label), self._rows(found))
+        choice = choose_compute(module, asked, rows, timed=self._options.measure_latency, objection=objection)
+        error = candidate.output_error
+        if choice.compute == "int8" and error is not None and on is not None:
+            error = on.of(module)
+        return replace(candidate, compute_modes=choice.modes, output_error=error)
 
     def _fitting(self, found: FoundLayer) -> Fitting | None:
         seen = self._inputs.get(found.label)
         if seen is None or not seen.is_enough:
             return None
         tied = found.layer.bias is not None and len(self._owners.get(id(found.layer.bias), ())) > 1
-        return Fitting(found.layer, seen, fix_bias=not tied)  # what is tied to the bias must not change with it
+        # what is tied to the bias must not change with it
+        return Fitting(found.layer, seen, fix_bias=not tied, held_out=lambda: self._measured(found))
 
     def _measured(self, found: FoundLayer) -> OutputError | None:
-        seen = self._inputs.get(found.label)
-        return None if seen is None else OutputError(found.layer, seen)
+        """The error on held-out rows, whose exact outputs are computed once; None without rows."""
+        if found.label not in self._errors:
+            seen = self._inputs.get(found.label)
+            self._errors[found.label] = None if seen is None else OutputError(found.layer, seen)
+        return self._errors[found.label]
 
     def _unreached(self, found: FoundLayer) -> bool:
         return self._options.calibrated and self._inputs.get(found.label) is None
@@ -217,7 +261,8 @@ class Planner:
         if limit is not None and limit.on == "output" and not on_output:
             raise InfeasibleError(f"{limit} needs calibration rows of the layer. Found too few or none.")
         chosen_by = fitting if on_output and fitting is not None else WeightFitting(found.layer)
-        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed)
+        exact = config.prefer == "speed" and self._options.measure_latency  # it is made where it is measured faster
+        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed, exact)
         if limit is not None:
             chooser.within(limit.error)
         else:
@@ -257,6 +302,7 @@ class Planner:
             candidate = as_candidate(found.layer, option.fitted)
             rows, unreached = self._time_rows(found), self._unreached(found)
             measured, force = self._measured(found), self._options.force
+            candidate = self._computing(found, config, candidate, measured)
             decision = judge(found, option.config, candidate, measured, unreached, rows, force)
         self.decisions[each.number] = _with_front(decision, each.options, option)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from . import decomposition as decompose
 from . import ops
+from .baselines import beside, point
 from .config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .discovery import FoundLayer, is_lazy
 from .measure import (
@@ -22,6 +23,8 @@ from .measure import (
 from .modules import CompressedBilinear
 from .report import AS_CONFIGURED, LayerReport, Spectrum
 from .solving import Candidate
+
+CANCELLING = "its components cancel"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,13 @@ def keep(found: FoundLayer, config: Config, reason: str, **known: Any) -> Decisi
     return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
 
 
+def cancelling(amplification: float | None) -> list[str]:
+    """What is to be said of a CP whose components cancel; nothing of others."""
+    if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
+        return []
+    return [f"{CANCELLING} (amplification {amplification:.2g})"]
+
+
 def judge(
     found: FoundLayer,
     config: LayerConfig,
@@ -159,8 +169,9 @@ def judge(
     reasons = [reason]
     if timing is not None and timing.speedup < 1:
         reasons.append(f"slower here than {found.form} ({timing.speedup:.2f}x)")
-    if candidate.amplification is not None and candidate.amplification > decompose.AMPLIFICATION_LIMIT:
-        reasons.append(f"its components cancel (amplification {candidate.amplification:.2g})")
+    reasons += cancelling(candidate.amplification)
+    if candidate.note is not None:
+        reasons.append(candidate.note)
     if unreached:
         reasons.append("no calibration row reached it, so its output error is unknown")
     known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}
@@ -168,6 +179,13 @@ def judge(
     known |= {"flops_after": module.flops_per_row} | _timing(timing)
     report = LayerReport(**(_basics(found, config) | known))
     return Decision(module, report, candidate.own_bias)
+
+
+def compared(decision: Decision, layer: nn.Bilinear, candidate: Candidate, measured: OutputError | None) -> Decision:
+    """The decision, whose record tells what its candidate stands beside."""
+    replaced, known = decision.replacement is not None, decision.report
+    one = point(candidate.module, known.weight_error, known.output_error, chosen=replaced)
+    return replace(decision, report=replace(known, compared=beside(layer, one, candidate.tried, measured)))
 
 
 def _timing(timing: Timing | None) -> dict[str, Any]:
@@ -182,8 +200,14 @@ def _timing(timing: Timing | None) -> dict[str, Any]:
     return known
 
 
-def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint."""
+def compare_layers(
+    name: str,
+    layer: nn.Bilinear,
+    module: CompressedBilinear,
+    batch_size: int | None,
+    measured: OutputError | None = None,
+) -> LayerReport:
+    """The report on a replacement that has been made already, say in a checkpoint; `measured` as in `judge`."""
     wanted: LayerConfig
     match module.rank:
         case None:
@@ -193,5 +217,6 @@ def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, ba
         case triple:
             wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    report = judge(FoundLayer((name,), layer), wanted, candidate, None, False, batch_size, True).report
+    decision = judge(FoundLayer((name,), layer), wanted, candidate, measured, False, batch_size, True)
+    report = compared(decision, layer, candidate, measured).report
     return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..quantization import dequantize
-from ._gemm import linear, prefers_onednn
+from ._gemm import linear, prefers_onednn, stored_linear
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -120,7 +120,7 @@ def composed_dense(
     """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch.
 
     Peak extra memory is a few blocks of T (two megabytes each on a CPU without gradients) beside inputs and output; an
-    int8 weight is de-quantized block by block into the inputs' dtype.
+    int8 weight is de-quantized block by block into the inputs' dtype, and for a backward once more.
     """
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
@@ -208,6 +208,18 @@ def _plain(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return part if scale is None else dequantize(part, scale, dtype)
 
 
+def _projected(
+    input: Tensor,  # (..., K)
+    part: Tensor,  # (o, a, b)
+    scale: Tensor | None,
+    flat: Callable[[Tensor], Tensor],  # -> (M, K)
+) -> Tensor:  # (..., M)
+    """The product with a flattened part, whose de-quantized or turned values do not wait for a backward."""
+    if scale is None:
+        return stored_linear(input, lambda dtype: flat(part), part)
+    return stored_linear(input, lambda dtype: flat(dequantize(part, scale, dtype)), part, scale)
+
+
 def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O)."""
     out, width, _ = weight.shape
@@ -238,7 +250,7 @@ def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None)
 def _matvec(kept: Tensor, first: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(n, a), (n, b), (o, a, b) -> (n, o)."""
     outputs, width, _ = part.shape
-    product = linear(first, _plain(part, scale, first.dtype).flatten(0, 1)).view(-1, outputs, width)
+    product = _projected(first, part, scale, lambda weight: weight.flatten(0, 1)).view(-1, outputs, width)
     wanted = torch.is_grad_enabled() and (product.requires_grad or kept.requires_grad)
     if wanted or is_tracing() or is_transformed():
         return (product * kept.unsqueeze(1)).sum(-1)
@@ -264,15 +276,15 @@ def _outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
 def _outer_block(rows1: Tensor, rows2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(n, i), (n, j), (o, i, j) -> (n, o)."""
     product = (rows1.unsqueeze(2) * rows2.unsqueeze(1)).flatten(1)
-    return linear(product, _plain(part, scale, rows1.dtype).flatten(1))
+    return _projected(product, part, scale, lambda weight: weight.flatten(1))
 
 
 def _pairs(batch1: Tensor, batch2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(B, k, a), (B, l, b), (o, a, b) -> (B, l, k, o)."""
     batch, length1, _ = batch1.shape
     outputs, _, width = part.shape
-    weight = _plain(part, scale, batch1.dtype).mT.flatten(0, 1)  # (o·b, a)
-    product = linear(batch1, weight).view(batch, length1 * outputs, width)
+    product = _projected(batch1, part, scale, lambda weight: weight.mT.flatten(0, 1))  # by (o·b, a)
+    product = product.view(batch, length1 * outputs, width)
     if not (torch.is_grad_enabled() or is_tracing()) and batch > 0 and prefers_onednn(batch2[0], product[0]):
         output = batch2.new_empty(batch, batch2.shape[1], length1 * outputs)
         for index in range(batch):

@@ -6,6 +6,7 @@ but costs some 12 microseconds more a call and lays out the weight anew in each,
 beside the product. Both sum in float32. Everything that records a graph or transforms functions sees `F.linear`.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -47,6 +48,39 @@ def linear_times(
     rows, other = input.reshape(-1, input.shape[-1]), other.reshape(-1, shape[-1])
     found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, None, "mul")
     return found.view(shape)
+
+
+def stored_linear(
+    input: Tensor,  # (..., K)
+    decode: Callable[[torch.dtype], Tensor],  # dtype -> the weight (M, K)
+    *stored: Tensor,
+) -> Tensor:  # (..., M)
+    """input weightᵀ, of a weight that is decoded for the product and once more for the backward, not kept between.
+
+    Args:
+        decode: how to read it, from `stored`.
+        stored: the tensors that hold it, which a gradient's graph keeps alive, and which must not change before it.
+    """
+    wanted = torch.is_grad_enabled() and input.requires_grad
+    if not wanted or _recorded() or any(tensor.requires_grad for tensor in stored):
+        return linear(input, decode(input.dtype))
+    output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _StoredLinear(torch.autograd.Function):
+    """`stored_linear` with the gradient of its input, itself differentiable."""
+
+    @staticmethod
+    def forward(context: Any, input: Tensor, decode: Callable[[torch.dtype], Tensor], *stored: Tensor) -> Tensor:
+        context.save_for_backward(*stored)
+        context.decode = decode
+        return linear(input, decode(input.dtype))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        stored = context.saved_tensors  # raises where one has been changed in place
+        return linear(gradient, context.decode(gradient.dtype).T), None, *([None] * len(stored))
 
 
 def values(factor: Tensor, dtype: torch.dtype) -> Tensor:
