@@ -22,7 +22,7 @@ FLOORS = (
     ("modules",),
     ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
-    ("measure",),
+    ("measure", "state_file"),
     ("computing", "fitting", "refinement", "rows_file"),
     ("weight_fitting", "allocation"),
     ("automatic", "baselines"),
