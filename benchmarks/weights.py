@@ -48,7 +48,7 @@ class Weight:
 
 
 def power_law(shape: Rank3, power: float = 0.5) -> Tensor:
-    """Gaussian, scaled by index^-power along each of three randomly rotated axes: 1/2 is slow, as trained weights are."""
+    """Gaussian, scaled by index^-power along each of three randomly rotated axes: 1/2 is slow, as in trained ones."""
     generator = torch.Generator().manual_seed(0)
     core = torch.randn(shape, generator=generator)
     for mode, size in enumerate(shape):
