@@ -1,14 +1,19 @@
 """Compress the `nn.Bilinear` layers of trained networks, and report what that did."""
 
-from . import decomposition, ops
-from .adapters import register_adapter
-from .checkpoint import load, save
-from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .conversion import dequantize, quantize, set_compute
-from .errors import AmplificationWarning, CompressionError
-from .modules import CPBilinear, DenseBilinear, TuckerBilinear
-from .report import LayerReport, Report
-from .surgery import Plan, compress, plan
+import importlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import decomposition, ops
+    from .adapters import register_adapter
+    from .checkpoint import load, save
+    from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+    from .conversion import dequantize, quantize, set_compute
+    from .errors import AmplificationWarning, CompressionError
+    from .modules import CPBilinear, DenseBilinear, TuckerBilinear
+    from .report import LayerReport, Report
+    from .surgery import Plan, compress, plan
 
 __all__ = [
     "AmplificationWarning",
@@ -36,3 +41,30 @@ __all__ = [
     "save",
     "set_compute",
 ]
+
+_HOMES = {
+    "adapters": ("register_adapter",),
+    "checkpoint": ("load", "save"),
+    "config": ("AutoConfig", "CPConfig", "DenseConfig", "MaxError", "MaxSize", "TuckerConfig"),
+    "conversion": ("dequantize", "quantize", "set_compute"),
+    "errors": ("AmplificationWarning", "CompressionError"),
+    "modules": ("CPBilinear", "DenseBilinear", "TuckerBilinear"),
+    "report": ("LayerReport", "Report"),
+    "surgery": ("Plan", "compress", "plan"),
+}
+"""Which module each name is loaded from when it is first asked for: PyTorch takes a second, in which the command line
+has to be able to answer Ctrl-C."""
+
+
+def __getattr__(name: str) -> Any:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is not None:
+        globals()[name] = found = getattr(importlib.import_module(f".{home}", __name__), name)
+        return found
+    if not name.startswith("_") and find_spec(f".{name}", __name__) is not None:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import AutoConfig, Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-from .errors import ConfigError
+from .errors import ConfigError, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -95,12 +95,14 @@ def read(path: Path) -> Recipe:
 def parse(data: object) -> Recipe:
     """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read`."""
     found = dict(_table(data, "the file"))
+    top = ("layers", *OPTIONS)
+    for name in found:
+        if name not in top:
+            raise ConfigError(f"{_key(name)}: unknown.{nearest(name, top)} A file takes {', '.join(top)}.")
     layers = _table(found.pop("layers", None), "layers")
     if not layers:
         raise ConfigError('layers: should have at least one table, say [layers."*"]. Found none.')
     for name, value in found.items():
-        if name not in OPTIONS:
-            raise ConfigError(f"{_key(name)}: unknown. A file takes layers, {', '.join(OPTIONS)}.")
         allowed = OPTIONS[name]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             wanted = " or ".join(kind.__name__ for kind in allowed)
@@ -108,13 +110,26 @@ def parse(data: object) -> Recipe:
     return Recipe(configs={glob: _config(_path("layers", glob), layers[glob]) for glob in layers}, options=found)
 
 
+def _names(kind: type[Config]) -> list[str]:
+    """The keys of a method besides its targets and what these count on."""
+    return [field.name for field in fields(kind) if field.name not in ("error", "size")]
+
+
+_KEYS = ("method", *dict.fromkeys(name for kind in _KINDS.values() for name in _names(kind)), *_TARGETS, "on")
+"""Of any method."""
+
+
 def _config(where: str, data: object) -> Config:
     found = dict(_table(data, where))
+    for name in found:  # before a key that is missing is asked for: this may be it
+        if name not in _KEYS:
+            raise ConfigError(f"{_path(where, name)}: unknown.{nearest(name, _KEYS)}")
     method = found.pop("method", None)
     if method not in METHODS:
-        raise ConfigError(f"{where}.method: should be one of {', '.join(METHODS)}. Found {method!r}.")
+        listed = f"{', '.join(METHODS)}. Found {method!r}.{nearest(method, METHODS)}"
+        raise ConfigError(f"{where}.method: should be one of {listed}")
     kind = _KINDS[method]
-    names = [field.name for field in fields(kind) if field.name not in ("error", "size")]
+    names = _names(kind)
     ways = (["rank"] if "rank" in names else []) + ([] if kind is DenseConfig else [*_TARGETS])
     given = [name for name in ways if name in found]
     if ways and len(given) != 1:

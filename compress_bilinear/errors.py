@@ -1,5 +1,8 @@
 """What can go wrong. All errors are `CompressionError`, which is a `ValueError`."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class CompressionError(ValueError):
     """Something was asked for that cannot be done; the message says what was required and what was found."""
@@ -31,3 +34,9 @@ class InputError(CompressionError, RuntimeError):
 
 class AmplificationWarning(UserWarning):
     """The components of a CP cancel, so that rounding its factors is amplified."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The end of a message about a name that is unknown: which of those that are known it is most like, if any."""
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""

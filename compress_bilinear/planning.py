@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .automatic import Chooser, Option, allocate, best_within
+from .baselines import renewed
 from .calibration import Call, LayerInputs
 from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
@@ -20,7 +21,7 @@ from .modules import CompressedBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
-from .selection import Decision, judge, keep
+from .selection import Decision, compared, judge, keep
 from .solving import Candidate, as_candidate, solve
 
 _DEFAULT_ROWS = 256
@@ -141,6 +142,9 @@ class Planner:
             known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
             if module.quantize is not None:  # its parts are those of the factors before
                 known |= {"truncation_error": None, "quantization_error": None}
+            for name in ("front", "compared"):
+                points = getattr(decision.report, name)
+                known[name] = renewed(points, known["weight_error"], known["output_error"])
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
@@ -186,9 +190,10 @@ class Planner:
         self._misfits.append((wanted, None))
         measured = fitting.held_out if fitting is not None else self._measured(found)
         candidate = self._computing(found, wanted, candidate, measured)
-        return judge(
+        decision = judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
+        return compared(decision, found.layer, candidate, measured)
 
     def _computing(self, found: FoundLayer, config: Config, candidate: Candidate, on: OutputError | None) -> Candidate:
         """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from . import decomposition as decompose
 from . import ops
+from .baselines import beside, point
 from .config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .discovery import FoundLayer, is_lazy
 from .measure import (
@@ -170,6 +171,13 @@ def judge(
     return Decision(module, report, candidate.own_bias)
 
 
+def compared(decision: Decision, layer: nn.Bilinear, candidate: Candidate, measured: OutputError | None) -> Decision:
+    """The decision, whose record tells what its candidate stands beside."""
+    replaced, known = decision.replacement is not None, decision.report
+    one = point(candidate.module, known.weight_error, known.output_error, chosen=replaced)
+    return replace(decision, report=replace(known, compared=beside(layer, one, candidate.tried, measured)))
+
+
 def _timing(timing: Timing | None) -> dict[str, Any]:
     if timing is None:
         return {}
@@ -182,8 +190,14 @@ def _timing(timing: Timing | None) -> dict[str, Any]:
     return known
 
 
-def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint."""
+def compare_layers(
+    name: str,
+    layer: nn.Bilinear,
+    module: CompressedBilinear,
+    batch_size: int | None,
+    measured: OutputError | None = None,
+) -> LayerReport:
+    """The report on a replacement that has been made already, say in a checkpoint; `measured` as in `judge`."""
     wanted: LayerConfig
     match module.rank:
         case None:
@@ -193,5 +207,6 @@ def compare_layers(name: str, layer: nn.Bilinear, module: CompressedBilinear, ba
         case triple:
             wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    report = judge(FoundLayer((name,), layer), wanted, candidate, None, False, batch_size, True).report
+    decision = judge(FoundLayer((name,), layer), wanted, candidate, measured, False, batch_size, True)
+    report = compared(decision, layer, candidate, measured).report
     return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already

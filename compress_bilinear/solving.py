@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from typing_extensions import assert_never
 
 from . import decomposition as decompose
 from .automatic import Chooser, without_bias
+from .baselines import point
 from .calibration import FEWEST_ROWS
 from .config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .decomposition import CPDecomposition
@@ -19,7 +20,7 @@ from .errors import AmplificationWarning, InfeasibleError
 from .fitting import Fitted, Fitting, within_after_rounding
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
-from .report import ComputeMode
+from .report import ComputeMode, FrontPoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Candidate:
     Attributes:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
+        tried: what else a search for the rank found, itself perhaps among it.
         compute_modes: what its compute mode was chosen by.
     """
 
@@ -42,6 +44,7 @@ class Candidate:
     quantization_error: float | None = None
     output_error: float | None = None
     own_bias: bool = False
+    tried: tuple[FrontPoint, ...] = ()
     compute_modes: tuple[ComputeMode, ...] = ()
 
     @property
@@ -116,11 +119,15 @@ def solve(
         except InfeasibleError as error:
             raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
 
+    tried = []
+
     def measured(target: MaxError) -> tuple[Candidate, float]:
         found = attempt(target)
+        tried.append(point(found.module, found.weight_error, None))
         return found, found.weight_error
 
-    return within_after_rounding(measured, rank.error, config.quantize, weight.dtype)
+    met = within_after_rounding(measured, rank.error, config.quantize, weight.dtype)
+    return replace(met, tried=tuple(tried))
 
 
 def _decompose(
@@ -188,7 +195,8 @@ def _fitted(
             f"An output error of {config.rank.error:g} is out of reach of a {kind} that is smaller than the "
             f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
         )
-    return as_candidate(layer, min(met, key=lambda fit: stored_bytes(fit.module)))
+    candidate = as_candidate(layer, min(met, key=lambda fit: stored_bytes(fit.module)))
+    return replace(candidate, tried=tuple(point(fit.module, None, fit.error) for fit in fits))
 
 
 def as_candidate(layer: nn.Bilinear, found: Fitted) -> Candidate:

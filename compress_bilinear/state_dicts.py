@@ -12,7 +12,7 @@ from zipfile import BadZipFile, is_zipfile
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, surgery, tensor_file
+from . import checkpoint, rows_file, surgery, tensor_file
 from .config import Config
 from .errors import CheckpointError, CompressionError, MatchError
 from .measure import environment
@@ -20,6 +20,7 @@ from .report import Report
 from .selection import compare_layers
 
 _ROOT = "(root)"  # the name here of a layer that is the whole network
+_TIMED_ROWS = 256  # of a call, whatever a file of rows holds
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
 
 
@@ -176,12 +177,14 @@ def compress_state(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[surgery.Plan[nn.Module], dict[str, Tensor], list[tensor_file.LayerDescription]]:
     """Plan the compression of the chosen weights: the plan, and the state and description for `tensor_file.write`.
 
     `options` are those of `surgery.plan`. A weight that the file has under two names stays under both. On another
     `device` only the chosen weights are moved; in another `dtype` the whole state is taken, as by `model.to(dtype)`.
+    `calibration` is a `rows_file`.
     """
     stored = chosen[0].weight.dtype
     if dtype is not None:
@@ -194,7 +197,13 @@ def compress_state(
         if first is not candidate:
             aliases.setdefault(first.name, []).append(candidate.name)
     skeleton = _skeleton(list(firsts.values()))
-    planned = surgery.plan(skeleton if device is None else skeleton.to(device), config, **options)
+    skeleton = skeleton if device is None else skeleton.to(device)
+    if calibration is not None:
+        wanted = {c.name: firsts[c.place].name or _ROOT for c in chosen}
+        rows = rows_file.read(calibration, {c.name: c.weight.shape for c in candidates(state)}, wanted)
+        options = {"batch_size": _TIMED_ROWS, **options, "calibration": rows_file.batches(rows, skeleton)}
+        options["forward_fn"] = rows_file.call
+    planned = surgery.plan(skeleton, config, **options)
     compressed, _ = planned.apply()
     result = dict(state)
     descriptions = []
@@ -259,6 +268,7 @@ def compare(
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    calibration: str | os.PathLike[str] | None = None,
 ) -> Report:
     """The report on a compressed file against the original checkpoint, measured here and now.
 
@@ -266,6 +276,7 @@ def compare(
         batch_size: rows in a timed call; None times none.
         device: where to measure.
         dtype: what the original is taken in; None as it is stored.
+        calibration: a `rows_file` to measure output errors on; None measures none.
 
     Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it otherwise.
     """
@@ -273,6 +284,9 @@ def compare(
     after, descriptions = tensor_file.read(compressed)
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
+    names = {name: description.name for description in descriptions for name in description.names}
+    shapes = {c.name: c.weight.shape for c in candidates(before)}
+    rows = {} if calibration is None else rows_file.read(calibration, shapes, names)
     layers = []
     for description in descriptions:
         if description.adapter is not None:
@@ -307,7 +321,8 @@ def compare(
         layer = _bilinear(weight, bias)
         if device is not None:
             layer, module = layer.to(device), module.to(device)
-        entry = compare_layers(description.name, layer, module, batch_size)
+        measured = rows_file.error_on(layer, rows[description.name]) if description.name in rows else None
+        entry = compare_layers(description.name, layer, module, batch_size, measured)
         layers.append(replace(entry, aliases=description.names[1:]))
     return Report(
         layers=tuple(layers),

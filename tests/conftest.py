@@ -1,5 +1,13 @@
 """One thread: the tests' tensors are small, and on a busy machine threads that wait for each other cost most of it."""
 
+import pytest
 import torch
+from support import Run, command_line
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line with some arguments: its status, stdout and stderr."""
+    return lambda *args: command_line(monkeypatch, capsys, *args)

@@ -1,12 +1,18 @@
 """What the tests share: one tolerance table, the comparison that uses it, and small layers."""
 
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compress_bilinear import cli
+from compress_bilinear import cli, selection
+from compress_bilinear.measure import Latency, Timing
+
+Run = Callable[..., tuple[int, str, str]]
+"""Of the fixture `run`: the command line with some arguments; its status, stdout and stderr."""
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,3 +74,20 @@ def command_line(
     except SystemExit as ended:
         status = int(ended.code or 0)
     return status, *capsys.readouterr()
+
+
+def timed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing takes no time, and finds that a replacement is half as fast."""
+    latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
+    monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+
+
+def assert_refused(run: Run, folder: Path, args: tuple[str, ...], problem: str) -> None:
+    """A mistake is one line on stderr and status 2, and no file comes or goes."""
+    before = sorted(folder.rglob("*"))
+    status, _, err = run(*args)
+    assert status == 2
+    assert problem in err
+    assert err.startswith("compress-bilinear: error: ")
+    assert err.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before

@@ -23,8 +23,8 @@ FLOORS = (
     ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure",),
-    ("computing", "fitting", "refinement"),
-    ("automatic",),
+    ("computing", "fitting", "refinement", "rows_file"),
+    ("automatic", "baselines"),
     ("solving",),
     ("selection",),
     ("planning",),
@@ -119,13 +119,23 @@ def test_triton_stays_in_its_files_which_dispatch_alone_loads_lazily():
 
 def test_importing_the_package_is_light():
     script = (
-        "import sys, compress_bilinear, torch\n"
+        "import sys, compress_bilinear\n"
+        "print('torch' in sys.modules)\n"
+        "from compress_bilinear import *\n"
+        "import torch\n"
         "costly = 'bitsandbytes', 'triton', 'tensorly', 'sklearn', 'matplotlib'\n"
         "print([name for name in costly if name in sys.modules])\n"
         "print(torch.cuda.is_initialized())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == ["[]", "False"]
+    assert done.stdout.split("\n")[:3] == ["False", "[]", "False"]
+
+
+def test_names_that_are_not_there_are_no_attributes():
+    assert not hasattr(cb, "compresss")
+    assert not hasattr(cb, "_nothing")
+    assert set(cb.__all__) <= set(dir(cb))
+    assert cb.state_dicts.__name__ == "compress_bilinear.state_dicts"
 
 
 @pytest.mark.parametrize("name", cb.__all__)

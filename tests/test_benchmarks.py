@@ -63,6 +63,26 @@ def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_pat
     assert abs(float(measured["digits", "dense", "int8"]["metric_change"])) <= 0.002
 
 
+def test_the_quick_large_layer_benchmark_shows_that_calibration_helps_on_unseen_rows(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.large_layer", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "large_layer_cpu.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], int(row["calibration_rows"]) > 0) for row in rows] == [
+        ("CP", False),
+        ("CP", True),
+        ("Tucker", False),
+        ("Tucker", True),
+    ]
+    for weight_only, calibrated in (rows[:2], rows[2:]):
+        assert float(calibrated["unseen_output_error"]) < float(weight_only["unseen_output_error"]) < 1
+        assert float(weight_only["weight_error"]) < float(calibrated["weight_error"])
+        assert calibrated["parameters"] == weight_only["parameters"]
+        assert float(calibrated["seconds"]) > 0
+        assert float(calibrated["peak_memory_x"]) > 0
+
+
 @pytest.mark.parametrize(
     ("suffix", "start"), [("html", "<!DOCTYPE html>"), ("md", "### median"), ("csv", "figure,layer,")]
 )

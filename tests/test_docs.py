@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import browser
 import pytest
 import torch
+from support import Run
 from torch import nn
 
 import compress_bilinear as cb
@@ -78,30 +80,32 @@ def test_the_table_has_the_demos_rows_and_columns() -> None:
     assert sorted(header.split()) == sorted(words)
 
 
-def fences_of(path: Path, language: str) -> list[str]:
-    found = re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    assert path.read_text(encoding="utf-8").count("```") == 2 * len(found)
+def fences_of(path: Path) -> list[tuple[str, str]]:
+    text = path.read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    assert text.count("```") == 2 * len(found)
     assert {name for name, _ in found} <= {"bash", "python", "py"}  # "py" includes an example, which runs by itself
-    return [body for name, body in found if name == language]
+    return found
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
-def test_python_fences_of_a_page_run_one_after_another(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fences_of_a_page_run_one_after_another(
+    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_registry, "_REGISTERED", {})
+    torch.save({"fusion.weight": torch.randn(24, 24, 24), "fusion.bias": torch.zeros(24)}, "model.pt")
     names: dict[str, object] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for body in fences_of(path, "python"):
-            exec(body, names)
-
-
-def test_command_lines_of_the_pages_are_the_readmes() -> None:
-    for path in PAGES:
-        for body in fences_of(path, "bash"):
-            assert body in fences("bash")  # which run above
+        for language, body in fences_of(path):
+            if language == "python":
+                exec(body, names)
+            for line in body.strip().splitlines() if language == "bash" else ():
+                program, *arguments = shlex.split(line)
+                assert program == "compress-bilinear"
+                status, _, told = run(*arguments)
+                assert (status, told) == (0, "")
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
@@ -126,15 +130,40 @@ def test_every_example_has_its_section_and_its_own_words() -> None:
         assert f'## {path.stem}\n\n{words}\n\n```py\n--8<-- "examples/{path.name}"\n```' in page
 
 
-def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("mkdocs", "mkdocstrings"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install 'compress-bilinear[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    folder = tmp_path_factory.mktemp("docs") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
-    assert (tmp_path / "site" / "theory.html").is_file()
+    return folder
+
+
+def test_the_site_has_every_page(site: Path) -> None:
+    assert {f"{path.stem}.html" for path in PAGES} <= {path.name for path in site.iterdir()}
+
+
+def test_the_site_switches_between_light_and_dark_and_fits_a_telephone(site: Path, tmp_path: Path) -> None:
+    if browser.PATH is None:
+        pytest.skip("no Chromium is installed")
+    back = "getComputedStyle(document.body).backgroundColor"
+    with browser.Browser(tmp_path) as opened:
+        opened.open(site / "reports.html", dark=True)
+        dark = opened.value(back)
+        opened.open(site / "reports.html")
+        assert opened.value(back) != dark
+        opened.value("document.querySelector('[data-bs-theme-value=dark]').click()")
+        assert opened.value(back) == dark
+        thrown = [each for each in opened.events if each["method"] == "Runtime.exceptionThrown"]
+        # a search needs a server, which a file has not
+        assert [each for each in thrown if "search/worker.js" not in str(each)] == []
+        for page in site.glob("*.html"):
+            opened.open(page, width=400)
+            assert opened.value("document.documentElement.scrollWidth") <= 400, page.name
 
 
 # what some examples need beyond the `test` extra; and a warning of the exporter's own

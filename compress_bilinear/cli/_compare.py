@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import torch
@@ -15,14 +15,12 @@ from ..report import compare as side_by_side
 from ._shared import (
     FILE,
     Style,
-    as_json,
+    calibration,
     check_targets,
-    device,
-    dtype,
     examples,
-    quiet,
+    measuring,
+    printing,
     rendered,
-    rows,
     show,
     style_of,
     write_together,
@@ -37,6 +35,7 @@ _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", "
         "report model.pt small.safetensors",
         "report model.pt small.safetensors --format markdown",
         "report model.pt small.safetensors -o report.html --batch-size 64",
+        "report model.pt small.safetensors --calibration rows.safetensors",
     )
 )
 @click.argument("original", type=FILE)
@@ -45,16 +44,14 @@ _SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", "
     "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
 )
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .json, .md or .html.")
-@rows
-@device
-@dtype
-@as_json
-@quiet
+@calibration
+@measuring
 def report(
     original: Path,
     compressed: Path,
     style: Style,
     output: Path | None,
+    calibration: Path | None,
     batch_size: int | None,
     device: torch.device | None,
     dtype: torch.dtype | None,
@@ -64,10 +61,11 @@ def report(
     """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
     if output is not None:
         style = style_of(output, "--output")
-        if output.resolve() in (original.resolve(), compressed.resolve()):
-            raise ConfigError("--output should be another file than ORIGINAL and COMPRESSED. Found the same as one.")
+        if output.resolve() in {file.resolve() for file in (original, compressed, calibration) if file is not None}:
+            raise ConfigError("--output should be another file than those that are read. Found the same as one.")
         check_targets(output)
-    measured = state_dicts.compare(original, compressed, batch_size or 256, device=device, dtype=dtype)
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
+    measured = state_dicts.compare(original, compressed, batch_size or 256, **where)
     if output is not None:
         write_together([(output, rendered(measured, style))])
         show(f"Wrote {output}", hidden=quiet or as_json)
@@ -102,8 +100,7 @@ def report(
 @click.option(
     "--fail-below", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has less, or none."
 )
-@as_json
-@quiet
+@printing
 def compare(
     files: tuple[Path, ...],
     figures: tuple[str, ...],
@@ -141,10 +138,17 @@ def compare(
 
 
 def _read(path: Path) -> Report:
+    required = f"{str(path)!r} should be a report that --report wrote as .json."
+    if path.is_dir() or not path.exists():
+        raise CompressionError(f"{required} Found {'a folder' if path.is_dir() else 'no such file'}.")
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
-    except (CompressionError, UnicodeDecodeError) as error:
-        raise CompressionError(f"{str(path)!r} should be a report that --report wrote as .json. {error}") from error
+    except UnicodeDecodeError as error:
+        raise CompressionError(f"{required} Found a file that is no text.") from error
+    except OSError as error:
+        raise CompressionError(f"{required} Found a file that cannot be read: {error.strerror}.") from error
+    except CompressionError as error:
+        raise CompressionError(f"{required} {error}") from error
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:

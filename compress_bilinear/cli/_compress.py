@@ -29,14 +29,12 @@ from ..report import size
 from ._shared import (
     FILE,
     SEED,
-    as_json,
+    Content,
+    calibration,
     check_targets,
-    device,
-    dtype,
     examples,
-    quiet,
+    measuring,
     rendered,
-    rows,
     show,
     style_of,
     write_together,
@@ -50,6 +48,7 @@ _OF_A_CONFIG = (
     "quantize",
     "prefer",
     "seed",
+    "on",
 )  # options that a file says instead
 
 
@@ -59,6 +58,7 @@ _OF_A_CONFIG = (
         "compress model.pt -o small.safetensors --method cp --rank 64 --quantize int8 --report report.html",
         "compress model.pt --dry-run --max-error 0.1 --json > plan.json",
         "compress model.pt -o small.safetensors --config layers.toml --max-seconds 60",
+        "compress model.pt -o small.safetensors --method auto --max-size 0.1 --calibration rows.safetensors",
     )
     + "\n\n\b\nlayers.toml, say; the first glob that matches a layer holds:\n"
     '  [layers."rel.*"]\n  method = "cp"\n  max_error = 0.05\n  quantize = "int8"\n'
@@ -70,7 +70,12 @@ _OF_A_CONFIG = (
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json file of globs and what to do with them.")
 @click.option("--method", type=click.Choice(config_text.METHODS), default="tucker", show_default=True)
 @click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
-@click.option("--max-error", type=float, help="Instead of a rank: highest relative weight error.")
+@click.option("--max-error", type=float, help="Instead of a rank: highest relative error.")
+@click.option(
+    "--on",
+    type=click.Choice(["weight", "output"]),
+    help="What --max-error counts on.  [default: weight; of --method auto with --calibration, output]",
+)
 @click.option("--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes.")
 @click.option("--quantize", type=click.Choice(get_args(Quantize)), help="Storage format of the new layers.")
 @click.option(
@@ -80,17 +85,14 @@ _OF_A_CONFIG = (
     help="What --method auto makes small.  [default: size]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
+@calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--compute", type=click.Choice(MODES), help="How quantized layers compute.  [default: on_the_fly]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
-@rows
-@device
-@dtype
 @click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan; write no checkpoint.")
 @click.option("--report", type=FILE, metavar="FILE", help="Also write the report: .json, .md or .html.")
-@as_json
-@quiet
+@measuring
 @click.pass_context
 def compress(
     context: click.Context,
@@ -101,10 +103,12 @@ def compress(
     method: str,
     rank: str | None,
     max_error: float | None,
+    on: Literal["weight", "output"] | None,
     max_size: float | None,
     quantize: Quantize | None,
     prefer: Literal["size", "speed"],
     seed: int,
+    calibration: Path | None,
     max_seconds: float | None,
     compute: str | None,
     force: bool,
@@ -121,7 +125,7 @@ def compress(
 
     The result loads with compress_bilinear.load(OUTPUT, Net()), Net being the original network, in its dtype.
     """
-    _check_files(path, output, report, dry_run)
+    _check_files(path, output, report, calibration, dry_run)
     if config is not None:
         given = [name for name in _OF_A_CONFIG if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
@@ -131,7 +135,8 @@ def compress(
             )
         recipe = config_text.read(config)
     else:
-        recipe = Recipe(configs={"*": _config(method, rank, max_error, max_size, quantize, prefer, seed)}, options={})
+        single = _config(method, rank, max_error, max_size, quantize, prefer, seed, on)
+        recipe = Recipe(configs={"*": single}, options={})
     if state_dicts.descriptions(path):
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
@@ -147,24 +152,35 @@ def compress(
     chosen = state_dicts.choose(state, include or (tuple(recipe.configs) if config is not None else ()))
     configs = _matching(recipe, chosen)
     planned, new_state, described = state_dicts.compress_state(
-        state, chosen, configs, device=device, dtype=dtype, progress=False if quiet else None, **options
+        state,
+        chosen,
+        configs,
+        device=device,
+        dtype=dtype,
+        calibration=calibration,
+        progress=False if quiet else None,
+        **options,
     )
-    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}))
+    ours = () if calibration is None else ("calibration",)
+    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}, ours))
+    files: list[tuple[Path, Content]] = []
+    if output is not None and described and not dry_run:
+        files.append((output, lambda temporary: tensor_file.write(new_state, described, temporary)))
+    if report is not None:
+        files.append((report, rendered(made, style_of(report, "--report"))))
+    write_together(files)  # before anything is printed: who reads that may have gone
     if as_json:
         print(made.to_json())
     else:
-        show(str(planned) if dry_run else str(made), hidden=quiet)
-    reports = [] if report is None else [(report, rendered(made, style_of(report, "--report")))]
-    if dry_run or output is None or not described:
-        write_together(reports)
+        written = [f"Wrote {path} ({size(path.stat().st_size)})" for path, _ in files]
+        show(str(planned) if dry_run else str(made), *written, hidden=quiet)
+    if not described:
         unwritten = f"nothing was replaced, so {str(output)!r} was not written"
-        return "nothing would be replaced" if dry_run and not described else None if dry_run else unwritten
-    write_together([(output, lambda temporary: tensor_file.write(new_state, described, temporary)), *reports])
-    show(f"Wrote {output} ({size(output.stat().st_size)})", hidden=quiet or as_json)
+        return "nothing would be replaced" if dry_run else unwritten
     return None
 
 
-def _check_files(path: Path, output: Path | None, report: Path | None, dry_run: bool) -> None:
+def _check_files(path: Path, output: Path | None, report: Path | None, rows: Path | None, dry_run: bool) -> None:
     """What is wrong with the files is said before anything takes time."""
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
@@ -176,6 +192,8 @@ def _check_files(path: Path, output: Path | None, report: Path | None, dry_run: 
         raise ConfigError(
             "--report should be another file than CHECKPOINT and --output. Found the same as one of them."
         )
+    if rows is not None and rows.resolve() in {file.resolve() for file in (output, report) if file is not None}:
+        raise ConfigError("--calibration should be another file than those that are written. Found the same as one.")
     check_targets(output, report)
 
 
@@ -197,7 +215,11 @@ def _config(
     quantize: Quantize | None,
     prefer: Literal["size", "speed"],
     seed: int,
+    on: Literal["weight", "output"] | None = None,
 ) -> Config:
+    if on is not None and max_error is None:
+        raise ConfigError(f"--on says what --max-error counts on. Found --on {on} alone.")
+    limit = None if max_error is None else MaxError(max_error, on or "weight")
     given = [name for name, value in _targets(rank, max_error, max_size).items() if value is not None]
     if method == "dense":
         if given or quantize is None:
@@ -210,14 +232,14 @@ def _config(
         if len(given) != 1 or rank is not None or quantize is not None:
             listed = ", ".join(given + (["--quantize"] if quantize is not None else [])) or "none"
             raise ConfigError(f"--method auto takes one of --max-error and --max-size alone. Found {listed}.")
-        return AutoConfig(error=max_error, size=max_size, prefer=prefer, seed=seed)
+        return AutoConfig(error=max_error if on is None else limit, size=max_size, prefer=prefer, seed=seed)
     if prefer != "size":
         raise ConfigError(f"--prefer is for --method auto. Found --method {method}.")
     if len(given) != 1:
         raise ConfigError(
             f"--method {method} takes one of --rank, --max-error and --max-size. Found {', '.join(given) or 'none'}."
         )
-    target = MaxError(max_error) if max_error is not None else MaxSize(max_size) if max_size is not None else None
+    target = limit if limit is not None else MaxSize(max_size) if max_size is not None else None
     if method == "cp":
         cp_rank: CPRank = target if target is not None else _ints(rank, 1, "--rank of CP")[0]
         return CPConfig(rank=cp_rank, quantize=quantize, seed=seed)

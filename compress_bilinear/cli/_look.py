@@ -11,14 +11,13 @@ from rich.text import Text
 
 from .. import state_dicts, tensor_file
 from ..report import printable, size
-from ._shared import FILE, SEED, as_json, examples, quiet, show
+from ._shared import FILE, SEED, as_json, examples, printing, show
 
 
 @click.command(epilog=examples("demo", "demo -o networks --seed 1", "demo --json"))
 @click.option("-o", "--output", type=FILE, help="Folder to keep the compressed networks in.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split and the training.")
-@as_json
-@quiet
+@printing
 def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
     """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
     from .. import demo as main_job

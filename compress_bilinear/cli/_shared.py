@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import click
 import torch
@@ -19,10 +19,11 @@ SEED = click.IntRange(0, 2**63 - 1)
 
 Style: TypeAlias = Literal["table", "markdown", "json", "html"]
 _STYLES: dict[str, Style] = {".json": "json", ".md": "markdown", ".html": "html"}
+_Command = TypeVar("_Command", bound=Callable[..., Any])
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
-rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
-quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for.")
+_rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
@@ -44,18 +45,35 @@ def _dtype(context: click.Context, parameter: click.Parameter, value: str | None
     return None if value is None else _DTYPES[value]
 
 
-device = click.option(
+_device_option = click.option(
     "--device",
     metavar="DEVICE",
     callback=_device,
     help="Where to solve and measure: cpu, cuda, cuda:1.  [default: cpu]",
 )
-dtype = click.option(
+_dtype_option = click.option(
     "--dtype",
     type=click.Choice(list(_DTYPES)),
     callback=_dtype,
     help="Take the original in this dtype; errors and sizes are then against that.  [default: as stored]",
 )
+calibration = click.option(
+    "--calibration",
+    type=FILE,
+    metavar="FILE",
+    help="Rows of the layers' inputs, .safetensors or .npz: for a layer rel the tensors rel.input1 (N, in1) and "
+    "rel.input2 (N, in2). Factors are fitted to the outputs, and output errors measured on held-out rows.",
+)
+
+
+def printing(command: _Command) -> _Command:
+    """The options of all that prints results: `as_json` and `quiet`."""
+    return as_json(_quiet(command))
+
+
+def measuring(command: _Command) -> _Command:
+    """The options of all that solves or measures: `batch_size`, `device`, `dtype`, `as_json` and `quiet`."""
+    return _rows(_device_option(_dtype_option(printing(command))))
 
 
 def examples(*lines: str) -> str:
@@ -91,8 +109,12 @@ def rendered(report: Report, style: Style) -> str:
             return report.to_html()
 
 
-def write_together(contents: Iterable[tuple[Path, str | Callable[[Path], object]]]) -> None:
-    """Write files, from text or by a function that takes a path, and put them in place only when all are whole."""
+Content: TypeAlias = str | Callable[[Path], object]
+"""A file's text, or a function that writes the file at a path."""
+
+
+def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
+    """Write files, and put them in place only when all are whole."""
     with ExitStack() as stack:
         for path, content in contents:
             temporary = stack.enter_context(written_atomically(path))

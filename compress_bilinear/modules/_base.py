@@ -1,7 +1,6 @@
 """What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, cast, get_args
 
 import torch
@@ -11,6 +10,7 @@ from .. import ops
 from ..config import Compute, Quantize
 from ..errors import CompressionError, ConfigError, InputError
 from ..quantization import QuantizedTensor
+from ._autocast import autocast_enabled
 
 
 class CompressedBilinear(nn.Module):
@@ -103,6 +103,13 @@ class CompressedBilinear(nn.Module):
     def set_bias(self, bias: nn.Parameter | None) -> None:
         """Use this very Parameter (O,), or none; what is tied to it stays tied."""
 
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        """The forward on a CPU without the checks that would cost more than the sums of a few rows; None where needed.
+
+        It may raise what torch raises for inputs that do not fit.
+        """
+        return None
+
     @abstractmethod
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
 
@@ -129,6 +136,13 @@ class CompressedBilinear(nn.Module):
 
         Raises: InputError where `nn.Bilinear` would raise: other sizes, other leading dimensions, other dtypes.
         """
+        if input1.is_cpu and not torch.compiler.is_compiling():
+            try:
+                output = self._bare(input1, input2)
+            except (RuntimeError, IndexError, InputError):  # what is wrong with the inputs is found and said below
+                output = None
+            if output is not None:
+                return output
         self._check(input1, input2)
         if input1.shape[:-1] != input2.shape[:-1]:
             raise InputError(
@@ -277,25 +291,6 @@ def block_rows(
     count, size = input1.shape[-2:]
     rows = input1.new_zeros(*input1.shape[:-1], count, size)
     return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on; the meta device does not know it."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def autocast_dtype(device_type: str, *tensors: Tensor) -> torch.dtype | None:
-    """The dtype that autocast, where it is on, would run a product of these tensors in; it leaves float64 alone."""
-    if not autocast_enabled(device_type) or any(tensor.dtype == torch.float64 for tensor in tensors):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off, for operands that have their dtype already; free where it is off anyway."""
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class ProjectedBilinear(CompressedBilinear):

@@ -11,7 +11,8 @@ from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import NF4Tensor, QuantizedTensor, scale_grid
-from ._base import CompressedBilinear, autocast_dtype, without_autocast
+from ._autocast import autocast_dtype, autocast_enabled, without_autocast
+from ._base import CompressedBilinear
 from ._int8_matmul import int8_bilinear
 from ._linear import row_parts
 
@@ -144,6 +145,12 @@ class DenseBilinear(CompressedBilinear):
             weight, scale = self.weight.to(dtype), None
         bias = self.bias if self.bias is None else self.bias.to(dtype)
         return input1.to(dtype), input2.to(dtype), weight, bias, scale
+
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        weight = self._parameters.get("weight")
+        if weight is None or not input1.dtype == input2.dtype == weight.dtype or autocast_enabled("cpu"):
+            return None
+        return ops.small_dense(input1, input2, weight, self._parameters["bias"])
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if self.integer:

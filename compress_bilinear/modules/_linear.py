@@ -11,7 +11,8 @@ from typing_extensions import Self
 from .. import ops
 from ..config import Quantize
 from ..quantization import NF4Tensor, QuantizedTensor, restore_dtypes
-from ._base import autocast_dtype, block_rows, without_autocast
+from ._autocast import autocast_dtype, without_autocast
+from ._base import block_rows
 from ._int8_matmul import int8_linear
 
 CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four megabytes in float32

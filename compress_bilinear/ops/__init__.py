@@ -2,7 +2,8 @@
 
 from . import reference
 from ._choice import BACKENDS, Backend, Choice
-from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
+from ._cp import small_cp
+from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing, small_dense
 from ._gemm import linear, linear_times, stored_linear
 from ._layers import (
     bilinear_cp,
@@ -34,5 +35,7 @@ __all__ = [
     "pairwise_dense",
     "pairwise_tucker",
     "reference",
+    "small_cp",
+    "small_dense",
     "stored_linear",
 ]

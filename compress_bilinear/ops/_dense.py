@@ -82,22 +82,31 @@ def small_dense(
     weight: Tensor,  # (O, I, J)
     bias: Tensor | None,  # (O,)
 ) -> Tensor | None:  # (..., O)
-    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU."""
-    out, in1, in2 = weight.shape
-    if input1.device.type != "cpu" or in1 * in2 > _SMALL_PAIRS or in1 == 0 or is_tracing():
+    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU.
+
+    None too where the inputs' sizes are not those of the weight, or their leading dimensions differ.
+    """
+    if not input1.is_cpu or is_tracing():
         return None
-    rows = input1.numel() // in1
-    if rows * in1 * in2 > _SMALL_PAIRS or rows == 0 or (rows > _FEW_ROWS and rows * weight.numel() > _SMALL_PRODUCTS):
+    out, in1, in2 = weight.shape
+    elements, dim = input1.numel(), input1.dim()
+    count = elements * in2  # of x1 ⊗ x2
+    if (
+        not 0 < count <= _SMALL_PAIRS
+        or (count * out > _SMALL_PRODUCTS and elements > _FEW_ROWS * in1)
+        or count != input2.numel() * in1
+        or dim != input2.dim()
+        or (dim != 2 and input1.shape[:-1] != input2.shape[:-1])
+    ):
         return None
     if out >= _SMALL_OUT:
         pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
         return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
-    if input1.dim() != 2:
+    if dim != 2:
         return None
-    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(rows, out, in1)
-    if bias is None:
-        return torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
-    return torch.baddbmm(bias.unsqueeze(1), product, input1.unsqueeze(2)).squeeze(2)
+    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
+    output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
+    return output if bias is None else output + bias
 
 
 def composed_dense(

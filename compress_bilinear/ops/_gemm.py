@@ -17,7 +17,7 @@ from torch.nn.functional import linear as _plain
 from ..quantization import dequantize
 
 _LEAST_ROWS = 16  # below, laying out the weight costs more than it saves
-_LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
+LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
 
 
 def linear(
@@ -114,27 +114,21 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product."""
-    width = weight.shape[1]
-    if width == 0 or input.dtype != torch.float32 or weight.dtype != torch.float32 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    rows = input.numel() // width
+    outputs, width = weight.shape
+    if width == 0 or input.numel() * outputs < LEAST_PRODUCTS:  # first, for here a small call ends
+        return False
     return (
-        rows >= _LEAST_ROWS
-        and rows * weight.numel() >= _LEAST_PRODUCTS
-        and input.device.type == "cpu"
+        input.numel() >= _LEAST_ROWS * width
+        and input.is_cpu
+        and input.dtype == torch.float32
+        and weight.dtype == torch.float32
         and type(input) is Tensor
         and type(weight) in (Tensor, torch.nn.Parameter)
         and onednn_is_faster()
         and not _recorded()
     )
-
-
-def is_small(input: Tensor, *weights: Tensor) -> bool:
-    """Whether a call on a CPU is too small for anything but `F.linear`, by the size of each of its weights."""
-    if input.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
-        return False
-    rows = input.numel() // max(1, input.shape[-1])
-    return rows * max(weight.numel() for weight in weights) < _LEAST_PRODUCTS
 
 
 def onednn_is_faster() -> bool:

@@ -1,14 +1,13 @@
 """Runs side by side: for each figure a row a layer and a column a run, the best marked."""
 
 import csv
-import difflib
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from ..errors import CompressionError
+from ..errors import CompressionError, nearest
 from ._data import LayerReport, Report, numeric_fields
 from ._format import error, size
 from ._held import held
@@ -124,9 +123,7 @@ def check_field(name: str, what: str) -> None:
     """Raise CompressionError unless `name` is one of `numeric_fields()`."""
     known = numeric_fields()
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise CompressionError(f"{what} should name one of {', '.join(known)}. Found {name!r}.{hint}")
+        raise CompressionError(f"{what} should name one of {', '.join(known)}. Found {name!r}.{nearest(name, known)}")
 
 
 def better(field: str) -> Better:

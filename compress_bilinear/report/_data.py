@@ -11,12 +11,14 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from ..errors import CompressionError
 from ..files import written_atomically
+from ._read import check, record
 
 SCHEMA_VERSION = 2
 
 AS_CONFIGURED = "as configured"  # the reason of a replacement with nothing more to say
 
 Rank: TypeAlias = int | tuple[int, int, int] | None
+Quartiles: TypeAlias = tuple[float | None, float | None]  # None where it was not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,8 @@ class LayerReport:
         backend: which code evaluates the replacement.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
         front: the replacements that were considered, by bytes; empty where the config left no choice.
+        compared: where it left none, what the replacement stands beside, by bytes: the layer itself, its weight in 8
+            bits, and what a search for the rank tried. Empty where nothing was solved.
         spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved or a mode is too long.
     """
 
@@ -137,11 +141,11 @@ class LayerReport:
     flops_before: int | None = None
     flops_after: int | None = None
     latency_before_ms: float | None = None
-    latency_before_quartiles_ms: tuple[float, float] | None = None
+    latency_before_quartiles_ms: Quartiles | None = None
     latency_after_ms: float | None = None
-    latency_after_quartiles_ms: tuple[float, float] | None = None
+    latency_after_quartiles_ms: Quartiles | None = None
     latency_dense_ms: float | None = None
-    latency_dense_quartiles_ms: tuple[float, float] | None = None
+    latency_dense_quartiles_ms: Quartiles | None = None
     dense_order: str | None = None
     speedup: float | None = None
     speedup_vs_dense: float | None = None
@@ -150,6 +154,7 @@ class LayerReport:
     amplification: float | None = None
     form: str = "nn.Bilinear"
     front: tuple[FrontPoint, ...] = ()
+    compared: tuple[FrontPoint, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
 
     @property
@@ -209,32 +214,39 @@ class Report:
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
         """The inverse of `to_dict()`.
 
-        Raises: CompressionError for another schema version, or where a field is missing or unknown.
+        Raises: CompressionError for another schema version, or where a field is missing, unknown, or not of its type.
         """
         found = data.get("schema_version") if isinstance(data, Mapping) else None
         if found != SCHEMA_VERSION:
             raise CompressionError(f"`schema_version` of a report should be {SCHEMA_VERSION}. Found {found!r}.")
-        try:
-            layers = tuple(_layer(layer) for layer in data["layers"])
-            return cls(
-                layers=layers,
-                model_bytes_before=data["model_bytes_before"],
-                model_bytes_after=data["model_bytes_after"],
-                environment=dict(data["environment"]),
-                metric_before=data["metric_before"],
-                metric_after=data["metric_after"],
-                config=dict(data["config"]),
-                call=data["call"],
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CompressionError(f"A report of schema version {SCHEMA_VERSION} is needed. Found {error}.") from error
+        known = {"schema_version", *(one.name for one in dataclasses.fields(cls))}
+        if data.keys() != known:
+            parts = [f"no {', '.join(sorted(known - data.keys()))}"] if known - data.keys() else []
+            parts += [f"also {', '.join(sorted(data.keys() - known))}"] if data.keys() - known else []
+            raise CompressionError(f"A report should have {', '.join(sorted(known))}. Found {'; '.join(parts)}.")
+        for name in ("model_bytes_before", "model_bytes_after"):
+            check(data[name], int, f"`{name}` of a report")
+        for name in ("metric_before", "metric_after"):  # which may be below 0
+            size = abs(data[name]) if isinstance(data[name], (int, float)) else data[name]
+            check(size, float | None, f"`{name}` of a report")
+        for name in ("environment", "config"):
+            if not isinstance(data[name], Mapping):
+                raise CompressionError(f"`{name}` of a report should be an object. Found {data[name]!r}.")
+        for name, value in data["environment"].items():
+            check(value, str | int, f"`environment.{name}` of a report")
+        check(data["call"], str, "`call` of a report")
+        if not isinstance(data["layers"], (list, tuple)):
+            raise CompressionError(f"`layers` of a report should be a list. Found {data['layers']!r}.")
+        layers = tuple(_layer(layer, k) for k, layer in enumerate(data["layers"]))
+        rest = {name: data[name] for name in known - {"schema_version", "layers"}}
+        return cls(**rest, layers=layers)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json()`. Raises: CompressionError where the text is not such a report."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise CompressionError(f"A report in JSON is required. Found text that is not JSON: {error}.") from error
         return cls.from_dict(data)
 
@@ -280,16 +292,19 @@ def numeric_fields() -> tuple[str, ...]:
     return tuple(name for name, kind in kinds.items() if kind & {int, float} and kind <= {int, float, type(None)})
 
 
-def _layer(entry: Mapping[str, Any]) -> LayerReport:
-    fields = {"compute_modes": ()} | {key: _tuples(value) for key, value in entry.items()}
-    for name in numeric_fields():
-        if not isinstance(fields.get(name), (int, float, type(None))) or isinstance(fields.get(name), bool):
-            raise CompressionError(f"`{name}` of a layer should be a number or null. Found {fields[name]!r}.")
-    points = (FrontPoint(**{key: _tuples(value) for key, value in point.items()}) for point in fields["front"])
-    spectra = (Spectrum(**{key: _tuples(value) for key, value in one.items()}) for one in fields["spectra"])
-    modes = (ComputeMode(**{key: _tuples(value) for key, value in one.items()}) for one in fields["compute_modes"])
-    return LayerReport(**fields | {"front": tuple(points), "spectra": tuple(spectra), "compute_modes": tuple(modes)})
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _layer(entry: Any, number: int) -> LayerReport:
+    named = isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
+    what = f"layer {entry['name'] or '(root)'!r}" if named else f"layer {number}"
+    inner: dict[str, tuple[object, ...]] = {}
+    kinds = {"front": FrontPoint, "compared": FrontPoint, "spectra": Spectrum, "compute_modes": ComputeMode}
+    for name, kind in kinds.items():
+        if isinstance(entry, Mapping) and isinstance(entry.get(name), (list, tuple)):
+            inner[name] = tuple(record(kind, one, f"{name}[{k}] of {what}") for k, one in enumerate(entry[name]))
+    layer = record(LayerReport, entry, what, **inner)
+    for k, one in enumerate(layer.spectra):
+        if len(one.indices) != len(one.values) or list(one.indices) != sorted({max(1, i) for i in one.indices}):
+            raise CompressionError(
+                f"`indices` of spectra[{k}] of {what} should rise from 1 at least, one for each of `values`. "
+                f"Found {len(one.indices)} for {len(one.values)} values, from {one.indices[:1]} on."
+            )
+    return layer

@@ -9,14 +9,15 @@ from ._data import AS_CONFIGURED, ComputeMode, LayerReport, Report
 from ._format import compute_mode, error, method, size, size_change, speedup
 from ._held import held
 from ._page import Cell, drawn, page
-from ._plots import Plot, front_plot, latency_plot, spectra_plot
+from ._plots import Plot, front, front_plot, latency_plot, spectra_plot, spectra_title
 
 _MOST_BYTES = 1_950_000  # of a page, plots included
 _OPEN = 3  # layers up to which all are open
 _MOST_DETAILS = 300
 _NAMED = 5  # layers that a warning names
-_UNTOLD = {"name", "aliases", "shape", "reason", "front", "spectra"}  # fields that are shown elsewhere
+_UNTOLD = {"name", "aliases", "shape", "reason", "front", "compared", "spectra"}  # fields that are shown elsewhere
 _FRONT_KEY = (("cp", "CP"), ("tucker", "Tucker"), ("dense", "dense"), ("keep", "kept"))
+_FRONT_TITLES = ("Considered, by bytes and error", "Beside the layer itself, 8 bits, and what else was tried")
 _KEYS = {
     "front": (*_FRONT_KEY, ("hollow", "8 bits or fewer"), ("ring", "chosen")),
     "spectra": (("l1", "out"), ("l2", "in1"), ("l3", "in2")),
@@ -181,7 +182,7 @@ def _details(number: int, layer: LayerReport, opened: bool) -> dict[str, Any]:
     reason = f"{layer.decision.capitalize()}: {layer.reason}."
     if kept and layer.weight_error is not None:
         reason += " Errors, latencies and rank below are of what was turned down."
-    if not layer.front and not kept:
+    if len(front(layer)[1]) < 2 and not kept:
         reason += " Nothing else was considered, so there is no front."
     return {
         "number": number,
@@ -214,8 +215,8 @@ def _figure(value: object) -> str:
 
 def _plots(layer: LayerReport) -> list[dict[str, Any]]:
     found: list[tuple[str, str, Plot | None]] = [
-        ("Considered, by bytes and error", "front", front_plot(layer)),
-        ("Singular values; marks at the chosen ranks", "spectra", spectra_plot(layer)),
+        (_FRONT_TITLES[not layer.front], "front", front_plot(layer)),
+        ("" if not layer.spectra else spectra_title(layer), "spectra", spectra_plot(layer)),
         (f"Latency of {layer.batch_size} rows, with quartiles", "latency", latency_plot(layer)),
     ]
     return [

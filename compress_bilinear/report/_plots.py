@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ._data import FrontPoint, LayerReport, Spectrum
+from ._data import FrontPoint, LayerReport, Quartiles, Spectrum
 from ._format import error, named, printable, size
 from ._svg import GRID, INK, SERIES, SURFACE, inlined
 
@@ -28,7 +28,7 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     """Bars of the medians with the quartiles; None where nothing was timed."""
     after = "turned down" if layer.decision == "kept" else "replacement"
     rows = [
-        ((label, detail), value, quartiles if quartiles and None not in quartiles else None)
+        ((label, detail), value, _whole(quartiles))
         for label, detail, value, quartiles in (
             ("nn.Bilinear", "", layer.latency_before_ms, layer.latency_before_quartiles_ms),
             (
@@ -69,15 +69,25 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     return Plot(_drawn(draw, left=0.25), f"Bars of the latency of a call of {layer.batch_size} rows: {told}.")
 
 
+def _whole(quartiles: Quartiles | None) -> tuple[float, float] | None:
+    """Both of them, or neither."""
+    low, high = quartiles or (None, None)
+    return None if low is None or high is None else (low, high)
+
+
+def front(layer: LayerReport) -> tuple[str, list[tuple[FrontPoint, float]]]:
+    """What there is to plot error over bytes of, and of what the error is: of what is known of more points."""
+    points = [point for point in layer.front or layer.compared if point.bytes > 0]
+    by_output = [(one, one.output_error) for one in points if one.output_error is not None]
+    by_weight = [(one, one.weight_error) for one in points if one.weight_error is not None]
+    kind, known = ("output", by_output) if len(by_output) >= len(by_weight) else ("weight", by_weight)
+    return f"{kind} error", [(one, value) for one, value in known if math.isfinite(value)]
+
+
 def front_plot(layer: LayerReport) -> Plot | None:
-    """Error over bytes of all that was considered; None where the config left no choice."""
-    by_output = any(point.output_error is not None for point in layer.front)
-    kind = "output error" if by_output else "weight error"
-    points = [(p, p.output_error if by_output else p.weight_error) for p in layer.front]
-    known = [
-        (point, value) for point, value in points if value is not None and math.isfinite(value) and point.bytes > 0
-    ]
-    if not known:
+    """Error over bytes of what was considered, or else of what there is to compare; None of fewer than two points."""
+    kind, known = front(layer)
+    if len(known) < 2:
         return None
     shown = [value for _, value in known if value > 0]
     floor = min(shown) / 2 if shown else 0.1  # where an exact one stands: a logarithm has no zero
@@ -112,8 +122,9 @@ def front_plot(layer: LayerReport) -> Plot | None:
     told = "none of them was chosen"
     if chosen is not None:
         told = f"the chosen one is {named(chosen[0])} with {size(chosen[0].bytes)} and {kind} {error(chosen[1])}"
-    words = f"{kind.capitalize()} over bytes of {len(known)} replacements that were considered; {told}."
-    missing = len(points) - len(known)
+    what = "replacements that were considered" if layer.front else "ways to store the layer"
+    words = f"{kind.capitalize()} over bytes of {len(known)} {what}; {told}."
+    missing = len(layer.front or layer.compared) - len(known)
     return Plot(_drawn(draw), words + (f" Of {missing} more the {kind} is not known." if missing else ""))
 
 
@@ -144,13 +155,27 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
         axes.set_xlabel("singular value number", color=INK)
         axes.set_ylabel("σ / ‖W‖", color=INK)
 
-    told = []
+    told: list[str] = []
     for name, spectrum, rank in zip(_MODES, layer.spectra, chosen, strict=True):
         last = f"{name} falls from {spectrum.values[0]:.2g} to {spectrum.values[-1]:.2g} at {spectrum.indices[-1]}"
         within = rank is not None and rank <= spectrum.indices[-1]
         told.append(last + (f", {at(spectrum, rank):.2g} at the rank {rank}" if within and rank is not None else ""))
     sampled = " Estimated from a sample of the weight." if any(one.sampled for one in layer.spectra) else ""
     return Plot(_drawn(draw), f"Singular values of the unfoldings: {'; '.join(told)}.{sampled}")
+
+
+def spectra_title(layer: LayerReport) -> str:
+    """What the plot of the spectra shows, and which of the ranks it has marks at."""
+    what = "turned down" if layer.decision == "kept" else "chosen"
+    if layer.rank is None:
+        return "Singular values of the unfoldings; no rank was chosen"
+    if isinstance(layer.rank, Sequence):
+        return f"Singular values; marks at the {what} ranks {', '.join(map(str, layer.rank))}"
+    within = [layer.rank <= one.indices[-1] for one in layer.spectra]
+    if not any(within):
+        return f"Singular values; no mode has as many as the {what} rank {layer.rank}"
+    where = "" if all(within) else ", of the modes that have it"
+    return f"Singular values; marks at the {what} rank {layer.rank}{where}"
 
 
 def at(spectrum: Spectrum, index: int) -> float:

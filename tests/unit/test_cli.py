@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support import bilinear, command_line, low_rank
+from support import assert_refused, bilinear, low_rank, timed_at_once
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import planning, selection, state_dicts
-from compress_bilinear.measure import Latency, Timing
+from compress_bilinear import planning, state_dicts
 
 IN1, IN2, OUT = 18, 17, 7
 
@@ -51,16 +50,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     torch.save({"conv.weight": torch.ones(8, 7, 3)}, "conv.pt")
     torch.save(nn.Linear(2, 2), "module.pt")
     Path("folder").mkdir()
-    latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
-    monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+    timed_at_once(monkeypatch)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line with some arguments: its status, stdout and stderr."""
-
-    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")
@@ -139,14 +130,7 @@ class TestMistakes:
     @pytest.mark.parametrize("case", MISTAKES)
     def test_a_users_mistake_is_one_line_and_status_2(self, run, folder, case):
         (folder / "notes.txt").write_text("nothing here")
-        before = sorted(folder.rglob("*"))
-        args, problem = MISTAKES[case]
-        status, _, err = run(*args)
-        assert status == 2
-        assert problem in err
-        assert err.startswith("compress-bilinear: error: ")
-        assert err.count("\n") == 1
-        assert sorted(folder.rglob("*")) == before
+        assert_refused(run, folder, *MISTAKES[case])
 
     def test_ctrl_c_is_status_130(self, run, monkeypatch):
         def interrupted(path):

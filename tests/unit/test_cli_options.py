@@ -9,18 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import click
 import pytest
 import torch
 from records import kept, replaced, report
-from support import bilinear, command_line, low_rank
+from support import assert_refused, bilinear, low_rank, timed_at_once
 from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear import selection, state_dicts
 from compress_bilinear.cli._main import app
-from compress_bilinear.measure import Latency, Timing
 
 IN1, IN2, OUT = 18, 17, 7
 BATCH = torch.randn(5, IN1), torch.randn(5, IN2)
@@ -47,14 +47,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     )
     Path("one.json").write_text(one.to_json())
     Path("two.json").write_text(two.to_json())
-    latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
-    monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+    timed_at_once(monkeypatch)
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    return lambda *args: command_line(monkeypatch, capsys, *args)
 
 
 TO = ("-o", "small.safetensors", "--no-latency")
@@ -66,6 +60,10 @@ MISTAKES = {
     "config and a seed": (("compress", "net.pt", *TO, *CONFIG, "--seed", "0"), "stands alone. Found --seed too"),
     "no config file": (("compress", "net.pt", *TO, "--config", "none.toml"), "should be a file of text to read"),
     "wrong config": (("compress", "net.pt", *TO, "--config", "wrong.toml"), "wrong.toml: layers.rel.rank: `rank` of"),
+    "config with a key mistyped": (
+        ("compress", "net.pt", *TO, "--config", "typing.toml"),
+        "typing.toml: layers.rel.methd: unknown. Did you mean method?",
+    ),
     "config and no layer of it": (
         ("compress", "net.pt", *TO, "--config", "rel.toml", "--layers", "head"),
         "--layers should leave a layer that --config is about. Found globs rel",
@@ -77,7 +75,21 @@ MISTAKES = {
     "report over the checkpoint": (("compress", "net.pt", *TO, *REL, "--report", "net.pt"), "should end in .json"),
     "report's output": (("report", "net.pt", "net.pt", "-o", "a.txt"), "--output should end in .json, .md or .html"),
     "compare nothing": (("compare",), "Missing argument 'REPORT.json...'"),
-    "compare a checkpoint": (("compare", "net.pt"), "'net.pt' should be a report that --report wrote as .json"),
+    "compare a checkpoint": (
+        ("compare", "net.pt"),
+        "'net.pt' should be a report that --report wrote as .json. Found a file that is no text",
+    ),
+    "compare what is not there": (
+        ("compare", "none.json"),
+        "should be a report that --report wrote as .json. Found no",
+    ),
+    "compare a folder": (("compare", "folder.json"), "should be a report that --report wrote as .json. Found a folder"),
+    "compare what may not be read": (("compare", "secret.json"), "a file that cannot be read: Permission denied"),
+    "compare a list": (
+        ("compare", "list.json"),
+        "'list.json' should be a report that --report wrote as .json. `schema",
+    ),
+    "compare what is nested for ever": (("compare", "deep.json"), "A report in JSON is required"),
     "compare twice the same": (("compare", "one.json", "one.json"), "Each report should be given once"),
     "compare into a report": (("compare", "one.json", "-o", "one.json"), "another file than the reports"),
     "compare into a picture": (("compare", "one.json", "-o", "a.png"), "should end in .md, .html, .csv or .json"),
@@ -88,17 +100,19 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_a_users_mistake_is_one_line_and_status_2(run, folder, case):
+def test_a_users_mistake_is_one_line_and_status_2(run, folder, case, monkeypatch):
     (folder / "wrong.toml").write_text('[layers.rel]\nmethod = "cp"\nrank = "many"\n')
     (folder / "rel.toml").write_text('[layers.rel]\nmethod = "cp"\nrank = 3\n')
-    before = sorted(folder.rglob("*"))
+    (folder / "folder.json").mkdir()
+    (folder / "list.json").write_text("[]")
+    (folder / "deep.json").write_text("[" * 100_000)
+    (folder / "typing.toml").write_text('[layers.rel]\nmethd = "cp"\nrank = 3\n')
     args, problem = MISTAKES[case]
-    status, _, err = run(*args)
-    assert status == 2
-    assert problem in err
-    assert err.startswith("compress-bilinear: error: ")
-    assert err.count("\n") == 1
-    assert sorted(folder.rglob("*")) == before
+    if "secret.json" in args:  # nobody forbids root to read
+        denied = PermissionError(13, "Permission denied")
+        monkeypatch.setattr(Path, "exists", lambda path: True)
+        monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=denied))
+    assert_refused(run, folder, args, problem)
 
 
 class TestCompress:
@@ -271,7 +285,7 @@ class TestCompare:
         Path("odd.json").write_text(json.dumps(data))
         status, _, err = run("compare", "odd.json")
         assert status == 2
-        assert "`bytes_after` of a layer should be a number or null. Found 'few'" in err
+        assert "`bytes_after` of layer 'a' should be a whole number, at least 0. Found 'few'" in err
 
 
 class TestInspect:
@@ -353,6 +367,38 @@ def test_ctrl_c_leaves_nothing_half_written(folder):
     assert (process.returncode, out, err.strip()) == (130, "", "compress-bilinear: interrupted")
     assert sorted(folder.rglob("*")) == before
     assert (folder / "small.safetensors").read_text() == "old"
+
+
+LOADING = """
+import runpy, sys
+
+class Interrupted:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["compress-bilinear", "inspect", "net.pt"]
+"""
+
+
+@pytest.mark.parametrize(
+    "start",
+    ["runpy.run_module('compress_bilinear', run_name='__main__')", "from compress_bilinear.cli import main; main()"],
+    ids=["module", "script"],
+)
+def test_ctrl_c_while_pytorch_is_loaded_is_no_traceback(start):
+    with in_a_process("-c", LOADING + start) as process:
+        out, err = process.communicate()
+    assert (process.returncode, out, err) == (130, "", "compress-bilinear: interrupted\n")
+
+
+def test_what_was_asked_for_is_written_although_nobody_reads_what_is_printed(folder):
+    with in_a_process("-m", "compress_bilinear", "compress", "net.pt", *TO, *REL, "--report", "a.json") as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert cb.Report.from_json((folder / "a.json").read_text()).layers[0].decision == "replaced"
+    assert isinstance(cb.load("small.safetensors", net())["rel"], cb.TuckerBilinear)
 
 
 def test_who_reads_no_further_causes_no_error():

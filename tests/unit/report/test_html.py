@@ -128,6 +128,7 @@ class TestPage:
             "aliases",
             "reason",
             "front",
+            "compared",
             "spectra",
         }
         for name in shown - {"shape"}:  # which stands below the name
@@ -233,8 +234,6 @@ class TestPlots:
             {"latency_before_ms": 0.0, "latency_dense_ms": 0.0, "latency_after_ms": 0.0},
             {"rank": (1, 2, 500)},
             {"rank": None, "spectra": spectra(1, 1, 2)},
-            {"front": replaced().front[-1:]},
-            {"front": replaced().front[1:2]},
             {"front": tuple(dataclasses.replace(p, bytes=7, output_error=0.3) for p in replaced().front)},
             {"front": tuple(dataclasses.replace(p, weight_error=0.3, output_error=None) for p in replaced().front)},
         ],
@@ -244,6 +243,48 @@ class TestPlots:
         layer = replaced(**changes)
         for plot in (_plots.latency_plot, _plots.front_plot, _plots.spectra_plot):
             assert "nan" not in plot(layer).svg
+
+    def test_a_sole_point_is_no_plot(self):
+        for points in ({"front": replaced().front[1:2]}, {"front": (), "compared": replaced().front[-1:]}):
+            assert _plots.front_plot(replaced(**points)) is None
+            page = Page(report(replaced(**points)).to_html())
+            assert "Nothing else was considered, so there is no front." in page.text
+            assert len(page.of("svg")) == 2
+
+    def test_without_a_choice_the_layer_is_compared_with_what_is_known(self):
+        layer = replaced(front=(), compared=replaced().front)
+        plot = _plots.front_plot(layer)
+        assert "Output error over bytes of 5 ways to store the layer; the chosen one is cp 8" in plot.words
+        assert plot.svg == _plots.front_plot(replaced()).svg
+        text = Page(report(layer).to_html()).text
+        assert "Beside the layer itself, 8 bits, and what else was tried" in text
+        assert "no front" not in text
+
+    def test_the_error_is_the_one_that_most_points_have(self):
+        points = [dataclasses.replace(p, output_error=None, weight_error=0.1) for p in replaced().front]
+        both = dataclasses.replace(replaced().front[1], weight_error=0.2)
+        assert "Weight error over bytes of 6" in _plots.front_plot(replaced(front=(*points, both))).words
+        assert "Output error" in _plots.front_plot(replaced(front=(both, both))).words
+
+    @pytest.mark.parametrize(
+        ("changes", "title", "marks"),
+        [
+            ({"rank": 8}, "marks at the chosen rank 8", 3),
+            ({"rank": 70}, "marks at the chosen rank 70, of the modes that have it", 2),
+            ({"rank": 341}, "no mode has as many as the chosen rank 341", 0),
+            ({"rank": (8, 9, 10)}, "marks at the chosen ranks 8, 9, 10", 3),
+            ({"rank": (50, 100, 100)}, "marks at the chosen ranks 50, 100, 100", 3),
+            ({"rank": None}, "no rank was chosen", 0),
+            ({"rank": 8, "decision": "kept"}, "marks at the turned down rank 8", 3),
+        ],
+        ids=str,
+    )
+    def test_the_title_of_spectra_says_which_marks_are_drawn(self, changes, title, marks):
+        layer = replaced(**changes)
+        assert _plots.spectra_title(layer).endswith(title)
+        assert title in Page(report(layer).to_html()).text
+        drawn = re.findall(r'<(?:circle|path)[^>]*style="fill:var\(--series', _plots.spectra_plot(layer).svg)
+        assert len(drawn) == marks
 
     def test_between_the_kept_values_a_rank_is_in_proportion(self):
         spectrum = spectra(100)[0]

@@ -76,6 +76,16 @@ def holding(*layers: LayerReport) -> Report:
     return Report(layers=layers, model_bytes_before=1000, model_bytes_after=940, environment={"device": "cpu"})
 
 
+def front(data) -> dict:
+    point = {"method": "cp", "rank": 2, "quantize": None, "bytes": 9, "flops": 9, "weight_error": 0.5}
+    data["layers"][0]["front"] = [point]
+    return point
+
+
+def spectrum(data) -> dict:
+    return data["layers"][0]["spectra"][0]
+
+
 class TestData:
     def test_every_field_of_the_design_is_there(self, report):
         for record in report.to_dict()["layers"]:
@@ -172,9 +182,52 @@ class TestJson:
             (lambda data: data["layers"][0].update(colour="red"), "colour"),
             (lambda data: data.update(layers=[3]), "Found"),
             (lambda data: data.pop("config"), "config"),
-            (lambda data: data["layers"][0].update(bytes_after="few"), "`bytes_after` of a layer should be a number"),
-            (lambda data: data["layers"][0].update(bytes_after=True), "should be a number or null. Found True"),
-            (lambda data: data.update(layers=None), "Found"),
+            (
+                lambda data: data["layers"][0].update(bytes_after="few"),
+                "`bytes_after` of layer 'up_a' should be a whole",
+            ),
+            (lambda data: data["layers"][0].update(bytes_after=True), "a whole number, at least 0. Found True"),
+            (lambda data: data["layers"][0].update(bytes_after=2.5), "a whole number, at least 0. Found 2.5"),
+            (
+                lambda data: data["layers"][0].update(speedup=-1),
+                "`speedup` of layer 'up_a' should be a number, at least",
+            ),
+            (
+                lambda data: data["layers"][0].update(weight_error=math.nan),
+                "`weight_error` of layer 'up_a'.* Found nan",
+            ),
+            (lambda data: data["layers"][0].update(decision="left"), "'replaced' or 'kept'. Found 'left'"),
+            (lambda data: data["layers"][0].update(shape=[1, 2]), "a list, 3 of each a whole number.* or null. Found"),
+            (
+                lambda data: data["layers"][0].update(aliases=[3]),
+                "`aliases` of layer 'up_a' should be a list, each a str",
+            ),
+            (lambda data: data["layers"][0].update(front=3), "`front` of layer 'up_a' should be a list"),
+            (lambda data: front(data).update(bytes=None), "`bytes` of front.0. of layer 'up_a' .*Found None"),
+            (lambda data: front(data).update(bytes=-7), "`bytes` of front.0. of layer 'up_a' .* at least 0. Found -7"),
+            (
+                lambda data: front(data).update(output_error="x"),
+                "`output_error` of front.0. of layer 'up_a' .*Found 'x'",
+            ),
+            (lambda data: front(data).update(output_error=math.inf), "`output_error` of front.0..* Found inf"),
+            (lambda data: front(data).update(chosen=1), "should be true or false. Found 1"),
+            (lambda data: front(data).update(byte=1), "Found 'byte'. Did you mean bytes?"),
+            (
+                lambda data: spectrum(data).update(values=[math.nan] * 7),
+                "`values` of spectra.0..* a number, at least 0",
+            ),
+            (lambda data: spectrum(data).update(values=["a"] * 7), "`values` of spectra.0. .*each a number"),
+            (lambda data: spectrum(data)["values"].pop(), "one for each of `values`. Found 7 for 6 values"),
+            (lambda data: spectrum(data)["indices"].reverse(), "should rise from 1 at least"),
+            (lambda data: spectrum(data)["indices"].__setitem__(0, 0), "should rise from 1 at least"),
+            (lambda data: data.update(metric_after="good"), "`metric_after` of a report should be a number"),
+            (
+                lambda data: data.update(model_bytes_after=-1),
+                "`model_bytes_after` of a report should be a whole number",
+            ),
+            (lambda data: data.update(environment=3), "`environment` of a report should be an object. Found 3"),
+            (lambda data: data["environment"].update(threads=[2]), "`environment.threads` of a report should be"),
+            (lambda data: data.update(layers=None), "`layers` of a report should be a list. Found None"),
         ],
     )
     def test_another_shape_is_an_error(self, report, change, problem):
