@@ -3,6 +3,8 @@
 On the suite, weights and factors are Gaussian, so all of the error is that of rounding. On the two trained networks a
 CP of an eighth and a Tucker of a third of each size are solved for; the error is the weight's, with its parts, and the
 metric that of the whole network: the digits' accuracy, and the filtered mean reciprocal rank of the link predictor.
+"nf4" has a CP solved under the penalty of that format, "nf4, int8's penalty" under that of int8. "Tucker core" sets an
+int8 core beside one in bfloat16, of a lower rank so that both take as many bytes, also on power-law weights.
 
 python -m benchmarks.quantization           # the row-wise cases within 1e11 FLOPs and the trained networks, on the CPU
 python -m benchmarks.quantization docred    # only this case
@@ -38,7 +40,9 @@ from benchmarks.quantized import (
     output_error,
     per_tensor,
     torchao,
+    with_core,
 )
+from benchmarks.weights import power_law
 from compress_bilinear import AmplificationWarning, decomposition, demo
 from compress_bilinear.config import Quantize
 from compress_bilinear.files import written_atomically
@@ -99,12 +103,15 @@ def run_case(case: Case, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def trained_contestants(source: Source, weight: Tensor) -> Contestants:
-    """The formats whose effect on a network is measured."""
+def trained_contestants(source: Source, weight: Tensor, tied: Source | None = None) -> Contestants:
+    """The formats whose effect on a network is measured; `tied` is a CP that was solved for nf4."""
     floating = built(source)
     found: Contestants = {"fp32": lambda: floating}
     for quantize in get_args(Quantize):
-        found[quantize] = partial(finished, source, weight, quantize)
+        own = tied if quantize == "nf4" and tied is not None else source
+        found[quantize] = partial(finished, own, weight, quantize)
+        if own is not source:
+            found[f"{quantize}, int8's penalty"] = partial(finished, source, weight, quantize)
         if not isinstance(source, Tensor):
             found[f"{quantize}, rounded one by one"] = partial(built, source, quantize)
     found["int8 per tensor"] = lambda: per_tensor(floating)
@@ -120,18 +127,21 @@ def run_trained(
     weight, before = fusion.weight.detach(), metric(model)
     count, sizes = weight.numel(), tuple(weight.shape)
     sources: dict[str, Source] = {"dense": weight}
+    rank = count // 8 // sum(sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AmplificationWarning)  # the figures show what it says
-        sources["cp"] = decomposition.cp(weight, count // 8 // sum(sizes), max_seconds=max_seconds)
+        sources["cp"] = decomposition.cp(weight, rank, max_seconds=max_seconds)
+        tied = decomposition.cp(weight, rank, quantize="nf4", max_seconds=max_seconds)
     out, in1, in2 = (size // 3 for size in sizes)
     sources["tucker"] = decomposition.tucker(weight, (out, in1, in2))
     rows: list[dict[str, Any]] = []
     for form, source in sources.items():
         floating = built(source)
-        layers, known = _made(trained_contestants(source, weight))
-        truncation = 0.0 if isinstance(source, Tensor) else source.error or 0.0
-        exact = floating.to_dense(torch.float64).detach()
+        layers, known = _made(trained_contestants(source, weight, tied if form == "cp" else None))
         for contestant, layer in layers.items():
+            own = tied if form == "cp" and contestant == "nf4" else source
+            truncation = 0.0 if isinstance(own, Tensor) else own.error or 0.0
+            exact = built(own).to_dense(torch.float64).detach()
             apart = float((layer.to_dense(torch.float64).detach() - exact).norm() / weight.double().norm())
             errors = {"error": weight_error(weight, layer), "truncation_error": truncation, "quantization_error": apart}
             known[contestant] |= {what: _figure(value) for what, value in errors.items()} | _bytes(layer, floating)
@@ -160,6 +170,43 @@ def trained(quick: bool) -> list[dict[str, Any]]:
         return [*rows, {"case": "link_prediction", "status": str(missing)}]
     ranked = partial(_reciprocal_rank, triples=triples)
     return rows + run_trained("link_prediction", link_prediction.train(), ranked)
+
+
+CORE_FRACTIONS = (1 / 8, 1 / 16, 1 / 64)  # of the weight's float32 bytes
+
+
+def run_cores(name: str, weight: Tensor) -> list[dict[str, Any]]:
+    """A row for each size and core of a Tucker decomposition of a weight."""
+    rows: list[dict[str, Any]] = []
+    out, in1, in2 = weight.shape
+    for fraction in CORE_FRACTIONS:
+        for core, bits in (("int8", 8), ("bfloat16", 16)):
+            row: dict[str, Any] = {"case": name, "form": "tucker core", "in1": in1, "in2": in2, "out": out}
+            row["contestant"] = f"{core} core, 1/{1 / fraction:g}"
+            try:
+                stored, size = with_core(weight, fraction, bits)
+            except RuntimeError as error:
+                rows.append(row | {"status": str(error)})
+                continue
+            floating = decomposition.tucker(weight, stored.rank)
+            share = f"{size / (4 * weight.numel()):.4f}"
+            errors = {"error": stored.relative_error(weight), "truncation_error": floating.error or 0.0}
+            told = {what: _figure(value) for what, value in errors.items()}
+            rows.append(
+                row | {"status": "ok", "rank": _rank(stored.rank), "bytes": size, "bytes_vs_fp32": share} | told
+            )
+    return rows
+
+
+def cores(quick: bool) -> list[dict[str, Any]]:
+    """The rows of a trained weight and of weights whose spectra fall as k^-1 (as trained ones at most do) and k^-2."""
+    epochs = 2 if quick else demo.EPOCHS
+    fusion = demo.train(demo.load_digits(), epochs=epochs).get_submodule("fusion")
+    assert isinstance(fusion, nn.Bilinear)
+    weights = {"digits": fusion.weight.detach()}
+    shape = (16, 20, 18) if quick else (48, 64, 64)
+    weights |= {f"power {power:g}": power_law(shape, power) for power in (1.0, 2.0)}
+    return [row for name, weight in weights.items() for row in run_cores(name, weight)]
 
 
 def _reciprocal_rank(model: nn.Module, triples: link_prediction.Triples) -> float:
@@ -259,6 +306,7 @@ def main() -> None:
     if not options.cases:
         print("trained networks ...", file=sys.stderr)
         rows += trained(options.quick)
+        rows += cores(options.quick)
     Console(width=120).print(_table(rows))
     path = options.out / "quantization_cpu.csv"
     write(rows, path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress_bilinear.config import Compute, Quantize
-from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, rounded
+from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, rounded, tucker
 from compress_bilinear.modules import (
     CompressedBilinear,
     CPBilinear,
@@ -26,7 +26,7 @@ from compress_bilinear.modules import (
     QuantizedLinear,
     TuckerBilinear,
 )
-from compress_bilinear.quantization import LEVELS, QuantizedTensor
+from compress_bilinear.quantization import LEVELS, QuantizedTensor, scale_count
 
 Source = Tensor | CPDecomposition | TuckerDecomposition
 """A dense weight (O, I, J) or a decomposition of one."""
@@ -150,3 +150,40 @@ def gaussian(shape: tuple[int, int, int], rank: int | tuple[int, int, int] | Non
         return CPDecomposition(weights, (normal(out, rank), normal(in1, rank), normal(in2, rank)))
     core = normal(*rank) / math.sqrt(math.prod(rank))
     return TuckerDecomposition(core, (normal(out, rank[0]), normal(in1, rank[1]), normal(in2, rank[2])))
+
+
+def with_core(weight: Tensor, fraction: float, bits: int) -> tuple[TuckerDecomposition, int]:
+    """The best Tucker within a fraction of the weight's float32 bytes, of int8 factors and a core of 8 or 16 bits.
+
+    Of all ranks that no factor is interpolated at, the one with the least truncation error; then the factors are
+    rounded, and the core is fitted to those and rounded.
+
+    Returns: what is stored, and its bytes. Raises: RuntimeError where no rank is so small.
+    """
+    wide = weight.double() / weight.double().norm()
+    turned, shape = wide, weight.shape
+    for mode in range(3):
+        unfolded = wide.movedim(mode, 0).flatten(1)
+        basis = torch.linalg.eigh(unfolded @ unfolded.T)[1].flip(1)
+        turned = torch.tensordot(basis.T, turned, dims=([1], [mode])).movedim(0, mode)
+    kept = turned.square().cumsum(0).cumsum(1).cumsum(2)
+    ranks = torch.meshgrid(*(torch.arange(1, size + 1) for size in shape), indexing="ij")
+    out, in1, in2 = ranks
+    scales = 2 * scale_count(out, torch.maximum(in1, in2), torch.minimum(in1, in2))
+    size = out * in1 * in2 + scales if bits == 8 else 2 * out * in1 * in2
+    fits = torch.ones_like(out, dtype=torch.bool)
+    for rank, dimension in zip(ranks, shape, strict=True):
+        size = size + dimension * rank * (rank != dimension)
+        fits &= (4 * rank <= 3 * dimension) | (rank == dimension)
+    fits &= size <= fraction * 4 * weight.numel()
+    if not bool(fits.any()):
+        raise RuntimeError(f"no rank takes {fraction:g} of the bytes")
+    best = int(torch.where(fits, kept, -1.0).argmax())
+    a, b, c = (int(rank.flatten()[best]) for rank in ranks)
+    stored = rounded(tucker(weight, (a, b, c)), weight, "int8")
+    if bits == 16:
+        core = weight.double()
+        for mode, factor in enumerate(stored.factors):
+            core = torch.tensordot(torch.linalg.pinv(factor.double()), core, dims=([1], [mode])).movedim(0, mode)
+        stored = TuckerDecomposition(core.bfloat16().float(), stored.factors)
+    return stored, int(size.flatten()[best])

@@ -47,12 +47,12 @@ class Weight:
         return load_file(self.path(folder))["weight"].clone()
 
 
-def power_law(shape: Rank3) -> Tensor:
-    """Gaussian, scaled by index^-1/2 along each of three randomly rotated axes: a slow decay as in trained weights."""
+def power_law(shape: Rank3, power: float = 0.5) -> Tensor:
+    """Gaussian, scaled by index^-power along each of three randomly rotated axes: 1/2 is slow, as in trained ones."""
     generator = torch.Generator().manual_seed(0)
     core = torch.randn(shape, generator=generator)
     for mode, size in enumerate(shape):
-        decay = torch.arange(1, size + 1).rsqrt()
+        decay = torch.arange(1, size + 1).rsqrt().pow(2 * power)
         core.mul_(decay.view([-1 if axis == mode else 1 for axis in range(3)]))
     first, second, third = (torch.linalg.qr(torch.randn(size, size, generator=generator))[0] for size in shape)
     weight = (first @ core.flatten(1)).view(shape)

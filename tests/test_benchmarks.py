@@ -54,6 +54,11 @@ def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_pat
         allowed = 0.007 if form == "dense" else 0.015
         assert float(digits["error"]) <= math.hypot(float(digits["truncation_error"]), allowed)
         assert float(digits["bytes_vs_fp32"]) <= 0.27
+    assert ("digits", "cp", "nf4, int8's penalty") in measured
+    cores = {(row["case"], row["contestant"]): row for row in rows if row["form"] == "tucker core"}
+    for case, better in (("digits", "int8"), ("power 2", "bfloat16")):
+        best = min(("int8", "bfloat16"), key=lambda core: float(cores[case, f"{core} core, 1/8"]["error"]))
+        assert best == better
     assert ("simgnn_ntn", "cp", "bitsandbytes Linear8bitLt") in measured
     assert abs(float(measured["digits", "dense", "int8"]["metric_change"])) <= 0.002
 

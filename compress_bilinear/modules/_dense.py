@@ -193,10 +193,9 @@ class DenseBilinear(CompressedBilinear):
     def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
         """(..., I·J) -> (..., rows)."""
         weight = self.weight
-        if isinstance(weight, nn.Parameter) or weight.resident is not None:
+        if isinstance(weight, nn.Parameter) or (weight.resident is not None and weight.resident.dtype == flat.dtype):
             return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        stored = [tensor for tensor in (weight.qdata, weight.scale) if tensor is not None]
-        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *stored)
+        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *weight.buffers())
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)

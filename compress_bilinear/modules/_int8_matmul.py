@@ -13,7 +13,7 @@ _BLOCK = 2**19  # products that are held at once, which a CPU's cache holds
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
 _TRACED = 4096  # columns in a traced graph, where the number of rows is not known
 _TRACED_PARTS = 16
-_LEAST = 1e-30  # of a row's largest magnitude, for a row of zeros
+_LEAST = 2e-36  # of a row's largest magnitude, for a row of zeros: 127 over it, and its step, are normal in float32
 
 
 def int8_linear(

@@ -145,8 +145,7 @@ def quantized_linear(
 def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
     if weight.resident is not None and weight.resident.dtype == input.dtype:
         return ops.linear(input, weight.rows(rows, input.dtype))
-    stored = [weight.qdata] if weight.scale is None else [weight.qdata, weight.scale]
-    return ops.stored_linear(input, lambda dtype: weight.rows(rows, dtype), *stored)
+    return ops.stored_linear(input, lambda dtype: weight.rows(rows, dtype), *weight.buffers())
 
 
 def make_linear(

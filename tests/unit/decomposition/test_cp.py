@@ -9,7 +9,7 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import AmplificationWarning, MaxError, MaxSize
-from compress_bilinear.decomposition import _als, _clock, cp, cp_bytes
+from compress_bilinear.decomposition import _als, _clock, cp, cp_bytes, rounded
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 pytestmark = pytest.mark.filterwarnings("ignore::compress_bilinear.AmplificationWarning")
@@ -352,3 +352,20 @@ def test_an_unamplified_result_is_not_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cp(low_rank((10, 13, 9), 3), 3).amplification < 3
+
+
+def test_the_penalty_is_what_rounding_to_the_format_is_expected_to_add():
+    # factors of k^-1/2 spectra cancel where nothing speaks against it
+    weight = torch.randn(12, 16, 14, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for mode, size in enumerate(weight.shape):
+        weight = weight * torch.arange(1, size + 1).rsqrt().view([-1 if axis == mode else 1 for axis in range(3)])
+    plain, int8, nf4 = (cp(weight, 20, quantize=quantize) for quantize in (None, "int8", "nf4"))
+    assert all(torch.equal(one, other) for one, other in zip(plain.factors, int8.factors, strict=True))
+    assert nf4.amplification < plain.amplification
+    assert plain.error < nf4.error < 1.3 * plain.error
+    assert rounded(nf4, weight, "nf4").error < rounded(plain, weight, "nf4").error
+
+
+def test_an_exact_cp_is_found_for_every_format():
+    weight = low_rank((9, 8, 7), 3)
+    assert cp(weight, 3, quantize="nf4").error < 1e-8

@@ -189,6 +189,24 @@ def test_integer_bilinear_products_are_exact_for_all_sizes(shape, count):
     assert count == 0 or relative(halves, exact) < 2e-3
 
 
+@pytest.mark.parametrize("method", ["dense", "cp", "tucker"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e28])
+@pytest.mark.parametrize("shape", [(5, 13, 64), (3, 9, 1), (1, 1, 1)], ids=str)
+def test_integer_products_stay_accurate_at_extreme_magnitudes_and_show_nan(method, scale, shape):
+    layer, _ = made(method, "int8", shape, scale=scale, bias=False)
+    if "int8" not in layer.computes:
+        pytest.skip("only a core is left")
+    layer.set_compute("int8")
+    input1, input2 = rows(layer)
+    exact = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64))
+    assert relative(layer(input1, input2), exact) < 0.06
+    assert bool(torch.isfinite(layer(0 * input1, input2)).all())
+    input1[0, 0] = torch.nan
+    found = layer(input1, input2)
+    assert bool(found[0].isnan().any())
+    assert bool(found[1:].isfinite().all())
+
+
 class TestBitsOfTheApi:
     @pytest.mark.parametrize("compute", ["fast", None, 8], ids=str)
     def test_an_unknown_mode(self, compute):
