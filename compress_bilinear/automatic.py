@@ -105,7 +105,7 @@ class Chooser:
 
     def smallest(self, config: CPConfig | TuckerConfig, limit: float) -> list[Fitted]:
         """What was found while closing in on the smallest replacement of this kind within `limit`."""
-        return [found for _, found in smallest(lambda fraction: self._at(config, fraction), limit)]
+        return [found for _, found in smallest(lambda size: self._at(config, size), limit, self._largest(config))]
 
     def sized(self, fraction: float, alone: bool) -> None:
         """Try every method and format at sizes around this fraction of the layer's bytes."""
@@ -167,8 +167,8 @@ class Chooser:
         left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
         if left is not None and left <= 0:
             return None
-        if self._numbers(config, fraction) > _FULL or self._components(config, fraction) > _MOST_COMPONENTS:
-            return None  # the weight itself in this format is about as small, and loses nothing else
+        if fraction > self._largest(config):
+            return None
         told, (start, end) = self._progress, self._span
         try:
             found = self.fitting.at(
@@ -185,17 +185,19 @@ class Chooser:
         self._add(replace(config, rank=found.module.rank), found)  # type: ignore[arg-type]
         return found
 
-    def _numbers(self, config: CPConfig | TuckerConfig, fraction: float) -> float:
-        """How many numbers such a size holds, for each of the weight's; scales are left out."""
-        size = self.layer.weight.element_size()
-        return fraction * {None: 1.0, "bf16": size / 2, "int8": size, "nf4": 2.0 * size}[config.quantize]
-
-    def _components(self, config: CPConfig | TuckerConfig, fraction: float) -> float:
-        """How many components a CP of such a size has, for each index of the longest mode."""
+    def _largest(self, config: CPConfig | TuckerConfig) -> float:
+        """The size from which the weight itself in this format is about as small, and loses nothing else."""
+        bound = min(_MOST_FRACTION, _FULL / self._numbers(config))
         if isinstance(config, TuckerConfig):
-            return 0.0
+            return bound
         shape = self.layer.weight.shape
-        return self._numbers(config, fraction) * self.layer.weight.numel() / (sum(shape) * max(shape))
+        components = self._numbers(config) * shape.numel() / (sum(shape) * max(shape))  # for each index of the longest
+        return min(bound, _MOST_COMPONENTS / components)
+
+    def _numbers(self, config: CPConfig | TuckerConfig) -> float:
+        """How many numbers the layer's bytes would hold, for each of the weight's; scales are left out."""
+        size = self.layer.weight.element_size()
+        return {None: 1.0, "bf16": size / 2, "int8": size, "nf4": 2.0 * size}[config.quantize]
 
     def _add(self, wanted: LayerConfig, found: Fitted) -> None:
         size, flops = stored_bytes(found.module), found.module.flops_per_row
@@ -222,16 +224,18 @@ def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
     return MaxSize(min(left / weight, 1 - 1e-9))
 
 
-def smallest(evaluate: Callable[[float], Fitted | None], limit: float) -> list[tuple[float, Fitted]]:
+def smallest(
+    evaluate: Callable[[float], Fitted | None], limit: float, largest: float = _MOST_FRACTION
+) -> list[tuple[float, Fitted]]:
     """Fractions of a layer's bytes and the replacements there, found while closing in on the smallest within `limit`.
 
     `evaluate` gives None where nothing is so small. The error falls about as a power of the size, which tells where to
-    look next; sizes are bracketed to within 4%. Where nothing in the list meets the limit, nothing smaller than the
-    layer does.
+    look next; sizes are bracketed to within 4%. Where nothing in the list meets the limit, nothing up to `largest`
+    does.
     """
     tried: list[tuple[float, Fitted]] = []
     low, high = None, None
-    fraction = _FIRST_FRACTION
+    fraction = min(_FIRST_FRACTION, largest)
     for _ in range(_MOST_TRIES):
         found = evaluate(fraction)
         if found is not None:
@@ -242,9 +246,9 @@ def smallest(evaluate: Callable[[float], Fitted | None], limit: float) -> list[t
         else:
             low = point
         if high is None:
-            if fraction >= _MOST_FRACTION:
+            if fraction >= largest:
                 break
-            fraction = min(_MOST_FRACTION, 2 * fraction)
+            fraction = min(largest, 2 * fraction)
         elif low is None:
             fraction /= 2
             if fraction < _LEAST_FRACTION:

@@ -34,9 +34,9 @@ class Candidate:
     Attributes:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
+        note: what else is to be said of it.
         tried: what else a search for the rank found, itself perhaps among it.
         compute_modes: what its compute mode was chosen by.
-        note: what else is to be said of it.
     """
 
     module: CompressedBilinear
@@ -46,9 +46,9 @@ class Candidate:
     quantization_error: float | None = None
     output_error: float | None = None
     own_bias: bool = False
+    note: str | None = None
     tried: tuple[FrontPoint, ...] = ()
     compute_modes: tuple[ComputeMode, ...] = ()
-    note: str | None = None
 
     @property
     def storage(self) -> dict[str, Any]:

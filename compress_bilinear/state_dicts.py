@@ -1,13 +1,10 @@
 """Checkpoints without their network's code: find what may be bilinear weights, compress them, compare two files."""
 
 import os
-import pickle
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from .errors import CheckpointError, CompressionError, MatchError
 from .measure import environment
 from .report import Report
 from .selection import compare_layers
+from .state_file import read_state
 
 _ROOT = "(root)"  # the name here of a layer that is the whole network
 _TIMED_ROWS = 256  # of a call, whatever a file of rows holds
@@ -49,80 +47,6 @@ class Candidate:
         return self.weight.shape[2] < _LONGEST_KERNEL
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
-
-    A .pt file may hold the state dict itself or have it under one key (as {"model": ..., "epoch": ...}).
-
-    Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
-    if _is_safetensors(path):
-        return tensor_file.read_safetensors(path)[0]
-    if not _is_torch_file(path):
-        raise CheckpointError(
-            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
-            "Found neither, or a damaged one."
-        )
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            raise CheckpointError(
-                f"{str(path)!r} should hold a state dict. Found pickled Python objects, which are not loaded because "
-                "that runs code: save model.state_dict() instead."
-            ) from error
-        raise CheckpointError(f"{str(path)!r} should be a whole file of torch.save's. Found a damaged one.") from error
-    return _state_dict(loaded, str(path))
-
-
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """By content: eight bytes of header length, then JSON."""
-    if Path(path).suffix == ".safetensors":
-        return True
-    with open(path, "rb") as file:
-        return file.read(9)[8:9] == b"{"
-
-
-def _is_torch_file(path: str | os.PathLike[str]) -> bool:
-    """By content: a zip archive, or the older format's pickle."""
-    with open(path, "rb") as file:
-        start = file.read(1)
-        return start == b"\x80" or is_zipfile(file)
-
-
-def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
-    if isinstance(loaded, Mapping):
-        inner = {
-            key: value
-            for key, value in loaded.items()
-            if isinstance(value, Mapping)
-            and value
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-        }
-        if len(inner) == 1:
-            return _dense_tensors(dict(next(iter(inner.values()))), path)
-        tensors = {key: value for key, value in loaded.items() if isinstance(key, str) and isinstance(value, Tensor)}
-        if tensors and not inner:
-            lost = [key for key in loaded if isinstance(key, str) and key.endswith("_extra_state")]
-            if lost and len(tensors) < len(loaded):
-                raise CheckpointError(
-                    f"{path!r} should hold tensors only. Found {', '.join(lost)}, which would be lost."
-                )
-            return _dense_tensors(tensors, path)
-        keys = ", ".join(repr(key) for key in loaded)
-        raise CheckpointError(f"{path!r} should hold one state dict. Found {len(inner)} under the keys {keys}.")
-    raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
-
-
-def _dense_tensors(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    for name, value in state.items():
-        if value.layout != torch.strided:
-            raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense. Found {value.layout}.")
-    return state
-
-
 def candidates(state: Mapping[str, Tensor]) -> list[Candidate]:
     """All three-dimensional floating weights, in the file's order."""
     found = []
@@ -139,6 +63,19 @@ def candidates(state: Mapping[str, Tensor]) -> list[Candidate]:
     return found
 
 
+def other_forms(state: Mapping[str, Tensor]) -> str:
+    """A sentence about three-dimensional tensors that are no candidates, or nothing: another module may hold them."""
+    known = {f"{c.name}.weight" if c.name else "weight" for c in candidates(state)}
+    found = [
+        f"{key} ({'x'.join(map(str, value.shape))})"
+        for key, value in state.items()
+        if value.dim() == 3 and value.is_floating_point() and key not in known
+    ]
+    if not found:
+        return ""
+    return f" {', '.join(found)} may be a bilinear weight in another form, which needs the network's code: cb.compress."
+
+
 def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candidate]:
     """The candidates that the patterns name, or without patterns the only one there is, where it is unambiguous.
 
@@ -146,7 +83,8 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
     """
     found = candidates(state)
     if not found:
-        raise MatchError("The file should hold a three-dimensional weight (out, in1, in2). Found none.")
+        required = "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none."
+        raise MatchError(required + other_forms(state))
     listing = ", ".join(
         f"{c.name or _ROOT} ({'x'.join(map(str, c.weight.shape))}{', conv1d?' if c.maybe_convolution else ''})"
         for c in found
@@ -154,7 +92,10 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
     if patterns:
         for pattern in patterns:
             if not any(fnmatchcase(c.name, pattern) for c in found):
-                raise MatchError(f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}.")
+                raise MatchError(
+                    f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}."
+                    f"{other_forms(state)}"
+                )
         named = {c.place for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)}
         return [c for c in found if c.place in named]  # a shared layer under all its names
     if len(found) == 1 and not found[0].maybe_convolution:
@@ -219,7 +160,8 @@ def compress_state(
             result |= {prefix + key: value for key, value in new.state_dict().items()}
     total = sum(value.numel() * value.element_size() for value in _unique(state))
     saved = planned.report.model_bytes_before - planned.report.model_bytes_after
-    layers = tuple(replace(layer, name="") if layer.name == _ROOT else layer for layer in planned.report.layers)
+    own = {layer: "" if layer.name == _ROOT else layer.name for layer in planned.report.layers}
+    layers = tuple(replace(layer, name=n, aliases=tuple(aliases.get(n, ()))) for layer, n in own.items())
     known = dict(planned.report.environment)
     if dtype not in (None, stored):
         known["converted"] = f"from {str(stored).removeprefix('torch.')} before anything was measured"

@@ -9,7 +9,7 @@ import click
 import torch
 from click.core import ParameterSource
 
-from .. import config_text, state_dicts, tensor_file
+from .. import config_text, state_dicts, state_file, tensor_file
 from ..computing import MODES
 from ..config import (
     AutoConfig,
@@ -148,7 +148,7 @@ def compress(
     asked = {"max_seconds": max_seconds, "batch_size": batch_size, "compute": compute}
     options |= {name: value for name, value in asked.items() if value is not None}
     options |= ({"force": True} if force else {}) | ({"measure_latency": False} if no_latency else {})
-    state = state_dicts.read_state(path)
+    state = state_file.read_state(path)
     chosen = state_dicts.choose(state, include or (tuple(recipe.configs) if config is not None else ()))
     configs = _matching(recipe, chosen)
     planned, new_state, described = state_dicts.compress_state(

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Hashable
 from pathlib import Path
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from .. import state_dicts, tensor_file
+from .. import state_dicts, state_file, tensor_file
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -43,7 +44,7 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 @as_json
 def inspect(path: Path, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
-    state = state_dicts.read_state(path)
+    state = state_file.read_state(path)
     compressed = state_dicts.descriptions(path)
     found = state_dicts.candidates(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
@@ -61,7 +62,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if found or not compressed:
         show(_candidate_table(path, found))
         if not found:
-            show("No three-dimensional weight: nothing here can be an nn.Bilinear's.")
+            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + state_dicts.other_forms(state))
 
 
 def _plain(candidate: state_dicts.Candidate) -> dict[str, object]:
@@ -87,15 +88,20 @@ def _compressed_table(path: Path, layers: list[tensor_file.LayerDescription]) ->
 
 def _candidate_table(path: Path, found: list[state_dicts.Candidate]) -> Table:
     table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
+    firsts: dict[Hashable, str] = {}
     for candidate in found:
         weight = candidate.weight
+        note = "may be a Conv1d's (out, in, kernel)" if candidate.maybe_convolution else ""
+        first = firsts.setdefault(candidate.place, candidate.name)
+        if first != candidate.name:
+            note = f"the same as {first or '(root)'}"
         table.add_row(
             Text(printable(candidate.name) or "(root)"),
             "x".join(str(d) for d in weight.shape),
             str(weight.dtype).removeprefix("torch."),
             size(weight.numel() * weight.element_size()),
             "yes" if candidate.bias is not None else "no",
-            "may be a Conv1d's (out, in, kernel)" if candidate.maybe_convolution else "",
+            note,
         )
     return table
 

@@ -53,10 +53,9 @@ class CompressedBilinear(nn.Module):
             return "the layer is in floating point"
         if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
             return None
-        if self.quantize == "bf16":
-            return "its values are no integers"
-        if self.quantize == "nf4":
-            return "its values have four bits, and only those of eight are multiplied as integers"
+        if self.quantize != "int8":
+            bits = {"bf16": "sixteen", "nf4": "four"}[self.quantize]
+            return f"its values have {bits} bits, and only those of eight are multiplied as integers"
         return "none of its projections is in int8 without scales of its own"
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:

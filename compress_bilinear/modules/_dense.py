@@ -193,9 +193,10 @@ class DenseBilinear(CompressedBilinear):
     def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
         """(..., I·J) -> (..., rows)."""
         weight = self.weight
-        if isinstance(weight, nn.Parameter) or weight.resident is not None or weight.scale is None:
+        if isinstance(weight, nn.Parameter) or weight.resident is not None:
             return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), weight.qdata, weight.scale)
+        stored = [tensor for tensor in (weight.qdata, weight.scale) if tensor is not None]
+        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *stored)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)

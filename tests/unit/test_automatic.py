@@ -73,6 +73,12 @@ def test_speed_leaves_out_what_is_slower_only_where_something_faster_fits():
     assert sorted(each.bytes for each in chosen.values()) == [100, 900]
 
 
+def test_speed_takes_the_faster_of_what_is_as_good():
+    kept, exact = Option(None, None, 1000, 1000, 0.0, 1.0), option(1000, 0.0, 0.4)
+    assert allocate({"a": [kept, exact]}, 1000, "speed")["a"] is exact
+    assert allocate({"a": [kept, exact]}, 1000, "size")["a"] is kept
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_hulls_are_convex_and_below_all_options(seed):
     options = front(seed, 12)

@@ -10,7 +10,7 @@ from support import assert_refused, bilinear, low_rank, timed_at_once
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import planning, state_dicts
+from compress_bilinear import planning, state_file
 
 IN1, IN2, OUT = 18, 17, 7
 
@@ -136,7 +136,7 @@ class TestMistakes:
         def interrupted(path):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(state_dicts, "read_state", interrupted)
+        monkeypatch.setattr(state_file, "read_state", interrupted)
         status, _, err = run("inspect", "net.pt")
         assert status == 130
         assert "Traceback" not in err
@@ -257,6 +257,22 @@ class TestInspect:
         assert (status, err) == (0, "")
         assert file in out
         assert f" {layer} " in out
+
+    def test_a_shared_layer_is_told(self, run, folder):
+        weight = torch.ones(7, 18, 17)
+        torch.save({"rel.weight": weight, "again.weight": weight}, folder / "shared.pt")
+        (line,) = (line for line in run("inspect", "shared.pt")[1].split("\n") if " again " in line)
+        assert "the same as rel" in line
+        status, out, _ = run("compress", "shared.pt", *TO, *TUCKER, "--layers", "rel", "--force", "--json")
+        assert (status, json.loads(out)["layers"][0]["aliases"]) == (0, ["again"])
+
+    def test_other_forms_are_named_and_sent_to_python(self, run, folder):
+        torch.save({"label.U": torch.ones(18, 7, 17)}, folder / "einsum.pt")
+        told = "label.U (18x7x17) may be a bilinear weight in another form, which needs the network's code: cb.compress"
+        assert told in " ".join(run("inspect", "einsum.pt")[1].split())
+        status, _, err = run("compress", "einsum.pt", *TO, *TUCKER)
+        assert status == 2
+        assert told in err
 
     def test_it_says_where_there_is_none(self, run, folder):
         torch.save({"a.weight": torch.ones(2, 2)}, folder / "linear.pt")

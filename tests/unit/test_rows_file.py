@@ -11,7 +11,7 @@ from support import bilinear, low_rank
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear import rows_file, state_dicts
+from compress_bilinear import rows_file, state_dicts, state_file
 
 IN1, IN2, OUT = 14, 13, 6
 SHAPES = {"rel": (OUT, IN1, IN2), "head": (OUT, IN1, IN2)}
@@ -90,7 +90,7 @@ def test_the_latency_is_of_256_rows_whatever_the_file_holds():
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state_dicts.surgery, "plan", lambda model, config, **options: seen.append(options) or 1 / 0)
-        state = state_dicts.read_state("net.pt")
+        state = state_file.read_state("net.pt")
         with pytest.raises(ZeroDivisionError):
             state_dicts.compress_state(
                 state, state_dicts.choose(state, ["rel"]), cb.CPConfig(rank=4), calibration="rows.npz"

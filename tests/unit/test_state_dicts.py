@@ -1,9 +1,5 @@
-import os
-from collections import OrderedDict
-
 import pytest
 import torch
-from safetensors.torch import save_file
 from support import bilinear, low_rank
 from torch import Tensor, nn
 
@@ -11,7 +7,7 @@ import compress_bilinear as cb
 from compress_bilinear import selection, tensor_file
 from compress_bilinear.errors import CheckpointError, MatchError
 from compress_bilinear.measure import Latency, Timing
-from compress_bilinear.state_dicts import candidates, choose, compare, compress_state, read_state
+from compress_bilinear.state_dicts import candidates, choose, compare, compress_state
 
 TUCKER = cb.TuckerConfig(rank=(2, 3, 14))  # of (7, 18, 17): the last is near its size
 IN1, IN2, OUT = 18, 17, 7  # in2 is too long for a convolution's kernel
@@ -47,74 +43,6 @@ def compressed(state, patterns=("*",), config=TUCKER, **options):
 
 def same(state, expected) -> bool:
     return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
-
-
-class TestReading:
-    @pytest.mark.parametrize(
-        "wrap",
-        [
-            dict,
-            OrderedDict,
-            lambda state: {"model": state},
-            lambda state: {"model": state, "epoch": 3, "args": {"lr": 0.1}},
-            lambda state: {"epoch": torch.tensor(3), "state_dict": state},
-            lambda state: {"optimizer": {"state": {}, "groups": []}, "net": state},
-        ],
-        ids=["bare", "ordered", "under model", "beside numbers", "beside a tensor", "beside an optimizer"],
-    )
-    def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(self, tmp_path, wrap):
-        torch.save(wrap(Net().state_dict()), tmp_path / "net.pt")
-        assert same(read_state(tmp_path / "net.pt"), Net().state_dict())
-
-    @pytest.mark.parametrize("name", ["net.safetensors", "net.bin", "net"])
-    def test_safetensors_are_known_by_their_content(self, tmp_path, name):
-        save_file(Net().state_dict(), tmp_path / name)
-        assert same(read_state(str(tmp_path / name)), Net().state_dict())
-
-    def test_tensors_from_an_older_torch_format(self, tmp_path):
-        torch.save(Net().state_dict(), tmp_path / "net.pth", _use_new_zipfile_serialization=False)
-        assert same(read_state(tmp_path / "net.pth"), Net().state_dict())
-
-    @pytest.mark.parametrize(
-        ("content", "problem"),
-        [
-            (nn.Linear(2, 2), "pickled Python objects, which are not loaded because that runs code"),
-            ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "Found 2 under the keys 'a', 'b'"),
-            ({}, "should hold one state dict. Found 0"),
-            ({"epoch": 3}, "Found 0 under the keys 'epoch'"),
-            ([torch.ones(1)], "should hold a state dict. Found a list"),
-            (torch.ones(1), "should hold a state dict. Found a Tensor"),
-        ],
-        ids=["module", "two states", "empty", "no state", "list", "tensor"],
-    )
-    def test_what_is_no_state_is_refused(self, tmp_path, content, problem):
-        torch.save(content, tmp_path / "net.pt")
-        with pytest.raises(CheckpointError, match=problem):
-            read_state(tmp_path / "net.pt")
-
-    def test_code_in_a_file_is_never_run(self, tmp_path):
-        class Evil:
-            def __reduce__(self):
-                return os.mkdir, (str(tmp_path / "pwned"),)
-
-        torch.save({"model": Net().state_dict(), "args": Evil()}, tmp_path / "net.pt")
-        with pytest.raises(CheckpointError, match="which are not loaded because that runs code"):
-            read_state(tmp_path / "net.pt")
-        assert not (tmp_path / "pwned").exists()
-
-    @pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
-    @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"hello", lambda data: data[: len(data) // 2]])
-    def test_damaged_files_are_refused(self, tmp_path, name, damage):
-        path = tmp_path / name
-        torch.save(Net().state_dict(), path)
-        path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(CheckpointError):
-            read_state(path)
-
-    @pytest.mark.parametrize(("name", "found"), [("missing.pt", "none"), ("", "a folder")])
-    def test_what_is_no_file_is_refused(self, tmp_path, name, found):
-        with pytest.raises(CheckpointError, match=f"should be a file. Found {found}"):
-            read_state(tmp_path / name)
 
 
 class TestCandidates:
