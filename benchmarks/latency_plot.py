@@ -41,7 +41,9 @@ def draw(source: Path, target: Path, rows: str = "suite", dtype: str | None = No
     if not source.exists():
         return False
     with open(source, encoding="utf-8", newline="") as file:
-        found = [row for row in csv.DictReader(file) if row["status"] == "ok" and row["pass"] == kind]
+        found = [row for row in csv.DictReader(file) if row.get("status") == "ok" and row["pass"] == kind]
+    if not found:
+        return False
     found = [row for row in found if row["dtype"] == (dtype or found[0]["dtype"])]
     panels = []
     for case in dict.fromkeys(row["case"] for row in found):

@@ -86,6 +86,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"latency_{options.device}.csv"
     rows: list[Row] = read(path) if options.resume and path.exists() else []
+    if rows and not rows[0].keys() >= {"status", "pass", "dtype", "case", "rows"}:
+        parser.error(f"--resume needs the CSV of this benchmark. Found another in {path}.")
     skipped = run(options, path, rows)
     if not rows:
         sys.exit("Nothing was measured: more --minutes are needed.")

@@ -159,6 +159,14 @@ def composed_dense_pairs(
         batch1, batch2, weight, scale = batch2, batch1, weight.mT, None if scale is None else scale.mT
     limit = _TRACED_ROW if is_tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
     parts = list(_weight_parts(weight, scale, max(limit, 1 if scale is None else 0) // weight.shape[2]))
+    if len(parts) > 1 and not (torch.is_grad_enabled() or is_tracing() or is_transformed()):
+        output = batch1.new_empty(batch, length1, length2, out)
+        turned, start = output if swap else output.transpose(1, 2), 0
+        for part, part_scale in parts:
+            turned[..., start : start + len(part)] = _pairs(batch1, batch2, part, part_scale)
+            start += len(part)
+        output = output if bias is None else output.add_(bias)
+        return output.view(*leading, length1, length2, out)
     run = block_runner(len(parts) > 1, batch1, batch2, weight)
     pieces = [run(_pairs, batch1, batch2, part, part_scale) for part, part_scale in parts]
     output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=3)  # (B, L2, L1, O), of the swapped lengths
