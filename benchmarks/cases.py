@@ -4,7 +4,8 @@ Needs torch alone, and for two of the contestants on a GPU Triton.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.nn import functional
 from compress_bilinear import ops
 from compress_bilinear.quantization import QuantizedTensor, scale_grid
 
-_WHOLE_MOST = 2**26  # elements of an intermediate that is held whole
+_WHOLE_MOST = 2**27  # elements of an intermediate that is held whole
 _OUTER_MOST = 2**26
+_CHAIN_MOST = 2**29  # elements of the product of all pairs' projections that a chain without blocks may hold
+_SLICE = 2**25  # elements of a weight that are widened to float64 at once
 
 
 @dataclass(frozen=True)
@@ -80,81 +83,125 @@ class Contestant:
     Attributes:
         call: a function of `tensors`.
         tensors: inputs first, then what is stored.
-        reference: the definition, of the same tensors in float64.
+        exact: the definition, of inputs in float64.
+        stored: what a call reads: inputs and weights.
         flops: of a forward, multiply-add counted as 2.
+        trains: whether gradients are asked of it.
+        compiled: whether torch.compile makes it.
     """
 
     family: str
     call: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
-    reference: Callable[..., Tensor]
+    exact: Callable[[Tensor, Tensor], Tensor]
+    stored: tuple[Tensor, ...]
     flops: float
     trains: bool = True
-    compiled: bool = field(default=False)
+    compiled: bool = False
 
 
-def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Contestant]:
-    """All that compete on a case, by name; compressed layers hold a quarter of the parameters, of random values."""
+@dataclass(frozen=True)
+class _Weights:
+    """What the layers of a case hold, of random values; the compressed ones a quarter of the parameters."""
+
+    dense: tuple[Tensor, ...]
+    int8: QuantizedTensor
+    cp: tuple[Tensor, ...]
+    tucker: tuple[Tensor, ...]
+
+
+@lru_cache(maxsize=1)  # groups that differ in their rows follow each other
+def _weights(case: Case, dtype: torch.dtype, device: torch.device) -> _Weights:
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).div_(shape[-1] ** 0.5).to(dtype)
 
-    lead = (rows, case.pairs) if case.pairs else (rows,)
-    x1, x2 = normal(*lead, case.in1) * case.in1**0.5, normal(*lead, case.in2) * case.in2**0.5
     weight, bias = normal(*case.shape), normal(case.out)
     rank, (r_out, r_in1, r_in2) = cp_rank(case, 0.25), tucker_rank(case, 0.25)
-    cp = (x1, x2, normal(rank, case.in1), normal(rank, case.in2), normal(case.out, rank), bias)
-    cores = normal(r_in1, case.in1), normal(r_in2, case.in2), normal(r_out, r_in1, r_in2), normal(case.out, r_out)
-    tucker = (x1, x2, *cores, bias)
+    cp = (normal(rank, case.in1), normal(rank, case.in2), normal(case.out, rank), bias)
+    tucker = (
+        normal(r_in1, case.in1),
+        normal(r_in2, case.in2),
+        normal(r_out, r_in1, r_in2),
+        normal(case.out, r_out),
+        bias,
+    )
+    empty = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).to(device)
+    return _Weights((weight, bias), empty.requantized(weight), cp, tucker)
+
+
+def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Contestant]:
+    """All that compete on a case, by name; compressed layers hold a quarter of the parameters."""
+    generator = torch.Generator(device).manual_seed(1)
     pairs, count = bool(case.pairs), rows * max(1, case.pairs**2)
-    dense_flops = 2.0 * rows * max(1, case.pairs**2) * case.out * case.in1 * case.in2
+    lead = (rows, case.pairs) if pairs else (rows,)
+    inputs = tuple(
+        torch.randn((*lead, size), generator=generator, device=device).to(dtype) for size in (case.in1, case.in2)
+    )
+    held = _weights(case, dtype, device)
+    (weight, bias), (rank, _), (r_out, r_in1, r_in2) = held.dense, held.cp[0].shape, held.tucker[2].shape
+    dense_flops = 2.0 * count * case.out * case.in1 * case.in2
     if pairs:
         dense_flops = 2.0 * rows * case.pairs * case.out * (case.in1 * case.in2 + case.pairs * case.in2)
-    dense = (x1, x2, weight, bias)
-    exact: dict[str, Callable[..., Tensor]] = {"nn.Bilinear": _expanded if pairs else functional.bilinear}
     einsum = ops.reference.pairwise_dense if pairs else ops.reference.bilinear_dense
-    if count * case.out * case.in1 <= _WHOLE_MOST * (1 + 3 * (device.type == "cuda")):
-        exact["einsum"] = einsum
+    calls: dict[str, Callable[..., Tensor]] = {"nn.Bilinear": _expanded if pairs else functional.bilinear}
+    between = rows * case.pairs * case.out * case.in2 if pairs else count * case.out * case.in1
+    if between <= _WHOLE_MOST * (1 + (device.type == "cuda")):
+        calls["einsum"] = einsum
         if not pairs:
-            exact["one GEMM"] = _one_gemm
+            calls["one GEMM"] = _one_gemm
     if not pairs and count * case.in1 * case.in2 <= _OUTER_MOST:
-        exact["outer"] = _outer
-    exact["dense"] = ops.pairwise_dense if pairs else ops.bilinear_dense
-    found = {name: Contestant("dense", call, dense, einsum, dense_flops) for name, call in exact.items()}
-    cp_call, tucker_call = (ops.pairwise_cp, ops.pairwise_tucker) if pairs else (ops.bilinear_cp, ops.bilinear_tucker)
+        calls["outer"] = _outer
+    calls["dense"] = ops.pairwise_dense if pairs else ops.bilinear_dense
+    exact = _by_outputs(einsum, case, lambda part: weight[part].double(), bias)
+    dense = (*inputs, *held.dense)
+    found = {name: Contestant("dense", call, dense, exact, dense, dense_flops) for name, call in calls.items()}
     per_row = count if not pairs else rows * case.pairs
     cp_flops = 2.0 * rank * (per_row * (case.in1 + case.in2) + count * case.out)
-    tucker_flops = 2.0 * (per_row * (case.in1 * r_in1 + case.in2 * r_in2) + count * (case.out * r_out))
-    tucker_flops += 2.0 * (
-        rows * case.pairs * r_out * r_in1 * r_in2 + count * r_out * r_in2 if pairs else count * r_out * r_in1 * r_in2
+    tucker_flops = 2.0 * (per_row * (case.in1 * r_in1 + case.in2 * r_in2) + count * case.out * r_out)
+    tucker_flops += 2.0 * r_out * r_in2 * (per_row * r_in1 + count if pairs else count * r_in1)
+    cp, tucker = (*inputs, *held.cp), (*inputs, *held.tucker)
+    exact_cp, exact_tucker = (
+        _widened(_cp_pairs if pairs else _cp, cp),
+        _widened(_tucker_pairs if pairs else _tucker, tucker),
     )
-    cp_reference, tucker_reference = (_cp_pairs, _tucker_pairs) if pairs else (_cp, _tucker)
-    found["CP"] = Contestant("CP", cp_call, cp, cp_reference, cp_flops)
-    found["Tucker"] = Contestant("Tucker", tucker_call, tucker, tucker_reference, tucker_flops)
-    if not pairs:
-        found["CP composed"] = Contestant("CP", _cp_chain, cp, cp_reference, cp_flops)
-        found["Tucker composed"] = Contestant("Tucker", _tucker_chain, tucker, tucker_reference, tucker_flops)
-    stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).to(device).requantized(weight)
-    int8 = lambda x1, x2, bias: exact["dense"](x1, x2, stored.qdata, bias, scale=stored.scale)  # noqa: E731
-    wide = lambda x1, x2, bias: einsum(x1, x2, stored.dequantize(torch.float64), bias)  # noqa: E731
-    found["dense int8"] = Contestant("dense", int8, (x1, x2, bias), wide, dense_flops, trains=False)
+    cp_call, tucker_call = (ops.pairwise_cp, ops.pairwise_tucker) if pairs else (ops.bilinear_cp, ops.bilinear_tucker)
+    found["CP"] = Contestant("CP", cp_call, cp, exact_cp, cp, cp_flops)
+    found["Tucker"] = Contestant("Tucker", tucker_call, tucker, exact_tucker, tucker, tucker_flops)
+    cp_chain, tucker_chain = (_cp_pairs_chain, _tucker_pairs_chain) if pairs else (_cp_chain, _tucker_chain)
+    if count * rank <= _CHAIN_MOST:
+        found["CP composed"] = replace(found["CP"], call=cp_chain)
+    found["Tucker composed"] = replace(found["Tucker"], call=tucker_chain)
+
+    def int8(x1: Tensor, x2: Tensor, bias: Tensor) -> Tensor:
+        return calls["dense"](x1, x2, held.int8.qdata, bias, scale=held.int8.scale)
+
+    exact_int8 = _by_outputs(einsum, case, lambda part: held.int8.rows(part, torch.float64), bias)
+    assert held.int8.scale is not None
+    read = (*inputs, held.int8.qdata, held.int8.scale, bias)
+    found["dense int8"] = Contestant("dense", int8, (*inputs, bias), exact_int8, read, dense_flops, trains=False)
     if device.type == "cuda":
-        _on_gpu(found, exact, dense, cp, tucker, pairs)
+        _on_gpu(found, pairs)
     return found
 
 
-def _on_gpu(
-    found: dict[str, Contestant],
-    exact: dict[str, Callable[..., Tensor]],
-    dense: tuple[Tensor, ...],
-    cp: tuple[Tensor, ...],
-    tucker: tuple[Tensor, ...],
-    pairs: bool,
-) -> None:
+def _by_outputs(
+    reference: Callable[..., Tensor], case: Case, weight: Callable[[slice], Tensor], bias: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The dense definition in slices of the outputs, for a large weight in float64 is not to be held whole."""
+    step = max(1, _SLICE // (case.in1 * case.in2))
+    parts = [slice(start, min(start + step, case.out)) for start in range(0, case.out, step)]
+    return lambda x1, x2: torch.cat([reference(x1, x2, weight(part), bias[part].double()) for part in parts], dim=-1)
+
+
+def _widened(reference: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x1, x2: reference(x1, x2, *(tensor.double() for tensor in tensors[2:]))
+
+
+def _on_gpu(found: dict[str, Contestant], pairs: bool) -> None:
     """What only a GPU has: each fused kernel insisted on, each composed path, compiled ones, and a plain kernel."""
-    names = {"dense": "dense", "CP": "CP", "Tucker": "Tucker"}
-    for name in names:
+    for name in ("dense", "CP", "Tucker"):
         base = found[name]
         for backend in ("triton", "composed"):
             if pairs and name == "dense":
@@ -163,27 +210,15 @@ def _on_gpu(
             def call(*tensors: Tensor, base: Contestant = base, backend: str = backend) -> Tensor:
                 return base.call(*tensors, backend=backend)
 
-            found[f"{name}, {backend}"] = Contestant(
-                base.family, call, base.tensors, base.reference, base.flops, trains=not (pairs and backend == "triton")
-            )
-    compiled = {"einsum": exact.get("einsum"), "CP composed": _cp_chain, "Tucker composed": _tucker_chain}
-    for name, function in compiled.items():
-        if function is not None and name in found:
-            base = found[name]
-            found[f"{name}, compiled"] = Contestant(
-                base.family,
-                torch.compile(function, dynamic=False),
-                base.tensors,
-                base.reference,
-                base.flops,
-                False,
-                True,
-            )
+            found[f"{name}, {backend}"] = replace(base, call=call, trains=not (pairs and backend == "triton"))
+    for name in ("einsum", "CP composed", "Tucker composed"):
+        if name in found:
+            compiled = torch.compile(found[name].call, dynamic=False)
+            found[f"{name}, compiled"] = replace(found[name], call=compiled, trains=False, compiled=True)
     if not pairs:
         from benchmarks.plain_triton import plain_dense
 
-        base = found["dense"]
-        found["plain Triton"] = Contestant("dense", plain_dense, dense, base.reference, base.flops, trains=False)
+        found["plain Triton"] = replace(found["dense"], call=plain_dense, trains=False)
 
 
 def _expanded(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -211,6 +246,19 @@ def _cp_chain(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bia
 def _tucker_chain(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Tensor) -> Tensor:
     inner = functional.bilinear(functional.linear(x1, in1), functional.linear(x2, in2), core)
     return functional.linear(inner, out, bias)
+
+
+def _cp_pairs_chain(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bias: Tensor) -> Tensor:
+    left, right = functional.linear(x1, in1), functional.linear(x2, in2)
+    return functional.linear(left.unsqueeze(-2) * right.unsqueeze(-3), out, bias)
+
+
+def _tucker_pairs_chain(
+    x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Tensor
+) -> Tensor:
+    left, right = functional.linear(x1, in1), functional.linear(x2, in2)
+    turned = torch.einsum("bki,oij->bkoj", left, core)
+    return functional.linear(torch.einsum("bkoj,blj->bklo", turned, right), out, bias)
 
 
 def _cp(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bias: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from benchmarks.measured import with_peak
+from benchmarks.memory import with_peak
 from benchmarks.weights import power_law
 from compress_bilinear.files import written_atomically
 from compress_bilinear.measure import environment

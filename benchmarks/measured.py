@@ -7,14 +7,11 @@ Peak memory is what the process grew by; beside a small weight, where pools and 
 allocators of PyTorch and NumPy held.
 """
 
-import ctypes
 import math
-import resource
 import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import Contestant, Parts, solver
+from benchmarks.memory import with_peak
 from benchmarks.weights import Weight
 from compress_bilinear import TuckerBilinear
 from compress_bilinear.decomposition import TuckerDecomposition
@@ -114,20 +112,6 @@ def timed(call: Callable[[], Parts]) -> tuple[Parts, float]:
     return found, time.perf_counter() - start
 
 
-def with_peak(call: Callable[[], Any]) -> tuple[Any, int]:
-    """What a call returns, and the bytes by which the process's resident memory rose at most meanwhile."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide what comes
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = _status("VmRSS")
-    except OSError:
-        before, found = _maximum(), call()
-        return found, _maximum() - before
-    found = call()
-    return found, _status("VmHWM") - before
-
-
 def with_allocated(call: Callable[[], object]) -> int:
     """The most bytes that PyTorch's allocator held at once for a call, and NumPy's arrays; workspaces of LAPACK are
     seen where PyTorch asks for them."""
@@ -140,15 +124,6 @@ def with_allocated(call: Callable[[], object]) -> int:
     recorded = profile.profiler.kineto_results.events()  # `profile.events()` has only what no operator asked for
     changes = sorted((event for event in recorded if event.name() == "[memory]"), key=lambda event: event.start_ns())
     return max(accumulate((event.nbytes() for event in changes), initial=0)) + arrays
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
-
-
-def _maximum() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _noise(contestant: Contestant, shape: tuple[int, int, int]) -> tuple[Contestant, Tensor, Any]:

@@ -1,25 +1,27 @@
 """Latency, peak memory and fraction of the roofline on the shape suite, after a correctness gate.
 
-python -m benchmarks.run                    # on the CPU, float32: some minutes
+python -m benchmarks.run                    # on the CPU, float32, forward: some twenty minutes
 python -m benchmarks.run docred enormous    # only these cases
 python -m benchmarks.run --device cuda      # bfloat16, float32, float16, forward and backward: at most 8 minutes
+python -m benchmarks.run --resume           # what a run that was cut off has not measured yet
 
-Needs torch, and on a GPU Triton; the package need not be installed. Writes results/latency_<device>.csv.
+Needs torch, and on a GPU Triton; the package need not be installed. Writes results/latency_<device>.csv after each
+group of contestants. One that is wrong or fails is a row that says so, and status 1 in the end; where it takes the GPU
+with it, the run goes on in a fresh process without it.
 """
 
 import argparse
 import csv
-import gc
-import platform
+import os
 import statistics
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 try:
@@ -29,267 +31,191 @@ except ImportError:  # where its other dependencies are missing, its operations 
     package.__path__ = [str(ROOT / "compress_bilinear")]
     sys.modules["compress_bilinear"] = package
 
-from benchmarks.cases import SUITE, Case, Contestant, contestants  # noqa: E402 - after the stand-in above
+from benchmarks.cases import SUITE, Case  # noqa: E402 - after the stand-in above
+from benchmarks.latency import DeviceLost, Row, environment, measured, roofline  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
-MOST_FLOPS = 2e11  # of a case that is measured on a CPU unless it is named
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative Frobenius
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-GATE_ROWS = 8  # whose outputs are compared with float64
-ROUNDS = (5, 40)
+RIVALS = ("nn.Bilinear", "einsum", "one GEMM", "outer", "einsum, compiled", "plain Triton")
+CHAINS = {"CP": ("CP composed", "CP composed, compiled"), "Tucker": ("Tucker composed", "Tucker composed, compiled")}
 
-Row = dict[str, object]
+
+class Group(NamedTuple):
+    """What is measured side by side."""
+
+    dtype: str
+    kind: str
+    case: Case
+    rows: int
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """As the rows of a CSV name it."""
+        rows = f"{self.rows}x{self.case.pairs}^2" if self.case.pairs else str(self.rows)
+        return self.dtype, self.kind, self.case.name, rows
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """The key of a row's group."""
+    return tuple(str(row[name]) for name in ("dtype", "pass", "case", "rows"))
 
 
 def main() -> None:
     """Run the chosen cases, print a table and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [case.name for case in SUITE]
-    parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; on a CPU those up to 2e11 FLOPs by default")
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(names)}; all by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="float32 on a CPU, all three on a GPU by default")
     parser.add_argument(
-        "--rows", nargs="+", default=None, help="numbers of rows, or 'suite'; all of 1 32 suite by default"
+        "--rows", nargs="+", default=["suite", "1", "32"], help="numbers of rows, or 'suite'; suite 1 32 by default"
     )
     parser.add_argument("--passes", nargs="+", choices=("forward", "training"), help="forward, and on a GPU training")
     parser.add_argument("--seconds", type=float, default=None, help="about how long to time a group; 2 or 0.3")
-    parser.add_argument("--minutes", type=float, default=7.5, help="when no more is begun")
+    parser.add_argument("--minutes", type=float, default=None, help="when no more is begun; 60 or 7.5")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the folder of the CSV")
+    parser.add_argument("--resume", action="store_true", help="keep what the CSV has, and measure the rest")
+    parser.add_argument("--begun", type=float, default=time.time(), help=argparse.SUPPRESS)  # of a run that goes on
     options = parser.parse_args()
     if unknown := set(options.cases) - set(names):
         parser.error(f"cases should be among {', '.join(names)}. Found {', '.join(sorted(unknown))}.")
-    device, on_gpu = torch.device(options.device), options.device == "cuda"
-    begun = time.monotonic()
-    rows: list[Row] = []
-    skipped = 0
-    for dtype_name in options.dtypes or (list(DTYPES) if on_gpu else ["float32"]):
-        dtype = DTYPES[dtype_name]
-        limits = roofline(device, dtype)
-        hardware = environment(device, dtype_name, limits)
-        for case in SUITE:
-            if (options.cases and case.name not in options.cases) or (
-                not options.cases and not on_gpu and case.flops > MOST_FLOPS
-            ):
-                continue
-            for count in counts(case, options.rows or ["1", "32", "suite"]):
-                for kind in options.passes or (["forward", "training"] if on_gpu else ["forward"]):
-                    if time.monotonic() - begun > 60 * options.minutes:
-                        skipped += 1
-                        continue
-                    print(f"{dtype_name} {case.name} rows={count} {kind} ...", file=sys.stderr)
-                    compiling = on_gpu and dtype == torch.bfloat16 and count == case.rows and kind == "forward"
-                    compiling = compiling and time.monotonic() - begun < 30 * options.minutes
-                    seconds = options.seconds or (0.3 if on_gpu else 2.0)
-                    group = measured(case, count, dtype, device, kind == "training", compiling, limits, seconds)
-                    rows += [row | {"pass": kind} | hardware for row in group]
-    if not rows:
-        sys.exit("Nothing was measured: more --minutes are needed.")
+    if wrong := [rows for rows in options.rows if rows != "suite" and not (rows.isdecimal() and int(rows) > 0)]:
+        parser.error(f"--rows should be positive numbers or 'suite'. Found {wrong[0]!r}.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can use. Found none.")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"latency_{options.device}.csv"
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    summary(rows)
+    rows: list[Row] = read(path) if options.resume and path.exists() else []
+    skipped = run(options, path, rows)
+    if not rows:
+        sys.exit("Nothing was measured: more --minutes are needed.")
+    print(summary(rows))
     if skipped:
         print(f"{skipped} groups were not begun for want of time.")
-    print(f"Wrote {path} after {time.monotonic() - begun:.0f} s")
+    print(f"Wrote {path} after {time.time() - options.begun:.0f} s")
+    if bad := [row for row in rows if row["status"] != "ok"]:
+        sys.exit("\n".join(f"{' '.join(key_of(row))}: {row['contestant']} {row['status']}" for row in bad))
 
 
-def counts(case: Case, asked: list[str]) -> list[int]:
-    """Numbers of rows, each once; a case of pairs has its own only."""
-    found = [case.rows if rows == "suite" or case.pairs else int(rows) for rows in asked]
-    return list(dict.fromkeys(found))
+def groups(options: argparse.Namespace) -> Iterator[Group]:
+    """In the order of their weight: the suite's own rows first, a case's passes side by side."""
+    on_gpu = options.device == "cuda"
+    for dtype in options.dtypes or (list(DTYPES) if on_gpu else ["float32"]):
+        for asked in dict.fromkeys(options.rows):
+            for case in SUITE:
+                if options.cases and case.name not in options.cases:
+                    continue
+                if case.pairs and asked != next(iter(options.rows)):
+                    continue  # pairs have their own number only
+                count = case.rows if asked == "suite" or case.pairs else int(asked)
+                if asked != "suite" and count == case.rows and "suite" in options.rows:
+                    continue
+                for kind in options.passes or (["forward", "training"] if on_gpu else ["forward"]):
+                    yield Group(dtype, kind, case, count)
 
 
-def measured(
-    case: Case,
-    count: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    training: bool,
-    compiling: bool,
-    limits: tuple[float, float],
-    seconds: float,
-) -> list[Row]:
-    """One row for each contestant; ends the program where one is wrong."""
-    calls: dict[str, Callable[[], object]] = {}
-    found = contestants(case, count, dtype, device)
-    for name, contestant in list(found.items()):
-        if (training and not contestant.trains) or (contestant.compiled and not compiling):
-            del found[name]
+def run(options: argparse.Namespace, path: Path, rows: list[Row]) -> int:
+    """Measure into `rows` and the CSV; the number of groups for which there was no time."""
+    device, on_gpu = torch.device(options.device), options.device == "cuda"
+    deadline = options.begun + 60 * (options.minutes or (7.5 if on_gpu else 60))
+    done = {key_of(row) for row in rows if row["status"] == "ok"}
+    hardware: dict[str, tuple[tuple[float, float], Row]] = {}
+    skipped = 0
+    for group in groups(options):
+        if group.key in done:
             continue
-        error = gate(contestant, bool(case.pairs))
-        if not error < TOLERANCES[dtype]:
-            sys.exit(f"{case.name}, {count} rows, {dtype}: {name} is wrong: relative error {error:.3g}")
-        calls[name] = trained(contestant) if training else forward(contestant)
-    timed = latencies(calls, device, seconds)
-    baseline = timed["nn.Bilinear"][1]
-    result: list[Row] = []
-    for name, (lower, median, upper) in timed.items():
-        contestant = found[name]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in contestant.tensors)
-        outputs = count * max(1, case.pairs**2) * case.out * dtype.itemsize
-        ideal = (3 if training else 1) * max(contestant.flops / limits[0], (size + outputs) / limits[1])
-        result.append(
-            {
-                "case": case.name,
-                "in1": case.in1,
-                "in2": case.in2,
-                "out": case.out,
-                "rows": f"{count}x{case.pairs}^2" if case.pairs else count,
-                "contestant": name,
-                "family": contestant.family,
-                "median_ms": f"{median:.5g}",
-                "lower_quartile_ms": f"{lower:.5g}",
-                "upper_quartile_ms": f"{upper:.5g}",
-                "speedup_vs_bilinear": f"{baseline / median:.3f}",
-                "of_roofline": f"{ideal * 1e3 / median:.3f}",
-                "peak_extra_mb": peak(calls[name], device),
-            }
-        )
-    return result
+        if time.time() > deadline:
+            skipped += 1
+            continue
+        print(f"{' '.join(group.key)} ...", file=sys.stderr)
+        dtype = DTYPES[group.dtype]
+        if group.dtype not in hardware:
+            limits = roofline(device, dtype)
+            hardware[group.dtype] = limits, environment(device, group.dtype, limits)
+        limits, about = hardware[group.dtype]
+        compiling = group.dtype == "bfloat16" and group.rows == group.case.rows and group.kind == "forward"
+        compiling = on_gpu and compiling and time.time() < (options.begun + deadline) / 2
+        seconds = options.seconds or (0.3 if on_gpu else 2.0)
+        failed = frozenset(str(row["contestant"]) for row in rows if key_of(row) == group.key)
+        training, lost = group.kind == "training", False
+        try:
+            found = measured(
+                group.case, group.rows, dtype, device, training, compiling, limits, seconds, excluded=failed
+            )
+        except DeviceLost as error:
+            found, lost = error.rows, True
+        rows += [row | {"pass": group.kind} | about for row in found]
+        write(path, rows)
+        if lost:
+            print(f"The GPU is lost to this process: {found[-1]['status']}. Going on in another.", file=sys.stderr)
+            arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+            again = [sys.executable, "-m", "benchmarks.run", *arguments, "--resume", "--begun", str(options.begun)]
+            os.execv(sys.executable, again)
+    return skipped
 
 
-def gate(contestant: Contestant, pairs: bool) -> float:
-    """The relative error of the first rows' outputs against the definition in float64, on the CPU."""
-    with torch.no_grad():
-        output = contestant.call(*contestant.tensors)
-        rows = 1 if pairs else GATE_ROWS
-        inputs = [tensor[:rows] for tensor in contestant.tensors[:2]]
-        wide = [tensor.double() for tensor in (*inputs, *contestant.tensors[2:])]
-        exact = contestant.reference(*wide)
-        return float((output[:rows].double() - exact).norm() / exact.norm())
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return [dict(row) for row in csv.DictReader(file)]
 
 
-def forward(contestant: Contestant) -> Callable[[], object]:
-    """A forward without gradients."""
-
-    def call() -> Tensor:
-        with torch.no_grad():
-            return contestant.call(*contestant.tensors)
-
-    return call
-
-
-def trained(contestant: Contestant) -> Callable[[], object]:
-    """A forward, and a backward to all that is stored and to the inputs."""
-    tensors = [tensor.detach().requires_grad_() for tensor in contestant.tensors]
-    with torch.no_grad():
-        direction = torch.ones_like(contestant.call(*contestant.tensors))
-    return lambda: torch.autograd.grad(contestant.call(*tensors), tensors, direction)
+def write(path: Path, rows: list[Row]) -> None:
+    """All rows so far; a run that is cut off leaves a whole file."""
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
 
 
-def latencies(
-    calls: dict[str, Callable[[], object]], device: torch.device, seconds: float
-) -> dict[str, tuple[float, float, float]]:
-    """Quartiles in milliseconds; in every round each call is timed once, so that drift meets all alike."""
-    for call in calls.values():
-        call()
-    single = {name: _timed(call, device, 1) for name, call in calls.items()}
-    repeats = {name: max(1, min(100, round(2e-3 / duration))) for name, duration in single.items()}
-    share = sum(single[name] * repeats[name] for name in calls)
-    rounds = round(min(max(seconds / share, ROUNDS[0]), ROUNDS[1]))
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            samples[name].append(1e3 * _timed(call, device, repeats[name]))
-    result = {}
-    for name, values in samples.items():
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-        result[name] = (lower, median, upper)
-    return result
-
-
-def _timed(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def peak(call: Callable[[], object], device: torch.device) -> str:
-    """Megabytes beyond what was there before the call, the output included; on a GPU only."""
-    if device.type != "cuda":
-        return ""
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return f"{(torch.cuda.max_memory_allocated() - before) / 1e6:.4g}"
-
-
-def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a large matrix product and bytes/s of a large copy, measured here and now."""
-    size = 4096 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    source = torch.empty(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    from compress_bilinear import ops
-
-    def multiply() -> Tensor:
-        return ops.linear(left, right)
-
-    def copied() -> Tensor:
-        return target.copy_(source)
-
-    for _ in range(3):
-        multiply(), copied()
-    product = min(_timed(multiply, device, 3) for _ in range(5))
-    copy = min(_timed(copied, device, 3) for _ in range(5))
-    return 2 * size**3 / product, 2 * source.numel() / copy
-
-
-def environment(device: torch.device, dtype: str, limits: tuple[float, float]) -> Row:
-    """What the figures were measured on."""
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = "not installed"
-    processor = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    elif Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {
-        "device": device.type,
-        "processor": processor,
-        "threads": torch.get_num_threads(),
-        "dtype": dtype,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "product_tflops": f"{limits[0] / 1e12:.4g}",
-        "copy_gb_per_s": f"{limits[1] / 1e9:.4g}",
-        "torch": torch.__version__,
-        "triton": version,
-        "cuda": torch.version.cuda or "",
-    }
-
-
-def summary(rows: list[Row]) -> None:
-    """Geometric means over the cases, against `nn.Bilinear` and against the best exact contestant."""
-    rivals = ("nn.Bilinear", "einsum", "one GEMM", "outer", "einsum, compiled", "plain Triton")
-    groups: dict[tuple[object, ...], dict[str, float]] = {}
+def summary(rows: list[Row]) -> str:
+    """A line for each group, then geometric means, and how often the bars of a group are kept."""
+    lines = []
+    grouped: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("dtype", "pass", "case", "rows"))
-        groups.setdefault(key, {})[str(row["contestant"])] = float(str(row["median_ms"]))
-    for key, group in groups.items():
-        best = min(group[name] for name in rivals if name in group)
-        cells = ", ".join(f"{name} {group[name]:.4g}" for name in group)
-        print(f"{' '.join(map(str, key))}: {cells} ms; dense takes {group['dense'] / best:.2f}x the best rival")
-    for heading in dict.fromkeys(key[:2] for key in groups):
-        chosen = [group for key, group in groups.items() if key[:2] == heading]
+        if row["status"] == "ok":
+            grouped.setdefault(key_of(row), {})[str(row["contestant"])] = row
+    for key, group in grouped.items():
+        cells = ", ".join(f"{name} {_ms(group[name]):.4g}" for name in group)
+        lines.append(f"{' '.join(key)}: {cells} ms")
+    for heading in dict.fromkeys((key[0], key[1]) for key in grouped):
+        chosen = {key: group for key, group in grouped.items() if key[:2] == heading}
         for name in ("dense", "dense int8", "CP", "Tucker"):
-            ratios = [group["nn.Bilinear"] / group[name] for group in chosen if name in group]
-            if ratios:
-                mean = statistics.geometric_mean(ratios)
-                print(f"{' '.join(map(str, heading))}: {name} {mean:.2f}x nn.Bilinear, least {min(ratios):.2f}x")
+            against: dict[str, tuple[str, ...]] = {"nn.Bilinear": ("nn.Bilinear",)}
+            against |= {"the best exact rival": RIVALS} if name == "dense" else {}
+            against |= {"the best chain": CHAINS[name]} if name in CHAINS else {}
+            for what, others in against.items():
+                ratios = {
+                    key: min(_ms(group[other]) for other in others if other in group) / _ms(group[name])
+                    for key, group in chosen.items()
+                    if name in group and any(other in group for other in others)
+                }
+                if ratios:
+                    least = min(ratios, key=lambda key: ratios[key])
+                    mean = statistics.geometric_mean(ratios.values())
+                    lines.append(
+                        f"{' '.join(heading)}: {name} is {mean:.2f}x as fast as {what} in the geometric mean of "
+                        f"{len(ratios)}, at least {ratios[least]:.2f}x ({least[2]}, {least[3]} rows)"
+                    )
+        dense = [group["dense"] for group in chosen.values() if "dense" in group]
+        if dense and heading[1] == "forward":
+            most = max(dense, key=lambda row: _mb(row) - max(64 * 1.048576, 2 * float(str(row["output_mb"]))))
+            lines.append(
+                f"{' '.join(heading)}: dense takes {_mb(most):.3g} MB of memory beside what it is given where that is "
+                f"most for its output of {most['output_mb']} MB ({most['case']}, {most['rows']} rows)"
+            )
+    return "\n".join(lines)
+
+
+def _ms(row: Row) -> float:
+    return float(str(row["median_ms"]))
+
+
+def _mb(row: Row) -> float:
+    return float(str(row["peak_extra_mb"]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import discovery, tensor_file
 from .adapters import COMPRESSED, AdaptedBilinear
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .modules import CompressedBilinear
 from .tensor_file import LayerDescription
 
@@ -44,6 +44,7 @@ def describe(model: nn.Module) -> list[LayerDescription]:
             quantize=layer.quantize,
             bias=layer.bias is not None,
             adapter=forms.get(key),
+            compute=layer.compute,
         )
         expected, found = list(description.build().state_dict()), list(layer.state_dict())
         if sorted(expected) != sorted(found):
@@ -102,6 +103,11 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
                 f"Tensor {prefix + name!r} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}."
             )
     module.load_state_dict(own, assign=True)
+    if description.compute != "on_the_fly":
+        try:
+            module.set_compute(description.compute, next(iter(floating), torch.float32))  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise CheckpointError(f"The description of layer {description.name!r} is not valid: {error}") from error
     return module
 
 
@@ -218,6 +224,8 @@ def _placed(module: CompressedBilinear, layer: nn.Bilinear) -> CompressedBilinea
         )
     if not layer.weight.is_meta:
         module.to(layer.weight.device)
+    if module.compute == "resident":
+        module.set_compute("resident", layer.weight.dtype)
     for parameter in module.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     if module.bias is not None and layer.bias is not None:

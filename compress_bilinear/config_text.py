@@ -1,6 +1,6 @@
 """Configs as text: what a TOML or JSON file says, the same as plain data, and in Python's spelling.
 
-max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, force, max_seconds
+max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, compute, force, max_seconds
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
 method = "cp"               # cp, tucker or dense
 rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
@@ -33,13 +33,20 @@ OPTIONS: dict[str, tuple[type, ...]] = {
     "exclude": (str, list),
     "batch_size": (int,),
     "measure_latency": (bool,),
+    "compute": (str,),
     "force": (bool,),
     "max_seconds": (int, float),
     "refine": (str,),
 }
 """The arguments of `surgery.plan` that a file may give, and the types that they have there."""
 
-_DEFAULTS: dict[str, Any] = {"include": ("*",), "exclude": (), "measure_latency": True, "force": False}
+_DEFAULTS: dict[str, Any] = {
+    "include": ("*",),
+    "exclude": (),
+    "measure_latency": True,
+    "compute": "on_the_fly",
+    "force": False,
+}
 
 
 def by_glob(config: object) -> dict[str, Config]:

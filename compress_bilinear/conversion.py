@@ -1,20 +1,17 @@
 """Compressed layers in another storage format: floating point to be fine-tuned, 8 or 4 bits; and how they compute."""
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from . import discovery
-from .config import Compute, Quantize, check_quantize
+from .computing import ComputeAsked, ComputeChoice, check_compute, choose_compute, random_rows
+from .config import Quantize, check_quantize
 from .errors import CompressionError, ConfigError, MatchError
-from .measure import Latency, latencies, resident_bytes, stored_bytes
 from .modules import CompressedBilinear, stored_as
-
-MODES = ("fastest", *get_args(Compute))
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -78,36 +75,14 @@ def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = Fals
     return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ComputeChoice:
-    """How a quantized layer computes from now on, and what that was chosen by.
-
-    Attributes:
-        compute: "on_the_fly", "resident" or "int8".
-        stored_bytes: what a file of it takes.
-        resident_bytes: what it takes in memory: those, and what is kept de-quantized.
-        latencies: of a call in each mode that was measured; empty where the mode was given.
-    """
-
-    compute: Compute
-    stored_bytes: int
-    resident_bytes: int
-    latencies: Mapping[str, Latency]
-
-    def __str__(self) -> str:
-        timed = ", ".join(f"{mode} {latency.median:.3g} ms" for mode, latency in self.latencies.items())
-        held = f"stores {self.stored_bytes} bytes, holds {self.resident_bytes}"
-        return f"{self.compute} ({held}{'; ' if timed else ''}{timed})"
-
-
 def set_compute(
     model: nn.Module,
-    compute: Compute | Literal["fastest"] = "fastest",
+    compute: ComputeAsked = "fastest",
     *,
     rows: int = 64,
     dtype: torch.dtype | None = None,
 ) -> dict[str, ComputeChoice]:
-    """Choose how the quantized layers of a model compute, in place. Neither values nor files change.
+    """Choose how the quantized layers of a model compute, in place. Values do not change; `save` keeps the modes.
 
     Args:
         model: any module; a compressed layer itself too.
@@ -124,8 +99,7 @@ def set_compute(
         MatchError: no layer is quantized; the message lists what there is.
         ConfigError: another `compute`, no positive number of rows, or a mode that none of the layers has.
     """
-    if compute not in MODES:
-        raise ConfigError(f"`compute` should be one of {MODES}. Found {compute!r}.")
+    check_compute(compute)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"`rows` should be a positive int. Found {rows!r}.")
     found = discovery.find_compressed(model)
@@ -134,39 +108,14 @@ def set_compute(
         there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
         raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
     if compute != "fastest" and not any(compute in layer.computes for layer in layers.values()):
-        raise ConfigError(f"A layer should have the mode {compute!r}, which is for CP and Tucker in int8. Found none.")
+        raise ConfigError(f"A layer should have the mode {compute!r}, which is for those in int8. Found none.")
     choices = {}
     for name, layer in layers.items():
         bias = layer.bias
         wanted = dtype or (bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)
-        timed = _timed(layer, rows, wanted) if compute == "fastest" else {}
-        mode: Compute = "on_the_fly"
-        if compute == "fastest":
-            base = timed["on_the_fly"]
-            faster = [other for other in layer.computes if timed[other].upper < base.lower]
-            mode = min(faster, key=lambda other: timed[other].median, default=mode)
-        elif compute in layer.computes:
-            mode = compute
-        layer.set_compute(mode, wanted)
-        sizes = {"stored_bytes": stored_bytes(layer), "resident_bytes": resident_bytes(layer)}
-        choices[name] = ComputeChoice(compute=mode, latencies=timed, **sizes)
+        inputs = random_rows(layer, rows, next(layer.buffers()).device, wanted)
+        choices[name] = choose_compute(layer, compute, inputs, timed=False)
     return choices
-
-
-def _timed(layer: CompressedBilinear, rows: int, dtype: torch.dtype) -> dict[str, Latency]:
-    """Latencies of a copy of the layer in each of its modes."""
-    device = next(layer.buffers()).device
-    generator = torch.Generator().manual_seed(0)
-    sizes = (layer.in1_features, layer.in2_features)
-    input1, input2 = (torch.randn(rows, size, generator=generator).to(device, dtype) for size in sizes)
-
-    def call(mode: Compute) -> Callable[[], object]:
-        copied = copy.deepcopy(layer)
-        copied.set_compute(mode, dtype)
-        return lambda: copied(input1, input2)
-
-    with torch.no_grad():
-        return latencies({mode: call(mode) for mode in layer.computes}, device)
 
 
 def _converted(

@@ -11,6 +11,7 @@ from torch import nn
 from .automatic import Chooser, Option, allocate, best_within
 from .baselines import renewed
 from .calibration import Call, LayerInputs
+from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
@@ -21,7 +22,7 @@ from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
 from .selection import Decision, compared, judge, keep
-from .solving import as_candidate, solve
+from .solving import Candidate, as_candidate, solve
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
@@ -54,6 +55,7 @@ class Options:
     measure_latency: bool = True
     force: bool = False
     max_seconds: float | None = None
+    compute: ComputeAsked = "on_the_fly"
 
 
 @dataclass(eq=False)
@@ -130,6 +132,8 @@ class Planner:
             module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
             if module is before:
                 continue
+            if module.quantize is not None:
+                module.set_compute(before.compute, request.found.layer.weight.dtype)
             measured = self._measured(request.found)
             known: dict[str, Any] = {"weight_error": weight_error(request.found.layer.weight.detach(), module)}
             known["output_error"] = None if measured is None else measured.of(module)
@@ -185,10 +189,25 @@ class Planner:
             return keep(found, wanted, str(error))
         self._misfits.append((wanted, None))
         measured = fitting.held_out if fitting is not None else self._measured(found)
+        candidate = self._computing(found, wanted, candidate, measured)
         decision = judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
         return compared(decision, found.layer, candidate, measured)
+
+    def _computing(self, found: FoundLayer, config: Config, candidate: Candidate, on: OutputError | None) -> Candidate:
+        """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that."""
+        asked, module = self._options.compute, candidate.module
+        if asked == "on_the_fly" or module.quantize is None:
+            return candidate
+        limit = config.limit(on is not None) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        objection = misses(limit if isinstance(limit, MaxError) else None, on)
+        rows = seen_rows(found.layer, self._inputs.get(found.label), self._rows(found))
+        choice = choose_compute(module, asked, rows, timed=self._options.measure_latency, objection=objection)
+        error = candidate.output_error
+        if choice.compute == "int8" and error is not None and on is not None:
+            error = on.of(module)
+        return replace(candidate, compute_modes=choice.modes, output_error=error)
 
     def _fitting(self, found: FoundLayer) -> Fitting | None:
         seen = self._inputs.get(found.label)
@@ -262,6 +281,7 @@ class Planner:
             candidate = as_candidate(found.layer, option.fitted)
             rows, unreached = self._time_rows(found), self._unreached(found)
             measured, force = self._measured(found), self._options.force
+            candidate = self._computing(found, config, candidate, measured)
             decision = judge(found, option.config, candidate, measured, unreached, rows, force)
         self.decisions[each.number] = _with_front(decision, each.options, option)
 

@@ -20,7 +20,7 @@ from .errors import AmplificationWarning, InfeasibleError
 from .fitting import Fitted, Fitting, within_after_rounding
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
-from .report import FrontPoint
+from .report import ComputeMode, FrontPoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Candidate:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
         tried: what else a search for the rank found, itself perhaps among it.
+        compute_modes: what its compute mode was chosen by.
     """
 
     module: CompressedBilinear
@@ -44,6 +45,7 @@ class Candidate:
     output_error: float | None = None
     own_bias: bool = False
     tried: tuple[FrontPoint, ...] = ()
+    compute_modes: tuple[ComputeMode, ...] = ()
 
     @property
     def storage(self) -> dict[str, Any]:
@@ -56,6 +58,7 @@ class Candidate:
             "quantization_error": self.weight_error if self.module.method == "dense" else self.quantization_error,
             "resident_bytes": resident_bytes(self.module),
             "compute": self.module.compute,
+            "compute_modes": self.compute_modes,
         }
 
 

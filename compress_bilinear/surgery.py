@@ -11,6 +11,7 @@ from torch import nn
 
 from . import adapters, config_text, discovery
 from .calibration import Call, LayerInputs, collect_inputs
+from .computing import ComputeAsked, check_asked
 from .config import Config
 from .decomposition import check_max_seconds
 from .errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
@@ -147,6 +148,7 @@ def plan(
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
     measure_latency: bool = True,
+    compute: ComputeAsked = "on_the_fly",
     force: bool = False,
     max_seconds: float | None = None,
     progress: bool | None = None,
@@ -177,6 +179,9 @@ def plan(
         include, exclude: a glob or several.
         batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
+        compute: how quantized layers compute: see `set_compute`. "fastest" times the modes on rows that the layer saw,
+            or Gaussian ones. A layer without the mode computes on the fly. Latencies, speedups and output errors are
+            those of the mode; the report's `compute_modes` says what each would have given.
         force: replace whatever the verdict; the report still says what was lost.
         max_seconds: time for all decompositions together (half of it where `refine` takes the rest), shared by the
             layers' sizes; each layer gets the best that was found in its share. With a limit, results depend on the
@@ -205,6 +210,7 @@ def plan(
             raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
     configs, include = config_text.by_glob(config), discovery.patterns(include, "include")
     exclude = discovery.patterns(exclude, "exclude")
+    check_asked(compute, configs.values(), measure_latency)
     selected = discovery.select(model, configs, include, exclude)
     owners = discovery.parameter_owners(model)
     requests = [Request(found, wanted, discovery.refusal(found, owners)) for found, wanted in selected]
@@ -214,6 +220,7 @@ def plan(
         calibrated=calibration is not None,
         batch_size=batch_size,
         measure_latency=measure_latency,
+        compute=compute,
         force=force,
         max_seconds=max_seconds if refine is None or max_seconds is None else max_seconds / 2,
     )
@@ -240,6 +247,7 @@ def plan(
         "exclude": exclude,
         "batch_size": batch_size,
         "measure_latency": measure_latency,
+        "compute": compute,
     }
     asked |= {"force": force, "max_seconds": max_seconds, "refine": refine}
     ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
@@ -261,6 +269,7 @@ def compress(
     exclude: str | Iterable[str] = (),
     batch_size: int | None = None,
     measure_latency: bool = True,
+    compute: ComputeAsked = "on_the_fly",
     force: bool = False,
     max_seconds: float | None = None,
     progress: bool | None = None,
@@ -281,6 +290,7 @@ def compress(
         exclude=exclude,
         batch_size=batch_size,
         measure_latency=measure_latency,
+        compute=compute,
         force=force,
         max_seconds=max_seconds,
         progress=progress,

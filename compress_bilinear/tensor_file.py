@@ -30,6 +30,7 @@ class LayerDescription:
     """One replaced layer of a checkpoint; `names` are all its names in the network, "" for the network itself.
 
     With `adapter`, the form of the module that the layer is a part of, the names end in that part's ("compressed").
+    `compute` is the layer's compute mode.
     """
 
     names: tuple[str, ...]
@@ -41,6 +42,7 @@ class LayerDescription:
     quantize: str | None
     bias: bool
     adapter: str | None = None
+    compute: str = "on_the_fly"
 
     @property
     def name(self) -> str:

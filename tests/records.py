@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compress_bilinear.report import AS_CONFIGURED, FrontPoint, LayerReport, Report, Spectrum
+from compress_bilinear.report import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Report, Spectrum
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -33,12 +33,23 @@ def spectra(*sizes: int) -> tuple[Spectrum, ...]:
     return tuple(found)
 
 
+def modes() -> tuple[ComputeMode, ...]:
+    return (
+        ComputeMode(
+            mode="on_the_fly", chosen=False, latency_ms=0.7, latency_quartiles_ms=(0.6, 0.8), output_change=0.0
+        ),
+        ComputeMode(mode="resident", chosen=True, latency_ms=0.5, resident_bytes=12_000, output_change=1e-7),
+        ComputeMode(mode="int8", chosen=False, latency_ms=0.6, output_change=0.0066, refused="it is <not> allowed"),
+    )
+
+
 def replaced(name: str = "rel", **changes: Any) -> LayerReport:
     """A layer with every figure that a report may have."""
     known: dict[str, Any] = {
         "name": name, "shape": (50, 100, 100), "method": "cp", "rank": 8, "quantize": "int8", "decision": "replaced",
         "reason": AS_CONFIGURED, "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
         "truncation_error": 0.59, "quantization_error": 0.01, "resident_bytes": 12_000, "compute": "resident",
+        "compute_modes": modes(),
         "params_before": 250_000, "params_after": 2000, "bytes_before": 1_000_000, "bytes_after": 9000,
         "flops_before": 10**6, "flops_after": 10**4, "dense_order": "one_gemm", "batch_size": 64, "backend": "torch",
         "latency_before_ms": 2.5, "latency_before_quartiles_ms": (2.3, 2.9), "speedup": 5.0, "amplification": 1.5,

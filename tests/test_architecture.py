@@ -23,7 +23,7 @@ FLOORS = (
     ("adapters",),
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure", "state_file"),
-    ("fitting", "refinement", "rows_file"),
+    ("computing", "fitting", "refinement", "rows_file"),
     ("automatic", "baselines"),
     ("solving",),
     ("selection",),

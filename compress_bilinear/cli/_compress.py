@@ -10,6 +10,7 @@ import torch
 from click.core import ParameterSource
 
 from .. import config_text, state_dicts, state_file, tensor_file
+from ..computing import MODES
 from ..config import (
     AutoConfig,
     Config,
@@ -86,6 +87,7 @@ _OF_A_CONFIG = (
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
+@click.option("--compute", type=click.Choice(MODES), help="How quantized layers compute.  [default: on_the_fly]")
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan; write no checkpoint.")
@@ -108,6 +110,7 @@ def compress(
     seed: int,
     calibration: Path | None,
     max_seconds: float | None,
+    compute: str | None,
     force: bool,
     no_latency: bool,
     batch_size: int | None,
@@ -142,7 +145,7 @@ def compress(
     options: dict[str, Any] = dict(recipe.options)
     include = options.pop("include", ())
     include = layers or ((include,) if isinstance(include, str) else tuple(include))
-    asked = {"max_seconds": max_seconds, "batch_size": batch_size}
+    asked = {"max_seconds": max_seconds, "batch_size": batch_size, "compute": compute}
     options |= {name: value for name, value in asked.items() if value is not None}
     options |= ({"force": True} if force else {}) | ({"measure_latency": False} if no_latency else {})
     state = state_file.read_state(path)

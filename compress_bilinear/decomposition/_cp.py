@@ -33,7 +33,8 @@ def cp(
             is exact; or `MaxError(e)`, the smallest rank found with relative error at most e, after the factors are
             rounded to the weight's dtype; or `MaxSize(f)`, the largest rank within f of the weight's bytes.
         seed: of the random starts. The same seed gives the same result, up to rounding on another number of threads.
-        quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
+        quantize: the format in which the caller will store the result. It changes the bytes that are counted, and the
+            penalty on large components, to what rounding them is expected to add to the squared error.
         max_seconds: time after which the best so far is returned; None goes on to convergence. At least one sweep is
             made. With a limit, results depend on the machine's speed, and a `MaxError` that has not been met by then is
             infeasible.
@@ -65,7 +66,7 @@ def cp(
         if isinstance(rank, MaxError):
             result = search(weight, source, rank, seed, quantize, clock)
         else:
-            result = as_result(weight, source, solve(source, rank, seed, clock).factors)
+            result = as_result(weight, source, solve(source, rank, seed, clock, quantize=quantize).factors)
     if result.amplification > AMPLIFICATION_LIMIT:
         warnings.warn(
             f"The CP components of rank {result.rank} cancel: amplification {result.amplification:.3g}, error "

@@ -35,7 +35,7 @@ def search(
             f"A relative error of {limit:g} needs a CP rank of at least {low + 1} (the rank of an unfolding to that "
             f"error): {cp_bytes(low + 1, weight.shape, itemsize, quantize)} bytes, where the weight has {original}."
         )
-    attempt = _attempts(weight, source, seed, clock, _ENOUGH * limit)
+    attempt = _attempts(weight, source, seed, quantize, clock, _ENOUGH * limit)
     rank, low_error = low + 1, 1.0
     found = best = attempt(rank, None)
     while found.error > limit:  # type: ignore[operator]
@@ -65,7 +65,7 @@ def search(
 
 
 def _attempts(
-    weight: Tensor, source: Source, seed: int, clock: Clock, enough: float
+    weight: Tensor, source: Source, seed: int, quantize: Quantize | None, clock: Clock, enough: float
 ) -> Callable[[int, CPDecomposition | None], CPDecomposition]:
     """A solve at a rank, begun from a solution at another, or from scratch where that costs little."""
     count = 0
@@ -77,9 +77,9 @@ def _attempts(
         seconds = _SHARE * max(clock.left(), 1e-3) if clock.limited else None
         limited = Clock(seconds, lambda done, error: clock.report(begin + (end - begin) * done, error))
         if near is None or is_small(source, rank):
-            solved = solve(source, rank, seed, limited)
+            solved = solve(source, rank, seed, limited, quantize=quantize)
         else:
-            solved = solve(source, rank, seed, limited, _resized(source, near, rank, seed), _QUICK, enough)
+            solved = solve(source, rank, seed, limited, _resized(source, near, rank, seed), _QUICK, enough, quantize)
         return as_result(weight, source, solved.factors)
 
     return attempt

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..config import Quantize
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._clock import Clock
 from ._newton import finish, measured_exactly
@@ -28,6 +29,8 @@ _LEVELS = (0.5, 0.75, 1.0)  # of the core's sizes; starts are tried on the first
 _LEVEL_SWEEPS = (30, 30, 40)
 _LEVEL_TIMES = (0.08, 0.28, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
 _PENALTIES = (_FIRST_PENALTY, 2e-2, 4e-3, PENALTY, PENALTY)  # where each begins and the last ends
+# about the squared relative error of factors in each format, where components do not cancel (`benchmarks.quantization`)
+_ROUNDED_PENALTY: dict[Quantize, float] = {"int8": PENALTY, "nf4": 1e-2}
 _HURRIED = 0.8  # of a time budget, until the penalty has fallen
 _STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
 _MOST_STARTS = 24
@@ -73,10 +76,13 @@ def solve(
     start: Sequence[Tensor] | None = None,
     effort: float = 1.0,
     enough: float = 0.0,
+    quantize: Quantize | None = None,
 ) -> Iterate:
     """Factors for the weight over its norm, in the order of its axes.
 
     Args:
+        quantize: the format that factors will be rounded to, whose expected squared error the last penalty is: what is
+            minimised is then the expected squared error after rounding.
         start: factors (d_m, R) to go on from, instead of the starts.
         effort, enough: where there is a start, a factor on the number of sweeps, and an error at which to stop.
     """
@@ -96,13 +102,19 @@ def solve(
             if again[1].residual <= max(abs(found.residual), 1e-7):
                 source, (basis, found, outside) = wide, again
         begun = found.moved(_lifting(basis))
-        if outside <= _ROUNDING:
-            return replace(begun, factors=_in_order(begun.factors, order))
+        settled = outside <= _ROUNDING
     else:
+        settled = False
         begun = Iterate(balanced([start[m] for m in order]))
         if clock.limited:
             clock.prepared(_closing_seconds(source, rank))
-    best = _on_whole(*source.permuted(order), begun, clock, effort, enough)
+    tensor, scale = source.permuted(order)
+    best = begun if settled else _on_whole(tensor, scale, begun, clock, effort, enough)
+    penalty = PENALTY if quantize is None else _ROUNDED_PENALTY[quantize]
+    if penalty > PENALTY and best.residual > _EXACT:  # an exact CP is one in any format
+        sweeps = max(1, round(effort * _SWEEPS))
+        stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=penalty, last=penalty, span=(0.9, 1.0))
+        best = descend(tensor, replace(best, momentum=0), stage, clock, scale)
     return replace(best, factors=_in_order(best.factors, order))
 
 

@@ -1,8 +1,7 @@
 """What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
 
 from abc import abstractmethod
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from .. import ops
 from ..config import Compute, Quantize
 from ..errors import CompressionError, ConfigError, InputError
 from ..quantization import QuantizedTensor
+from ._autocast import autocast_enabled
 
 
 class CompressedBilinear(nn.Module):
@@ -45,35 +45,50 @@ class CompressedBilinear(nn.Module):
     @property
     def computes(self) -> tuple[Compute, ...]:
         """The modes that `set_compute` takes."""
-        integer = any(getattr(part, "takes_int8", False) for part in self.modules())
-        return ("on_the_fly", "resident", "int8") if integer else ("on_the_fly", "resident")
+        return tuple(mode for mode in get_args(Compute) if self.refused_compute(mode) is None)
+
+    def refused_compute(self, compute: Compute) -> str | None:
+        """Why `set_compute` does not take a mode, or None where it does."""
+        if self.quantize is None:
+            return "the layer is in floating point"
+        if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
+            return None
+        if self.quantize == "nf4":
+            return "its values have four bits, and only those of eight are multiplied as integers"
+        return "none of its projections is in int8 without scales of its own"
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
-        """Choose how a quantized layer computes. It is no part of its state: neither saved nor loaded.
+        """Choose how a quantized layer computes. It is no part of its `state_dict`; `compress_bilinear.save` keeps it.
 
         Args:
             compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
                 de-quantized as well, in `dtype`, for inputs of that dtype: the same outputs up to the order of sums.
-                "int8" rounds each row of a CP's or Tucker's inputs and hidden values to int8 and multiplies integers
-                (`torch._int_mm`), which costs about 1% of the outputs' norm.
+                "int8" rounds each row of the longer input of a dense layer, or of a CP's or Tucker's inputs and hidden
+                values, to int8 and multiplies integers (`torch._int_mm`), which costs about 1% of the outputs' norm;
+                a Tucker's core is computed on the fly.
             dtype: of the resident weights.
 
-        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no projection is in plain int8.
+        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no weight is in int8 that takes it.
         """
         if self.quantize is None:
             raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
         if compute not in self.computes:
             raise ConfigError(
                 f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
-                f"Found {compute!r}."
+                f"Found {compute!r}{'' if compute not in get_args(Compute) else f': {self.refused_compute(compute)}'}."
             )
         for part in self.modules():
             if isinstance(part, QuantizedTensor):
                 part.keep_resident(dtype if compute == "resident" else None)
-            elif getattr(part, "takes_int8", False):
-                cast(Any, part).integer = compute == "int8"
             elif isinstance(part, CompressedBilinear):
-                part.compute = compute
+                part.compute = "on_the_fly" if compute == "int8" and part is not self else compute
+        for part in self._computing():
+            if getattr(part, "takes_int8", False):
+                cast(Any, part).integer = compute == "int8"
+
+    def _computing(self) -> list[nn.Module]:
+        """The layer and its linear parts: what may multiply integers."""
+        return [part for part in self.modules() if part is self or not isinstance(part, CompressedBilinear)]
 
     @property
     @abstractmethod
@@ -87,6 +102,13 @@ class CompressedBilinear(nn.Module):
     @abstractmethod
     def set_bias(self, bias: nn.Parameter | None) -> None:
         """Use this very Parameter (O,), or none; what is tied to it stays tied."""
+
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        """The forward on a CPU without the checks that would cost more than the sums of a few rows; None where needed.
+
+        It may raise what torch raises for inputs that do not fit.
+        """
+        return None
 
     @abstractmethod
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
@@ -114,6 +136,13 @@ class CompressedBilinear(nn.Module):
 
         Raises: InputError where `nn.Bilinear` would raise: other sizes, other leading dimensions, other dtypes.
         """
+        if input1.is_cpu and not torch.compiler.is_compiling():
+            try:
+                output = self._bare(input1, input2)
+            except (RuntimeError, IndexError, InputError):  # what is wrong with the inputs is found and said below
+                output = None
+            if output is not None:
+                return output
         self._check(input1, input2)
         if input1.shape[:-1] != input2.shape[:-1]:
             raise InputError(
@@ -262,25 +291,6 @@ def block_rows(
     count, size = input1.shape[-2:]
     rows = input1.new_zeros(*input1.shape[:-1], count, size)
     return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
-
-
-def autocast_enabled(device_type: str) -> bool:
-    """Whether autocast is on; the meta device does not know it."""
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)
-
-
-def autocast_dtype(device_type: str, *tensors: Tensor) -> torch.dtype | None:
-    """The dtype that autocast, where it is on, would run a product of these tensors in; it leaves float64 alone."""
-    if not autocast_enabled(device_type) or any(tensor.dtype == torch.float64 for tensor in tensors):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Autocast off, for operands that have their dtype already; free where it is off anyway."""
-    if autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()
 
 
 class ProjectedBilinear(CompressedBilinear):

@@ -11,9 +11,10 @@ from .. import ops
 from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
-from ._base import ProjectedBilinear, autocast_dtype
+from ._autocast import autocast_dtype
+from ._base import ProjectedBilinear
 from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
-from ._plain import obstacle, on_tensors
+from ._plain import bare_operands, obstacle, on_tensors
 
 _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
 
@@ -119,6 +120,12 @@ class CPBilinear(ProjectedBilinear):
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
         return torch.einsum("or,ri->oir", out[rows], in1) @ in2
+
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        operands = bare_operands(self._modules, ("in1_proj", "in2_proj", "out_proj"))
+        if operands is None or operands[0] is None or operands[1] is None or operands[2] is None:
+            return None
+        return ops.small_cp(input1, input2, *operands)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if obstacle(self._parts(), input1.device) is None:

@@ -11,7 +11,9 @@ from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import NF4Tensor, QuantizedTensor, scale_grid
-from ._base import CompressedBilinear, autocast_dtype, without_autocast
+from ._autocast import autocast_dtype, autocast_enabled, without_autocast
+from ._base import CompressedBilinear
+from ._int8_matmul import int8_bilinear
 from ._linear import row_parts
 
 
@@ -21,8 +23,13 @@ class DenseBilinear(CompressedBilinear):
     Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
     `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one bfloat16 scale for each output and each row
     along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`); with "nf4" it is
-    an `NF4Tensor`. Inputs may then have any floating dtype, and beside inputs and output a forward without gradients
-    holds at most 2²⁰ de-quantized values (or one output's), and a block of T (see `ops`).
+    an `NF4Tensor`. Inputs may then have any floating dtype, and beside inputs and output a forward holds at most 2²⁰
+    de-quantized values (or one output's), and a block of T (see `ops`). For a backward, inputs and at most one block of
+    T are kept, but no de-quantized values: those are read again, part by part.
+
+    Attributes:
+        integer: whether `forward` also rounds the longer input's rows to int8 and multiplies integers, where the weight
+            is int8: see `set_compute`. Pairs, blocks and indices are computed on the fly then.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -58,7 +65,13 @@ class DenseBilinear(CompressedBilinear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        self.integer = False
         self.reset_parameters()
+
+    @property
+    def takes_int8(self) -> bool:
+        """Whether `integer` may be set: the weight is int8."""
+        return self.quantize == "int8"
 
     def reset_parameters(self) -> None:
         """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""
@@ -133,7 +146,19 @@ class DenseBilinear(CompressedBilinear):
         bias = self.bias if self.bias is None else self.bias.to(dtype)
         return input1.to(dtype), input2.to(dtype), weight, bias, scale
 
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        weight = self._parameters.get("weight")
+        if weight is None or not input1.dtype == input2.dtype == weight.dtype or autocast_enabled("cpu"):
+            return None
+        return ops.small_dense(input1, input2, weight, self._parameters["bias"])
+
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        if self.integer:
+            input1, input2, weight, bias, scale = self._operands(input1, input2)
+            assert scale is not None
+            with without_autocast(input1.device.type):
+                output = int8_bilinear(input1, input2, weight, scale)
+            return output if bias is None else output + bias
         return self._evaluated(ops.bilinear_dense, input1, input2)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
@@ -149,7 +174,7 @@ class DenseBilinear(CompressedBilinear):
             def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
                 return evaluate(input1, input2, stored.rows(rows, input1.dtype))
 
-            run = ops.block_runner(len(parts) > 1, input1, input2)
+            run = ops.block_runner(True, input1, input2)  # a part's values do not wait for a backward
             pieces = [run(outputs, input1, input2, rows) for rows in parts]
             output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
             return output if bias is None else output + bias
@@ -161,9 +186,16 @@ class DenseBilinear(CompressedBilinear):
         """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product."""
         flat, _, _, bias, _ = self._operands(*[product.flatten(-2)] * 2)
         with without_autocast(flat.device.type):
-            weights = (self.dense_rows(rows, flat.dtype) for rows in self._row_parts())
-            output = torch.cat([nn.functional.linear(flat, weight.flatten(1)) for weight in weights], dim=-1)
+            pieces = [self._contracted(flat, rows) for rows in self._row_parts()]
+            output = torch.cat(pieces, dim=-1)
         return output if bias is None else output + bias
+
+    def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
+        """(..., I·J) -> (..., rows)."""
+        weight = self.weight
+        if isinstance(weight, nn.Parameter) or weight.resident is not None or weight.scale is None:
+            return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
+        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), weight.qdata, weight.scale)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
@@ -173,11 +205,15 @@ class DenseBilinear(CompressedBilinear):
         input1, _, _, bias, _ = self._operands(input1, input1)
         rows, columns = input1.reshape(index.numel(), self.in1_features, 1), index.reshape(-1)
         with without_autocast(input1.device.type):
-            weights = (self.dense_rows(part, input1.dtype).movedim(2, 0) for part in self._row_parts())
-            # (N, O, I): each row's own matrix
-            output = torch.cat([torch.bmm(weight[columns], rows) for weight in weights], dim=1)
+            parts = self._row_parts()
+            run = ops.block_runner(isinstance(self.weight, QuantizedTensor) or len(parts) > 1, rows)
+            output = torch.cat([run(self._of_columns, rows, columns, part) for part in parts], dim=1)
         output = output.reshape(*index.shape, self.out_features)
         return output if bias is None else output + bias
+
+    def _of_columns(self, rows: Tensor, columns: Tensor, part: slice) -> Tensor:
+        """(N, I, 1), (N,) -> (N, part, 1), by each row's own matrix."""
+        return torch.bmm(self.dense_rows(part, rows.dtype).movedim(2, 0)[columns], rows)
 
     def _row_parts(self) -> list[slice]:
         return list(row_parts(self.weight)) if isinstance(self.weight, QuantizedTensor) else [slice(None)]

@@ -11,7 +11,8 @@ from typing_extensions import Self
 from .. import ops
 from ..config import Quantize
 from ..quantization import NF4Tensor, QuantizedTensor, restore_dtypes
-from ._base import autocast_dtype, block_rows, without_autocast
+from ._autocast import autocast_dtype, without_autocast
+from ._base import block_rows
 from ._int8_matmul import int8_linear
 
 CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four megabytes in float32
@@ -26,7 +27,8 @@ Scales: TypeAlias = Literal["none", "input", "rows"]
 class QuantizedLinear(nn.Module):
     """`nn.Linear` with its weight in 8 or 4 bits, de-quantized on the fly to the input's dtype, part by part.
 
-    Beside input and output, a forward without gradients holds one part of at most 2²⁰ values (or one row).
+    Beside input and output, a forward holds one part of at most 2²⁰ de-quantized values (or one row). For a backward
+    none are kept: parts are de-quantized again, one by one.
 
     Attributes:
         weight: a `QuantizedTensor` of shape (out_features, in_features).
@@ -67,11 +69,14 @@ class QuantizedLinear(nn.Module):
     ) -> Tensor:  # (..., out_features)
         """`forward(left * right)` in `dtype`; the product is formed in float32, for in float16 it could overflow."""
         wide = torch.promote_types(left.dtype, torch.float32)
-        return self._scaled(left.to(wide) * right.to(wide), dtype)
+        return self._scaled(left.to(wide) * right.to(wide), dtype, own=True)
 
-    def _scaled(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+    def _scaled(self, input: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
+        """The output; `own` says that nobody else has this float32 or wider input."""
         with without_autocast(input.device.type):
-            if self.sigma is not None:
+            if self.sigma is not None and own and not (torch.is_grad_enabled() or ops.is_tracing()):
+                input = input.mul_(self.sigma)
+            elif self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
             bias = self.bias if self.bias is None else self.bias.to(dtype)
             if self.integer:
@@ -123,11 +128,13 @@ def quantized_linear(
 ) -> Tensor:  # (..., O)
     """x Wᵀ + b in the input's dtype, de-quantizing one part of W after another."""
     parts = list(row_parts(weight))
-    if len(parts) <= 1:
-        return nn.functional.linear(input, weight.dequantize(input.dtype), bias)
-    if torch.is_grad_enabled() or ops.is_tracing():
-        run = ops.block_runner(True, input)
-        output = torch.cat([run(_linear_part, input, weight, rows) for rows in parts], dim=-1)
+    tracing = ops.is_tracing()
+    recorded = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
+    if len(parts) <= 1 and (tracing or not recorded):
+        return ops.linear(input, weight.dequantize(input.dtype), bias)
+    if recorded or tracing:
+        pieces = [_linear_part(input, weight, rows) for rows in parts]
+        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
         return output if bias is None else output + bias
     output = input.new_empty(*input.shape[:-1], weight.shape[0])
     for rows in parts:
@@ -136,7 +143,10 @@ def quantized_linear(
 
 
 def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
-    return nn.functional.linear(input, weight.rows(rows, input.dtype))
+    if weight.resident is not None and weight.resident.dtype == input.dtype:
+        return ops.linear(input, weight.rows(rows, input.dtype))
+    stored = [weight.qdata] if weight.scale is None else [weight.qdata, weight.scale]
+    return ops.stored_linear(input, lambda dtype: weight.rows(rows, dtype), *stored)
 
 
 def make_linear(

@@ -1,17 +1,45 @@
 """When a layer's tensors may be handed to `ops` at once, and how: its inner layers do nothing but multiply."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import NF4Tensor, QuantizedTensor
-from ._base import autocast_dtype, without_autocast
+from ._autocast import autocast_dtype, without_autocast
 from ._dense import DenseBilinear
 from ._linear import AddBias, QuantizedLinear
 
 _KINDS = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)
+
+
+def bare_operands(parts: Mapping[str, Any], names: Sequence[str]) -> list[Any] | None:
+    """The weights of these inner layers (None for an identity) and the last one's bias, where they only multiply.
+
+    None where that is not so, or a graph is recorded: then `obstacle` knows more. Tensors are read from where
+    `nn.Module` keeps them, for each of its `__getattr__` costs as much as a small sum.
+    """
+    if torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
+        return None
+    operands: list[Any] = []
+    bias = None
+    for name in names:
+        layer = parts[name]
+        own, kind = layer.__dict__, type(layer)
+        if bias is not None or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            return None  # a bias belongs to the last layer
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return None
+        if kind is nn.Identity:
+            operands.append(None)
+            continue
+        weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+        if kind is not AddBias and (weight is None or (kind is not nn.Linear and kind is not DenseBilinear)):
+            return None
+        operands.append(weight)
+    operands.append(bias)
+    return operands
 
 
 def obstacle(parts: dict[str, nn.Module], device: torch.device) -> str | None:
@@ -19,9 +47,12 @@ def obstacle(parts: dict[str, nn.Module], device: torch.device) -> str | None:
     if torch.nn.modules.module._has_any_global_hook():
         return "a global module hook is set"
     stored = set()
+    *inner, _ = parts
     for name, layer in parts.items():
         if type(layer) not in _KINDS:
             return f"`{name}` is a {type(layer).__name__}"
+        if name in inner and getattr(layer, "bias", None) is not None:
+            return f"`{name}` has a bias"
         hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
         if any(hooks):
             return f"`{name}` has hooks"

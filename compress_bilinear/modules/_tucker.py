@@ -22,7 +22,7 @@ from ..quantization import QuantizedTensor
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
-from ._plain import obstacle, on_tensors
+from ._plain import bare_operands, obstacle, on_tensors
 
 
 class TuckerBilinear(ProjectedBilinear):
@@ -154,6 +154,14 @@ class TuckerBilinear(ProjectedBilinear):
             if isinstance(weight, Tensor) and weight.is_floating_point():
                 return weight
         return None
+
+    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
+        operands = bare_operands(self._modules, ("in1_proj", "in2_proj", "core", "out_proj"))
+        if operands is None or not input1.dtype == input2.dtype == operands[2].dtype:
+            return None
+        if operands[3] is None and operands[4] is not None and operands[4].dtype != input1.dtype:
+            return None
+        return ops.bilinear_tucker(input1, input2, *operands)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if obstacle(self._parts(), input1.device) is None:

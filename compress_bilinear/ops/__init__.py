@@ -2,8 +2,9 @@
 
 from . import reference
 from ._choice import BACKENDS, Backend, Choice
-from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
-from ._gemm import linear, linear_times
+from ._cp import small_cp
+from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing, small_dense
+from ._gemm import linear, linear_times, stored_linear
 from ._layers import (
     bilinear_cp,
     bilinear_dense,
@@ -34,4 +35,7 @@ __all__ = [
     "pairwise_dense",
     "pairwise_tucker",
     "reference",
+    "small_cp",
+    "small_dense",
+    "stored_linear",
 ]

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..quantization import dequantize
-from ._gemm import linear, prefers_onednn
+from ._gemm import linear, prefers_onednn, stored_linear
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -82,22 +82,31 @@ def small_dense(
     weight: Tensor,  # (O, I, J)
     bias: Tensor | None,  # (O,)
 ) -> Tensor | None:  # (..., O)
-    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU."""
-    out, in1, in2 = weight.shape
-    if input1.device.type != "cpu" or in1 * in2 > _SMALL_PAIRS or in1 == 0 or is_tracing():
+    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU.
+
+    None too where the inputs' sizes are not those of the weight, or their leading dimensions differ.
+    """
+    if not input1.is_cpu or is_tracing():
         return None
-    rows = input1.numel() // in1
-    if rows * in1 * in2 > _SMALL_PAIRS or rows == 0 or (rows > _FEW_ROWS and rows * weight.numel() > _SMALL_PRODUCTS):
+    out, in1, in2 = weight.shape
+    elements, dim = input1.numel(), input1.dim()
+    count = elements * in2  # of x1 ⊗ x2
+    if (
+        not 0 < count <= _SMALL_PAIRS
+        or (count * out > _SMALL_PRODUCTS and elements > _FEW_ROWS * in1)
+        or count != input2.numel() * in1
+        or dim != input2.dim()
+        or (dim != 2 and input1.shape[:-1] != input2.shape[:-1])
+    ):
         return None
     if out >= _SMALL_OUT:
         pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
         return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
-    if input1.dim() != 2:
+    if dim != 2:
         return None
-    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(rows, out, in1)
-    if bias is None:
-        return torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
-    return torch.baddbmm(bias.unsqueeze(1), product, input1.unsqueeze(2)).squeeze(2)
+    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
+    output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
+    return output if bias is None else output + bias
 
 
 def composed_dense(
@@ -111,7 +120,7 @@ def composed_dense(
     """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch.
 
     Peak extra memory is a few blocks of T (two megabytes each on a CPU without gradients) beside inputs and output; an
-    int8 weight is de-quantized block by block into the inputs' dtype.
+    int8 weight is de-quantized block by block into the inputs' dtype, and for a backward once more.
     """
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
@@ -199,6 +208,18 @@ def _plain(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return part if scale is None else dequantize(part, scale, dtype)
 
 
+def _projected(
+    input: Tensor,  # (..., K)
+    part: Tensor,  # (o, a, b)
+    scale: Tensor | None,
+    flat: Callable[[Tensor], Tensor],  # -> (M, K)
+) -> Tensor:  # (..., M)
+    """The product with a flattened part, whose de-quantized or turned values do not wait for a backward."""
+    if scale is None:
+        return stored_linear(input, lambda dtype: flat(part), part)
+    return stored_linear(input, lambda dtype: flat(dequantize(part, scale, dtype)), part, scale)
+
+
 def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O)."""
     out, width, _ = weight.shape
@@ -229,7 +250,7 @@ def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None)
 def _matvec(kept: Tensor, first: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(n, a), (n, b), (o, a, b) -> (n, o)."""
     outputs, width, _ = part.shape
-    product = linear(first, _plain(part, scale, first.dtype).flatten(0, 1)).view(-1, outputs, width)
+    product = _projected(first, part, scale, lambda weight: weight.flatten(0, 1)).view(-1, outputs, width)
     wanted = torch.is_grad_enabled() and (product.requires_grad or kept.requires_grad)
     if wanted or is_tracing() or is_transformed():
         return (product * kept.unsqueeze(1)).sum(-1)
@@ -255,15 +276,15 @@ def _outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
 def _outer_block(rows1: Tensor, rows2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(n, i), (n, j), (o, i, j) -> (n, o)."""
     product = (rows1.unsqueeze(2) * rows2.unsqueeze(1)).flatten(1)
-    return linear(product, _plain(part, scale, rows1.dtype).flatten(1))
+    return _projected(product, part, scale, lambda weight: weight.flatten(1))
 
 
 def _pairs(batch1: Tensor, batch2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
     """(B, k, a), (B, l, b), (o, a, b) -> (B, l, k, o)."""
     batch, length1, _ = batch1.shape
     outputs, _, width = part.shape
-    weight = _plain(part, scale, batch1.dtype).mT.flatten(0, 1)  # (o·b, a)
-    product = linear(batch1, weight).view(batch, length1 * outputs, width)
+    product = _projected(batch1, part, scale, lambda weight: weight.mT.flatten(0, 1))  # by (o·b, a)
+    product = product.view(batch, length1 * outputs, width)
     if not (torch.is_grad_enabled() or is_tracing()) and batch > 0 and prefers_onednn(batch2[0], product[0]):
         output = batch2.new_empty(batch, batch2.shape[1], length1 * outputs)
         for index in range(batch):

@@ -6,6 +6,7 @@ but costs some 12 microseconds more a call and lays out the weight anew in each,
 beside the product. Both sum in float32. Everything that records a graph or transforms functions sees `F.linear`.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.nn.functional import linear as _plain
 from ..quantization import dequantize
 
 _LEAST_ROWS = 16  # below, laying out the weight costs more than it saves
-_LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
+LEAST_PRODUCTS = 2**21  # multiply-adds below which a call's overhead costs more than it saves
 
 
 def linear(
@@ -47,6 +48,39 @@ def linear_times(
     rows, other = input.reshape(-1, input.shape[-1]), other.reshape(-1, shape[-1])
     found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, None, "mul")
     return found.view(shape)
+
+
+def stored_linear(
+    input: Tensor,  # (..., K)
+    decode: Callable[[torch.dtype], Tensor],  # dtype -> the weight (M, K)
+    *stored: Tensor,
+) -> Tensor:  # (..., M)
+    """input weightᵀ, of a weight that is decoded for the product and once more for the backward, not kept between.
+
+    Args:
+        decode: how to read it, from `stored`.
+        stored: the tensors that hold it, which a gradient's graph keeps alive, and which must not change before it.
+    """
+    wanted = torch.is_grad_enabled() and input.requires_grad
+    if not wanted or _recorded() or any(tensor.requires_grad for tensor in stored):
+        return linear(input, decode(input.dtype))
+    output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _StoredLinear(torch.autograd.Function):
+    """`stored_linear` with the gradient of its input, itself differentiable."""
+
+    @staticmethod
+    def forward(context: Any, input: Tensor, decode: Callable[[torch.dtype], Tensor], *stored: Tensor) -> Tensor:
+        context.save_for_backward(*stored)
+        context.decode = decode
+        return linear(input, decode(input.dtype))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        stored = context.saved_tensors  # raises where one has been changed in place
+        return linear(gradient, context.decode(gradient.dtype).T), None, *([None] * len(stored))
 
 
 def values(factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -80,27 +114,21 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product."""
-    width = weight.shape[1]
-    if width == 0 or input.dtype != torch.float32 or weight.dtype != torch.float32 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
-    rows = input.numel() // width
+    outputs, width = weight.shape
+    if width == 0 or input.numel() * outputs < LEAST_PRODUCTS:  # first, for here a small call ends
+        return False
     return (
-        rows >= _LEAST_ROWS
-        and rows * weight.numel() >= _LEAST_PRODUCTS
-        and input.device.type == "cpu"
+        input.numel() >= _LEAST_ROWS * width
+        and input.is_cpu
+        and input.dtype == torch.float32
+        and weight.dtype == torch.float32
         and type(input) is Tensor
         and type(weight) in (Tensor, torch.nn.Parameter)
         and onednn_is_faster()
         and not _recorded()
     )
-
-
-def is_small(input: Tensor, *weights: Tensor) -> bool:
-    """Whether a call on a CPU is too small for anything but `F.linear`, by the size of each of its weights."""
-    if input.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
-        return False
-    rows = input.numel() // max(1, input.shape[-1])
-    return rows * max(weight.numel() for weight in weights) < _LEAST_PRODUCTS
 
 
 def onednn_is_faster() -> bool:

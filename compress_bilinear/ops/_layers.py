@@ -10,9 +10,9 @@ from ..errors import InputError
 from ..quantization import dequantize
 from . import _dispatch
 from ._choice import Backend, Choice, Problem, choose, transformed
-from ._cp import composed_cp, composed_cp_pairs
+from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs, small_dense
-from ._gemm import is_small, linear
+from ._gemm import linear
 from ._tucker import composed_tucker, composed_tucker_pairs, project
 
 
@@ -34,16 +34,16 @@ def bilinear_dense(
 
     Raises: InputError for other leading dimensions, or an `order` or `backend` that there is not or that cannot run.
     """
+    if order is None and backend is None and scale is None:
+        small = small_dense(input1, input2, weight, bias)
+        if small is not None:
+            return small
     check_inputs(input1, input2)
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
-    if order is None and backend is None and scale is None:
-        small = small_dense(input1, input2, weight, bias)
-        if small is not None:
-            return small
     operands = (input1, input2, weight, bias, scale)
     if order is not None or not _fused("dense", operands[:4], _shape(weight), (), weight, backend, fixed=(scale,)):
         return composed_dense(input1, input2, weight, bias, scale, order)
@@ -63,11 +63,11 @@ def bilinear_cp(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = (σ * (A x1) * (B x2)) Cᵀ + b, with σ applied in float32. Raises InputError as `bilinear_dense` does."""
+    if backend is None and sigma is None:
+        small = small_cp(input1, input2, in1, in2, out, bias)
+        if small is not None:
+            return small
     check_inputs(input1, input2)
-    if backend is None and sigma is None and in1.dtype == input1.dtype and is_small(input1, in1, out):
-        return torch.nn.functional.linear(
-            torch.nn.functional.linear(input1, in1) * torch.nn.functional.linear(input2, in2), out, bias
-        )
     operands = (input1, input2, in1, in2, out, bias, sigma)
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
     if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, fixed=(sigma,)):
@@ -94,8 +94,10 @@ def bilinear_tucker(
 
     Raises: InputError as `bilinear_dense` does.
     """
-    check_inputs(input1, input2)
     operands = (input1, input2, in1, in2, core, out, bias)
+    if backend is None and input1.is_cpu:  # it checks the projections instead
+        return composed_tucker(*operands, scale)
+    check_inputs(input1, input2)
     shape = _tucker_shape(in1, in2, core, out)
     if not _fused("tucker", operands, shape, _shape(core), core, backend, fixed=(scale,)):
         return composed_tucker(*operands, scale)

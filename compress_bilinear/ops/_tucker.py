@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._dense import composed_dense, composed_dense_pairs, small_dense
+from ._dense import check_inputs, composed_dense, composed_dense_pairs, small_dense
 from ._gemm import linear, values
 
 
@@ -16,11 +16,12 @@ def composed_tucker(
     bias: Tensor | None,  # (O,)
     scale: Tensor | None,  # of an int8 core; int8 factors have the step 2⁻⁷
 ) -> Tensor:  # (..., O)
-    """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b."""
+    """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b. Raises InputError where the leading dimensions differ."""
     left, right = project(input1, in1), project(input2, in2)
     last = bias if out is None else None
     inner = small_dense(left, right, core, last) if scale is None else None
     if inner is None:
+        check_inputs(left, right)
         inner = composed_dense(left, right, core, last, scale, None)
     return inner if out is None else linear(inner, values(out, input1.dtype), bias)
 

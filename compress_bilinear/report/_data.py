@@ -60,6 +60,27 @@ class Spectrum:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeMode:
+    """A way in which a quantized layer can compute, as it was measured.
+
+    Attributes:
+        mode: "on_the_fly", "resident" or "int8"; `chosen` says whether the layer computes so.
+        latency_ms, latency_quartiles_ms: of a call, all modes side by side; None where it was not timed.
+        resident_bytes: in memory, what is kept de-quantized included.
+        output_change: ‖y − ŷ‖/‖ŷ − b‖ of its outputs y against those on the fly, ŷ, on the timed rows.
+        refused: why the layer does not have it, or why it was not to be chosen; None where neither.
+    """
+
+    mode: str
+    chosen: bool
+    latency_ms: float | None = None
+    latency_quartiles_ms: tuple[float, float] | None = None
+    resident_bytes: int | None = None
+    output_change: float | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerReport:
     """What was done with one layer and what it cost; "after" is what the model holds afterwards.
 
@@ -81,6 +102,7 @@ class LayerReport:
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
         resident_bytes: in memory, of a quantized layer: what is stored, and what its compute mode keeps de-quantized.
         compute: how a quantized layer computes: "on_the_fly", "resident" or "int8". None for others.
+        compute_modes: what that was chosen by; empty where nothing but the default was asked for.
         flops_before, flops_after: for a row, in the best order, multiply-add counted as 2.
         latency_before_ms, latency_after_ms, latency_dense_ms: medians, of `nn.Bilinear`, the replacement, and the
             fastest exact dense evaluation (`dense_order` names it); `..._quartiles_ms` are the quartiles. None where
@@ -115,6 +137,7 @@ class LayerReport:
     bytes_after: int
     resident_bytes: int | None = None
     compute: str | None = None
+    compute_modes: tuple[ComputeMode, ...] = ()
     flops_before: int | None = None
     flops_after: int | None = None
     latency_before_ms: float | None = None
@@ -273,7 +296,8 @@ def _layer(entry: Any, number: int) -> LayerReport:
     named = isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
     what = f"layer {entry['name'] or '(root)'!r}" if named else f"layer {number}"
     inner: dict[str, tuple[object, ...]] = {}
-    for name, kind in {"front": FrontPoint, "compared": FrontPoint, "spectra": Spectrum}.items():
+    kinds = {"front": FrontPoint, "compared": FrontPoint, "spectra": Spectrum, "compute_modes": ComputeMode}
+    for name, kind in kinds.items():
         if isinstance(entry, Mapping) and isinstance(entry.get(name), (list, tuple)):
             inner[name] = tuple(record(kind, one, f"{name}[{k}] of {what}") for k, one in enumerate(entry[name]))
     layer = record(LayerReport, entry, what, **inner)

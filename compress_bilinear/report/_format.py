@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ._data import AS_CONFIGURED, FrontPoint, LayerReport, Report
+from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Report
 
 COLUMNS = (
     "Layer",
@@ -115,7 +115,26 @@ def _storage(layer: LayerReport) -> list[str]:
     if layer.truncation_error is not None and layer.quantization_error is not None:
         told += f"; weight error {error(layer.truncation_error)} by truncation and "
         told += f"{error(layer.quantization_error)} by rounding"
-    return [told]
+    modes = "; ".join(compute_mode(one) for one in layer.compute_modes)
+    return [told, f"compute modes: {modes}"] if modes else [told]
+
+
+def compute_mode(one: ComputeMode) -> str:
+    """For instance "int8 (0.5 ms, 12 kB resident, changes outputs by 0.0066)"."""
+    facts = []
+    if one.latency_ms is not None:
+        facts.append(f"{one.latency_ms:.3g} ms")
+    if one.resident_bytes is not None:
+        facts.append(f"{size(one.resident_bytes)} resident")
+    if one.output_change is not None and one.output_change > _SAME:
+        facts.append(f"changes outputs by {error(one.output_change)}")
+    if one.refused is not None:
+        facts.append(f"not taken: {one.refused}")
+    name = one.mode.replace("_", " ")
+    return f"{name} ({', '.join(facts)})" if facts else name
+
+
+_SAME = 1e-4  # a change of outputs that is the order of sums
 
 
 def _runners_up(layer: LayerReport) -> list[str]:

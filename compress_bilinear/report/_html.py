@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from ._data import AS_CONFIGURED, LayerReport, Report
-from ._format import error, method, size, size_change, speedup
+from ._data import AS_CONFIGURED, ComputeMode, LayerReport, Report
+from ._format import compute_mode, error, method, size, size_change, speedup
 from ._held import held
 from ._page import Cell, drawn, page
 from ._plots import Plot, front, front_plot, latency_plot, spectra_plot, spectra_title
@@ -201,6 +201,8 @@ def _details(number: int, layer: LayerReport, opened: bool) -> dict[str, Any]:
 
 def _figure(value: object) -> str:
     match value:
+        case ComputeMode():
+            return compute_mode(value)
         case tuple():
             return ", ".join(_figure(part) for part in value)
         case float():

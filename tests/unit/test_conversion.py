@@ -193,7 +193,7 @@ class TestRefusals:
 
 class TestComputeModes:
     def test_every_quantized_layer_that_has_the_mode_gets_it(self):
-        net = nn.ModuleDict({"cp": made("cp"), "dense": made("dense"), "plain": made("cp", None)})
+        net = nn.ModuleDict({"cp": made("cp"), "dense": made("dense", "nf4"), "plain": made("cp", None)})
         chosen = cb.set_compute(net, "int8")
         assert {name: choice.compute for name, choice in chosen.items()} == {"cp": "int8", "dense": "on_the_fly"}
         assert (net["cp"].compute, net["dense"].compute, net["plain"].compute) == ("int8", "on_the_fly", "on_the_fly")
@@ -230,8 +230,8 @@ class TestComputeModes:
             (made("cp", None), {}, MatchError, r"Found \(root\) \(cp\)"),
             (made("cp"), {"compute": "fast"}, ConfigError, "`compute` should be one of"),
             (made("cp"), {"rows": 0}, ConfigError, "`rows` should be a positive int. Found 0"),
-            (made("dense"), {"compute": "int8"}, ConfigError, "for CP and Tucker in int8"),
-            (made("cp", "nf4"), {"compute": "int8"}, ConfigError, "for CP and Tucker in int8"),
+            (made("dense", "nf4"), {"compute": "int8"}, ConfigError, "for those in int8"),
+            (made("cp", "nf4"), {"compute": "int8"}, ConfigError, "for those in int8"),
         ],
     )
     def test_mistakes(self, model, asked, error, message):

@@ -16,6 +16,16 @@ def normal(*shape, dtype=torch.float64, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
+def test_a_projection_with_a_bias_of_its_own_keeps_it():
+    layer, _ = example()
+    layer.in1_proj = nn.Linear(9, 6, dtype=torch.float64)
+    x1, x2 = normal(3, 9), normal(3, 7, seed=1)
+    expected = layer.out_proj(layer.in1_proj(x1) * layer.in2_proj(x2))
+    assert_matches_reference(layer(x1, x2).detach(), expected.detach())
+    assert_matches_reference(layer.pairwise(x1, x2).diagonal().T.detach(), expected.detach())
+    assert "`in1_proj` has a bias" in layer.explain()
+
+
 class Negative(nn.Module):
     def forward(self, input):
         return -input

@@ -1,12 +1,10 @@
 """What every quantized layer promises, by form and format: small, accurate, finite, movable, in bounded memory."""
 
 import copy
-import itertools
-import math
-from itertools import accumulate
 
 import pytest
 import torch
+from quantized import BOUND, FORMATS, exact_parts, for_all, for_factors, made, normal, relative, rows
 from support import assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 
@@ -15,58 +13,9 @@ from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.measure import resident_bytes, stored_bytes, weight_error
 from compress_bilinear.modules import _linear
-from compress_bilinear.modules._int8_matmul import int8_linear
-from compress_bilinear.ops import _dense, reference
-
-FORMATS = ("int8", "nf4")
-METHODS = ("dense", "cp", "tucker")
-BOUND = {"int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def exact_parts(method, shape, rank, *, scale=1.0):
-    """A decomposition of random Gaussian factors."""
-    if method == "cp":
-        factors = tuple(normal(size, rank, seed=seed) for seed, size in enumerate(shape))
-        return CPDecomposition(scale * normal(rank, seed=9).abs(), factors)
-    ranks = tuple(min(rank, size) for size in shape)
-    factors = tuple(normal(size, r, seed=seed) for seed, (size, r) in enumerate(zip(shape, ranks, strict=True)))
-    return TuckerDecomposition(scale * normal(*ranks, seed=9), factors)
-
-
-def made(method, quantize, shape=(19, 30, 23), rank=7, *, scale=1.0, bias=True):
-    """A quantized layer for a weight of shape (O, I, J), and that weight in float64."""
-    added = normal(shape[0], seed=5) if bias else None
-    if method == "dense":
-        weight = scale * normal(*shape)
-        return cb.DenseBilinear.from_weight(weight, added, quantize=quantize), weight.double()
-    decomposition = exact_parts(method, shape, rank, scale=scale)
-    wide = type(decomposition)(  # at 1e30, float32 holds the weight but not what is summed on the way
-        *(
-            part.double() if isinstance(part, torch.Tensor) else tuple(factor.double() for factor in part)
-            for part in vars(decomposition).values()
-            if part is not None
-        )
-    )
-    kind = cb.CPBilinear if method == "cp" else cb.TuckerBilinear
-    return kind.from_decomposition(decomposition, added, quantize=quantize), wide.to_tensor()
-
-
-def rows(layer, count=5, dtype=torch.float32):
-    sizes = (layer.in1_features, layer.in2_features)
-    return tuple(normal(count, size, seed=seed, dtype=dtype) for seed, size in enumerate(sizes, 20))
-
-
-def relative(found, exact):
-    scale = float(exact.abs().max()) or 1.0
-    return float((found.double() / scale - exact / scale).norm() / (exact / scale).norm())
-
-
-for_all = pytest.mark.parametrize(("method", "quantize"), list(itertools.product(METHODS, FORMATS)))
-for_factors = pytest.mark.parametrize("method", ["cp", "tucker"])
+from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
+from compress_bilinear.ops import reference
+from compress_bilinear.quantization import dequantize, scale_grid
 
 
 class TestAccuracy:
@@ -211,38 +160,6 @@ class TestComputeModes:
         assert_same_state(layer, state)
 
 
-def peak_bytes(call):
-    """The most bytes that PyTorch's allocator held at once for a call."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
-
-
-@for_all
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_holds_one_dequantized_part_beside_what_lies_between(method, quantize, dtype, monkeypatch):
-    part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
-    monkeypatch.setattr(_linear, "CHUNK", part)
-    monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", part)
-    layer, _ = made(method, quantize, shape, rank)
-    layer = layer.to(dtype)
-    values = rows(layer, count, dtype=dtype)
-    with torch.no_grad():
-        layer(*values)
-        peak = peak_bytes(lambda: layer(*values))
-    # a part in float32, beside it the same in the inputs' dtype; of NF4, its indices, eight bytes each
-    held = part * (4 + (8 if quantize == "nf4" else 0 if dtype == torch.float32 else dtype.itemsize))
-    # the projections, their product, and inputs and outputs; of a dense weight or core, T
-    elements = {"dense": 130 * 128, "cp": 4 * 1024, "tucker": 94 * 94}[method] + 2 * sum(shape)
-    packed = 2**17 if dtype == torch.bfloat16 else 0  # oneDNN's copy of a part, of which it has few outputs here
-    between = 4 * count * elements + packed
-    assert peak <= held + between
-    whole = {"dense": math.prod(shape), "cp": 1024 * sum(shape), "tucker": 94**3}[method] * dtype.itemsize
-    assert held + between < whole
-
-
 @pytest.mark.parametrize("count", [0, 1, 5, 40])
 @pytest.mark.parametrize("out", [1, 2, 7, 64])
 @pytest.mark.parametrize("width", [1, 2, 7, 64])
@@ -253,6 +170,23 @@ def test_integer_products_are_exact_for_all_sizes(width, out, count):
     weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
     found = int8_linear(input.double(), weight)
     torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 40])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 9), (2, 9, 1), (5, 13, 300), (4, 300, 13), (130, 40, 37)], ids=str)
+def test_integer_bilinear_products_are_exact_for_all_sizes(shape, count):
+    _, in1, in2 = shape
+    grid = scale_grid(shape)
+    weight = (40 * normal(*shape)).round().clamp(-127, 127).to(torch.int8)
+    scale = (1e-3 * normal(*grid, seed=1).abs()).bfloat16()
+    input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
+    longer = input1 if in1 > in2 else input2
+    longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
+    exact = reference.bilinear_dense(input1, input2, dequantize(weight, scale, torch.float64))
+    torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
+    halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
+    assert halves.dtype == torch.float16
+    assert count == 0 or relative(halves, exact) < 2e-3
 
 
 class TestBitsOfTheApi:

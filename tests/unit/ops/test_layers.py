@@ -115,7 +115,7 @@ def onednn(monkeypatch):
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("torch was built without oneDNN")
     monkeypatch.setattr(_gemm, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(_gemm, "_LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(_gemm, "LEAST_PRODUCTS", 1)
     monkeypatch.setattr(_gemm, "onednn_is_faster", lambda: True)
 
 
@@ -187,6 +187,24 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_reason():
     with pytest.raises(InputError, match=r"inputs are on cpu|not installed"):
         ops.bilinear_cp(*tensors, backend="triton")
     assert_matches_reference(ops.bilinear_cp(*tensors, backend="composed"), ops.bilinear_cp(*tensors))
+
+
+@pytest.mark.parametrize(
+    "leading", [((2,), (3,)), ((1,), (3,)), ((3,), ()), ((1, 2), (2, 1)), ((5, 1), (1, 1)), ((2, 3), (3, 2))]
+)
+@pytest.mark.parametrize("kind", ["dense", "cp", "tucker"])
+@pytest.mark.parametrize("out", [1, 9])  # a small dense call has a way for each
+def test_inputs_of_other_leading_dimensions_are_an_error_and_never_broadcast(kind, leading, out):
+    shape = (7, 5, out)
+    x1, x2 = (normal(*lead, size) for lead, size in zip(leading, shape[:2], strict=True))
+    rest = (normal(out, 7, 5),) if kind == "dense" else factors(kind, shape)
+    with pytest.raises(InputError, match="same leading dimensions"):
+        call(kind, False, x1, x2, *rest)
+
+
+def test_sizes_whose_products_agree_are_not_taken_for_the_weights():
+    with pytest.raises(RuntimeError):  # 2 x 6 entries, as of 3 x 4
+        ops.bilinear_dense(normal(3, 2), normal(3, 6), normal(5, 3, 4))
 
 
 def problem(form, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):

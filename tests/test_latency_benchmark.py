@@ -1,0 +1,139 @@
+"""The benchmark of latencies measures what is right, says what is not, and goes on where it was cut off."""
+
+import csv
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cases, latency, latency_plot, run
+from benchmarks.cases import Case
+
+TINY = (Case("rows", 5, 4, 3, 6), Case("pairs", 4, 5, 3, 2, pairs=3))
+QUICK = ["--seconds", "0.001", "--rows", "suite", "1"]
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Runs the benchmark on tiny cases, and gives the rows of its CSV."""
+    monkeypatch.setattr(run, "SUITE", TINY)
+    monkeypatch.setattr(run, "roofline", lambda device, dtype: (1e9, 1e9))
+    monkeypatch.setattr(latency, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(latency, "ROUNDS", (2, 2))
+
+    def ran(*arguments):
+        monkeypatch.setattr(sys, "argv", ["run", *QUICK, "--out", str(tmp_path), *arguments])
+        run.main()
+        with open(tmp_path / "latency_cpu.csv", encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    return ran
+
+
+def keys(rows):
+    return {run.key_of(row) for row in rows}
+
+
+def altered(monkeypatch, name, **changes):
+    """Another way for the contestant of this name."""
+    made = cases.contestants
+
+    def contestants(*args):
+        found = made(*args)
+        return found | {name: dataclasses.replace(found[name], **changes)}
+
+    monkeypatch.setattr(latency, "contestants", contestants)
+
+
+def test_every_contestant_of_every_group_is_measured(benchmark, capsys):
+    rows = benchmark("--passes", "forward", "training", "--dtypes", "float32", "bfloat16")
+    groups = {("rows", "6"), ("rows", "1"), ("pairs", "2x3^2")}
+    assert {key[2:] for key in keys(rows)} == groups
+    assert {key[:2] for key in keys(rows)} == {(d, p) for d in ("float32", "bfloat16") for p in ("forward", "training")}
+    forward = {row["contestant"] for row in rows if (row["case"], row["pass"]) == ("rows", "forward")}
+    assert forward == {
+        "nn.Bilinear", "einsum", "one GEMM", "outer", "dense", "dense int8",
+        "CP", "CP composed", "Tucker", "Tucker composed",
+    }  # fmt: skip
+    for row in rows:
+        assert row["status"] == "ok"
+        assert 0 < float(row["lower_quartile_ms"]) <= float(row["median_ms"]) <= float(row["upper_quartile_ms"])
+        assert float(row["peak_extra_mb"]) >= 0
+        assert row["processor"]
+    assert "dense is" in capsys.readouterr().out
+
+
+def test_who_is_wrong_or_fails_is_reported_and_the_others_are_measured(benchmark, monkeypatch, tmp_path):
+    def fails(*args):
+        raise torch.OutOfMemoryError("no room")
+
+    altered(monkeypatch, "Tucker", call=fails)
+    with pytest.raises(SystemExit, match="Tucker failed: OutOfMemoryError: no room"):
+        benchmark("rows")
+    rows = run.read(tmp_path / "latency_cpu.csv")
+    bad = {row["contestant"]: row["status"] for row in rows if row["status"] != "ok"}
+    assert bad == {"Tucker": "failed: OutOfMemoryError: no room"}
+    assert {row["contestant"] for row in rows if row["status"] == "ok"} >= {"nn.Bilinear", "dense", "CP"}
+
+
+def test_a_wrong_output_is_never_timed(benchmark, monkeypatch, tmp_path):
+    altered(monkeypatch, "dense", call=lambda x1, *rest: x1.new_full((*x1.shape[:-1], 3), torch.nan))
+    with pytest.raises(SystemExit, match="dense wrong: relative error nan"):
+        benchmark("rows")
+    assert not [r for r in run.read(tmp_path / "latency_cpu.csv") if r["contestant"] == "dense" and r["median_ms"]]
+
+
+def test_a_run_goes_on_where_it_was_cut_off(benchmark, monkeypatch):
+    before = benchmark("rows")
+    measured = []
+    whole = run.measured
+    monkeypatch.setattr(
+        run, "measured", lambda case, *args, **options: (measured.append(case), whole(case, *args, **options))[1]
+    )
+    after = benchmark("--resume")
+    assert [case.name for case in measured] == ["pairs"]
+    assert after[: len(before)] == before
+
+
+def test_a_contestant_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(benchmark, monkeypatch, tmp_path):
+    row = {"case": "rows", "rows": 6, "contestant": "CP", "status": "failed: RuntimeError: illegal address"}
+
+    def lost(*args, **options):
+        raise latency.DeviceLost([row])
+
+    class Replaced(Exception):
+        pass
+
+    def execv(program, arguments):
+        raise Replaced(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "measured", lost)
+        patched.setattr(run.os, "execv", execv)
+        with pytest.raises(Replaced) as found:
+            benchmark("rows")
+    assert found.value.args[1:3] == ("-m", "benchmarks.run")
+    assert "--resume" in found.value.args
+    with pytest.raises(SystemExit, match="CP failed: RuntimeError: illegal address"):
+        benchmark("rows", "--resume")
+    rows = [row for row in run.read(tmp_path / "latency_cpu.csv") if row["rows"] == "6"]
+    assert [row["status"] for row in rows if row["contestant"] == "CP"] == ["failed: RuntimeError: illegal address"]
+    assert {row["contestant"] for row in rows if row["status"] == "ok"} >= {"nn.Bilinear", "dense", "Tucker"}
+
+
+def test_what_was_measured_is_drawn(benchmark, tmp_path):
+    benchmark()
+    target = tmp_path / "latency_cpu.png"
+    assert latency_plot.draw(tmp_path / "latency_cpu.csv", target)
+    assert target.read_bytes().startswith(b"\x89PNG")
+    assert not latency_plot.draw(tmp_path / "absent.csv", target)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--rows", "0"], "positive numbers"), (["nobody"], "should be among")]
+)
+def test_a_users_mistake_is_told(benchmark, capsys, arguments, words):
+    with pytest.raises(SystemExit):
+        benchmark(*arguments)
+    assert words in capsys.readouterr().err
