@@ -91,7 +91,7 @@ def main() -> None:
         sys.exit("Nothing was measured: more --minutes are needed.")
     print(summary(rows))
     if skipped:
-        print(f"{skipped} groups were not begun for want of time.")
+        print(f"{skipped} groups were not begun for want of time: --resume measures them.")
     print(f"Wrote {path} after {time.time() - options.begun:.0f} s")
     if bad := [row for row in rows if row["status"] != "ok"]:
         sys.exit("\n".join(f"{' '.join(key_of(row))}: {row['contestant']} {row['status']}" for row in bad))

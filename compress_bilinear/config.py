@@ -6,8 +6,8 @@ from typing import Literal, TypeAlias, get_args
 
 from .errors import ConfigError
 
-Quantize: TypeAlias = Literal["int8", "nf4"]
-"""The storage formats besides the layer's own dtype."""
+Quantize: TypeAlias = Literal["bf16", "int8", "nf4"]
+"""The storage formats besides the layer's own dtype: 16, 8 and 4 bits."""
 
 
 Compute: TypeAlias = Literal["on_the_fly", "resident", "int8"]
@@ -18,8 +18,8 @@ def check_quantize(quantize: object) -> None:
     """Raise `ConfigError` unless `quantize` is None or one of `Quantize`."""
     allowed = get_args(Quantize)
     if quantize is not None and quantize not in allowed:
-        names = " or ".join(repr(name) for name in allowed)
-        raise ConfigError(f"`quantize` should be None or {names}. Found {quantize!r}.")
+        names = ", ".join(repr(name) for name in allowed)
+        raise ConfigError(f"`quantize` should be None or one of {names}. Found {quantize!r}.")
 
 
 Cost: TypeAlias = Literal["bytes", "parameters", "flops"]
@@ -105,7 +105,7 @@ class CPConfig:
 
     Args:
         rank: the number of components R, or a target (`MaxError`, `MaxSize`) that chooses it.
-        quantize: None keeps the layer's dtype; "int8" and "nf4" store the factors in 8 or 4 bits.
+        quantize: None keeps the layer's dtype; "bf16", "int8" and "nf4" store the factors in 16, 8 or 4 bits.
         seed: of the solver's random starts.
         fit: "output" fits the layer's outputs where there are calibration rows; "weight" the weight in any case, as
             without rows, and as a `MaxError` on the weight does.
@@ -132,7 +132,7 @@ class TuckerConfig:
 
     Args:
         rank: the triple (R_o, R_i, R_j) in the order of the weight's axes, or a target that chooses it.
-        quantize: None keeps the layer's dtype; "int8" and "nf4" store core and factors in 8 or 4 bits.
+        quantize: None keeps the layer's dtype; "bf16", "int8" and "nf4" store core and factors in 16, 8 or 4 bits.
         cost: what a `MaxError` on the weight makes small: stored "bytes", "parameters" or "flops" of a forward.
         fit: as in `CPConfig`.
 
@@ -167,7 +167,7 @@ class DenseConfig:
 
     Args:
         quantize: None keeps every bit of the weight, and the replacement is made where it is measured faster;
-            "int8" and "nf4" store it in 8 or 4 bits, and the replacement is made where it is smaller.
+            "bf16", "int8" and "nf4" store it in 16, 8 or 4 bits, and the replacement is made where it is smaller.
 
     Raises: ConfigError for any other `quantize`.
     """

@@ -1,4 +1,4 @@
-"""Compressed layers in another storage format: floating point to be fine-tuned, 8 or 4 bits; and how they compute."""
+"""Compressed layers in another storage format: floating point to be fine-tuned, or fewer bits; and how they compute."""
 
 import copy
 from collections.abc import Callable
@@ -50,14 +50,14 @@ def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool
 
 
 def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
-    """Store compressed layers that are in floating point in 8 or 4 bits: the way back from `dequantize`.
+    """Store compressed layers that are in floating point in 16, 8 or 4 bits: the way back from `dequantize`.
 
     It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold, value by value. For an `nn.Bilinear`, see
     `compress`, which also fits factors to how others were rounded, and measures what that costs.
 
     Args:
         model: any module; a compressed layer itself too.
-        quantize: the storage format, "int8" or "nf4".
+        quantize: the storage format, "bf16", "int8" or "nf4".
         inplace: False leaves the model as it is and returns a copy.
 
     Raises:

@@ -4,11 +4,10 @@ Every step is kept only where the stored replacement's error falls on rows that 
 """
 
 import math
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from . import decomposition as decompose
 from . import ops
 from .calibration import LayerInputs
 from .config import CPConfig, CPRank, DenseConfig, LayerConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
-from .decomposition import CPDecomposition, Metric, TuckerDecomposition
-from .errors import AmplificationWarning, InfeasibleError
+from .decomposition import Clock, CPDecomposition, Metric, TuckerDecomposition
+from .errors import AmplificationWarning, CompressionError, ConfigError, InfeasibleError
 from .measure import OutputError, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 
@@ -28,34 +27,6 @@ _SHUFFLES = 1  # pairs of inputs that did not come together, for each that did
 
 Rank = int | tuple[int, int, int] | MaxSize | MaxError
 Decomposition = CPDecomposition | TuckerDecomposition
-
-_ATTEMPTS = 4  # at a target that rounding made miss
-_ROUNDING = 0.011  # relative error of 8-bit factors that do not cancel
-_Found = TypeVar("_Found")
-
-
-def within_after_rounding(
-    attempt: Callable[[MaxError], tuple[_Found, float]], limit: float, quantize: Quantize | None, dtype: torch.dtype
-) -> _Found:
-    """What `attempt` finds for a target so tight that its error, with the rounding that the target knows not, fits.
-
-    Raises: InfeasibleError where rounding alone is more than `limit`, or where `attempt` does.
-    """
-    target = limit
-    if quantize is not None:
-        target = math.sqrt(max(target**2 - _ROUNDING**2, 0.7 * target**2))
-    for _ in range(_ATTEMPTS):
-        found, error = attempt(MaxError(target))
-        if error <= limit:
-            return found
-        # truncation and rounding errors add in quadrature
-        rounding = max(error**2 - target**2, 0.0)
-        remaining = limit**2 - 1.1 * rounding
-        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
-    stored = quantize or str(dtype).removeprefix("torch.")
-    raise InfeasibleError(
-        f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at {error:.3g}."
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +40,7 @@ class Fitted:
         own_bias: whether its bias was corrected, and so is no longer the layer's.
         decomposition: what was stored; None for a dense layer.
         on_output: whether the error is of the outputs; without calibration rows it is the weight's.
+        note: why it is of another `way` than was asked for; None where it is not.
     """
 
     module: CompressedBilinear
@@ -77,12 +49,29 @@ class Fitted:
     own_bias: bool
     decomposition: Decomposition | None
     on_output: bool = True
+    note: str | None = None
+
+
+def _part(clock: Clock, share: float, span: tuple[float, float]) -> Clock:
+    """A clock for this share of the time that another has left, which tells that one of its part of the work."""
+    start, end = span
+    seconds = max(share * clock.left(), 1e-3) if clock.limited else None
+    return Clock(seconds, lambda done, error: clock.report(start + (end - start) * done, error))
 
 
 class Fitting:
     """What is the same for all replacements of one layer: its metric, the rows to fit to, and those to measure on."""
 
-    def __init__(self, layer: nn.Bilinear, inputs: LayerInputs, fix_bias: bool = True, seed: int = 0) -> None:
+    _calibrated = True
+
+    def __init__(
+        self,
+        layer: nn.Bilinear,
+        inputs: LayerInputs,
+        fix_bias: bool = True,
+        seed: int = 0,
+        held_out: Callable[[], OutputError | None] | None = None,
+    ) -> None:
         """Compute nothing yet.
 
         Args:
@@ -90,8 +79,10 @@ class Fitting:
             inputs: what it saw, at least `FEWEST_ROWS` rows.
             fix_bias: whether a replacement's bias may differ from the layer's.
             seed: of the pairs of inputs that did not come together.
+            held_out: gives the error on held-out rows to those who have it already.
         """
         self.layer, self.inputs = layer, inputs
+        self._made_held_out = held_out
         self._fix_bias = fix_bias and layer.bias is not None
         self._seed = seed
         self._held_out: OutputError | None = None
@@ -104,7 +95,8 @@ class Fitting:
     def held_out(self) -> OutputError:
         """The error on held-out rows."""
         if self._held_out is None:
-            self._held_out = OutputError(self.layer, self.inputs)
+            made = None if self._made_held_out is None else self._made_held_out()
+            self._held_out = made or OutputError(self.layer, self.inputs)
         return self._held_out
 
     @property
@@ -140,79 +132,79 @@ class Fitting:
             thorough: False leaves out the fit to the plain weight, which is there so that no fit to rows ever does
                 worse than it, and the refit to rows where for the same method and format it did not help before.
 
-        Raises: ConfigError or InfeasibleError where the rank does not fit.
+        Raises: ConfigError or InfeasibleError where the rank does not fit; CompressionError where no factors are within
+            the layer's range.
         """
-        begun = time.perf_counter()
+        return self._best(config, rank, Clock(seconds, progress), thorough)
 
-        def left(share: float) -> float | None:
-            return None if seconds is None else max(share * (seconds - (time.perf_counter() - begun)), 1e-3)
-
-        def part(start: float, end: float) -> decompose.Progress | None:
-            if progress is None:
-                return None
-            told = progress
-            return lambda done, error: told(start + (end - start) * done, error)
-
-        found = self._decomposed(self.white, config, rank, left(0.4), part(0.0, 0.4))
-        fits = [self._stored(config, self._unwhitened(found), "whitened")]
-        kind = (type(config), config.quantize)
-        if thorough or self._rows_help.get(kind, True):
-            clock = decompose.Clock(left(0.5), part(0.4, 0.6))
-            if isinstance(found, CPDecomposition):
-                found = decompose.refit_cp(found, self._fit_rows(), clock)
-            else:
-                found = decompose.refit_tucker(found, self._fit_rows(), clock)
-            fits.append(self._stored(config, self._unwhitened(found), "rows"))
-            self._rows_help[kind] = fits[1].error < fits[0].error
-        if thorough:
-            plain = self._decomposed(self.layer.weight.detach(), config, rank, left(1.0), part(0.6, 1.0))
+    def _best(self, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock, thorough: bool) -> Fitted:
+        fits, note = [], None
+        try:
+            for fit in self._fits_to_outputs(config, rank, clock, thorough):
+                fits.append(fit)
+        except (ConfigError, InfeasibleError):
+            raise
+        except CompressionError as error:  # half precision, or very large weights
+            note = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
+        if thorough or not fits:
+            self._white = self._rows = None  # their memory is for the solver
+            plain = self._decomposed(self.layer.weight.detach(), config, rank, _part(clock, 1.0, (0.6, 1.0)))
             fits.append(self._rounded(config, plain))
             if self._fix_bias:
                 fits.append(self._rounded(config, plain, fix_bias=False))
-        return min(fits, key=lambda fit: fit.error)
+        best = min(fits, key=lambda fit: fit.error)
+        return replace(best, note=note) if best.way == "weight" else best
+
+    def _fits_to_outputs(
+        self, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock, thorough: bool
+    ) -> Iterator[Fitted]:
+        """Of the whitened weight, and of that refitted to rows."""
+        found = self._decomposed(self.white, config, rank, _part(clock, 0.4, (0.0, 0.4)))
+        whitened = self._best_rounded(config, found, self.white, "whitened")
+        yield whitened
+        kind = (type(config), config.quantize)
+        if not thorough and not self._rows_help.get(kind, True):
+            return
+        part = _part(clock, 0.5, (0.4, 0.6))
+        if isinstance(found, CPDecomposition):
+            found = decompose.refit_cp(found, self._fit_rows(), part)
+        else:
+            found = decompose.refit_tucker(found, self._fit_rows(), part)
+        # rounded to what the rows have found, which is not what is nearest to the weight
+        refitted = self._best_rounded(config, found, None, "rows")
+        yield refitted
+        self._rows_help[kind] = refitted.error < whitened.error
 
     def dense(self, config: DenseConfig) -> Fitted:
-        """The weight itself, rounded where the config says so; with the bias that is better for that."""
+        """The weight itself, rounded where the config says so: what is best of ways to round, and of both biases."""
         weight = self.layer.weight.detach()
-        module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-        fits = [self._finished(module, "weight", None, fix_bias=False)]
-        if self._fix_bias and config.quantize is not None:
-            module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-            fits.append(self._finished(module, "weight", None))
-        return min(fits, key=lambda fit: fit.error)
 
-    def _decomposed(
-        self,
-        weight: Tensor,
-        config: CPConfig | TuckerConfig,
-        rank: Rank,
-        seconds: float | None,
-        progress: decompose.Progress | None,
-    ) -> Decomposition:
+        def fits(weight: Tensor) -> list[Fitted]:
+            made = [self._finished(DenseBilinear.from_weight(weight, quantize=config.quantize), "weight", None, False)]
+            if self._fix_bias and config.quantize is not None:
+                module = DenseBilinear.from_weight(weight, quantize=config.quantize)
+                made.append(self._finished(module, "weight", None))
+            return made
+
+        found = fits(weight)
+        if config.quantize is not None and self._calibrated:
+            found += fits(decompose.stored_weight(weight, config.quantize, self.metric))
+        return min(found, key=lambda fit: fit.error)
+
+    def _decomposed(self, weight: Tensor, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock) -> Decomposition:
         size = self.layer.weight.element_size()
         if isinstance(rank, MaxSize) and config.quantize is not None:
             # the whitened weight may be wider than the layer's, and the fraction is of the layer's bytes
             rank = MaxSize(rank.fraction * size / weight.element_size())
+        asked: dict[str, Any] = {"quantize": config.quantize, "progress": clock.report}
+        asked["max_seconds"] = clock.max_seconds if clock.limited else None
         match config:
             case CPConfig():
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", AmplificationWarning)  # the report says it
-                    return decompose.cp(
-                        weight,
-                        cast(CPRank, rank),
-                        seed=config.seed,
-                        quantize=config.quantize,
-                        max_seconds=seconds,
-                        progress=progress,
-                    )
+                    return decompose.cp(weight, cast(CPRank, rank), seed=config.seed, **asked)
             case TuckerConfig():
-                return decompose.tucker(
-                    weight,
-                    cast(TuckerRank, rank),
-                    quantize=config.quantize,
-                    max_seconds=seconds,
-                    progress=progress,
-                )
+                return decompose.tucker(weight, cast(TuckerRank, rank), **asked)
             case _:
                 assert_never(config)
 
@@ -229,6 +221,25 @@ class Fitting:
         else:
             module = TuckerBilinear.from_decomposition(found, quantize=config.quantize)
         return self._finished(module, way, found, fix_bias)
+
+    def _best_rounded(self, config: LayerConfig, found: Decomposition, target: Tensor | None, way: str) -> Fitted:
+        """Of a decomposition of the whitened weight, rounded value by value, or its parts to each other.
+
+        Args:
+            target: in the metric (O, I, J); None takes what is decomposed.
+        """
+        parts = self._unwhitened(found)
+        plain = self._stored(config, parts, way)
+        if config.quantize is None or config.quantize == "bf16":
+            return plain
+        target = found.to_tensor() if target is None else target
+        fitted: Decomposition
+        if isinstance(parts, CPDecomposition):
+            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
+        else:
+            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
+        fits = (plain, replace(self._stored(config, fitted, way), decomposition=parts))
+        return min(fits, key=lambda fit: fit.error)
 
     def _rounded(self, config: LayerConfig, found: Decomposition, fix_bias: bool = True) -> Fitted:
         """A decomposition of the plain weight, its parts rounded to each other as without calibration."""
@@ -290,47 +301,3 @@ class Fitting:
                 white = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
             self._rows = (*white, wanted, weights)
         return self._rows
-
-
-class WeightFitting(Fitting):
-    """The same without calibration rows: all is fitted to the weight, whose relative error is what counts."""
-
-    def __init__(self, layer: nn.Bilinear) -> None:
-        nothing = layer.weight.detach()[0, :0].new_empty(0, 0)
-        super().__init__(layer, LayerInputs(nothing, nothing, 0, 1), fix_bias=False)
-
-    def at(
-        self,
-        config: CPConfig | TuckerConfig,
-        rank: Rank,
-        *,
-        seconds: float | None = None,
-        progress: decompose.Progress | None = None,
-        thorough: bool = True,
-    ) -> Fitted:
-        weight = self.layer.weight.detach()
-        found = self._decomposed(weight, config, rank, seconds, progress)
-        return replace(self._rounded(config, found), on_output=False)
-
-    def within(
-        self,
-        config: CPConfig | TuckerConfig,
-        limit: float,
-        *,
-        seconds: float | None = None,
-        progress: decompose.Progress | None = None,
-    ) -> Fitted:
-        """The smallest replacement of this kind whose error is at most `limit`. Raises: InfeasibleError without one."""
-
-        def attempt(target: MaxError) -> tuple[Fitted, float]:
-            share = None if seconds is None else seconds / 2
-            found = self.at(config, target, seconds=share, progress=progress)
-            return found, found.error
-
-        return within_after_rounding(attempt, limit, config.quantize, self.layer.weight.dtype)
-
-    def dense(self, config: DenseConfig) -> Fitted:
-        return replace(super().dense(config), on_output=False)
-
-    def _error(self, module: CompressedBilinear) -> float:
-        return weight_error(self.layer.weight.detach(), module)

@@ -8,21 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from .automatic import Chooser, Option, allocate, best_within
+from .allocation import Option, allocate, best_within
+from .automatic import Chooser
 from .baselines import renewed
 from .calibration import Call, LayerInputs
 from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
 from .discovery import FoundLayer
 from .errors import CompressionError, ConfigError, InfeasibleError
-from .fitting import Fitting, WeightFitting
+from .fitting import Fitting
 from .measure import OutputError, stored_bytes, weight_error
-from .modules import CompressedBilinear
+from .modules import CompressedBilinear, CPBilinear, DenseBilinear
 from .progress import ProgressBars
 from .refinement import refine
 from .report import AS_CONFIGURED, FrontPoint
-from .selection import Decision, compared, judge, keep
+from .selection import CANCELLING, Decision, cancelling, compared, judge, keep
 from .solving import Candidate, as_candidate, solve
+from .weight_fitting import WeightFitting
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
@@ -85,6 +87,7 @@ class Planner:
         self._bars = bars
         self._open: list[_Open] = []
         self._misfits: list[tuple[Config, ConfigError | None]] = []
+        self._errors: dict[str, OutputError | None] = {}
         self.decisions: list[Decision] = []
 
     def run(self) -> list[Decision]:
@@ -130,24 +133,37 @@ class Planner:
         )
         for key, (k, request, before) in replaced.items():
             module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
-            if module is before:
-                continue
-            if module.quantize is not None:
-                module.set_compute(before.compute, request.found.layer.weight.dtype)
-            measured = self._measured(request.found)
-            known: dict[str, Any] = {"weight_error": weight_error(request.found.layer.weight.detach(), module)}
-            known["output_error"] = None if measured is None else measured.of(module)
-            told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
-            reason = decision.report.reason
-            known["reason"] = told if reason == AS_CONFIGURED else f"{reason}; {told}"
-            if module.quantize is not None:  # its parts are those of the factors before
-                known |= {"truncation_error": None, "quantization_error": None}
-            for name in ("front", "compared"):
-                points = getattr(decision.report, name)
-                known[name] = renewed(points, known["weight_error"], known["output_error"])
+            known: dict[str, Any] = {}
+            if module is not before:
+                told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to "
+                told += f"{found.after:.3g}"
+                if module.quantize is not None:
+                    module.set_compute(before.compute, request.found.layer.weight.dtype)
+                known = self._known_again(request.found, module)
+                for name in ("front", "compared"):
+                    points = getattr(decision.report, name)
+                    known[name] = renewed(points, known["weight_error"], known["output_error"])
+            elif isinstance(module, DenseBilinear):
+                told = "not refined, for it is dense"
+            else:
+                told = f"not refined: the network's error on held-out batches did not fall from {found.before:.3g}"
+            parts = [part for part in decision.report.reason.split("; ") if not part.startswith(CANCELLING)]
+            parts += cancelling(known.get("amplification", decision.report.amplification))
+            known["reason"] = "; ".join([*(part for part in parts if part != AS_CONFIGURED), told])
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
+
+    def _known_again(self, found: FoundLayer, module: CompressedBilinear) -> dict[str, Any]:
+        """The figures of a report that its refined factors change."""
+        measured = self._measured(found)
+        known: dict[str, Any] = {"weight_error": weight_error(found.layer.weight.detach(), module)}
+        known["output_error"] = None if measured is None else measured.of(module)
+        if isinstance(module, CPBilinear):
+            known["amplification"] = module.to_decomposition().amplification
+        if module.quantize is not None:  # its parts are those of the factors before
+            known |= {"truncation_error": None, "quantization_error": None}
+        return known
 
     def _meets(self, request: Request, module: CompressedBilinear) -> bool:
         """Whether a replacement is within the error that its config allows, if any, or has been forced."""
@@ -188,7 +204,7 @@ class Planner:
         except CompressionError as error:
             return keep(found, wanted, str(error))
         self._misfits.append((wanted, None))
-        measured = fitting.held_out if fitting is not None else self._measured(found)
+        measured = self._measured(found)
         candidate = self._computing(found, wanted, candidate, measured)
         decision = judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
@@ -214,11 +230,15 @@ class Planner:
         if seen is None or not seen.is_enough:
             return None
         tied = found.layer.bias is not None and len(self._owners.get(id(found.layer.bias), ())) > 1
-        return Fitting(found.layer, seen, fix_bias=not tied)  # what is tied to the bias must not change with it
+        # what is tied to the bias must not change with it
+        return Fitting(found.layer, seen, fix_bias=not tied, held_out=lambda: self._measured(found))
 
     def _measured(self, found: FoundLayer) -> OutputError | None:
-        seen = self._inputs.get(found.label)
-        return None if seen is None else OutputError(found.layer, seen)
+        """The error on held-out rows, whose exact outputs are computed once; None without rows."""
+        if found.label not in self._errors:
+            seen = self._inputs.get(found.label)
+            self._errors[found.label] = None if seen is None else OutputError(found.layer, seen)
+        return self._errors[found.label]
 
     def _unreached(self, found: FoundLayer) -> bool:
         return self._options.calibrated and self._inputs.get(found.label) is None
@@ -241,7 +261,8 @@ class Planner:
         if limit is not None and limit.on == "output" and not on_output:
             raise InfeasibleError(f"{limit} needs calibration rows of the layer. Found too few or none.")
         chosen_by = fitting if on_output and fitting is not None else WeightFitting(found.layer)
-        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed)
+        exact = config.prefer == "speed" and self._options.measure_latency  # it is made where it is measured faster
+        chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed, exact)
         if limit is not None:
             chooser.within(limit.error)
         else:

@@ -6,6 +6,7 @@ network's outputs (knowledge distillation: Hinton, Vinyals, Dean, 2015), through
 error falls on batches that were not trained on.
 """
 
+import bisect
 import copy
 import math
 import time
@@ -39,15 +40,16 @@ class BatchSample:
     def __init__(self, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._kept: list[tuple[float, Any]] = []
+        self._held = 0  # bytes of those
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches."""
         for batch in batches:
-            self._kept.append((float(torch.rand((), generator=self._generator)), batch))
-            self._kept.sort(key=lambda pair: pair[0])
-            del self._kept[_MOST_BATCHES:]
-            while len(self._kept) > 2 and sum(_bytes(kept) for _, kept in self._kept) > _MOST_BYTES:
-                self._kept.pop()
+            key = float(torch.rand((), generator=self._generator))
+            bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
+            self._held += _bytes(batch)
+            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > _MOST_BYTES):
+                self._held -= _bytes(self._kept.pop()[1])
             yield batch
 
     @property
@@ -63,6 +65,45 @@ class Refined:
     modules: dict[int, CompressedBilinear]
     before: float
     after: float
+
+
+def check_refinable(
+    model: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Any], forward_fn: Call | None = None
+) -> None:
+    """Run the model on one batch, and see that `refine` could match its outputs.
+
+    Args:
+        layers: those that are to be replaced.
+        batches, forward_fn: as in `refine`.
+
+    Raises: as `refine`.
+    """
+    if len(batches) < 2:
+        raise ConfigError(
+            "`refine='network'` needs at least two calibration batches, one of them to measure on. "
+            f"Found {len(batches)}."
+        )
+    probes: list[Tensor] = []
+
+    def probed(module: nn.Module, args: object, output: object) -> object:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        probes.append(torch.zeros_like(output, requires_grad=True))
+        return output + probes[-1]
+
+    handles = [layer.register_forward_hook(probed) for layer in layers]
+    try:
+        with undisturbed(model), torch.enable_grad():
+            outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
+            found = [output.sum() for output in outputs if output.requires_grad]
+            if not probes:
+                return  # no layer was reached by this batch, which says nothing of the others
+            gradients = torch.autograd.grad(found, probes, allow_unused=True) if found else ()
+            if all(gradient is None for gradient in gradients):
+                raise _not_differentiable()
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def refine(
@@ -95,16 +136,11 @@ def refine(
         error of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
 
     Raises:
-        ConfigError: there are not two batches.
+        ConfigError: there are not two batches; see `check_refinable`, which tells before anything is solved.
         CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
             cannot be copied.
     """
     begun = time.perf_counter()
-    if len(batches) < 2:
-        raise ConfigError(
-            "`refine='network'` needs at least two calibration batches, one of them to measure on. "
-            f"Found {len(batches)}."
-        )
     run = forward_fn or call
     trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
     with undisturbed(model):
@@ -139,10 +175,7 @@ def refine(
                 found = _outputs(run(student, batch))
                 loss = sum(((f - t) / max(norm, 1e-30)).square().sum() for f, t in zip(found, targets, strict=True))
                 if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise CompressionError(
-                        "The model's outputs should be differentiable by those of its bilinear layers, for "
-                        "`refine='network'`. Found outputs without gradients: is it run under no_grad, or detached?"
-                    )
+                    raise _not_differentiable()
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
                 for parameter, gradient in zip(parameters, gradients, strict=True):
                     parameter.grad = gradient
@@ -257,13 +290,25 @@ def _outputs(value: Any) -> list[Tensor]:
     return []
 
 
+def _checked(outputs: list[Tensor]) -> list[Tensor]:
+    if not outputs:
+        raise CompressionError("The model should return a floating tensor, or a tuple or dict that has one.")
+    return outputs
+
+
+def _not_differentiable() -> CompressionError:
+    return CompressionError(
+        "The model's outputs should be differentiable by those of its bilinear layers, for `refine='network'`. "
+        "Found outputs without gradients: is it run under no_grad, or detached?"
+    )
+
+
 def _error(student: nn.Module, run: Call, data: Sequence[tuple[Any, list[Tensor]]]) -> float:
     """‖f − f̂‖/‖f‖ over batches, in float64; infinite where it is no number."""
     lost = total = 0.0
     with torch.no_grad():
         for batch, targets in data:
-            if not targets:
-                raise CompressionError("The model should return a floating tensor, or a tuple or dict that has one.")
+            _checked(targets)
             found = _outputs(run(student, batch))
             lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in zip(found, targets, strict=True)))
             total = math.hypot(total, _norm(targets))

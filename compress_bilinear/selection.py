@@ -24,6 +24,8 @@ from .modules import CompressedBilinear
 from .report import AS_CONFIGURED, LayerReport, Spectrum
 from .solving import Candidate
 
+CANCELLING = "its components cancel"
+
 
 @dataclass(frozen=True, eq=False)
 class Decision:
@@ -117,6 +119,13 @@ def keep(found: FoundLayer, config: Config, reason: str, **known: Any) -> Decisi
     return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
 
 
+def cancelling(amplification: float | None) -> list[str]:
+    """What is to be said of a CP whose components cancel; nothing of others."""
+    if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
+        return []
+    return [f"{CANCELLING} (amplification {amplification:.2g})"]
+
+
 def judge(
     found: FoundLayer,
     config: LayerConfig,
@@ -160,8 +169,9 @@ def judge(
     reasons = [reason]
     if timing is not None and timing.speedup < 1:
         reasons.append(f"slower here than {found.form} ({timing.speedup:.2f}x)")
-    if candidate.amplification is not None and candidate.amplification > decompose.AMPLIFICATION_LIMIT:
-        reasons.append(f"its components cancel (amplification {candidate.amplification:.2g})")
+    reasons += cancelling(candidate.amplification)
+    if candidate.note is not None:
+        reasons.append(candidate.note)
     if unreached:
         reasons.append("no calibration row reached it, so its output error is unknown")
     known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}

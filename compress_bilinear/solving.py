@@ -17,10 +17,11 @@ from .calibration import FEWEST_ROWS
 from .config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from .decomposition import CPDecomposition
 from .errors import AmplificationWarning, InfeasibleError
-from .fitting import Fitted, Fitting, within_after_rounding
+from .fitting import Fitted, Fitting
 from .measure import resident_bytes, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 from .report import ComputeMode, FrontPoint
+from .weight_fitting import within_after_rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Candidate:
     Attributes:
         output_error: on held-out rows, where it was fitted to others.
         own_bias: whether its bias was corrected, and is no longer the layer's.
+        note: what else is to be said of it.
         tried: what else a search for the rank found, itself perhaps among it.
         compute_modes: what its compute mode was chosen by.
     """
@@ -44,6 +46,7 @@ class Candidate:
     quantization_error: float | None = None
     output_error: float | None = None
     own_bias: bool = False
+    note: str | None = None
     tried: tuple[FrontPoint, ...] = ()
     compute_modes: tuple[ComputeMode, ...] = ()
 
@@ -203,6 +206,7 @@ def as_candidate(layer: nn.Bilinear, found: Fitted) -> Candidate:
     """With the errors of its weight."""
     weight, module, floating = layer.weight.detach(), found.module, found.decomposition
     fitted: dict[str, Any] = {"output_error": found.error if found.on_output else None, "own_bias": found.own_bias}
+    fitted["note"] = found.note
     if floating is None:
         return Candidate(module, weight_error(weight, module), None, **fitted)
     amplification = floating.amplification if isinstance(floating, CPDecomposition) else None

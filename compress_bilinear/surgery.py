@@ -19,7 +19,7 @@ from .measure import environment, stored_bytes, task_metric
 from .modules import CompressedBilinear
 from .planning import Options, Planner, Request, check_calibrated
 from .progress import ProgressBars
-from .refinement import DEFAULT_SECONDS, BatchSample
+from .refinement import DEFAULT_SECONDS, BatchSample, check_refinable
 from .report import FrontPoint, Report, render_text
 from .selection import Decision
 
@@ -233,6 +233,8 @@ def plan(
             with adapters.observing(found.adapted for found in open_layers.values()):
                 rows = {label: found.rows for label, found in open_layers.items()}
                 inputs = collect_inputs(model, rows, watched, forward_fn=forward_fn, loss_fn=loss_fn)
+        if refine is not None and open_layers:
+            check_refinable(model, [found.module for found in open_layers.values()], sample.batches, forward_fn)
         planner = Planner(requests, inputs, owners, options, bars)
         decisions = planner.run()
         if refine is not None:

@@ -9,9 +9,9 @@ import torch
 import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 
-FORMATS = ("int8", "nf4")
+FORMATS = ("bf16", "int8", "nf4")
 METHODS = ("dense", "cp", "tucker")
-BOUND = {"int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
+BOUND = {"bf16": 0.01, "int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

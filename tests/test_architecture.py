@@ -24,6 +24,7 @@ FLOORS = (
     ("calibration", "discovery", "report", "tensor_file"),
     ("measure", "state_file"),
     ("computing", "fitting", "refinement", "rows_file"),
+    ("weight_fitting", "allocation"),
     ("automatic", "baselines"),
     ("solving",),
     ("selection",),

@@ -9,7 +9,7 @@ from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tuck
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import distance, rounded
 from ._spectra import spectra
-from ._stored import stored_columns, stored_core, unit_columns
+from ._stored import stored_columns, stored_core, stored_weight, unit_columns
 from ._tucker import tucker
 from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 
@@ -39,6 +39,7 @@ __all__ = [
     "spectra",
     "stored_columns",
     "stored_core",
+    "stored_weight",
     "tucker",
     "tucker_bytes",
     "tucker_flops",

@@ -30,7 +30,7 @@ _LEVEL_SWEEPS = (30, 30, 40)
 _LEVEL_TIMES = (0.08, 0.28, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
 _PENALTIES = (_FIRST_PENALTY, 2e-2, 4e-3, PENALTY, PENALTY)  # where each begins and the last ends
 # about the squared relative error of factors in each format, where components do not cancel (`benchmarks.quantization`)
-_ROUNDED_PENALTY: dict[Quantize, float] = {"int8": PENALTY, "nf4": 1e-2}
+_ROUNDED_PENALTY: dict[Quantize | None, float] = {"nf4": 1e-2}
 _HURRIED = 0.8  # of a time budget, until the penalty has fallen
 _STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
 _MOST_STARTS = 24
@@ -110,7 +110,7 @@ def solve(
             clock.prepared(_closing_seconds(source, rank))
     tensor, scale = source.permuted(order)
     best = begun if settled else _on_whole(tensor, scale, begun, clock, effort, enough)
-    penalty = PENALTY if quantize is None else _ROUNDED_PENALTY[quantize]
+    penalty = _ROUNDED_PENALTY.get(quantize, PENALTY)
     if penalty > PENALTY and best.residual > _EXACT:  # an exact CP is one in any format
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=penalty, last=penalty, span=(0.9, 1.0))

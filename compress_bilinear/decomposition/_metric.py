@@ -8,6 +8,7 @@ Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" 
 Kronecker-factored approximate curvature" (2015).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from ._source import full_precision
-from ._types import CPDecomposition, TuckerDecomposition
+from ._types import CPDecomposition, TuckerDecomposition, peak, row_slices
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
@@ -52,16 +53,21 @@ class Metric:
     ) -> Tensor:  # (O, I, J)
         """The weight whose Frobenius error is the error in this metric: in float32 at least."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        white = weight.detach().to(dtype)
+        white = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         out, in1, in2 = (None if root is None else root.to(weight.device, dtype) for root in self.roots)
         with full_precision(weight.device):
-            if in2 is not None:
-                white = (white.flatten(0, 1) @ in2).view(white.shape)
-            if in1 is not None:
-                white = torch.matmul(in1, white)
+            for rows in row_slices(weight.shape):  # beside the result, no other copy of a large weight
+                part = weight.detach()[rows].to(dtype)
+                part = part if in2 is None else (part.flatten(0, 1) @ in2).view(part.shape)
+                white[rows] = part if in1 is None else torch.matmul(in1, part)
             if out is not None:
                 white = (out @ white.flatten(1)).view(white.shape)
         return white
+
+    def whitened(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
+        """The way back from `unwhiten`."""
+        root = self.roots[mode]
+        return factor.double() if root is None else root.to(factor.device) @ factor.double()
 
     def unwhiten(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
         """A factor of a whitened weight as one of the weight itself, in float64."""
@@ -76,6 +82,10 @@ class Metric:
         """Inputs for the whitened weight, in the rows' dtype: it makes of these what the weight makes of the rows."""
         inverse = self.inverses[mode]
         return rows if inverse is None else rows @ inverse.to(rows)
+
+
+PLAIN = Metric((None, None, None), (None, None, None))
+"""That in which the error of the weight itself counts."""
 
 
 def _roots(moment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -105,18 +115,23 @@ def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.d
     """A Tucker decomposition of a whitened weight as one of the weight, in `dtype`.
 
     A mode of full rank is absorbed into the core, as ever. The other factors keep columns that give projections of
-    equal variance, which rounds best, but for a common scale.
+    equal variance, which rounds best, but for a common scale; where the core would leave the dtype's range so, they
+    have unit columns.
     """
     core = found.core.double()
-    factors = []
-    for mode, factor in enumerate(found.factors):
-        wide = metric.unwhiten(mode, factor)
-        if wide.shape[0] == wide.shape[1]:
-            core = torch.tensordot(wide, core, dims=([1], [mode])).movedim(0, mode)
-            wide = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
-        else:
-            scale = float(wide.norm(dim=0).max()) or 1.0
-            wide, core = wide / scale, core * scale
-        factors.append(wide.to(dtype))
-    out, in1, in2 = factors
+    factors = [metric.unwhiten(mode, factor) for mode, factor in enumerate(found.factors)]
+    free = [mode for mode, wide in enumerate(factors) if wide.shape[0] != wide.shape[1]]
+    for mode in {0, 1, 2}.difference(free):
+        core = torch.tensordot(factors[mode], core, dims=([1], [mode])).movedim(0, mode)
+        factors[mode] = torch.eye(len(factors[mode]), dtype=core.dtype, device=core.device)
+    scales = {mode: float(factors[mode].norm(dim=0).max()) or 1.0 for mode in free}
+    if peak(core) * math.prod(scales.values()) < torch.finfo(dtype).max:
+        core = core * math.prod(scales.values())
+        factors = [factor / scales.get(mode, 1.0) for mode, factor in enumerate(factors)]
+    else:
+        for mode in free:
+            norms = factors[mode].norm(dim=0)
+            core = core * norms.view([-1 if axis == mode else 1 for axis in range(3)])
+            factors[mode] = factors[mode] / norms.where(norms > 0, 1.0)
+    out, in1, in2 = (factor.to(dtype) for factor in factors)
     return TuckerDecomposition(core.to(dtype), (out, in1, in2))

@@ -57,12 +57,16 @@ def check_cp_rank(rank: object, shape: Sequence[int]) -> None:
         )
 
 
+def value_bytes(count: Any, quantize: Quantize) -> Any:
+    """Bytes of `count` quantized values, without int8's scales; counts may be tensors."""
+    return {"bf16": 2 * count, "int8": count, "nf4": nf4_bytes(count)}[quantize]
+
+
 def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> int:
     """Bytes of the factors as `CPBilinear` stores them, without bias. Quantized, it has a float32 sigma (R,)."""
     if quantize is None:
         return rank * sum(shape) * itemsize
-    values = sum(nf4_bytes(rank * size) for size in shape) if quantize == "nf4" else rank * sum(shape)
-    return values + SIGMA_BYTES * rank
+    return sum(value_bytes(rank * size, quantize) for size in shape) + SIGMA_BYTES * rank
 
 
 def tucker_parameters(rank: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -88,8 +92,8 @@ def tucker_bytes(rank: Sequence[Any], shape: Sequence[int], itemsize: int, quant
     core = rank[0] * rank[1] * rank[2]
     if quantize is None:
         return (core + sum(numbers)) * itemsize + extra
-    if quantize == "nf4":
-        return sum(nf4_bytes(count) for count in (core, *numbers)) + extra
+    if quantize != "int8":
+        return sum(value_bytes(count, quantize) for count in (core, *numbers)) + extra
     scales = SCALE_DTYPE.itemsize * scale_count(rank[0], _most(rank[1], rank[2]), _least(rank[1], rank[2]))
     extra = extra + sum(SIGMA_BYTES * (d - r) * is_interpolated(r, d) for r, d in zip(rank, shape, strict=True))
     return core + sum(numbers) + scales + extra

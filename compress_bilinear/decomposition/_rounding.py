@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Quantize
 from ._interpolation import is_interpolated
+from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product
 from ._stored import stored_columns, stored_core, unit_columns
 from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
@@ -22,30 +23,31 @@ from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_sl
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
 # squared relative error that rounding the factors that are left will add: what a ridge should discourage
-_RIDGE: dict[Quantize, float] = {"int8": 1e-4, "nf4": 1e-2}
+_RIDGE = {"int8": 1e-4, "nf4": 1e-2}
 _LEAST_RIDGE = 1e-9
 _CYCLES = 4  # of rounding each factor anew
 _GAIN = 0.998  # of the error, below which another cycle is worth its time
 
 
-def rounded(found: _Any, weight: Tensor, quantize: Quantize | None) -> _Any:
+def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metric = PLAIN) -> _Any:
     """A decomposition of the same rank whose parts are values of a storage format, with the least error found.
 
     Args:
         found: the decomposition in floating point.
-        weight: what it approximates (O, I, J).
-        quantize: the format; with None it is `found` itself.
+        weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
+        quantize: the format; with None, and with "bf16", whose rounding hardly counts, it is `found` itself.
+        metric: that in which the error counts.
 
     Returns:
         In float32, or float64 for such a weight. The layer that is made of it stores these very values (but for a
         Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
     """
-    if quantize is None:
+    if quantize is None or quantize == "bf16":
         return found
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):
-            return _rounded_cp(found, weight, quantize)
-        return _rounded_tucker(found, weight, quantize)
+            return _rounded_cp(found, weight, quantize, metric)
+        return _rounded_tucker(found, weight, quantize, metric)
 
 
 def distance(
@@ -65,41 +67,53 @@ def distance(
     return relative(apart, total)
 
 
-def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize) -> CPDecomposition:
+def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metric: Metric) -> CPDecomposition:
     source, ridge = Source(weight), _RIDGE[quantize]
     factors = [factor.detach().double() for factor in found.factors]
     factors[0] = factors[0] * (found.weights.double() * source.scale)
     plain = [stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]
     units = [unit for unit, _ in plain]
-    sums = _product(source, 0, units)
-    best = _CPFit(source, units, sums, math.prod(scale for _, scale in plain))  # type: ignore[arg-type]
-    best = min(best, _CPFit(source, units, sums), key=_CPFit.squared_error)
+    best = _CPFit(source, units, metric, scales=math.prod(scale for _, scale in plain))  # type: ignore[arg-type]
+    best = min(best, _CPFit(source, units, metric, best.sums), key=_CPFit.squared_error)
+    white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
     for cycle in range(_CYCLES):
-        before = best.squared_error()
+        before, sums = best.squared_error(), None
         for mode in (1, 2, 0):
-            gram_others = _gram_product(factors, mode)
+            gram_others = _gram_product(white, mode)
             if cycle > 0 or mode != 1:
-                sums = _product(source, mode, factors)
-                factors[mode] = _solved(sums, gram_others, ridge)
+                sums = _product(source, mode, white)
+                factors[mode] = metric.unwhiten(mode, _solved(sums, gram_others, ridge))
             factors[mode] = stored_columns(factors[mode], mode, quantize, gram_others)[0]
-        trial = _CPFit(source, list(factors), sums)  # the sums of mode 0, which depend on the other factors only
+            white[mode] = metric.whitened(mode, factors[mode])
+        trial = _CPFit(source, list(factors), metric, sums)  # of mode 0, which depend on the other factors only
         best = min(best, trial, key=_CPFit.squared_error)
-        factors[0] = factors[0] * trial.scales
+        factors[0], white[0] = factors[0] * trial.scales, white[0] * trial.scales
         if best.squared_error() > _GAIN * before:
             break
     dtype = torch.promote_types(weight.dtype, torch.float32)
     out, in1, in2 = (factor.to(dtype) for factor in best.units)
-    result = CPDecomposition((best.scales / source.scale).to(dtype), (out, in1, in2))
-    return CPDecomposition(result.weights, result.factors, result.relative_error(weight))
+    scales = (best.scales / source.scale).to(dtype)
+    first, second, third = (metric.whitened(mode, unit).to(dtype) for mode, unit in enumerate((out, in1, in2)))
+    error = CPDecomposition(scales, (first, second, third)).relative_error(weight)
+    return CPDecomposition(scales, (out, in1, in2), error)
 
 
 class _CPFit:
     """Rounded factors and the scales of their components, by least squares where they are not given."""
 
-    def __init__(self, source: Source, units: list[Tensor], sums: Tensor, scales: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        units: list[Tensor],
+        metric: Metric,
+        sums: Tensor | None = None,
+        scales: Tensor | None = None,
+    ) -> None:
         self.source, self.units = source, units
-        self.gram = _gram_product(units, None)
-        self.inner = (sums * units[0]).sum(0)  # of each component with the weight
+        white = [metric.whitened(mode, unit) for mode, unit in enumerate(units)]
+        self.sums = _product(source, 0, white) if sums is None else sums
+        self.gram = _gram_product(white, None)
+        self.inner = (self.sums * white[0]).sum(0)  # of each component with the weight
         self.scales = _solved(self.inner[None], self.gram, _LEAST_RIDGE)[0] if scales is None else scales
 
     def squared_error(self) -> float:
@@ -134,7 +148,9 @@ def _solved(sums: Tensor, gram: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(system, (sums / root).T).T / root
 
 
-def _rounded_tucker(found: TuckerDecomposition, weight: Tensor, quantize: Quantize) -> TuckerDecomposition:
+def _rounded_tucker(
+    found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric
+) -> TuckerDecomposition:
     source, dtype = Source(weight), torch.promote_types(weight.dtype, torch.float32)
     free = [not is_interpolated(rank, size) for rank, size in zip(found.rank, found.shape, strict=True)]
     factors = [factor.detach().double() for factor in found.factors]
@@ -154,20 +170,24 @@ def _rounded_tucker(found: TuckerDecomposition, weight: Tensor, quantize: Quanti
             core = stored_core(core, quantize)
         # else the core absorbs what an interpolative factor leaves, and is rounded after that
         out, in1, in2 = (factor.to(dtype) for factor in factors)
-        result = TuckerDecomposition(core.to(dtype), (out, in1, in2))
-        return TuckerDecomposition(result.core, result.factors, result.relative_error(weight))
+        core = core.to(dtype)
+        first, second, third = (metric.whitened(mode, f).to(dtype) for mode, f in enumerate((out, in1, in2)))
+        error = TuckerDecomposition(core, (first, second, third)).relative_error(weight)
+        return TuckerDecomposition(core, (out, in1, in2), error)
 
     plain = stored(core, list(factors))
-    bases = [torch.linalg.qr(factor)[0].to(source.dtype) for factor in factors]
+    white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
+    bases = [torch.linalg.qr(factor)[0].to(source.dtype) for factor in white]
     for mode in range(3):
         if not free[mode]:
             continue
         part = source.project(bases, skip=mode)
         unit = leading(gram(part, mode), found.rank[mode], torch.float64)
-        factors[mode] = stored_columns(unit, mode, quantize)[0]
-        bases[mode] = torch.linalg.qr(factors[mode])[0].to(source.dtype)
+        factors[mode] = stored_columns(metric.unwhiten(mode, unit), mode, quantize)[0]
+        white[mode] = metric.whitened(mode, factors[mode])
+        bases[mode] = torch.linalg.qr(white[mode])[0].to(source.dtype)
     core = source.project(bases).double() / source.scale
-    for mode, (basis, factor) in enumerate(zip(bases, factors, strict=True)):
+    for mode, (basis, factor) in enumerate(zip(bases, white, strict=True)):
         turn = torch.linalg.pinv(basis.double().T @ factor, rtol=_LEAST_RIDGE)
         core = mode_product(core, turn.T, mode)
     fitted = stored(core, factors)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ..config import Quantize
 from ..quantization import (
@@ -9,14 +10,20 @@ from ..quantization import (
     LEVELS,
     NF4_CODE,
     UNIT,
+    BF16Tensor,
     dequantize,
     dequantize_nf4,
+    expanded,
     quantize_blocks,
     quantize_nf4,
     quantize_unit,
     scale_grid,
 )
+from ._metric import Metric
+from ._types import row_slices
 
+_MOST_STEPS = 2**14  # of rounding one after another
+_INPUT_DAMPING = 1e-2  # the same of inputs' moments, whose small directions may be larger in other data
 _DAMPING = 1e-3  # of the system's mean diagonal: steps along directions that hardly matter stay small
 
 
@@ -31,9 +38,15 @@ def unit_columns(
 
 def stored_core(core: Tensor, quantize: Quantize) -> Tensor:
     """A core (R_o, R_i, R_j) as a layer stores it; float64."""
-    if quantize == "int8":
-        return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
-    return _coded(core)[0]
+    match quantize:
+        case "bf16":
+            return _halved(core)
+        case "int8":
+            return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
+        case "nf4":
+            return _coded(core)[0]
+        case _:
+            assert_never(quantize)
 
 
 def stored_columns(
@@ -50,6 +63,8 @@ def stored_columns(
     Hoefler, Alistarh, 2023; the nearest plane algorithm of Babai, 1986). Components that cancel gain most.
     """
     unit, scale = unit_columns(factor)
+    if quantize == "bf16":  # so fine that nothing has to be taken back
+        return _halved(unit), scale
     matrix = unit if mode == 0 else unit.T
     if quantize == "int8":
         plain, steps = dequantize(quantize_unit(matrix), None, torch.float64), torch.full_like(matrix, UNIT * LEVELS)
@@ -58,6 +73,81 @@ def stored_columns(
     if mode != 0:
         plain, steps = plain.T, steps.T
     return (plain if gram is None else _fed_back(unit, scale, plain, steps, gram, quantize)), scale
+
+
+def stored_weight(
+    weight: Tensor,  # (O, I, J)
+    quantize: Quantize,
+    metric: Metric,
+) -> Tensor:  # (O, I, J)
+    """A weight as a dense layer stores it, rounded so that its outputs change little; in the weight's dtype.
+
+    Entries are rounded one after another, and each one's error is taken back by those that follow, as in
+    `stored_columns`: here of each output by itself, in the metric of its inputs, whose Kronecker product is never
+    formed. Of a weight with more than 2¹⁴ products of inputs, errors are taken back along in1 alone.
+    """
+    if quantize == "bf16":
+        return _halved(weight).to(weight.dtype)
+    plain, steps = _coded(weight) if quantize == "nf4" else _blocks(weight)
+    upper1, upper2 = (_upper(None if root is None else root @ root, _INPUT_DAMPING) for root in metric.roots[1:])
+    if upper1 is None and upper2 is None:
+        return plain.to(weight.dtype)
+    sizes = weight.shape[1:]
+    upper1, upper2 = (
+        torch.eye(size, dtype=torch.float64, device=weight.device) if upper is None else upper.to(weight.device)
+        for size, upper in zip(sizes, (upper1, upper2), strict=True)
+    )
+    one_by_one = sizes.numel() <= _MOST_STEPS
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for rows in row_slices(weight.shape):
+        # (I, J, ·): what is rounded at once lies together
+        wanted, codes, size = (part[rows].double().permute(1, 2, 0).contiguous() for part in (weight, plain, steps))
+        found = torch.empty_like(wanted)
+        for i, row in enumerate(wanted):
+            if one_by_one:
+                found[i] = _row_fed_back(row.clone(), codes[i], size[i], upper2, quantize)
+            else:
+                found[i] = _kept_largest(row, codes[i], size[i], quantize)
+            lost = (row - found[i]) / upper1[i, i]
+            wanted[i + 1 :].flatten(1).addr_(upper1[i, i + 1 :], lost.flatten(), alpha=-1)
+        result[rows] = found.permute(2, 0, 1).to(result.dtype)
+    return result
+
+
+def _row_fed_back(row: Tensor, plain: Tensor, steps: Tensor, upper: Tensor, quantize: Quantize) -> Tensor:  # (J, ·)
+    for j, wanted in enumerate(row):
+        value = _kept_largest(wanted, plain[j], steps[j], quantize)
+        row[j + 1 :].addr_(upper[j, j + 1 :], (wanted - value) / upper[j, j], alpha=-1)
+        row[j] = value
+    return row
+
+
+def _kept_largest(wanted: Tensor, plain: Tensor, steps: Tensor, quantize: Quantize) -> Tensor:
+    """Nearest values; but the largest entries stay so: their codes are what makes a scale the scale."""
+    return torch.where(plain.abs() >= steps, plain, _nearest(wanted, steps, quantize))
+
+
+def _halved(values: Tensor) -> Tensor:
+    return BF16Tensor.coded(values).dequantize(torch.float64)
+
+
+def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 with its blocks' scales, and the largest magnitude of each value's block."""
+    qdata, scale = quantize_blocks(values, scale_grid(values.shape))
+    steps = expanded(scale.double() * LEVELS, values.shape).expand(values.shape)
+    return dequantize(qdata, scale, torch.float64), steps
+
+
+def _upper(system: Tensor | None, damping: float = _DAMPING) -> Tensor | None:
+    """The Cholesky factor U with UᵀU = the inverse of a damped system; None where it has none, or for no system."""
+    if system is None:
+        return None
+    diagonal = system.diagonal()
+    diagonal.add_(damping * float(diagonal.mean()) + 1e-300)
+    root = diagonal.sqrt()
+    inverse = torch.linalg.inv(system / root / root[:, None]) / root / root[:, None]
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
 
 
 def _coded(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,19 +160,13 @@ def _coded(values: Tensor) -> tuple[Tensor, Tensor]:
 def _fed_back(
     unit: Tensor, scale: Tensor, plain: Tensor, steps: Tensor, gram: Tensor, quantize: Quantize
 ) -> Tensor:  # (d, R)
-    system = gram * scale * scale[:, None]
-    diagonal = system.diagonal()
-    diagonal.add_(_DAMPING * float(diagonal.mean()) + 1e-300)
-    root = diagonal.sqrt()
-    inverse = torch.linalg.inv(system / root / root[:, None]) / root / root[:, None]
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(failed) or not bool(torch.isfinite(upper).all()):
+    upper = _upper(gram * scale * scale[:, None])
+    if upper is None:
         return plain
-    # the largest entries stay so: their codes are what makes a scale the scale
-    largest, found, result = plain.abs() >= steps, unit.clone(), plain.clone()
+    found, result = unit.clone(), plain.clone()
     for column in range(unit.shape[1]):
         wanted = found[:, column]
-        value = torch.where(largest[:, column], plain[:, column], _nearest(wanted, steps[:, column], quantize))
+        value = _kept_largest(wanted, plain[:, column], steps[:, column], quantize)
         result[:, column] = value
         error = (wanted - value) / upper[column, column]
         found[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])

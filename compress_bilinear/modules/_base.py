@@ -18,7 +18,7 @@ class CompressedBilinear(nn.Module):
 
     Attributes:
         in1_features, in2_features, out_features: I, J and O.
-        quantize: None, "int8" or "nf4".
+        quantize: None, "bf16", "int8" or "nf4".
         compute: how a quantized layer computes; see `set_compute`.
         method: "dense", "cp" or "tucker".
     """
@@ -53,8 +53,9 @@ class CompressedBilinear(nn.Module):
             return "the layer is in floating point"
         if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
             return None
-        if self.quantize == "nf4":
-            return "its values have four bits, and only those of eight are multiplied as integers"
+        if self.quantize != "int8":
+            bits = {"bf16": "sixteen", "nf4": "four"}[self.quantize]
+            return f"its values have {bits} bits, and only those of eight are multiplied as integers"
         return "none of its projections is in int8 without scales of its own"
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
@@ -193,7 +194,7 @@ class CompressedBilinear(nn.Module):
         rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
         shape = (self.out_features, self.in1_features, self.in2_features)
         of = dtype or self.weight_dtype
-        bits = 8 * of.itemsize if self.quantize is None else 8
+        bits = {None: 8 * of.itemsize, "bf16": 16}.get(self.quantize, 8)
         return str(
             ops.explain(
                 self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, obstacle=reason

@@ -22,7 +22,7 @@ _PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise
 class CPBilinear(ProjectedBilinear):
     """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
 
-    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. In 8 or 4 bits the three weights hold columns of equal
+    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. Quantized, the three weights hold columns of equal
     magnitude, and `out_proj.sigma` (R,) in float32 all of each component's scale: CP's freedom to move scale between
     factors costs no accuracy. It multiplies the product of the projections, which is formed in float32.
 
@@ -30,7 +30,7 @@ class CPBilinear(ProjectedBilinear):
         in1_features, in2_features, out_features: I, J and O.
         rank: R, any positive int.
         bias: whether to add a bias (O,).
-        quantize: None, "int8" or "nf4".
+        quantize: None, "bf16", "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `rank` or `quantize`.

@@ -1,16 +1,16 @@
-"""`DenseBilinear`: the weight itself, exact or in 8 or 4 bits, evaluated in the best order."""
+"""`DenseBilinear`: the weight itself, exact or in 16, 8 or 4 bits, evaluated in the best order."""
 
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
+from typing_extensions import Self, assert_never
 
 from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
-from ..quantization import NF4Tensor, QuantizedTensor, scale_grid
+from ..quantization import BF16Tensor, NF4Tensor, QuantizedTensor, scale_grid
 from ._autocast import autocast_dtype, autocast_enabled, without_autocast
 from ._base import CompressedBilinear
 from ._int8_matmul import int8_bilinear
@@ -23,9 +23,9 @@ class DenseBilinear(CompressedBilinear):
     Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
     `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one bfloat16 scale for each output and each row
     along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`); with "nf4" it is
-    an `NF4Tensor`. Inputs may then have any floating dtype, and beside inputs and output a forward holds at most 2²⁰
-    de-quantized values (or one output's), and a block of T (see `ops`). For a backward, inputs and at most one block of
-    T are kept, but no de-quantized values: those are read again, part by part.
+    an `NF4Tensor`, with "bf16" a `BF16Tensor`. Inputs may then have any floating dtype, and beside inputs and output
+    a forward holds at most 2²⁰ de-quantized values (or one output's), and a block of T (see `ops`). For a backward,
+    inputs and at most one block of T are kept, but no de-quantized values: those are read again, part by part.
 
     Attributes:
         integer: whether `forward` also rounds the longer input's rows to int8 and multiplies integers, where the weight
@@ -34,7 +34,7 @@ class DenseBilinear(CompressedBilinear):
     Args:
         in1_features, in2_features, out_features: I, J and O.
         bias: whether to add a bias (O,).
-        quantize: None, "int8" or "nf4".
+        quantize: None, "bf16", "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize`.
@@ -167,7 +167,7 @@ class DenseBilinear(CompressedBilinear):
     def _evaluated(self, evaluate: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
         with without_autocast(input1.device.type):
-            if not isinstance(self.weight, NF4Tensor) or weight is self.weight.resident:
+            if not isinstance(self.weight, QuantizedTensor) or self.weight.is_int8 or weight is self.weight.resident:
                 return evaluate(input1, input2, weight, bias, scale=scale)
             parts, stored = list(row_parts(self.weight)), self.weight
 
@@ -193,9 +193,10 @@ class DenseBilinear(CompressedBilinear):
     def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
         """(..., I·J) -> (..., rows)."""
         weight = self.weight
-        if isinstance(weight, nn.Parameter) or weight.resident is not None or weight.scale is None:
+        if isinstance(weight, nn.Parameter) or weight.resident is not None:
             return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), weight.qdata, weight.scale)
+        stored = [tensor for tensor in (weight.qdata, weight.scale) if tensor is not None]
+        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *stored)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
@@ -220,6 +221,12 @@ class DenseBilinear(CompressedBilinear):
 
 
 def _empty(shape: Sequence[int], quantize: Quantize, device: torch.device | str | None) -> QuantizedTensor:
-    if quantize == "nf4":
-        return NF4Tensor.zeros(shape, device)
-    return QuantizedTensor.empty(shape, scale_grid(shape), device)
+    match quantize:
+        case "bf16":
+            return BF16Tensor.zeros(shape, device)
+        case "nf4":
+            return NF4Tensor.zeros(shape, device)
+        case "int8":
+            return QuantizedTensor.empty(shape, scale_grid(shape), device)
+        case _:
+            assert_never(quantize)

@@ -1,4 +1,4 @@
-"""A linear layer, plain or stored in 8 or 4 bits."""
+"""A linear layer, plain or stored in 16, 8 or 4 bits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize
-from ..quantization import NF4Tensor, QuantizedTensor, restore_dtypes
+from ..quantization import BF16Tensor, NF4Tensor, QuantizedTensor, restore_dtypes
 from ._autocast import autocast_dtype, without_autocast
 from ._base import block_rows
 from ._int8_matmul import int8_linear
@@ -25,7 +25,7 @@ Scales: TypeAlias = Literal["none", "input", "rows"]
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` with its weight in 8 or 4 bits, de-quantized on the fly to the input's dtype, part by part.
+    """`nn.Linear` with its weight in 16, 8 or 4 bits, de-quantized on the fly to the input's dtype, part by part.
 
     Beside input and output, a forward holds one part of at most 2²⁰ de-quantized values (or one row). For a backward
     none are kept: parts are de-quantized again, one by one.
@@ -52,7 +52,7 @@ class QuantizedLinear(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether `integer` may be set: the weight is int8 without scales."""
-        return self.weight.scale is None
+        return self.weight.is_int8 and self.weight.scale is None
 
     def forward(
         self,
@@ -162,14 +162,17 @@ def make_linear(
     """An `nn.Linear`, or a zeroed `QuantizedLinear`.
 
     Args:
-        scales: of an int8 matrix; "input" gives one in 4 bits a sigma too.
+        scales: of an int8 matrix; "input" gives one in 4 or 16 bits a sigma too.
         component: with "rows", the axis along which each index has a float32 scale.
     """
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
     shape, sigma = (out_features, in_features), None
-    if quantize == "nf4":
-        weight: QuantizedTensor = NF4Tensor.zeros(shape, device)
+    weight: QuantizedTensor
+    if quantize == "bf16":
+        weight = BF16Tensor.zeros(shape, device)
+    elif quantize == "nf4":
+        weight = NF4Tensor.zeros(shape, device)
     elif scales == "rows":
         grid = [1, 1]
         grid[component] = shape[component]

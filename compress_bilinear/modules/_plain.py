@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quantization import NF4Tensor, QuantizedTensor
+from ..quantization import QuantizedTensor
 from ._autocast import autocast_dtype, without_autocast
 from ._dense import DenseBilinear
 from ._linear import AddBias, QuantizedLinear
@@ -61,9 +61,9 @@ def obstacle(parts: dict[str, nn.Module], device: torch.device) -> str | None:
         weight = getattr(layer, "weight", None)
         if isinstance(weight, QuantizedTensor):
             if device.type == "cpu":
-                return "8- and 4-bit factors are de-quantized part by part"
-            if isinstance(weight, NF4Tensor):
-                return "the fused kernels read int8, not nf4"
+                return "quantized factors are de-quantized part by part"
+            if not weight.is_int8:
+                return f"the fused kernels read int8, not {weight.extra_repr().split(',')[0]}"
             if weight.resident is not None or getattr(layer, "integer", False):
                 return f"`{name}` computes in another way than from its int8 values"
         if weight is not None:

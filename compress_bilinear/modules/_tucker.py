@@ -33,14 +33,14 @@ class TuckerBilinear(ProjectedBilinear):
     interpolative projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its
     size is absorbed into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
 
-    In 8 or 4 bits the columns of a projection have equal magnitudes, and their scales are in the core, which has those
+    Quantized, the columns of a projection have equal magnitudes, and their scales are in the core, which has those
     of a `DenseBilinear`: Tucker's freedom to move scale between core and factors costs no accuracy.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
         rank: (R_o, R_i, R_j), in the order of the weight's axes (O, I, J).
         bias: whether to add a bias (O,).
-        quantize: None, "int8" or "nf4".
+        quantize: None, "bf16", "int8" or "nf4".
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize` or a rank outside 1..size.

@@ -7,8 +7,9 @@ to measurements: `python -m benchmarks.run --device cuda` compares every choice 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,9 +21,8 @@ Backend: TypeAlias = Literal["composed", "triton"]
 BACKENDS: tuple[Backend, ...] = ("composed", "triton")
 FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MOST_RANK = 128  # R_o and R_j that a fused Tucker holds
-MOST_CORE = (
-    64 * 128
-)  # elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half with int8
+# elements of a slice (R_o, R_j) of the core that its one kernel holds, padded to powers of two; half in float32 or int8
+MOST_CORE = 64 * 128
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on a CPU, slowly, to be checked
@@ -34,6 +34,7 @@ _FUSED = 0.5  # of that peak, in a fused kernel; a cuBLAS product of these sizes
 _CUBLAS = 0.7
 _PROCESSORS = 128  # programs that fill the chip
 _ROWS = 64  # of a program
+TRACED_ROWS = 1024  # for which the choice is made in a graph that has to hold for any number
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,24 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         if torch.version.hip is not None:
             return "the Triton kernels have been checked for NVIDIA's processors only"
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device.index)
+        if capability is None:
+            return "torch finds no GPU here"
         if capability < (8, 0):
             return f"the Triton kernels need compute capability 8.0, and the device has {capability[0]}.{capability[1]}"
     return None
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else None
 
 
 def transformed(tensors: Sequence[Tensor | None]) -> str | None:
     """Why these tensors, or what surrounds the call, want operators that torch knows; None where nothing does."""
     kinds = {tensor.device.type for tensor in tensors if tensor is not None}
     if any(kind != "meta" and torch.is_autocast_enabled(kind) for kind in kinds):
-        return "autocast is on, and casts torch's own operators"
+        return "autocast is on, and leaves operands in float64 alone"
     if torch.compiler.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
@@ -136,6 +144,12 @@ def choose(problem: Problem, backend: Backend | None = None, obstacle: str | Non
     return Choice("composed", name, estimate)
 
 
+@lru_cache(maxsize=2**12)
+def chosen(*problem: Any) -> bool:
+    """Whether the fused path is the faster one for a `Problem` of these values; kept, for calls may be short."""
+    return choose(Problem(*problem)).backend == "triton"
+
+
 def check_backend(backend: Backend | None) -> None:
     """Raise InputError for a backend that there is not."""
     if backend is not None and backend not in BACKENDS:
@@ -154,10 +168,14 @@ def _unfit(problem: Problem) -> str | None:
     return None
 
 
-def fits_one_kernel(rank: tuple[int, ...], int8: bool) -> bool:
-    """Whether a Tucker layer's (R_o, R_i, R_j) fit the fused kernel whole; else its core alone is fused."""
+def fits_one_kernel(rank: tuple[int, ...], wide: bool) -> bool:
+    """Whether a Tucker layer's (R_o, R_i, R_j) fit the fused kernel whole; else its core alone is fused.
+
+    Args:
+        wide: whether inputs are in float32 or factors in int8, which take more registers.
+    """
     padded = [max(16, 1 << (size - 1).bit_length()) for size in (rank[0], rank[2])]
-    return max(padded) <= MOST_RANK and padded[0] * padded[1] <= MOST_CORE // (1 + int8)
+    return max(padded) <= MOST_RANK and padded[0] * padded[1] <= MOST_CORE // (1 + wide)
 
 
 def cp_splits(rows: int, rank: int, outputs: int) -> bool:
@@ -175,7 +193,7 @@ def _fused_name(problem: Problem) -> str:
             split = cp_splits(problem.rows, problem.rank[0], problem.shape[0])
             return "Triton, fused product and a linear map" if split else "Triton, one fused kernel"
         case "tucker":
-            whole = fits_one_kernel(problem.rank, problem.weight_bits == 8)
+            whole = fits_one_kernel(problem.rank, problem.weight_bits == 8 or problem.dtype == torch.float32)
             return "Triton, one fused kernel" if whole else "Triton, fused core between linear maps"
 
 

@@ -102,7 +102,7 @@ def small_dense(
     if out >= _SMALL_OUT:
         pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
         return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
-    if dim != 2:
+    if dim != 2 or torch.is_autocast_enabled("cpu"):  # which would leave the bias as it is
         return None
     product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
     output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)

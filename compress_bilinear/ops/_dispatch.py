@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 from torch.nn.functional import linear
 
 from ._choice import cp_splits, fits_one_kernel
@@ -21,12 +22,33 @@ from ._tucker import composed_tucker
 _NAMESPACE = "compress_bilinear"
 
 
+_FUNCTIONS: dict[CustomOpDef, Callable[..., Any]] = {}  # what each operator runs
+
+
+def _operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    def registered(function: Callable[..., Any]) -> CustomOpDef:
+        operator = torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(function)
+        _FUNCTIONS[operator] = function
+        return operator
+
+    return registered
+
+
+def launched(operator: CustomOpDef, *args: Any) -> Tensor:
+    """What an operator gives; past torch's dispatcher, which costs two launches, where nothing needs to be recorded."""
+    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not recorded and torch.is_grad_enabled():
+        recorded = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    output: Tensor = operator(*args) if recorded else _FUNCTIONS[operator](*args)
+    return output
+
+
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::dense", mutates_args=())
+@_operator("dense")
 def fused_dense(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -40,7 +62,7 @@ def fused_dense(
         return launch_dense(x1, x2, weight, scale)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::dense_weight_gradient", mutates_args=())
+@_operator("dense_weight_gradient")
 def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     from ._triton_dense import launch_weight_gradient
@@ -49,7 +71,7 @@ def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
         return launch_weight_gradient(dy, x1, x2)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cp", mutates_args=())
+@_operator("cp")
 def fused_cp(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -68,7 +90,7 @@ def fused_cp(
         return launch_forward(x1, x2, in1, in2, out, sigma, bias)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cp_backward", mutates_args=())
+@_operator("cp_backward")
 def fused_cp_backward(
     dy: Tensor,  # (N, O)
     x1: Tensor,
@@ -95,7 +117,7 @@ def fused_cp_backward(
     return _or_empty(dx1, x1), _or_empty(dx2, x1), dp.T @ x1, dq.T @ x2, dy.T @ h
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::tucker", mutates_args=())
+@_operator("tucker")
 def fused_tucker(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -113,7 +135,7 @@ def fused_tucker(
         return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::cp_pairs", mutates_args=())
+@_operator("cp_pairs")
 def fused_cp_pairs(p: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, sigma: Tensor | None) -> Tensor:
     """(B, L1, R) and (B, L2, R) to (B, L1, L2, O); see `launch_cp_pairs`."""
     from ._triton_tucker import launch_cp_pairs
@@ -122,7 +144,7 @@ def fused_cp_pairs(p: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, sigma
         return launch_cp_pairs(p.contiguous(), q.contiguous(), out, sigma, bias)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::tucker_pairs", mutates_args=())
+@_operator("tucker_pairs")
 def fused_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
     """(B, L1, R_o, R_j) and (B, L2, R_j) to (B, L1, L2, O); see `launch_tucker_pairs`."""
     from ._triton_tucker import launch_tucker_pairs
@@ -265,5 +287,6 @@ __all__ = [
     "fused_dense",
     "fused_tucker",
     "fused_tucker_pairs",
+    "launched",
     "values",
 ]

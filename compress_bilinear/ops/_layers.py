@@ -1,7 +1,8 @@
 """The public operations: each takes tensors, chooses a path, and gives what `reference` defines."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..quantization import dequantize
 from . import _dispatch
-from ._choice import Backend, Choice, Problem, choose, transformed
+from ._choice import TRACED_ROWS, Backend, Choice, Problem, choose, chosen, transformed
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs, small_dense
 from ._gemm import linear
@@ -44,10 +45,13 @@ def bilinear_dense(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
+    found = _under_autocast(bilinear_dense, (input1, input2, weight, bias), scale=scale, order=order, backend=backend)
+    if found is not None:
+        return found
     operands = (input1, input2, weight, bias, scale)
     if order is not None or not _fused("dense", operands[:4], _shape(weight), (), weight, backend, fixed=(scale,)):
         return composed_dense(input1, input2, weight, bias, scale, order)
-    output = _dispatch.fused_dense(*_rows(input1, input2), weight, scale)
+    output = _dispatch.launched(_dispatch.fused_dense, *_rows(input1, input2), weight, scale)
     return _leading(output if bias is None else output + bias, input1)
 
 
@@ -69,10 +73,13 @@ def bilinear_cp(
             return small
     check_inputs(input1, input2)
     operands = (input1, input2, in1, in2, out, bias, sigma)
+    found = _under_autocast(bilinear_cp, operands[:6], sigma=sigma, backend=backend)
+    if found is not None:
+        return found
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
     if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, fixed=(sigma,)):
         return composed_cp(*operands)
-    return _leading(_dispatch.fused_cp(*_rows(input1, input2), *operands[2:]), input1)
+    return _leading(_dispatch.launched(_dispatch.fused_cp, *_rows(input1, input2), *operands[2:]), input1)
 
 
 def bilinear_tucker(
@@ -95,20 +102,24 @@ def bilinear_tucker(
     Raises: InputError as `bilinear_dense` does.
     """
     operands = (input1, input2, in1, in2, core, out, bias)
-    if backend is None and input1.is_cpu:  # it checks the projections instead
-        return composed_tucker(*operands, scale)
+    if backend is None and input1.is_cpu and not torch.is_autocast_enabled("cpu"):
+        return composed_tucker(*operands, scale)  # which checks the projections instead
     check_inputs(input1, input2)
+    found = _under_autocast(bilinear_tucker, operands, scale=scale, backend=backend)
+    if found is not None:
+        return found
     shape = _tucker_shape(in1, in2, core, out)
     if not _fused("tucker", operands, shape, _shape(core), core, backend, fixed=(scale,)):
         return composed_tucker(*operands, scale)
     rows1, rows2 = _rows(input1, input2)
     int8 = {tensor is not None and tensor.dtype == torch.int8 for tensor in (in1, in2, core, out)}
-    if in1 is None or in2 is None or out is None or len(int8) > 1 or not _dispatch.fits_one_kernel(_shape(core), *int8):
-        inner = _dispatch.fused_dense(project(rows1, in1), project(rows2, in2), core, scale)
+    wide = True in int8 or input1.dtype == torch.float32
+    if in1 is None or in2 is None or out is None or len(int8) > 1 or not _dispatch.fits_one_kernel(_shape(core), wide):
+        inner = _dispatch.launched(_dispatch.fused_dense, project(rows1, in1), project(rows2, in2), core, scale)
         if out is None:
             return _leading(inner if bias is None else inner + bias, input1)
         return _leading(linear(inner, _dispatch.values(out, inner.dtype), bias), input1)
-    return _leading(_dispatch.fused_tucker(rows1, rows2, in1, in2, core, out, bias, scale), input1)
+    return _leading(_dispatch.launched(_dispatch.fused_tucker, rows1, rows2, in1, in2, core, out, bias, scale), input1)
 
 
 def pairwise_dense(
@@ -122,6 +133,9 @@ def pairwise_dense(
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
     check_inputs(input1, input2, pairs=True)
+    found = _under_autocast(pairwise_dense, (input1, input2, weight, bias), scale=scale, backend=backend)
+    if found is not None:
+        return found
     operands = (input1, input2, weight, bias, scale)
     _fused("dense", operands[:4], _shape(weight), (), weight, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias, scale)
@@ -141,11 +155,16 @@ def pairwise_cp(
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
     check_inputs(input1, input2, pairs=True)
     operands = (input1, input2, in1, in2, out, bias, sigma)
+    found = _under_autocast(pairwise_cp, operands[:6], sigma=sigma, backend=backend)
+    if found is not None:
+        return found
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
     if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, pairs=True):
         return composed_cp_pairs(*operands)
     left, right = project(input1, in1), project(input2, in2)
-    return _all_pairs(_dispatch.fused_cp_pairs(*_batches(left, right), out, bias, sigma), input1, input2)
+    return _all_pairs(
+        _dispatch.launched(_dispatch.fused_cp_pairs, *_batches(left, right), out, bias, sigma), input1, input2
+    )
 
 
 def pairwise_tucker(
@@ -163,6 +182,9 @@ def pairwise_tucker(
     """`bilinear_tucker` for all pairs."""
     check_inputs(input1, input2, pairs=True)
     operands = (input1, input2, in1, in2, core, out, bias)
+    found = _under_autocast(pairwise_tucker, operands, scale=scale, backend=backend)
+    if found is not None:
+        return found
     shape = _tucker_shape(in1, in2, core, out)
     if not _fused("tucker", operands, shape, _shape(core), core, backend, pairs=True, whole=out is not None):
         return composed_tucker_pairs(*operands, scale)
@@ -170,7 +192,27 @@ def pairwise_tucker(
     left, right = _batches(project(input1, in1), project(input2, in2))
     plain = core if scale is None else dequantize(core, scale, left.dtype)
     turned = linear(left, plain.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
-    return _all_pairs(_dispatch.fused_tucker_pairs(turned, right, out, bias), input1, input2)
+    return _all_pairs(_dispatch.launched(_dispatch.fused_tucker_pairs, turned, right, out, bias), input1, input2)
+
+
+def _under_autocast(
+    operation: Callable[..., Tensor], operands: Sequence[Tensor | None], **options: Any
+) -> Tensor | None:
+    """The operation as autocast has a matrix product, its floating operands in autocast's dtype; None where it is off.
+
+    Scales, which are no operands, keep their dtype. Where an operand is in float64, which autocast leaves alone, the
+    operators of torch decide.
+    """
+    assert operands[0] is not None
+    device = operands[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in operands):
+        return None
+    dtype = torch.get_autocast_dtype(device)
+    cast = [t.to(dtype) if t is not None and t.is_floating_point() else t for t in operands]
+    with torch.autocast(device, enabled=False):
+        return operation(*cast, **options)
 
 
 def _fused(
@@ -191,7 +233,10 @@ def _fused(
     if backend is None and input1.device.type == "cpu":
         return False
     gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands)
-    rows = math.prod(input1.shape[:-1]) * (input2.shape[-2] if pairs else 1)
+    if torch.compiler.is_compiling():
+        rows = TRACED_ROWS  # a graph is not to be tied to a number of rows by the choice
+    else:
+        rows = math.prod(input1.shape[:-1]) * (input2.shape[-2] if pairs else 1)
     obstacle = transformed([*operands, *fixed])
     if obstacle is None and any(tensor is not None and tensor.requires_grad for tensor in fixed):
         obstacle = "the fused kernels take scales as constants, and one requires a gradient"
@@ -201,8 +246,10 @@ def _fused(
     if floating != {input1.dtype}:
         obstacle = obstacle or f"the operands have several dtypes, {', '.join(sorted(map(str, floating)))}"
     bits = 8 * stored.element_size()
-    problem = Problem(form, shape, rank, rows, pairs, input1.device, input1.dtype, bits, gradient)  # type: ignore[arg-type]
-    return choose(problem, backend, obstacle).backend == "triton"
+    problem = (form, shape, rank, rows, pairs, input1.device, input1.dtype, bits, gradient)
+    if backend is None and obstacle is None and not torch.compiler.is_compiling():
+        return chosen(*problem)
+    return choose(Problem(*problem), backend, obstacle).backend == "triton"  # type: ignore[arg-type]
 
 
 def explain(

@@ -5,6 +5,8 @@ the product's share of the outputs; nothing of size N x R reaches memory. `cp_pr
 parallel over the components too: the better half where rows are few or outputs many, the other being a plain GEMM.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -119,6 +121,7 @@ def cp_backward(
         store_tile(dx2, total2, n, rows, width2, j, width2, 1)
 
 
+@cache
 def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps; `exact` for float32 without TF32, whose products take registers instead of tensor cores.
 
@@ -139,7 +142,8 @@ def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits:
         case "backward":
             blocks |= {"BN": 16 if exact else 32, "BI": tile(width1, MOST_IN), "BJ": tile(width2, MOST_IN)}
             warps = 8
-    return blocks | {"num_warps": warps, "num_stages": 2} | OPTIONS
+    stages = 1 if exact and kind == "backward" else 2  # registers are short there, and products hide the loads
+    return blocks | {"num_warps": warps, "num_stages": stages} | OPTIONS
 
 
 def launch_forward(

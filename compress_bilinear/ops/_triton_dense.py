@@ -4,6 +4,8 @@ For each i the rows of x2, times column i of x1, are multiplied with the slice W
 float32. The inputs' gradients are the same form with the weight's axes in another order, so the same kernel.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -77,13 +79,22 @@ def dense_weight_gradient(
     store_tile(dw + o * width1 * width2, total, i, width1, width2, j, width2, 1)
 
 
-def dense_tiles(rows: int, width2: int, outputs: int, bits: int, exact: bool, scaled: bool) -> dict[str, int]:
-    """Block sizes and warps of the forward."""
+@cache
+def dense_tiles(
+    rows: int, width2: int, outputs: int, bits: int, exact: bool, scaled: bool, aligned: bool
+) -> dict[str, int]:
+    """Block sizes and warps of the forward.
+
+    Args:
+        aligned: whether rows of x2 and of the weight begin at multiples of 16 entries, else loads take registers.
+    """
     most = 32 if exact else (64 if bits == 32 or scaled else 128)  # scales take registers too
-    blocks = {"BN": tile(rows, most), "BO": tile(outputs, most), "BJ": tile(width2, 32)}
+    blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
+    blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
     return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
 
 
+@cache
 def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the weight's gradient."""
     most = 32 if exact else 64
@@ -100,7 +111,8 @@ def launch_dense(
     if x1.shape[1] > x2.shape[1]:
         x1, x2, weight, scale = x2, x1, weight.mT, None if scale is None else scale.mT
     rows, (outputs, width1, width2) = x1.shape[0], weight.shape
-    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None)
+    aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x2.stride(), *weight.stride()))
+    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None, aligned)
     programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
     splits = min(width1, triton.cdiv(FEW, programs)) if programs < FEW else 1
     part = triton.cdiv(width1, splits)

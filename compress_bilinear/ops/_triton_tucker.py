@@ -5,6 +5,8 @@ component a of the first input, the second input's components times that column 
 G[:, a, :], so there is no R_i x R_j intermediate. int8 factors have the step 2⁻⁷, applied in float32.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -142,6 +144,7 @@ def tucker_pairs(
             store_tile(y + row * length2 * outputs, result, column2, length2, outputs, o, outputs, 1)
 
 
+@cache
 def tucker_tiles(
     rows: int, width: int, rank2: int, rank_out: int, outputs: int, bits: int, exact: bool
 ) -> dict[str, int]:
@@ -152,12 +155,14 @@ def tucker_tiles(
     return blocks | {"num_warps": 4 if blocks["BJ"] * blocks["BR"] < 1024 else 8, "num_stages": 2} | OPTIONS
 
 
+@cache
 def pair_tiles(length2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of CP's pairs."""
     blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": tile(rank, 32), "BO": tile(outputs, 32 if exact else 128)}
     return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
+@cache
 def tucker_pair_tiles(length2: int, rank2: int, rank_out: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of Tucker's pairs."""
     blocks = {"BL1": 2, "BL2": tile(length2, 16 if exact else 64 if bits == 16 else 32), "BJ": tile(rank2, 32)}

@@ -1,5 +1,6 @@
-"""8-bit and 4-bit storage: plain integer buffers with floating scales, and what they stand for."""
+"""16-, 8- and 4-bit storage: plain buffers, integers with floating scales, and what they stand for."""
 
+from ._bf16 import BF16Tensor
 from ._int8 import (
     LEVELS,
     SCALE_DTYPE,
@@ -21,6 +22,7 @@ __all__ = [
     "NF4_CODE",
     "SCALE_DTYPE",
     "UNIT",
+    "BF16Tensor",
     "NF4Tensor",
     "QuantizedTensor",
     "dequantize",

@@ -83,6 +83,11 @@ class QuantizedTensor(nn.Module):
         return self.qdata.shape
 
     @property
+    def is_int8(self) -> bool:
+        """Whether `qdata` are integers that the kernels read; else values have to be decoded."""
+        return self.qdata.dtype == torch.int8
+
+    @property
     def device(self) -> torch.device:
         return self.qdata.device
 

@@ -90,7 +90,7 @@ class LayerReport:
             what is told as "nn.Bilinear", is then of that module's own forward, and the batch its pairs of rows.
         shape: (O, I, J).
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
-        quantize: None, "int8" or "nf4".
+        quantize: None, "bf16", "int8" or "nf4".
         decision: "replaced" or "kept"; `reason` says why.
         weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
             was turned down. None where nothing was solved.

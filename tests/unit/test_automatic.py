@@ -7,8 +7,8 @@ from support import bilinear
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import automatic
-from compress_bilinear.automatic import Option, _hull, allocate, best_within
+from compress_bilinear import allocation
+from compress_bilinear.allocation import Option, _hull, allocate, best_within
 from compress_bilinear.errors import InfeasibleError
 
 
@@ -73,18 +73,24 @@ def test_speed_leaves_out_what_is_slower_only_where_something_faster_fits():
     assert sorted(each.bytes for each in chosen.values()) == [100, 900]
 
 
+def test_speed_takes_the_faster_of_what_is_as_good():
+    kept, exact = Option(None, None, 1000, 1000, 0.0, 1.0), option(1000, 0.0, 0.4)
+    assert allocate({"a": [kept, exact]}, 1000, "speed")["a"] is exact
+    assert allocate({"a": [kept, exact]}, 1000, "size")["a"] is kept
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_hulls_are_convex_and_below_all_options(seed):
     options = front(seed, 12)
     hull = _hull(options)
-    slopes = [automatic._slope(a, b) for a, b in itertools.pairwise(hull)]
+    slopes = [allocation._slope(a, b) for a, b in itertools.pairwise(hull)]
     assert slopes == sorted(slopes)
     assert all(slope < 0 for slope in slopes)
     assert hull[0].bytes == min(each.bytes for each in options)
     for each in options:
         for a, b in itertools.pairwise(hull):
             if a.bytes <= each.bytes <= b.bytes:
-                assert each.error**2 >= a.error**2 + automatic._slope(a, b) * (each.bytes - a.bytes) - 1e-12
+                assert each.error**2 >= a.error**2 + allocation._slope(a, b) * (each.bytes - a.bytes) - 1e-12
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -26,6 +26,8 @@ CONFIGS = {
     "tucker near full int8": cb.TuckerConfig(rank=(5, 7, 2), quantize="int8"),
     "dense": cb.DenseConfig(),
     "dense int8": cb.DenseConfig(quantize="int8"),
+    "dense bf16": cb.DenseConfig(quantize="bf16"),
+    "tucker near full bf16": cb.TuckerConfig(rank=(5, 7, 2), quantize="bf16"),
 }
 
 

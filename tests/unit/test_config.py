@@ -74,7 +74,7 @@ def test_a_list_of_tucker_ranks_becomes_a_tuple():
 @pytest.mark.parametrize("make", [lambda q: CPConfig(rank=1, quantize=q), lambda q: DenseConfig(quantize=q)])
 @pytest.mark.parametrize("quantize", ["int4", "INT8", 8, True])
 def test_another_storage_format_is_an_error_that_lists_what_there_is(make, quantize):
-    with pytest.raises(ConfigError, match="None or 'int8' or 'nf4'") as caught:
+    with pytest.raises(ConfigError, match="one of 'bf16', 'int8', 'nf4'") as caught:
         make(quantize)
     assert repr(quantize) in str(caught.value)
 

@@ -6,7 +6,10 @@ from compress_bilinear import errors
 CHILDREN = [
     value
     for value in vars(errors).values()
-    if isinstance(value, type) and not issubclass(value, Warning) and value is not errors.CompressionError
+    if isinstance(value, type)
+    and issubclass(value, Exception)
+    and not issubclass(value, Warning)
+    and value is not errors.CompressionError
 ]
 
 

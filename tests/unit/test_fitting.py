@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.calibration import LayerInputs, collect_inputs
+from compress_bilinear.decomposition import Clock
+from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.fitting import Fitting
 from compress_bilinear.measure import OutputError
 
@@ -72,6 +74,25 @@ def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
     assert torch.equal(fitted.module.bias - before != 0, torch.ones(OUT, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", [cb.DenseConfig, cb.CPConfig, cb.TuckerConfig])
+def test_what_rounding_costs_the_outputs_is_less_than_value_by_value_on_fresh_rows(kind, quantize):
+    layer = bilinear(IN1, IN2, OUT)
+    fitting = Fitting(layer, seen(layer, *rows(2000)), fix_bias=False)
+    if kind is cb.DenseConfig:
+        plain, floating = cb.DenseBilinear.from_bilinear(layer, quantize=quantize), 0.0
+        fitted = fitting.dense(kind(quantize=quantize))
+    else:
+        rank = 12 if kind is cb.CPConfig else (4, 6, 5)
+        found = fitting.at(kind(rank=rank), rank)
+        module = cb.CPBilinear if kind is cb.CPConfig else cb.TuckerBilinear
+        plain = module.from_decomposition(found.decomposition, layer.bias, quantize=quantize)
+        floating = fresh_error(layer, found.module)
+        fitted = fitting.at(kind(rank=rank, quantize=quantize), rank)
+    lost = [fresh_error(layer, module) ** 2 - floating**2 for module in (plain, fitted.module)]
+    assert lost[1] < 0.8 * lost[0]
+
+
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_a_bias_that_must_not_change_does_not(config):
     layer = bilinear(IN1, IN2, OUT)
@@ -95,6 +116,34 @@ def test_half_precision_layers_keep_their_dtype(dtype, config):
     fitted = Fitting(layer, seen(layer, *(value.to(dtype) for value in rows(300)))).at(config, config.rank)
     assert {parameter.dtype for parameter in fitted.module.parameters()} == {dtype}
     assert fitted.error < 0.9
+
+
+def test_half_precision_cores_stay_in_range_where_one_direction_of_the_inputs_dominates():
+    layer = bilinear(IN1, IN2, OUT, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.mul_(100)
+    first, second = ((100 * value.mean(1, keepdim=True) + value) / 100 for value in rows(300))
+    fitted = Fitting(layer, seen(layer, first.half(), second.half())).at(TUCKER, TUCKER.rank)
+    assert fitted.way == "rows"
+    assert fitted.error < 0.1
+
+
+@pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
+@pytest.mark.parametrize("thorough", [True, False])
+def test_factors_out_of_range_give_way_to_those_of_the_weight(config, thorough, monkeypatch):
+    def unwhitened(self, found):
+        raise CompressionError("`core` should be finite. Found NaN or infinity.")
+
+    layer, batch = bilinear(IN1, IN2, OUT), rows(300)
+    expected = Fitting(layer, seen(layer, *batch))._decomposed(layer.weight, config, config.rank, Clock()).to_tensor()
+    monkeypatch.setattr(Fitting, "_unwhitened", unwhitened)
+    fitted = Fitting(layer, seen(layer, *batch)).at(config, config.rank, thorough=thorough)
+    assert fitted.way == "weight"
+    torch.testing.assert_close(fitted.module.to_dense(), expected)
+    (told,) = cb.plan(layer, config, calibration=[batch], measure_latency=False).report.layers
+    assert "fitted to the weight, for factors fitted to the outputs leave the range" in told.reason
+    with pytest.raises(ConfigError):  # a rank that does not fit is another matter
+        Fitting(layer, seen(layer, *batch)).at(config, 10**6 if config is CP else (OUT + 1, 1, 1))
 
 
 @pytest.mark.parametrize("make", ["constant", "zero", "rank one"])

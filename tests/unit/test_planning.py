@@ -83,6 +83,29 @@ def test_speed_takes_the_fastest_that_meets_the_error(monkeypatch):
         assert chosen.latency_ms == min(point.latency_ms for point in front if point.output_error <= 0.5)
 
 
+def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
+    formats = {(point.method, point.quantize) for point in planned(cb.AutoConfig(error=0.3), include="a").fronts["a"]}
+    assert ("dense", "bf16") in formats
+    assert ("dense", None) not in formats
+    quick = planned(cb.AutoConfig(error=0.3, prefer="speed"), include="a", measure_latency=True)
+    assert ("dense", None) in {(point.method, point.quantize) for point in quick.fronts["a"]}
+    # in half precision there are 16 bits already
+    layer = bilinear(IN1, IN2, OUT, dtype=torch.bfloat16)
+    batches = [tuple(value.bfloat16() for value in rows())]
+    (front,) = cb.plan(layer, cb.AutoConfig(size=0.6), calibration=batches, measure_latency=False).fronts.values()
+    assert not any(point.quantize == "bf16" for point in front)
+
+
+def test_what_cannot_win_is_not_searched_for(monkeypatch):
+    found = []
+    for nearly in (automatic._NEARLY, float("inf")):
+        monkeypatch.setattr(automatic, "_NEARLY", nearly)
+        found.append(planned(cb.AutoConfig(error=0.3), include="a").report.layers[0])
+    few, all_of_them = found
+    assert len(few.front) < 0.8 * len(all_of_them.front)
+    assert few.bytes_after == all_of_them.bytes_after
+
+
 def test_output_targets_need_calibration():
     for config in (cb.CPConfig(rank=cb.MaxError(0.1, on="output")), cb.AutoConfig(error=cb.MaxError(0.1, on="output"))):
         with pytest.raises(ConfigError, match="needs `calibration`"):

@@ -4,12 +4,13 @@ import pytest
 import torch
 from support import assert_same_state, bilinear, state_of
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import compress_bilinear as cb
-from compress_bilinear import refinement
+from compress_bilinear import planning, refinement
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.refinement import refine
+from compress_bilinear.refinement import BatchSample, refine
 
 IN1, IN2, OUT = 8, 7, 5
 
@@ -78,7 +79,15 @@ def test_what_is_not_accepted_is_not_kept():
     assert found.after == found.before
 
 
-def test_one_batch_is_an_error():
+def solves_nothing(monkeypatch) -> None:
+    def solve(*args, **options):
+        raise AssertionError("solved before everything was checked")
+
+    monkeypatch.setattr(planning, "solve", solve)
+
+
+def test_one_batch_is_an_error_before_anything_is_solved(monkeypatch):
+    solves_nothing(monkeypatch)
     with pytest.raises(ConfigError, match="at least two calibration batches"):
         cb.plan(Net(), cb.CPConfig(rank=4), calibration=batches(1), refine="network", measure_latency=False)
 
@@ -101,7 +110,8 @@ class Wrapped(Net):
     ],
     ids=["integers", "nothing", "detached"],
 )
-def test_outputs_that_cannot_be_matched_are_an_error_and_the_model_as_it_was(change, message):
+def test_outputs_that_cannot_be_matched_are_an_error_before_anything_is_solved(change, message, monkeypatch):
+    solves_nothing(monkeypatch)
     model = Wrapped(change)
     before = state_of(model)
     with pytest.raises(CompressionError, match=message):
@@ -118,7 +128,7 @@ def test_batches_with_labels_need_a_forward_fn():
     with pytest.raises(CompressionError, match="Pass `forward_fn`"):
         cb.plan(Net(), cb.CPConfig(rank=4), loss_fn=lambda m, b: m(*b[:2]).square().mean(), **options)
     (found,) = cb.plan(Net(), cb.CPConfig(rank=4), forward_fn=lambda m, b: m(*b[:2]), **options).report.layers
-    assert "the network's error on held-out batches fell" in found.reason
+    assert "error on held-out batches" in found.reason
 
 
 def test_a_target_of_a_layer_still_holds_afterwards():
@@ -127,6 +137,60 @@ def test_a_target_of_a_layer_still_holds_afterwards():
     (found,) = cb.plan(Net(), config, **options).report.layers
     assert found.decision == "replaced"
     assert found.weight_error <= 0.5
+
+
+def labelled_loader() -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.cat(values) for values in zip(*batches(), strict=True))
+    return DataLoader(TensorDataset(first, second, first.argmax(1)), batch_size=40, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_a_loader_with_labels_refines_and_what_comes_of_it_is_saved_whole(quantize, tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(refinement.time, "perf_counter", lambda: float(next(ticks)))
+    model, loader = Net(), labelled_loader()
+    config = {"rel": cb.CPConfig(rank=4, quantize=quantize)}
+    options = {"forward_fn": lambda m, b: m(*b[:2]), "measure_latency": False, "max_seconds": 2000.0}
+    new, report = cb.compress(model, config, calibration=loader, refine="network", **options)
+    assert "refined: the network's error on held-out batches fell" in report.layers[0].reason
+    assert report.layers[0].amplification == pytest.approx(new.rel.to_decomposition().amplification)
+    cb.save(new, tmp_path / "small.safetensors")
+    again = cb.load(tmp_path / "small.safetensors", Net())
+    assert_same_state(again, state_of(new))
+    first, second = batches()[0]
+    assert torch.equal(again(first, second), new(first, second))
+
+
+def test_the_report_says_where_refinement_did_not_help():
+    class Blind(Net):
+        def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+            return super().forward(x1, x2) * 0
+
+    config = {"rel": cb.CPConfig(rank=5)}
+    options = {"calibration": batches(), "refine": "network", "measure_latency": False, "max_seconds": 0.5}
+    (found,) = cb.plan(Blind(), config, **options).report.layers
+    assert "not refined: the network's error on held-out batches did not fall from 0" in found.reason
+    (found,) = cb.plan(Net(), {"rel": cb.DenseConfig(quantize="int8")}, **options).report.layers
+    assert "not refined, for it is dense" in found.reason
+
+
+def test_the_sample_of_a_long_stream_is_uniform_and_bounded(monkeypatch):
+    monkeypatch.setattr(refinement, "_MOST_BYTES", 10 * 32 * 8)
+    sample, most = BatchSample(), 0
+    for _ in sample.watch((torch.full((32,), k), {"label": torch.zeros(32).byte()}) for k in range(3000)):
+        most = max(most, sum(refinement._bytes(batch) for batch in sample.batches))
+    assert most <= 10 * 32 * 8
+    kept = [int(values[0]) for values, _ in sample.batches]
+    assert len(kept) == len(set(kept)) == 8
+    drawn = [int(batch) for seed in range(40) for batch in _kept(refinement.BatchSample(seed), range(1000))]
+    assert sum(drawn) / len(drawn) == pytest.approx(500, rel=0.02)
+
+
+def _kept(sample: BatchSample, stream) -> list[int]:
+    for _ in sample.watch(stream):
+        pass
+    return sample.batches
 
 
 def test_outputs_that_are_infinite_refine_nothing():

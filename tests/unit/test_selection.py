@@ -5,7 +5,7 @@ import torch
 from support import assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 
-from compress_bilinear import fitting, selection, solving
+from compress_bilinear import selection, solving, weight_fitting
 from compress_bilinear.calibration import LayerInputs
 from compress_bilinear.config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from compress_bilinear.discovery import FoundLayer
@@ -101,7 +101,7 @@ class TestSolve:
             return decompose(weight, bias, config, rank, *others)
 
         monkeypatch.setattr(solving, "_decompose", recorded)
-        monkeypatch.setattr(fitting, "_ROUNDING", 0.0)  # as if nothing were known of it
+        monkeypatch.setitem(weight_fitting._ROUNDING, "int8", 0.0)  # as if nothing were known of it
         assert solve(layer, TuckerConfig(rank=MaxError(goal), quantize="int8")).weight_error <= goal
         assert len(targets) > 1
         assert targets == sorted(targets, reverse=True)

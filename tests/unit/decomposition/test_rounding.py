@@ -7,7 +7,19 @@ import torch
 from support import low_rank
 
 import compress_bilinear as cb
-from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, cp, distance, rounded, tucker
+from compress_bilinear.decomposition import (
+    CPDecomposition,
+    Metric,
+    TuckerDecomposition,
+    _stored,
+    cp,
+    distance,
+    rounded,
+    stored_weight,
+    tucker,
+    unwhitened_cp,
+    unwhitened_tucker,
+)
 from compress_bilinear.decomposition._stored import stored_columns, unit_columns
 from compress_bilinear.measure import weight_error
 
@@ -125,3 +137,61 @@ def test_the_distance_of_two_approximations_is_relative_to_the_weight():
     assert found == pytest.approx(TUCKER.error, rel=1e-6)
     assert distance(WEIGHT, CP, lambda rows: CP.to_tensor()[rows]) < 1e-6
     assert isinstance(TUCKER, TuckerDecomposition)
+
+
+def spread_metric() -> Metric:
+    """Of inputs whose directions have very different variances, mixed."""
+    moments = [None]
+    for mode in (1, 2):
+        rows = normal(400, SHAPE[mode], seed=mode) * torch.logspace(0, -2, SHAPE[mode], dtype=torch.float64)
+        rows = rows @ normal(SHAPE[mode], SHAPE[mode], seed=5)
+        moments.append(rows.T @ rows / 400)
+    return Metric.of_moments(moments, 10**9)
+
+
+def error_in(metric, weight, values) -> float:
+    white = metric.whiten(weight.double())
+    return float((metric.whiten(values.double()) - white).norm() / white.norm())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+class TestInAMetric:
+    @pytest.mark.parametrize("method", ["cp", "tucker"])
+    def test_the_error_counts_there_and_is_less_than_by_rounding_one_by_one(self, method, quantize):
+        metric = spread_metric()
+        white = metric.whiten(WEIGHT)
+        found = (
+            unwhitened_cp(cp(white, 16), metric, torch.float32)
+            if method == "cp"
+            else unwhitened_tucker(tucker(white, (12, 14, 13)), metric, torch.float32)
+        )
+        result = rounded(found, white, quantize, metric)
+        plain, fitted = (error_in(metric, WEIGHT, layer_of(d, quantize).to_dense()) for d in (found, result))
+        assert result.error == pytest.approx(fitted, rel=1e-4)
+        floating = error_in(metric, WEIGHT, found.to_tensor())
+        assert fitted**2 - floating**2 < 0.9 * (plain**2 - floating**2)
+
+    @pytest.mark.parametrize("most", [2**14, 16], ids=["one by one", "along in1"])
+    def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize, most, monkeypatch):
+        monkeypatch.setattr(_stored, "_MOST_STEPS", most)
+        metric = spread_metric()
+        values = stored_weight(WEIGHT, quantize, metric)
+        again = cb.DenseBilinear.from_weight(values, quantize=quantize).to_dense()
+        torch.testing.assert_close(again, values, rtol=1e-6, atol=0)
+        plain = cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
+        assert error_in(metric, WEIGHT, values) < 0.75 * error_in(metric, WEIGHT, plain)
+        # and the weight keeps to what it was
+        assert float((values - WEIGHT).norm()) < 3 * float((plain - WEIGHT).norm())
+
+    def test_a_plain_metric_rounds_to_the_nearest(self, quantize):
+        values = stored_weight(WEIGHT, quantize, Metric.of_moments([None] * 3, 1))
+        assert torch.equal(values, cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense())
+
+    def test_one_column_one_row_and_zeros_are_rounded(self, quantize):
+        for shape in ((1, 1, 1), (3, 1, 7), (2, 5, 1)):
+            moments = [None, *(torch.eye(size).double() + 1 for size in shape[1:])]
+            metric = Metric.of_moments(moments, 10**9)
+            for weight in (normal(*shape).float(), torch.zeros(shape)):
+                values = stored_weight(weight, quantize, metric)
+                again = cb.DenseBilinear.from_weight(values, quantize=quantize).to_dense()
+                torch.testing.assert_close(again, values, rtol=1e-6, atol=0)

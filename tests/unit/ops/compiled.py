@@ -4,6 +4,9 @@ The launchers run as they are, on meta tensors and with a stand-in for the drive
 strides and constants are specialised as they would be; what they would launch is compiled and looked into instead.
 """
 
+import itertools
+import math
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -18,7 +21,7 @@ from compress_bilinear.ops import _choice, _triton_cp, _triton_dense, _triton_tu
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may ask for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-N = 4096
+ALL = os.environ.get("COMPILE_ALL") == "1"  # some thousand binaries, an hour on one core; else `sampled`
 
 
 class Driver:
@@ -35,25 +38,6 @@ class Driver:
 
     def get_current_stream(self, device):
         return 0
-
-
-@pytest.fixture(params=SHARED, ids="sm_{}".format)
-def build(request, monkeypatch):
-    """Runs a launcher and gives the binaries that it would have launched."""
-    found = []
-    run = JITFunction.run
-
-    def compile_only(self, *args, **options):
-        found.append(run(self, *args, **options | {"warmup": True}))
-
-    monkeypatch.setattr(JITFunction, "run", compile_only)
-    triton.runtime.driver.set_active(Driver(request.param))
-
-    def built(launch, *args):
-        launch(*args)
-        return request.param, found
-
-    return built  # the process ends with these tests, and there may be no driver to go back to
 
 
 def meta(*shape, dtype=torch.bfloat16):
@@ -89,96 +73,159 @@ def assert_lean(built, tmp_path, tensor_cores=True):
         assert bool(re.search(r"mma\.sync|wgmma", binary.asm["ptx"])) == tensor_cores
 
 
-def set_tf32(allowed):
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 # (dtype, tf32, weights' dtype): what decides the code beside sizes
 KINDS = {
     "bf16": (torch.bfloat16, False, torch.bfloat16),
+    "fp16": (torch.float16, False, torch.float16),
     "tf32": (torch.float32, True, torch.float32),
     "fp32": (torch.float32, False, torch.float32),
     "fp16_int8": (torch.float16, False, torch.int8),
+    "bf16_int8": (torch.bfloat16, False, torch.int8),
+    "tf32_int8": (torch.float32, True, torch.int8),
+    "fp32_int8": (torch.float32, False, torch.int8),
 }
+# one in each of the intervals between the powers of two that block sizes are, and past the largest; some divide by 16
+SIZES = (1, 32, 33, 65, 256, 1001)
+ROWS = (1, 32, 4097)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(32, 32, 16), (401, 51, 50), (512, 512, 512)], ids=str)
-def test_dense(build, tmp_path, kind, sizes):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    in1, in2, out = sizes
-    scale = meta(out, *(-(-in1 // 128), in2) if in1 >= in2 else (in1, -(-in2 // 128))) if stored == torch.int8 else None
-    operands = (meta(N, in1, dtype=dtype), meta(N, in2, dtype=dtype), meta(out, in1, in2, dtype=stored), scale)
-    assert_lean(build(_triton_dense.launch_dense, *operands), tmp_path, kind != "fp32")
+def inputs(dtype, rows, in1, in2):
+    return meta(rows, in1, dtype=dtype), meta(rows, in2, dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if "int8" not in kind])
-def test_dense_weight_gradient(build, tmp_path, kind):
-    dtype, tf32, _ = KINDS[kind]
-    set_tf32(tf32)
-    operands = [meta(N, size, dtype=dtype) for size in (97, 148, 148)]
-    assert_lean(build(_triton_dense.launch_weight_gradient, *operands), tmp_path, kind != "fp32")
+def bilinears(dtype, stored):
+    """What the dense launchers are called with: every size with every other."""
+    for rows, in1, in2, out in itertools.product(ROWS, SIZES, SIZES, SIZES):
+        scale = None
+        if stored == torch.int8:
+            scale = meta(out, *((-(-in1 // 128), in2) if in1 >= in2 else (in1, -(-in2 // 128))))
+        x1, x2 = inputs(dtype, rows, in1, in2)
+        yield _triton_dense.launch_dense, (x1, x2, meta(out, in1, in2, dtype=stored), scale)
+        if stored == dtype:
+            yield _triton_dense.launch_weight_gradient, (meta(rows, out, dtype=dtype), x1, x2)
 
 
-def cp_operands(dtype, stored, in1, in2, out, rank):
-    sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
-    inputs = meta(N, in1, dtype=dtype), meta(N, in2, dtype=dtype)
-    return [*inputs, *(meta(*shape, dtype=stored) for shape in ((rank, in1), (rank, in2), (out, rank))), sigma]
+def cps(dtype, stored):
+    """What the launchers of a CP are called with, where `cp_splits` and `MOST_IN` let each of them be."""
+    for rows, width, out, rank in itertools.product(ROWS, SIZES, SIZES, SIZES):
+        sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
+        for in1, in2 in {(width, 17), (17, width), (width, width)}:
+            weights = [meta(*shape, dtype=stored) for shape in ((rank, in1), (rank, in2), (out, rank))]
+            operands = (*inputs(dtype, rows, in1, in2), *weights, sigma)
+            if _choice.cp_splits(rows, rank, out):
+                yield _triton_cp.launch_product, (*operands[:4], sigma)
+            else:
+                yield _triton_cp.launch_forward, (*operands, meta(out, dtype=dtype))
+                yield _triton_cp.launch_forward, (*operands, None)
+            for wanted in ((True, False), (False, True), (True, True)) if stored == dtype else ((True, False),):
+                narrow = max(in1, in2) <= _triton_cp.MOST_IN  # as `fused_cp_backward` has it
+                asked = (wanted[0], wanted[1] or not narrow)
+                yield _triton_cp.launch_backward, (meta(rows, out, dtype=dtype), *operands, *asked)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(32, 32, 16, 16), (401, 51, 50, 200), (256, 128, 256, 128)], ids=str)
-def test_cp(build, tmp_path, kind, sizes):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    operands = cp_operands(dtype, stored, *sizes)
-    forward = build(_triton_cp.launch_forward, *operands, meta(sizes[2], dtype=dtype))
-    assert_lean(forward, tmp_path, kind != "fp32")
+def tuckers(dtype, stored):
+    """What the launcher of a Tucker layer is called with, where it fits one kernel."""
+    for rows, width, out, rank_out, rank2 in itertools.product(
+        ROWS, (1, 401), (1, 256), (1, 32, 33, 65), (1, 32, 33, 65)
+    ):
+        rank = (rank_out, 40, rank2)
+        if not _choice.fits_one_kernel(rank, stored == torch.int8 or dtype == torch.float32):
+            continue
+        shapes = ((rank[1], width), (rank2, width), rank, (out, rank_out))
+        scale = meta(rank_out, 1, rank2) if stored == torch.int8 else None
+        factors = [meta(*shape, dtype=stored) for shape in shapes]
+        operands = (*inputs(dtype, rows, width, width), *factors, meta(out, dtype=dtype), scale)
+        yield _triton_tucker.launch_tucker, operands
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cp_product(build, tmp_path, kind):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    x1, x2, in1, in2, _, sigma = cp_operands(dtype, stored, 512, 512, 512, 1024)
-    assert_lean(build(_triton_cp.launch_product, x1, x2, in1, in2, sigma), tmp_path, kind != "fp32")
+def pairs(dtype, stored):
+    """What the launchers of pairs are called with."""
+    for length, rank, out in itertools.product((1, 17, 33, 65), (1, 32, 65, 1001), (1, 32, 33, 65, 256)):
+        sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
+        q, bias = meta(40, length, rank, dtype=dtype), meta(out, dtype=dtype)
+        yield _triton_tucker.launch_cp_pairs, (q, q, meta(out, rank, dtype=stored), sigma, bias)
+        for rank_out in (1, 32, 33, 65):
+            t = meta(40, length, rank_out, rank, dtype=dtype)
+            yield _triton_tucker.launch_tucker_pairs, (t, q, meta(out, rank_out, dtype=stored), bias)
 
 
-@pytest.mark.parametrize("asked", [(True, False), (False, True), (True, True)], ids=["inputs", "weights", "all"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_cp_backward(build, tmp_path, kind, asked):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    operands = cp_operands(dtype, stored, _triton_cp.MOST_IN, 101, 97, 148)
-    launched = build(_triton_cp.launch_backward, meta(N, 97, dtype=dtype), *operands, *asked)
-    assert_lean(launched, tmp_path, kind != "fp32")
+def configurations():
+    """(kernel, kind, blocks and flags) of all that the launchers choose, each with a call that leads there.
+
+    Nothing is listed here: the launchers run, and what they would have launched is noted.
+    """
+    noted = []
+    found = {}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(JITFunction, "run", lambda self, *args, **options: noted.append((self.__name__, options)))
+        for kind, (dtype, tf32, stored) in KINDS.items():
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            for launch, args in itertools.chain(*(calls(dtype, stored) for calls in (bilinears, cps, tuckers, pairs))):
+                noted.clear()
+                launch(*args)
+                for name, options in noted:
+                    blocks = tuple(
+                        sorted((k, v) for k, v in options.items() if k not in ("grid", "warmup", "PRECISION"))
+                    )
+                    found[name, kind, blocks] = launch, args
+    return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("rank", [(16, 16, 16), (50, 64, 60), (64, 200, 128)], ids=str)
-def test_tucker(build, tmp_path, kind, rank):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    in1, in2, out = 401, 256, 256
-    if not _choice.fits_one_kernel(rank, stored == torch.int8):
-        rank = (64, 200, 64)
-    shapes = ((rank[1], in1), (rank[2], in2), rank, (out, rank[0]))
-    scale = meta(rank[0], -(-rank[1] // 128), rank[2]) if stored == torch.int8 else None
-    inputs = meta(N, in1, dtype=dtype), meta(N, in2, dtype=dtype)
-    factors = [meta(*shape, dtype=stored) for shape in shapes]
-    launched = build(_triton_tucker.launch_tucker, *inputs, *factors, meta(out, dtype=dtype), scale)
-    assert_lean(launched, tmp_path, kind != "fp32")
+def sampled(found):
+    """For each kernel and kind, few that have each value of each block size and flag; the largest blocks first."""
+    chosen = []
+    for _, group in itertools.groupby(found, key=lambda key: key[:2]):
+        size = lambda key: math.prod(value for name, value in key[2] if name.startswith("B") and value is not True)  # noqa: E731
+        missing = set()
+        members = sorted(group, key=size, reverse=True)
+        for member in members:
+            missing |= set(member[2])
+        while missing:
+            best = max(members, key=lambda key: (len(missing & set(key[2])), size(key)))
+            missing -= set(best[2])
+            chosen.append(best)
+    return chosen
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_pairs(build, tmp_path, kind):
-    dtype, tf32, stored = KINDS[kind]
-    set_tf32(tf32)
-    rank, out = 128, 101
-    scale = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
-    weight, bias = meta(out, rank, dtype=stored), meta(out, dtype=dtype)
-    p, q = meta(40, 30, rank, dtype=dtype), meta(40, 30, rank, dtype=dtype)
-    build(_triton_tucker.launch_cp_pairs, p, q, weight, scale, bias)
-    t = meta(40, 30, rank, rank, dtype=dtype)
-    assert_lean(build(_triton_tucker.launch_tucker_pairs, t, q, weight, bias), tmp_path, kind != "fp32")
+FOUND = dict(sorted(configurations().items(), key=lambda item: item[0][:2]))
+# another's kind in the sample: fp16 is compiled as bf16 is, and one int8 as another
+SAMPLED_KINDS = {80: ("bf16", "fp32_int8"), 90: ("bf16", "tf32", "fp32", "fp16_int8")}
+
+
+def asked():
+    for capability in SHARED:
+        for key in FOUND if ALL else sampled(FOUND):
+            if ALL or key[1] in SAMPLED_KINDS[capability]:
+                yield pytest.param(capability, key, id=f"sm_{capability}-{key[0]}-{key[1]}-{_words(key[2])}")
+
+
+def _words(blocks):
+    return ",".join(f"{name}={value}" for name, value in blocks if name[0].isupper())
+
+
+@pytest.mark.parametrize(("capability", "key"), list(asked()))
+def test_what_dispatch_chooses_is_lean(capability, key, tmp_path, monkeypatch):
+    name, kind, _ = key
+    launch, args = FOUND[key]
+    binaries = []
+    run = JITFunction.run
+    monkeypatch.setattr(
+        JITFunction,
+        "run",
+        lambda self, *args, **options: binaries.append(run(self, *args, **options | {"warmup": True})),
+    )
+    triton.runtime.driver.set_active(Driver(capability))  # for good: the process ends with these tests
+    torch.backends.cuda.matmul.allow_tf32 = KINDS[kind][1]
+    launch(*args)
+    assert {binary.metadata.name for binary in binaries} == {name}
+    assert_lean((capability, binaries), tmp_path, not kind.startswith("fp32"))
+
+
+def test_every_kernel_is_among_them():
+    kernels = {
+        name
+        for module in (_triton_cp, _triton_dense, _triton_tucker)
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and value.__module__ == module.__name__
+    }
+    assert {key[0] for key in FOUND} == kernels

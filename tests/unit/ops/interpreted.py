@@ -8,6 +8,7 @@ what it reads beside them is seen too.
 import pytest
 import torch
 from support import assert_matches_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress_bilinear import ops
 from compress_bilinear.ops import _choice, _dispatch, _triton_cp, _triton_dense
@@ -265,6 +266,56 @@ def test_operators_are_registered_soundly(kind):
         case _:
             args, op = (x1, x2, *rest, bias, None), _dispatch.fused_tucker
     torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_autocast_casts_for_the_kernels_too(kind):
+    tensors = leaves([0.3 * tensor for tensor in operands(kind, SIZES[0], torch.float32)])
+    wide = wide_of([tensor.bfloat16() for tensor in tensors])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = CALLS[kind](*tensors, backend="triton")
+    assert found.dtype == torch.bfloat16
+    exact = reference(kind, wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    direction = normal(*found.shape)
+    ours = torch.autograd.grad(found, tensors, direction.to(found.dtype))
+    theirs = torch.autograd.grad(exact, wide, direction.to(found.dtype).double())
+    for gradient, expected in zip(ours, theirs, strict=True):  # in float32, of products in bfloat16
+        assert gradient.dtype == torch.float32
+        assert_matches_reference(gradient.bfloat16(), expected)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_exported_graphs_have_the_operator_for_any_number_of_rows(kind):
+    x1, x2, *rest = operands(kind, SIZES[0], torch.float32)
+
+    class Layer(torch.nn.Module):
+        def forward(self, *tensors):
+            return CALLS[kind](*tensors, backend="triton")
+
+    rows = torch.export.Dim("rows")
+    dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in rest))}
+    program = torch.export.export(Layer(), (x1, x2, *rest), dynamic_shapes=dynamic)
+    assert f"compress_bilinear.{kind}.default" in {str(node.target) for node in program.graph.nodes}
+    more = [torch.cat([x, x[:2]]) for x in (x1, x2)]
+    expected = reference(kind, [tensor.double() for tensor in (*more, *rest)])
+    assert_matches_reference(program.module()(*more, *rest), expected)
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_dispatch_mode_sees_the_operator_and_nothing_else_changes(kind):
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (str(func),)
+            return func(*args, **(kwargs or {}))
+
+    tensors = operands(kind, SIZES[0], torch.float32)
+    with Seen() as seen:
+        found = CALLS[kind](*tensors, backend="triton")
+    assert f"compress_bilinear.{kind}.default" in seen.names
+    assert torch.equal(found, CALLS[kind](*tensors, backend="triton"))
 
 
 @pytest.mark.parametrize("kind", CALLS)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from support import DTYPES, SHAPES, assert_matches_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
@@ -94,6 +95,87 @@ def test_graphs_export_compile_and_vmap(kind, pairs):
     x1, x2, *rest = tensors
     mapped = torch.func.vmap(lambda x1, x2: call(kind, pairs, x1, x2, *rest))(x1, x2)
     assert_matches_reference(mapped, expected)
+
+
+CASES = [(kind, pairs) for kind in ("dense", "cp", "tucker") for pairs in (False, True)]
+
+
+def operands_of(kind, pairs, shape, dtype=torch.float64):
+    in1, in2, out = shape
+    rest = [normal(out, in1, in2), normal(out)] if kind == "dense" else factors(kind, shape)
+    return [tensor.to(dtype) for tensor in (*inputs(pairs, shape), *rest)]
+
+
+@pytest.mark.parametrize("sizes", [(7, 5, 3), (37, 33, 70), (1100, 1000, 2)])  # few entries, more, and in blocks
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_autocast_has_its_way_as_with_a_matrix_product(kind, pairs, sizes):
+    tensors = operands_of(kind, pairs, sizes, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(kind, pairs, *tensors)
+        asked = call(kind, pairs, *tensors, backend="composed")
+    assert found.dtype == asked.dtype == torch.bfloat16
+    wide = [tensor.double() for tensor in tensors]
+    expected = call(kind, pairs, *wide)
+    assert_matches_reference(found, expected, 2)
+    assert_matches_reference(asked, expected, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(kind, pairs, *wide).dtype == torch.float64
+        assert call(kind, pairs, *(tensor.bfloat16() for tensor in tensors)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", [None, "composed"])
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend):
+    # tensors without values: reading one, or a size that depends on one, would raise here, and on CUDA wait for it
+    tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
+    found = call(kind, pairs, *tensors, backend=backend)
+    gradients = torch.autograd.grad(found.sum(), tensors)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kind, pairs):
+        super().__init__()
+        self.kind, self.pairs = kind, pairs
+
+    def forward(self, *tensors):
+        return call(self.kind, self.pairs, *tensors)
+
+
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_an_exported_graph_holds_for_other_numbers_of_rows(kind, pairs):
+    x1, x2, *rest = operands_of(kind, pairs, (7, 5, 3))
+    rows = torch.export.Dim("rows")
+    dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in rest))}
+    program = torch.export.export(Layer(kind, pairs), (x1, x2, *rest), dynamic_shapes=dynamic)
+    more = [torch.cat([x, x, x[:1]]) for x in (x1, x2)]
+    assert_matches_reference(program.module()(*more, *rest), call(kind, pairs, *more, *rest))
+
+
+@pytest.mark.parametrize("kind", ["dense", "cp", "tucker"])
+def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_choice, "seconds", lambda problem, backend: {"triton": 1.0, "composed": 2.0}[backend])
+    tensors = operands_of(kind, False, (64, 48, 32), torch.bfloat16)
+    rows = torch.export.Dim("rows")
+    dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in tensors[2:]))}
+    with FakeTensorMode():  # which knows a GPU's tensors without a GPU
+        fake = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for tensor in tensors)
+        program = torch.export.export(Layer(kind, False), fake, dynamic_shapes=dynamic)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert f"compress_bilinear.{kind}.default" in targets
+    assert not any("linear" in target.split(".")[1] for target in targets if target.startswith("aten"))
+
+
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+def test_pairs_that_want_a_gradient_take_the_composed_path(kind, monkeypatch):
+    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    rank = (7,) if kind == "cp" else RANK
+    options = {"pairs": True, "device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
+    found = [ops.explain(kind, (64, 256, 256), rank, 4096, gradient=gradient, **options) for gradient in (True, False)]
+    assert found[0].backend == "composed"
+    assert "no backward" in found[0].reason
+    assert "no backward" not in found[1].reason
 
 
 def test_int8_factors_have_the_step_of_the_format():
