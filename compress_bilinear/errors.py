@@ -1,7 +1,7 @@
 """What can go wrong. All errors are `CompressionError`, which is a `ValueError`."""
 
 import difflib
-from collections.abc import Iterable
+from collections import abc
 
 
 class CompressionError(ValueError):
@@ -36,7 +36,7 @@ class AmplificationWarning(UserWarning):
     """The components of a CP cancel, so that rounding its factors is amplified."""
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
+def nearest(name: object, known: abc.Iterable[str]) -> str:
     """The end of a message about a name that is unknown: which of those that are known it is most like, if any."""
     near = difflib.get_close_matches(str(name), list(known), 1)
     return f" Did you mean {near[0]}?" if near else ""
