@@ -89,6 +89,7 @@ class Fitting:
         self._metric: Metric | None = None
         self._white: Tensor | None = None
         self._rows: decompose.Rows | None = None
+        self._mean: Tensor | None = None
         self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
 
     @property
@@ -271,14 +272,19 @@ class Fitting:
 
     def _lost_mean(self, module: CompressedBilinear) -> Tensor:  # (O,)
         """⟨W_o − Ŵ_o, E[x1 x2ᵀ]⟩, the mean of what the outputs lack; in float64."""
-        weight = self.layer.weight.detach()
-        cross = self.inputs.fit_moments[2].to(weight.device)
-        parts = []
+        if self._mean is None:
+            weight = self.layer.weight.detach()
+            self._mean = self._mean_of(lambda rows: weight[rows].double())
+        return self._mean - self._mean_of(lambda rows: module.dense_rows(rows, torch.float64))
+
+    def _mean_of(self, part: Callable[[slice], Tensor]) -> Tensor:  # rows -> (·, I, J); (O,)
+        """⟨W_o, E[x1 x2ᵀ]⟩ of a weight that is read slice by slice: no two of them at once."""
+        cross = self.inputs.fit_moments[2].to(self.layer.weight.device).flatten()
+        found = cross.new_empty(self.layer.out_features)
         with torch.no_grad():
-            for rows in decompose.row_slices(weight.shape):
-                lost = weight[rows].double() - module.dense_rows(rows, torch.float64)
-                parts.append(torch.tensordot(lost, cross, dims=2))
-        return torch.cat(parts)
+            for rows in decompose.row_slices(self.layer.weight.shape):
+                found[rows] = part(rows).flatten(1) @ cross
+        return found
 
     def _fit_rows(self) -> decompose.Rows:
         """Whitened inputs, those that came together and others, what the layer makes of them, and their weights."""
