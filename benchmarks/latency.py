@@ -5,6 +5,7 @@ A contestant that is wrong or fails is reported and left out; the others are mea
 
 import gc
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -159,7 +160,9 @@ def latencies(
 ) -> dict[str, list[float]]:
     """Samples in milliseconds; in every round each call is timed once, so that drift meets all alike.
 
-    Two calls go before each sample, for what ran before has filled the caches with its own weights.
+    Two calls go before each sample, for what ran before has filled the caches with its own weights. It still shows for
+    some milliseconds after the largest weights (of two spellings of one layer, the first to run took twice as long), so
+    each round has an order of its own.
 
     Args:
         attempt: runs a step for the call of a name, and gives None where that fails; it is left out then.
@@ -175,8 +178,9 @@ def latencies(
     samples = {name: [1e3 * duration] if duration >= SLOW else [] for name, duration in single.items()}
     quick = [name for name in single if single[name] < SLOW]
     share = sum(single[name] * (repeats[name] + 2) for name in quick)
+    orders = random.Random(0)
     for _ in range(round(min(max(seconds / max(share, 1e-9), ROUNDS[0]), ROUNDS[1]))):
-        for name in quick:
+        for name in orders.sample(quick, len(quick)):
             if name in samples:
                 sample = attempt(name, partial(timed, calls[name], device, 2))
                 if sample is not None:
