@@ -23,6 +23,7 @@ TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  #
 GATE_ROWS = 8  # whose outputs are compared with float64
 ROUNDS = (5, 40)
 BLOCK_SECONDS = 2e-3  # about how long a call is repeated for one sample
+WARM_SECONDS = 2e-2  # and before it
 SLOW = 10.0  # seconds above which a call is timed once
 
 Row = dict[str, object]
@@ -160,9 +161,9 @@ def latencies(
 ) -> dict[str, list[float]]:
     """Samples in milliseconds; in every round each call is timed once, so that drift meets all alike.
 
-    Two calls go before each sample, for what ran before has filled the caches with its own weights. It still shows for
-    some milliseconds after the largest weights (of two spellings of one layer, the first to run took twice as long), so
-    each round has an order of its own.
+    Others go before each sample, for what ran before has filled the caches with its own weights. That shows for many
+    milliseconds after the largest weights (of two spellings of one layer, the first to run took twice as long), so each
+    round has an order of its own too.
 
     Args:
         attempt: runs a step for the call of a name, and gives None where that fails; it is left out then.
@@ -177,12 +178,14 @@ def latencies(
     repeats = {name: max(1, min(200, round(BLOCK_SECONDS / duration))) for name, duration in single.items()}
     samples = {name: [1e3 * duration] if duration >= SLOW else [] for name, duration in single.items()}
     quick = [name for name in single if single[name] < SLOW]
-    share = sum(single[name] * (repeats[name] + 2) for name in quick)
+    warming = 0.0 if device.type == "cuda" else WARM_SECONDS  # where minutes are few, and caches small
+    warm = {name: max(2, round(warming / single[name])) for name in quick}
+    share = sum(single[name] * (repeats[name] + warm[name]) for name in quick)
     orders = random.Random(0)
     for _ in range(round(min(max(seconds / max(share, 1e-9), ROUNDS[0]), ROUNDS[1]))):
         for name in orders.sample(quick, len(quick)):
             if name in samples:
-                sample = attempt(name, partial(timed, calls[name], device, 2))
+                sample = attempt(name, partial(timed, calls[name], device, warm[name]))
                 if sample is not None:
                     sample = attempt(name, partial(timed, calls[name], device, repeats[name]))
                 if isinstance(sample, float):
