@@ -23,6 +23,7 @@ from ._metric import Metric
 from ._types import row_slices
 
 _MOST_STEPS = 2**14  # of rounding one after another
+_TOGETHER = 64  # axis entries whose errors later ones take back at once
 _INPUT_DAMPING = 1e-2  # the same of inputs' moments, whose small directions may be larger in other data
 _DAMPING = 1e-3  # of the system's mean diagonal: steps along directions that hardly matter stay small
 
@@ -88,11 +89,9 @@ def stored_weight(
     """
     if quantize == "bf16":
         return _halved(weight).to(weight.dtype)
-    plain, steps = _coded(weight) if quantize == "nf4" else _blocks(weight)
     upper1, upper2 = (_upper(None if root is None else root @ root, _INPUT_DAMPING) for root in metric.roots[1:])
-    if upper1 is None and upper2 is None:
-        return plain.to(weight.dtype)
     sizes = weight.shape[1:]
+    neither = upper1 is None and upper2 is None
     upper1, upper2 = (
         torch.eye(size, dtype=torch.float64, device=weight.device) if upper is None else upper.to(weight.device)
         for size, upper in zip(sizes, (upper1, upper2), strict=True)
@@ -100,18 +99,41 @@ def stored_weight(
     one_by_one = sizes.numel() <= _MOST_STEPS
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows in row_slices(weight.shape):
+        plain, steps = _outputs(weight, rows, quantize)
+        if neither:
+            result[rows] = plain.to(result.dtype)
+            continue
         # (I, J, ·): what is rounded at once lies together
-        wanted, codes, size = (part[rows].double().permute(1, 2, 0).contiguous() for part in (weight, plain, steps))
+        wanted, codes, size = (part.double().permute(1, 2, 0).contiguous() for part in (weight[rows], plain, steps))
+        del plain, steps
         found = torch.empty_like(wanted)
-        for i, row in enumerate(wanted):
-            if one_by_one:
-                found[i] = _row_fed_back(row.clone(), codes[i], size[i], upper2, quantize)
-            else:
-                found[i] = _kept_largest(row, codes[i], size[i], quantize)
-            lost = (row - found[i]) / upper1[i, i]
-            wanted[i + 1 :].flatten(1).addr_(upper1[i, i + 1 :], lost.flatten(), alpha=-1)
+        for start in range(0, len(wanted), _TOGETHER):
+            end = min(start + _TOGETHER, len(wanted))
+            lost = torch.empty_like(wanted[start:end])
+            for i in range(start, end):
+                row = wanted[i]
+                if one_by_one:
+                    found[i] = _row_fed_back(row.clone(), codes[i], size[i], upper2, quantize)
+                else:
+                    found[i] = _kept_largest(row, codes[i], size[i], quantize)
+                lost[i - start] = (row - found[i]) / upper1[i, i]
+                wanted[i + 1 : end].flatten(1).addr_(upper1[i, i + 1 : end], lost[i - start].flatten(), alpha=-1)
+            # all that follow at once: a pass over them for each would take most of the time
+            wanted[end:].flatten(1).addmm_(upper1[start:end, end:].T, lost.flatten(1), alpha=-1)
         result[rows] = found.permute(2, 0, 1).to(result.dtype)
     return result
+
+
+def _outputs(weight: Tensor, rows: slice, quantize: Quantize) -> tuple[Tensor, Tensor]:
+    """Some outputs of a weight in int8 or NF4, (·, I, J), and the largest magnitude of each value's block."""
+    if quantize == "int8":
+        return _blocks(weight[rows])
+    width = weight.shape[1:].numel()
+    first, last = rows.start * width, rows.stop * width
+    begin = first // BLOCK * BLOCK  # of the block that the first value is in
+    plain, steps = _coded(weight.flatten()[begin : -(-last // BLOCK) * BLOCK])
+    inside = slice(first - begin, last - begin)
+    return plain[inside].unflatten(0, (-1, *weight.shape[1:])), steps[inside].unflatten(0, (-1, *weight.shape[1:]))
 
 
 def _row_fed_back(row: Tensor, plain: Tensor, steps: Tensor, upper: Tensor, quantize: Quantize) -> Tensor:  # (J, ·)
