@@ -4,6 +4,7 @@ The scheme is linear, symmetric absmax quantization, that of bitsandbytes' `int8
 LLM.int8(), 2022), on any axis or block. The pure-torch code here defines it; `backend="bitsandbytes"` runs theirs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -19,7 +20,7 @@ UNIT = 2.0**-7  # the step of values without a scale: a power of two, so that fl
 SCALE_DTYPE = torch.bfloat16  # of a block's scale: it has float32's range, and values are coded relative to what it is
 _MOST_BLOCK = 128  # entries that share a scale; the largest of 1,024 Gaussian ones would cost 0.75% error, not 0.63%
 _LEAST_BLOCK = 32  # below which a scale would take more than 1/16 of its values' bytes
-_CHUNK = 2**22  # values that are rounded at once, in float64
+_CHUNK = 2**19  # values in float64 at once
 
 
 def quantize_int8(
@@ -119,7 +120,7 @@ def checked(tensor: Tensor) -> Tensor:
         raise CompressionError("`tensor` should have an axis to share scales along. Found a scalar.")
     # contiguous: what is reloaded from a file has to have the same layout, or BLAS rounds otherwise
     values = tensor.detach().to(torch.float32).contiguous()
-    if not bool(torch.isfinite(values).all()):
+    if values.numel() and not all(math.isfinite(float(end)) for end in values.aminmax()):  # copies of it would add up
         raise CompressionError("`tensor` should be finite in float32 to be quantized. Found NaN or infinity.")
     return values
 
@@ -128,10 +129,14 @@ def _rounded(values: Tensor, grid: Sequence[int], dtype: torch.dtype) -> tuple[T
     qdata = torch.empty(values.shape, dtype=torch.int8, device=values.device)
     if values.numel() == 0:
         return qdata, torch.zeros(tuple(grid), dtype=dtype, device=values.device)
-    peak = _peaks(values, grid).double()
+    step = max(1, _CHUNK * values.shape[0] // values.numel())
+    if grid[0] == values.shape[0]:
+        parts = [_peaks(part, (len(part), *grid[1:])) for part in values.split(step)]
+        peak = torch.cat(parts).double()
+    else:
+        peak = _peaks(values, grid).double()
     scale = representable_scale(peak, dtype)
     divisor = torch.where(scale > 0, scale.double(), torch.inf)  # a block of zeros, or of too small values, becomes 0
-    step = max(1, _CHUNK * values.shape[0] // values.numel())
     for start in range(0, values.shape[0], step):
         rows = slice(start, start + step)
         part = values[rows]
