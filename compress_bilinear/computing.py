@@ -68,6 +68,7 @@ def choose_compute(
     *,
     timed: bool = True,
     objection: Callable[[CompressedBilinear], str | None] = lambda _: None,
+    strict: bool = False,
 ) -> ComputeChoice:
     """Set a quantized layer's mode, and say what that was chosen by.
 
@@ -78,6 +79,7 @@ def choose_compute(
         inputs: (N, I) and (N, J), of a timed call, in the dtype that resident weights are for.
         timed: whether to time the modes; "fastest" does in any case.
         objection: why a layer in some mode should not be chosen by "fastest", or None.
+        strict: whether that also stands against a mode that was asked for.
     """
     device, dtype = inputs[0].device, inputs[0].dtype
     reasons: dict[Compute, str | None] = {mode: layer.refused_compute(mode) for mode in get_args(Compute)}
@@ -99,7 +101,11 @@ def choose_compute(
         faster = [other for other in layers if found[other].upper < found[chosen].lower and reasons[other] is None]
         chosen = min(faster, key=lambda other: found[other].median, default=chosen)
     elif asked in layer.computes:
-        chosen = asked
+        if strict and asked != "on_the_fly":
+            so = copy.deepcopy(layer)
+            so.set_compute(asked, dtype)
+            reasons[asked] = objection(so)
+        chosen = chosen if reasons[asked] else asked
     layer.set_compute(chosen, dtype)
     told = tuple(
         ComputeMode(

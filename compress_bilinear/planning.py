@@ -216,10 +216,13 @@ class Planner:
         asked, module = self._options.compute, candidate.module
         if asked == "on_the_fly" or module.quantize is None:
             return candidate
-        limit = config.limit(on is not None) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
+        automatic, seen = isinstance(config, AutoConfig), self._inputs.get(found.label)
+        enough = seen is not None and seen.is_enough
+        limit = config.limit(enough) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
         objection = misses(limit if isinstance(limit, MaxError) else None, on)
-        rows = seen_rows(found.layer, self._inputs.get(found.label), self._rows(found))
-        choice = choose_compute(module, asked, rows, timed=self._options.measure_latency, objection=objection)
+        rows, timed = seen_rows(found.layer, seen, self._rows(found)), self._options.measure_latency
+        # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
+        choice = choose_compute(module, asked, rows, timed=timed, objection=objection, strict=automatic)
         error = candidate.output_error
         if choice.compute == "int8" and error is not None and on is not None:
             error = on.of(module)

@@ -267,7 +267,7 @@ class _Rounded(nn.Module):
 
 
 def _restored(module: CompressedBilinear, like: CompressedBilinear) -> CompressedBilinear:
-    """In the storage format and dtype of the replacement that it was made of."""
+    """In the storage format, dtype and compute mode of the replacement that it was made of."""
     plain = _widened(like)
     # by name: parametrizations cannot be removed from a copy, whose class is that of the module it was made of
     state = {name.replace(".parametrizations.weight.original", ".weight"): v for name, v in module.state_dict().items()}
@@ -276,6 +276,8 @@ def _restored(module: CompressedBilinear, like: CompressedBilinear) -> Compresse
     bias, old = plain.bias, like.bias
     if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):
         new.set_bias(nn.Parameter(bias.detach().to(old.dtype), old.requires_grad))
+    if new.quantize is not None:  # it is compared with `like`, and accepted, as it will compute
+        new.set_compute(like.compute)
     return new
 
 

@@ -193,9 +193,20 @@ class TestCompress:
     def test_refining_keeps_the_mode(self):
         config = cb.CPConfig(rank=6, quantize="int8")
         net = Net()
-        small, _ = cb.compress(net, config, calibration=batches(), compute="int8", refine="network", max_seconds=1)
+        options = {"calibration": batches(), "compute": "int8", "refine": "network", "max_seconds": 2}
+        small, _ = cb.compress(net, config, **options)
         assert small.rel.compute == "int8"
         assert small.rel.in1_proj.integer
+
+    def test_what_was_chosen_to_meet_a_limit_does_not_miss_it_by_its_mode(self):
+        net, asked = Net(), {"calibration": batches(), "measure_latency": False}
+        dense = cb.plan(net, cb.DenseConfig(quantize="int8"), **asked).report.layers[0]
+        config = cb.AutoConfig(error=1.1 * dense.output_error)
+        (chosen,) = cb.plan(net, config, compute="int8", **asked).report.layers
+        assert chosen.decision == "replaced"
+        assert chosen.output_error <= 1.1 * dense.output_error
+        assert chosen.compute == "on_the_fly"
+        assert "misses" in {mode.mode: mode.refused for mode in chosen.compute_modes}["int8"]
 
     @pytest.mark.parametrize(
         ("config", "asked", "message"),

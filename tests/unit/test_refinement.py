@@ -197,3 +197,13 @@ def test_outputs_that_are_infinite_refine_nothing():
     model = Wrapped(lambda y: y.masked_fill(y > 0, float("-inf")))
     module = made(model, "cp", None)
     assert refine(model, {id(model.rel): module}, batches(), seconds=30).modules[id(model.rel)] is module
+
+
+@pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+def test_a_trained_replacement_is_judged_in_the_mode_of_the_one_before(compute):
+    before = cb.CPBilinear.from_bilinear(nn.Bilinear(6, 5, 4), rank=3, quantize="int8")
+    before.set_compute(compute)
+    after = refinement._restored(refinement._widened(before), before)
+    inputs = torch.randn(7, 6), torch.randn(7, 5)
+    assert after.compute == compute
+    assert torch.allclose(after(*inputs), before(*inputs), atol=1e-6)
