@@ -83,7 +83,7 @@ def read(path: Path) -> Recipe:
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(path)!r} should be a file of text to read. Found: {error}.") from error
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         kind = path.suffix[1:].upper()
         raise ConfigError(f"{str(path)!r} should be valid {kind}. Found: {error}.") from error
     try:
@@ -107,6 +107,8 @@ def parse(data: object) -> Recipe:
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             wanted = " or ".join(kind.__name__ for kind in allowed)
             raise ConfigError(f"{name}: should be of type {wanted}. Found {value!r}.")
+        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
+            raise ConfigError(f"{name}: should hold strings. Found {value!r}.")
     return Recipe(configs={glob: _config(_path("layers", glob), layers[glob]) for glob in layers}, options=found)
 
 

@@ -7,6 +7,7 @@ that is the whole checkpoint they are "input1" and "input2".
 
 import os
 import pickle
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -83,13 +84,19 @@ def _tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     raise CheckpointError(f"A file of rows should end in .safetensors or .npz. Found {str(path)!r}.")
 
 
+_UNREADABLE = (
+    *(ValueError, TypeError, OSError, EOFError, AttributeError, RuntimeError),
+    *(BadZipFile, zlib.error, pickle.UnpicklingError),
+)  # what damaged, encrypted or otherwise packed archives raise
+
+
 def _arrays(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (ValueError, TypeError, OSError, EOFError, BadZipFile, AttributeError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(
             f"{str(path)!r} should be a whole .npz file of numbers. Found one that cannot be read: {error}"
         ) from error

@@ -91,12 +91,12 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
     )
     if patterns:
         for pattern in patterns:
-            if not any(fnmatchcase(c.name, pattern) for c in found):
+            if not matching(found, pattern):
                 raise MatchError(
                     f"--layers {pattern!r} should match a three-dimensional weight. Found: {listing}."
                     f"{other_forms(state)}"
                 )
-        named = {c.place for c in found if any(fnmatchcase(c.name, pattern) for pattern in patterns)}
+        named = {c.place for pattern in patterns for c in matching(found, pattern)}
         return [c for c in found if c.place in named]  # a shared layer under all its names
     if len(found) == 1 and not found[0].maybe_convolution:
         return found
@@ -108,7 +108,7 @@ def choose(state: Mapping[str, Tensor], patterns: Sequence[str]) -> list[Candida
 
 def matching(found: Sequence[Candidate], pattern: str) -> list[Candidate]:
     """The candidates that a glob names, one that is the whole file as "(root)"."""
-    return [c for c in found if fnmatchcase(c.name or _ROOT, pattern)]
+    return [c for c in found if fnmatchcase(c.name or _ROOT, pattern) or fnmatchcase(c.name, pattern)]
 
 
 def compress_state(
@@ -244,11 +244,12 @@ def compare(
             or not weight.is_floating_point()
             or tuple(weight.shape) != shape
             or (bias is not None) != description.bias
+            or (bias is not None and bias.shape != weight.shape[:1])
         ):
             found = (
                 "none"
                 if weight is None
-                else f"{tuple(weight.shape)} {weight.dtype}{'' if bias is None else ' and a bias'}"
+                else f"{tuple(weight.shape)} {weight.dtype}{'' if bias is None else f' and a bias {tuple(bias.shape)}'}"
             )
             raise CheckpointError(
                 f"{str(original)!r} should hold {prefix}weight of shape {shape}"

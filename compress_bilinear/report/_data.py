@@ -246,7 +246,7 @@ class Report:
         """The inverse of `to_json()`. Raises: CompressionError where the text is not such a report."""
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise CompressionError(f"A report in JSON is required. Found text that is not JSON: {error}.") from error
         return cls.from_dict(data)
 

@@ -1,7 +1,7 @@
 """Reading a report's records back from plain data: each field is checked against the type that it is declared with."""
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from functools import cache
 from types import NoneType, UnionType
@@ -70,7 +70,7 @@ def _fits(value: object, hint: Any) -> bool:
         case origin if origin in (int, float):
             allowed = (int,) if origin is int else (int, float)
             number = isinstance(value, allowed) and not isinstance(value, bool)
-            return number and 0 <= value < math.inf  # type: ignore[operator]
+            return number and 0 <= value <= sys.float_info.max  # type: ignore[operator]
         case origin:
             return isinstance(value, origin)
 

@@ -104,6 +104,7 @@ def test_toml_and_json_say_the_same(tmp_path):
     [
         (3, "the file: should be a table. Found 3"),
         ({}, "layers: should be a table. Found none"),
+        ({"layers": {"a": {"method": "dense"}}, "include": [1]}, "include: should hold strings. Found [1]"),
         ({"layers": {}}, "layers: should have at least one table"),
         ({"layers": {"rel.*": 3}}, 'layers."rel.*": should be a table. Found 3'),
         ({"layers": {"rel.*": {}}}, 'layers."rel.*".method: should be one of cp, tucker, dense, auto'),
@@ -147,6 +148,8 @@ def test_a_mistake_is_told_with_its_path_in_the_file(tmp_path, data, problem):
         ("a.toml", b"[layers", "should be valid TOML. Found"),
         ("a.json", b"{", "should be valid JSON. Found"),
         ("a.json", b"\xff", "should be a file of text to read"),
+        ("a.json", b"[" * 100_000, "should be valid JSON. Found"),
+        ("a.json", b"9" * 5000, "should be valid JSON. Found"),
         ("a.yaml", b"", "should end in .toml or .json. Found"),
         ("none.toml", None, "should be a file of text to read"),
     ],

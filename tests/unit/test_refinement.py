@@ -204,6 +204,5 @@ def test_a_trained_replacement_is_judged_in_the_mode_of_the_one_before(compute):
     before = cb.CPBilinear.from_bilinear(nn.Bilinear(6, 5, 4), rank=3, quantize="int8")
     before.set_compute(compute)
     after = refinement._restored(refinement._widened(before), before)
-    inputs = torch.randn(7, 6), torch.randn(7, 5)
     assert after.compute == compute
-    assert torch.allclose(after(*inputs), before(*inputs), atol=1e-6)
+    assert after.in1_proj.integer == (compute == "int8")

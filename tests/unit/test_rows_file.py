@@ -183,6 +183,7 @@ def test_values_that_are_not_finite_are_told(run):
         ("objects.npz", "Object arrays cannot be loaded when allow_pickle=False"),
         ("words.npz", "should be a whole .npz file of numbers"),
         ("half.npz", "should be a whole .npz file of numbers"),
+        ("damaged.npz", "should be a whole .npz file of numbers"),
     ],
 )
 def test_a_file_that_holds_no_rows_is_told_and_nothing_is_unpickled(tmp_path, file, problem):
@@ -193,6 +194,10 @@ def test_a_file_that_holds_no_rows_is_told_and_nothing_is_unpickled(tmp_path, fi
     np.savez("objects.npz", **{"rel.input1": np.array([print], dtype=object)})
     np.savez("words.npz", **{"rel.input1": np.array(["a"])})
     (tmp_path / "half.npz").write_bytes((tmp_path / "rows.npz").read_bytes()[:5000])
+    np.savez_compressed("damaged.npz", **{"rel.input1": X.numpy()})
+    packed = bytearray((tmp_path / "damaged.npz").read_bytes())
+    packed[100:300] = bytes(200)
+    (tmp_path / "damaged.npz").write_bytes(packed)
     with pytest.raises(cb.CompressionError) as raised:
         rows_file.read(file, SHAPES, {"rel": "rel"})
     assert problem in str(raised.value)

@@ -82,6 +82,10 @@ class TestCandidates:
         assert names(choose(state, ["*o*"])) == ["other", "conv"]
         assert names(choose(state, ["o*", "rel"])) == ["rel", "other"]
 
+    @pytest.mark.parametrize("pattern", ["(root)", "*"])
+    def test_a_whole_file_is_named_as_it_is_listed(self, pattern):
+        assert names(choose({"weight": weight()}, [pattern])) == [""]
+
     def test_an_only_candidate_needs_no_pattern(self):
         assert names(choose({"a.weight": weight()}, [])) == ["a"]
 

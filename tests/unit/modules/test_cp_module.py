@@ -4,7 +4,7 @@ from support import DTYPES, assert_matches_reference, bilinear, low_rank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress_bilinear import CPBilinear
+from compress_bilinear import CPBilinear, TuckerBilinear
 from compress_bilinear.decomposition import CPDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.modules import QuantizedLinear, _cp
@@ -188,6 +188,31 @@ HOOKS = {
     "backward pre-hook": lambda linear, seen: linear.register_full_backward_pre_hook(lambda *_: seen.append(1)),
     "backward hook": lambda linear, seen: linear.register_full_backward_hook(lambda *_: seen.append(1)),
 }
+
+
+@pytest.mark.parametrize("hook", [*HOOKS, "global", "forward of its own"])
+@pytest.mark.parametrize("kind", [CPBilinear, TuckerBilinear])
+@pytest.mark.parametrize("name", ["in1_proj", "in2_proj", "out_proj", "core"])
+def test_a_call_of_few_rows_calls_the_hooks_of_the_inner_layers(kind, name, hook):
+    if kind is CPBilinear and name == "core":
+        pytest.skip("a CP has none")
+    layer = kind.from_bilinear(nn.Bilinear(9, 7, 5), rank=3 if kind is CPBilinear else (2, 3, 3))
+    input1, input2 = (value.float().requires_grad_() for value in (normal(3, 9), normal(3, 7, seed=1)))
+    part, seen = layer.get_submodule(name), []
+    handle = None
+    if hook == "global":
+        handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    elif hook == "forward of its own":
+        own = part.forward
+        part.forward = lambda *inputs: seen.append(part) or own(*inputs)
+    else:
+        HOOKS[hook](part, seen)
+    try:
+        layer(input1, input2).sum().backward()
+    finally:
+        if handle is not None:
+            handle.remove()
+    assert part in seen if hook == "global" else seen
 
 
 @pytest.mark.usefixtures("small_blocks")
