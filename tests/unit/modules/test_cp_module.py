@@ -196,7 +196,7 @@ HOOKS = {
 def test_a_call_of_few_rows_calls_the_hooks_of_the_inner_layers(kind, name, hook):
     if kind is CPBilinear and name == "core":
         pytest.skip("a CP has none")
-    layer = kind.from_bilinear(nn.Bilinear(9, 7, 5), rank=3 if kind is CPBilinear else (2, 3, 3))
+    layer = kind(9, 7, 5, rank=3 if kind is CPBilinear else (2, 3, 3))
     input1, input2 = (value.float().requires_grad_() for value in (normal(3, 9), normal(3, 7, seed=1)))
     part, seen = layer.get_submodule(name), []
     handle = None
