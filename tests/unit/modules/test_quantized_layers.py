@@ -234,6 +234,17 @@ class TestBitsOfTheApi:
         with pytest.raises(ConfigError, match="should be one of"):
             layer.set_compute(compute)
 
+    @pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+    def test_a_layers_mode_replaces_its_cores_own(self, compute):
+        layer, _ = made("tucker", "int8")
+        layer.set_compute(compute)
+        inputs = rows(layer)
+        expected = layer(*inputs)
+        layer.core.set_compute("int8")
+        assert not torch.equal(layer(*inputs), expected)
+        layer.set_compute(compute)
+        assert torch.equal(layer(*inputs), expected)
+
     def test_a_layer_in_floating_point(self):
         layer = cb.CPBilinear.from_bilinear(bilinear(4, 5, 6), 2)
         with pytest.raises(ConfigError, match=r"quantized layer\. Found one in floating point"):
