@@ -79,6 +79,8 @@ class CompressedBilinear(nn.Module):
                 f"Found {compute!r}{'' if compute not in get_args(Compute) else f': {self.refused_compute(compute)}'}."
             )
         for part in self.modules():
+            if hasattr(part, "takes_int8"):  # also a core, which may have a mode of its own
+                cast(Any, part).integer = False
             if isinstance(part, QuantizedTensor):
                 part.keep_resident(dtype if compute == "resident" else None)
             elif isinstance(part, CompressedBilinear):

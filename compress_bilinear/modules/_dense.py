@@ -148,7 +148,12 @@ class DenseBilinear(CompressedBilinear):
 
     def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
         weight = self._parameters.get("weight")
-        if weight is None or not input1.dtype == input2.dtype == weight.dtype or autocast_enabled("cpu"):
+        if (
+            weight is None
+            or "bias" not in self._parameters
+            or not input1.dtype == input2.dtype == weight.dtype
+            or autocast_enabled("cpu")
+        ):
             return None
         return ops.small_dense(input1, input2, weight, self._parameters["bias"])
 

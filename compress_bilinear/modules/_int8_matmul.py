@@ -83,10 +83,14 @@ class _Int8Bilinear(torch.autograd.Function):
         input1, input2, weight, scale = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            exact = ops.bilinear_dense(input1, input2, weight, scale=scale)
-            wanted = [value for value in (input1, input2) if value.requires_grad]
+            # apart from each other and from what they were computed by, whose gradients are autograd's to sum
+            first, second = (
+                v.view_as(v) if twice else v.detach().requires_grad_(v.requires_grad) for v in (input1, input2)
+            )
+            exact = ops.bilinear_dense(first, second, weight, scale=scale)
+            wanted = [value for value in (first, second) if value.requires_grad]
             found = iter(torch.autograd.grad(exact, wanted, grads, create_graph=twice))
-        return *(next(found) if value.requires_grad else None for value in (input1, input2)), None, None
+        return *(next(found) if value.requires_grad else None for value in (first, second)), None, None
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -34,7 +34,10 @@ def bare_operands(parts: Mapping[str, Any], names: Sequence[str]) -> list[Any] |
         if kind is nn.Identity:
             operands.append(None)
             continue
-        weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+        parameters = own["_parameters"]
+        if "bias" not in parameters:
+            return None  # it is pruned, parametrized or a plain tensor
+        weight, bias = parameters.get("weight"), parameters["bias"]
         if kind is not AddBias and (weight is None or (kind is not nn.Linear and kind is not DenseBilinear)):
             return None
         operands.append(weight)

@@ -47,13 +47,14 @@ _TRACED_ROW = 4096  # elements of T for a row in a traced graph, where the numbe
 _TRACED_PARTS = 16
 
 
-def best_order(shape: tuple[int, int, int], rows: int | None = None) -> Order:
+def best_order(shape: tuple[int, int, int], rows: int | None = None, dtype: torch.dtype | None = None) -> Order:
     """The order for a weight (O, I, J): eliminate the largest dimension first, if turning the weight pays.
 
-    Few rows leave the weight as it lies: "in2_first" saves O·I·J copies and costs N·O·(I − J) elements of T.
+    Few rows leave the weight as it lies: "in2_first" saves O·I·J copies and costs N·O·(I − J) elements of T. In float16
+    never "outer": inputs above 256 have products that overflow.
     """
     out, in1, in2 = shape
-    if out >= _OUTER_RATIO * max(in1, in2) and in1 * in2 <= _OUTER_MOST:
+    if out >= _OUTER_RATIO * max(in1, in2) and in1 * in2 <= _OUTER_MOST and dtype != torch.float16:
         return "outer"
     if rows is None:
         return "in1_first" if in1 > in2 else "in2_first"
@@ -95,14 +96,16 @@ def small_dense(
         not 0 < count <= _SMALL_PAIRS
         or (count * out > _SMALL_PRODUCTS and elements > _FEW_ROWS * in1)
         or count != input2.numel() * in1
-        or dim != input2.dim()
-        or (dim != 2 and input1.shape[:-1] != input2.shape[:-1])
+        or input1.shape[-1:] != (in1,)
+        or input1.shape[:-1] != input2.shape[:-1]
     ):
         return None
-    if out >= _SMALL_OUT:
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else input1.dtype
+    if out >= _SMALL_OUT and dtype != torch.float16:  # where x1 ⊗ x2 could overflow
         pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
         return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
-    if dim != 2 or torch.is_autocast_enabled("cpu"):  # which would leave the bias as it is
+    if dim != 2 or autocast:  # which would leave the bias as it is
         return None
     product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
     output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
@@ -127,7 +130,7 @@ def composed_dense(
     rows = math.prod(leading)
     rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
     tracing = is_tracing()
-    order = order or best_order((out, in1, in2), None if tracing else rows)
+    order = order or best_order((out, in1, in2), None if tracing else rows, input1.dtype)
     if tracing:
         output = _traced(rows1, rows2, weight, scale, order)
     elif order == "outer":

@@ -206,6 +206,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _again(composed: Callable[..., Tensor], operands: list[Tensor | None], wanted: Sequence[bool], dy: Tensor) -> Any:
     """The gradients by the composed path, themselves differentiable."""
+    # apart from each other and from what they were computed by, whose gradients are autograd's to sum
+    operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
     chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
     found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
     return tuple(

@@ -107,7 +107,8 @@ class QuantizedTensor(nn.Module):
 
     def keep_resident(self, dtype: torch.dtype | None) -> None:
         """Hold the tensor in `dtype` too, for calls in that dtype; None holds it no longer."""
-        self.resident = None if dtype is None else self._decoded(slice(None), dtype)
+        with torch.inference_mode(False), torch.no_grad():  # a backward cannot save what inference mode makes
+            self.resident = None if dtype is None else self._decoded(slice(None), dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)

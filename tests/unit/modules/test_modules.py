@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import DTYPES, SHAPES, assert_matches_reference, assert_same_state, bilinear, state_of
 from torch import nn
+from torch.nn.utils import prune
 
 from compress_bilinear import CPBilinear, DenseBilinear, TuckerBilinear
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
@@ -304,6 +305,27 @@ def test_a_bias_that_is_set_stays_the_same_parameter(kind):
     layer.set_bias(None)
     assert layer.bias is None
     assert_matches_reference(layer(*values).detach(), expected(layer, *values))
+
+
+@for_kinds()
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "a tensor", "none"])
+def test_a_bias_that_is_no_parameter_is_added_as_it_is(how, kind):
+    layer = make(kind, (12, 11, 9))
+    holder = layer if kind[0] is DenseBilinear else layer.out_proj
+    bias = holder.bias.detach().clone()
+    if how == "pruned":
+        prune.l1_unstructured(holder, "bias", 0.4)
+        bias = bias * holder.bias_mask
+    elif how == "parametrized":
+        nn.utils.parametrize.register_parametrization(holder, "bias", nn.Tanh(), unsafe=True)
+        bias = bias.tanh()
+    else:
+        del holder.bias
+        holder.bias = bias if how == "a tensor" else None
+        bias = bias if how == "a tensor" else 0 * bias
+    input1, input2 = inputs(layer, 3)
+    exact = reference.bilinear_dense(input1, input2, layer.to_dense(torch.float64), bias)
+    assert_matches_reference(layer(input1, input2).detach(), exact.detach())
 
 
 @for_kinds()

@@ -130,6 +130,26 @@ class TestComputeModes:
             assert relative(gradient, expected) < bound
         assert torch.equal(layer.eval()(*inputs), output)
 
+    @pytest.mark.parametrize("derived", [False, True])
+    def test_derivatives_by_what_both_inputs_are_computed_from(self, method, quantize, compute, derived):
+        layer = self.made(method, quantize, compute, shape=(19, 23, 23))
+        derivatives = []
+        for dtype in (torch.float32, torch.float64):
+            input = normal(5, 23, seed=20, dtype=dtype).requires_grad_()
+            hidden = input.tanh() if derived else input
+            inputs = hidden, (hidden.sigmoid() if derived else hidden)
+            if dtype == torch.float32:
+                output = layer(*inputs)
+            else:
+                output = reference.bilinear_dense(*inputs, layer.to_dense(dtype), layer.bias.to(dtype))
+            loss = output.square().sum()
+            (plain,) = torch.autograd.grad(loss, input, retain_graph=True)
+            (first,) = torch.autograd.grad(loss, input, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), input)
+            derivatives.append((plain, first.detach(), second))
+        for found, expected in zip(*derivatives, strict=True):
+            assert relative(found, expected) < (0.04 if compute == "int8" else 1e-5)
+
     @pytest.mark.parametrize("count", [0, 1, 33])
     def test_rows_are_independent(self, method, quantize, compute, count):
         layer = self.made(method, quantize, compute)
@@ -213,6 +233,17 @@ class TestBitsOfTheApi:
         layer, _ = made("cp", "int8")
         with pytest.raises(ConfigError, match="should be one of"):
             layer.set_compute(compute)
+
+    @pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+    def test_a_layers_mode_replaces_its_cores_own(self, compute):
+        layer, _ = made("tucker", "int8")
+        layer.set_compute(compute)
+        inputs = rows(layer)
+        expected = layer(*inputs)
+        layer.core.set_compute("int8")
+        assert not torch.equal(layer(*inputs), expected)
+        layer.set_compute(compute)
+        assert torch.equal(layer(*inputs), expected)
 
     def test_a_layer_in_floating_point(self):
         layer = cb.CPBilinear.from_bilinear(bilinear(4, 5, 6), 2)

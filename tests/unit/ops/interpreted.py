@@ -329,6 +329,21 @@ def test_second_derivatives_take_the_composed_path(kind):
     assert_matches_reference(second[0], second[1].double())
 
 
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+def test_second_derivatives_by_what_both_factors_are_computed_from(kind, derived):
+    x1, x2, in1, _, *rest = operands(kind, (3, 4, 4, 2), torch.float32, (3, 3, 3))
+    in1.requires_grad_()
+    second = []
+    for backend in ("triton", "composed"):
+        factor = in1.tanh() if derived else in1
+        output = CALLS[kind](x1, x2, factor, factor.sigmoid() if derived else factor, *rest, backend=backend)
+        (first,) = torch.autograd.grad(output.square().sum(), in1, create_graph=True)
+        second.append((first.detach(), torch.autograd.grad(first.square().sum(), in1)[0]))
+    for found, expected in zip(*second, strict=True):
+        assert_matches_reference(found, expected.double())
+
+
 def test_what_the_kernels_cannot_do_is_an_error_with_the_reason():
     tensors = operands("cp", SIZES[0], torch.float64)
     with pytest.raises(ValueError, match="float64"):

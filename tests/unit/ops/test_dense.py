@@ -210,6 +210,12 @@ def test_the_largest_dimension_is_eliminated_first(shape, order):
     assert ops.best_order(shape) == order
 
 
+def test_products_of_inputs_are_not_formed_in_float16():
+    assert ops.best_order((80, 5, 7), dtype=torch.bfloat16) == "outer"
+    assert ops.best_order((80, 5, 7), dtype=torch.float16) == "in2_first"
+    assert ops.best_order((80, 7, 5), dtype=torch.float16) == "in1_first"
+
+
 @pytest.mark.parametrize("shape", [(17, 37, 63), (80, 5, 7), (1, 9, 3)])
 def test_flops_are_those_of_the_weight_and_of_the_cheapest_second_product(shape):
     out, in1, in2 = shape

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from support import DTYPES, SHAPES, assert_matches_reference
@@ -287,6 +289,24 @@ def test_inputs_of_other_leading_dimensions_are_an_error_and_never_broadcast(kin
 def test_sizes_whose_products_agree_are_not_taken_for_the_weights():
     with pytest.raises(RuntimeError):  # 2 x 6 entries, as of 3 x 4
         ops.bilinear_dense(normal(3, 2), normal(3, 6), normal(5, 3, 4))
+    for shape1, shape2 in itertools.permutations([(1, 8), (4, 2), (2, 4), (8,), (2, 2, 2)], 2):  # 8 entries each
+        with pytest.raises(InputError, match="same leading dimensions"):
+            ops.bilinear_dense(normal(*shape1), normal(*shape2), normal(5, 4, 4))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (3000,)], ids=str)
+def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast):
+    dtype = torch.float32 if autocast else torch.float16
+    x1, x2 = (torch.full((*leading, size), 300, dtype=dtype) for size in (4, 5))
+    weight = (1e-3 * normal(20, 4, 5)).to(dtype)
+    run = torch.compile(ops.bilinear_dense, fullgraph=True, backend="eager") if traced else ops.bilinear_dense
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = run(x1, x2, weight)
+    exact = ops.reference.bilinear_dense(x1.double(), x2.double(), weight.double())
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
 
 
 def problem(form, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):

@@ -110,6 +110,14 @@ class TestResident:
         stored.load_state_dict(other.state_dict(), assign=assign)
         assert torch.equal(stored.resident, other.dequantize())
 
+    def test_a_backward_may_save_it_also_where_inference_mode_asked_for_it(self, make):
+        stored = make(normal(6, 9))
+        with torch.inference_mode():
+            stored.keep_resident(torch.float32)
+        input = normal(2, 9).requires_grad_()
+        nn.functional.linear(input, stored.dequantize(torch.float32)).sum().backward()
+        torch.testing.assert_close(input.grad, stored.dequantize(torch.float32).sum(0).expand(2, -1))
+
     def test_a_copy_has_its_own(self, make):
         stored = make(normal(6, 9))
         stored.keep_resident(torch.float32)
