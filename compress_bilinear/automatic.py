@@ -80,8 +80,8 @@ class Chooser:
     def _may_win(self, config: CPConfig | TuckerConfig, limit: float) -> bool:
         """Whether it meets the limit, or nearly does, in the bytes of the smallest that has been found to do so."""
         size = min(option.bytes for option in self.options if option.error <= limit) / self.options[0].bytes
-        if size > _MOST_FRACTION:
-            return True  # so far it is the layer itself
+        if size > self._largest(config):
+            return True  # so far it is the layer itself, or nothing of this kind is so large
         found = self._at(config, size)
         return found is None or found.error <= _NEARLY * limit
 
@@ -131,8 +131,10 @@ class Chooser:
     def _all_at(self, configs: Iterable[CPConfig | TuckerConfig], size: float, behind: set[LayerConfig]) -> None:
         """Try those that are not far behind, and note those that are: so they would be at the next smaller size."""
         found = {config: self._at(config, size) for config in configs if config not in behind}
-        least = self._least(size)
-        behind |= {config for config, fit in found.items() if fit is not None and fit.error > _BEHIND * least}
+        for config, fit in found.items():
+            least = self._least(min(size, self._largest(config)))
+            if fit is not None and fit.error > _BEHIND * least:
+                behind.add(config)
 
     def _least(self, fraction: float) -> float:
         """The least error that was found in this size."""
@@ -163,7 +165,8 @@ class Chooser:
         return [replace(option, latency=measured[str(k)].median) for k, option in enumerate(self.options)]
 
     def _at(self, config: CPConfig | TuckerConfig, fraction: float) -> Fitted | None:
-        """The replacement of this kind and size; None where there is none, or no time for it."""
+        """The replacement of this kind and size, or the largest below; None where there is none, or no time for it."""
+        fraction = min(fraction, self._largest(config))
         if (config, fraction) not in self._found:
             self._found[config, fraction] = self._solved(config, fraction)
         return self._found[config, fraction]
@@ -171,8 +174,6 @@ class Chooser:
     def _solved(self, config: CPConfig | TuckerConfig, fraction: float) -> Fitted | None:
         left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
         if left is not None and left <= 0:
-            return None
-        if fraction > self._largest(config):
             return None
         told, (start, end) = self._progress, self._span
         try:

@@ -106,6 +106,17 @@ def test_what_cannot_win_is_not_searched_for(monkeypatch):
     assert few.bytes_after == all_of_them.bytes_after
 
 
+def test_a_size_has_every_format_at_the_largest_it_can_fill():
+    layer = bilinear(16, 16, 16)
+    scale = torch.arange(1, 17) ** -0.5
+    layer.weight.data *= scale[:, None, None] * scale[:, None] * scale
+    (auto,) = cb.plan(layer, cb.AutoConfig(size=0.13), measure_latency=False).report.layers
+    for kind in (cb.CPConfig, cb.TuckerConfig):
+        config = kind(rank=cb.MaxSize(0.11), quantize="nf4")
+        (single,) = cb.plan(layer, config, measure_latency=False).report.layers
+        assert auto.weight_error <= single.weight_error
+
+
 def test_output_targets_need_calibration():
     for config in (cb.CPConfig(rank=cb.MaxError(0.1, on="output")), cb.AutoConfig(error=cb.MaxError(0.1, on="output"))):
         with pytest.raises(ConfigError, match="needs `calibration`"):
