@@ -59,18 +59,21 @@ class Chooser:
         shape = (layer.out_features, layer.in1_features, layer.in2_features)
         self.options = [Option(None, None, stored_bytes(layer), ops.dense_flops(shape), 0.0)]
 
-    def within(self, limit: float) -> None:
-        """Try to find, for every method and format, the smallest replacement whose error is at most `limit`."""
+    def within(self, limit: float, fast: bool = False) -> None:
+        """Try to find, for every method and format, the smallest replacement whose error is at most `limit`.
+
+        What cannot be smaller than others is left out, unless it may be the fastest, and `fast` asks for that.
+        """
         self._dense()
         kinds: list[CPConfig | TuckerConfig] = [*map(_tucker, self._few)]  # which are found sooner
         kinds += [_cp(q, self._seed) for q in self._few]
         wide: list[CPConfig | TuckerConfig] = [kind for q in self._many for kind in (_tucker(q), _cp(q, self._seed))]
         for number, config in enumerate((*kinds, *wide)):
             alike = [o for o in self.options if type(o.config) is type(config)]
-            if number >= len(kinds) and any(option.error <= limit for option in alike):
+            if not fast and number >= len(kinds) and any(option.error <= limit for option in alike):
                 continue  # the same rank in more bits is hardly better, and larger
             self._span = (number / len((*kinds, *wide)), (number + 1) / len((*kinds, *wide)))
-            if not self._may_win(config, limit):
+            if not fast and not self._may_win(config, limit):
                 continue
             if isinstance(self.fitting, WeightFitting):
                 self._exactly(config, self.fitting, limit)
@@ -80,9 +83,10 @@ class Chooser:
     def _may_win(self, config: CPConfig | TuckerConfig, limit: float) -> bool:
         """Whether it meets the limit, or nearly does, in the bytes of the smallest that has been found to do so."""
         size = min(option.bytes for option in self.options if option.error <= limit) / self.options[0].bytes
-        if size > _MOST_FRACTION:
-            return True  # so far it is the layer itself
-        found = self._at(config, size)
+        if size > self._largest(config):
+            return True  # so far it is the layer itself, or nothing of this kind is so large
+        with self.fitting.probing():
+            found = self._at(config, size)
         return found is None or found.error <= _NEARLY * limit
 
     def _exactly(self, config: CPConfig | TuckerConfig, fitting: WeightFitting, limit: float) -> None:
@@ -124,20 +128,25 @@ class Chooser:
             for quantize in self._many if self._least(size) < min(_ROUNDING, rounded) else ():
                 before = self._least(size)
                 self._all_at([_tucker(quantize)], size, behind)
-                if self._least(size) == before:
+                # nor does CP, unless in few bits it is the best: of full multilinear rank it may yet be exact
+                if self._least(size) == before and self._least(size, (CPConfig,)) > before:
                     break
                 self._all_at([_cp(quantize, self._seed)], size, behind)
 
     def _all_at(self, configs: Iterable[CPConfig | TuckerConfig], size: float, behind: set[LayerConfig]) -> None:
         """Try those that are not far behind, and note those that are: so they would be at the next smaller size."""
         found = {config: self._at(config, size) for config in configs if config not in behind}
-        least = self._least(size)
-        behind |= {config for config, fit in found.items() if fit is not None and fit.error > _BEHIND * least}
+        for config, fit in found.items():
+            # dense ones may not fit at the next
+            least = self._least(min(size, self._largest(config)), (CPConfig, TuckerConfig))
+            if fit is not None and fit.error > _BEHIND * least:
+                behind.add(config)
 
-    def _least(self, fraction: float) -> float:
-        """The least error that was found in this size."""
+    def _least(self, fraction: float, kinds: tuple[type, ...] = (object,)) -> float:
+        """The least error that was found in this size, of all or of these kinds of configs."""
         most = fraction * self.options[0].bytes
-        return min((option.error for option in self.options if option.bytes <= most), default=math.inf)
+        fit = (option.error for option in self.options if option.bytes <= most and isinstance(option.config, kinds))
+        return min(fit, default=math.inf)
 
     def _dense(self) -> None:
         """8-bit dense is near lossless at a quarter of the size: what all others have to beat."""
@@ -163,7 +172,8 @@ class Chooser:
         return [replace(option, latency=measured[str(k)].median) for k, option in enumerate(self.options)]
 
     def _at(self, config: CPConfig | TuckerConfig, fraction: float) -> Fitted | None:
-        """The replacement of this kind and size; None where there is none, or no time for it."""
+        """The replacement of this kind and size, or the largest below; None where there is none, or no time for it."""
+        fraction = min(fraction, self._largest(config))
         if (config, fraction) not in self._found:
             self._found[config, fraction] = self._solved(config, fraction)
         return self._found[config, fraction]
@@ -171,8 +181,6 @@ class Chooser:
     def _solved(self, config: CPConfig | TuckerConfig, fraction: float) -> Fitted | None:
         left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
         if left is not None and left <= 0:
-            return None
-        if fraction > self._largest(config):
             return None
         told, (start, end) = self._progress, self._span
         try:

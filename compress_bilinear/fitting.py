@@ -6,6 +6,7 @@ Every step is kept only where the stored replacement's error falls on rows that 
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -115,6 +116,15 @@ class Fitting:
         if self._white is None:
             self._white = self.metric.whiten(self.layer.weight.detach())
         return self._white
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """What is found meanwhile says nothing of whether a refit to rows helps at other sizes."""
+        known = dict(self._rows_help)
+        try:
+            yield
+        finally:
+            self._rows_help = known
 
     def at(
         self,

@@ -267,7 +267,7 @@ class Planner:
         exact = config.prefer == "speed" and self._options.measure_latency  # it is made where it is measured faster
         chooser = Chooser(found.layer, chosen_by, share, self._progress(number, found.label), config.seed, exact)
         if limit is not None:
-            chooser.within(limit.error)
+            chooser.within(limit.error, fast=config.prefer == "speed")
         else:
             assert config.fraction is not None
             chooser.sized(config.fraction, alone=self._count(config) == 1)

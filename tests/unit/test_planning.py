@@ -5,7 +5,9 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear import automatic
+from compress_bilinear.calibration import LayerInputs
 from compress_bilinear.errors import ConfigError
+from compress_bilinear.fitting import Fitting
 from compress_bilinear.measure import Latency
 from compress_bilinear.report import Report
 
@@ -104,6 +106,42 @@ def test_what_cannot_win_is_not_searched_for(monkeypatch):
     few, all_of_them = found
     assert len(few.front) < 0.8 * len(all_of_them.front)
     assert few.bytes_after == all_of_them.bytes_after
+
+
+def test_a_size_has_every_format_at_the_largest_it_can_fill():
+    layer = bilinear(16, 16, 16)
+    scale = torch.arange(1, 17) ** -0.5
+    layer.weight.data *= scale[:, None, None] * scale[:, None] * scale
+    (auto,) = cb.plan(layer, cb.AutoConfig(size=0.13), measure_latency=False).report.layers
+    for kind in (cb.CPConfig, cb.TuckerConfig):
+        config = kind(rank=cb.MaxSize(0.11), quantize="nf4")
+        (single,) = cb.plan(layer, config, measure_latency=False).report.layers
+        assert auto.weight_error <= single.weight_error
+
+
+def test_an_exact_cp_of_full_multilinear_rank_is_found_under_a_size():
+    factors = torch.randn(3, 16, 20, generator=torch.Generator().manual_seed(0))
+    layer = nn.Bilinear(16, 16, 16, bias=False)
+    layer.weight.data = torch.einsum("or,ir,jr->oij", *factors)
+    (found,) = cb.plan(layer, cb.AutoConfig(size=0.24), measure_latency=False).report.layers
+    assert found.method == "cp"
+    assert found.weight_error < 1e-4
+
+
+def test_speed_has_every_format_of_cp_and_tucker_compete():
+    (front,) = planned(cb.AutoConfig(error=0.5, prefer="speed"), calibration=None, include="a").fronts.values()
+    for method in ("cp", "tucker"):
+        assert {point.quantize for point in front if point.method == method} == {None, "bf16", "int8", "nf4"}
+
+
+def test_a_probe_leaves_it_open_whether_rows_help():
+    fitting = Fitting(bilinear(IN1, IN2, OUT), LayerInputs(*rows(), 160, 160))
+    config = cb.CPConfig(rank=2, quantize="int8")
+    with fitting.probing():
+        fitting.at(config, 2, thorough=False)
+    assert not fitting._rows_help
+    fitting.at(config, 2, thorough=False)
+    assert fitting._rows_help
 
 
 def test_output_targets_need_calibration():
