@@ -128,12 +128,12 @@ class CPBilinear(ProjectedBilinear):
         return ops.small_cp(input1, input2, *operands)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if obstacle(self._parts(), input1.device) is None:
+        if self._obstacle(input1.device) is None:
             return self._operation(ops.bilinear_cp, input1, input2)
         return self._product(self.in1_proj(input1), self.in2_proj(input2), input1)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if obstacle(self._parts(), input1.device) is None:
+        if self._obstacle(input1.device) is None:
             return self._operation(ops.pairwise_cp, input1, input2)
         left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
         if ops.is_tracing():
@@ -151,7 +151,11 @@ class CPBilinear(ProjectedBilinear):
         return {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj, "out_proj": self.out_proj}
 
     def _obstacle(self, device: torch.device) -> str | None:
-        return obstacle(self._parts(), device)
+        parts = self._parts()
+        for name, part in parts.items():  # which of a Tucker's are ordinary
+            if type(part) is nn.Identity:
+                return f"`{name}` is an Identity"
+        return obstacle(parts, device)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)

@@ -302,9 +302,11 @@ def _layer(entry: Any, number: int) -> LayerReport:
             inner[name] = tuple(record(kind, one, f"{name}[{k}] of {what}") for k, one in enumerate(entry[name]))
     layer = record(LayerReport, entry, what, **inner)
     for k, one in enumerate(layer.spectra):
-        if len(one.indices) != len(one.values) or list(one.indices) != sorted({max(1, i) for i in one.indices}):
+        rising = list(one.indices) == sorted({max(1, i) for i in one.indices})
+        if not one.values or len(one.indices) != len(one.values) or not rising:
             raise CompressionError(
-                f"`indices` of spectra[{k}] of {what} should rise from 1 at least, one for each of `values`. "
+                f"`indices` of spectra[{k}] of {what} should rise from 1 at least, and there should be some, "
+                "one for each of `values`. "
                 f"Found {len(one.indices)} for {len(one.values)} values, from {one.indices[:1]} on."
             )
     return layer

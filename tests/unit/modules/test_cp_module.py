@@ -290,3 +290,13 @@ def test_steps_of_training_lower_the_loss():
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_an_identity_may_take_a_projections_place():
+    layer = CPBilinear(4, 5, 3, rank=4)
+    layer.in1_proj = nn.Identity()
+    input1, input2 = torch.randn(6, 4), torch.randn(6, 5)
+    expected = layer.out_proj(input1 * layer.in2_proj(input2))
+    assert torch.allclose(layer(input1, input2), expected)
+    pairs = layer.pairwise(input1, input2)
+    assert torch.allclose(pairs.diagonal().T, expected, atol=1e-6)

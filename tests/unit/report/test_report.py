@@ -219,6 +219,7 @@ class TestJson:
             (lambda data: spectrum(data).update(values=["a"] * 7), "`values` of spectra.0. .*each a number"),
             (lambda data: spectrum(data)["values"].pop(), "one for each of `values`. Found 7 for 6 values"),
             (lambda data: spectrum(data)["indices"].reverse(), "should rise from 1 at least"),
+            (lambda data: spectrum(data).update(indices=[], values=[]), "and there should be some"),
             (lambda data: spectrum(data)["indices"].__setitem__(0, 0), "should rise from 1 at least"),
             (lambda data: data.update(metric_after="good"), "`metric_after` of a report should be a number"),
             (
