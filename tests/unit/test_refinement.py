@@ -201,7 +201,7 @@ def test_outputs_that_are_infinite_refine_nothing():
 
 @pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
 def test_a_trained_replacement_is_judged_in_the_mode_of_the_one_before(compute):
-    before = cb.CPBilinear.from_bilinear(nn.Bilinear(6, 5, 4), rank=3, quantize="int8")
+    before = cb.TuckerBilinear.from_bilinear(bilinear(6, 5, 4), rank=(2, 3, 3), quantize="int8")
     before.set_compute(compute)
     after = refinement._restored(refinement._widened(before), before)
     assert after.compute == compute
