@@ -25,9 +25,7 @@ _CLOSE = 1.04  # ratio of two sizes, the larger of which meets a limit and the s
 _STEPS = (0.5, 0.7, 1.0)  # times the fraction that all layers may take: the sizes that are tried for a single layer
 _MORE_STEPS = (1.4, 2.0, 4.0)  # and where others may leave it some of theirs
 _FULL = 0.9  # of the weight's numbers: factors of more are hardly smaller than the weight in the same format
-_MOST_COMPONENTS = (
-    8  # times the largest size: a CP of more takes minutes to solve, to be little smaller than the weight
-)
+_MOST_COMPONENTS = 8  # times the largest size: a CP of more takes minutes, and is little smaller than the weight
 _ROUNDING = 0.03  # an error above which that of 8-bit rounding hardly matters, and a lower rank in more bits loses
 _NEARLY = 1.05  # times a limit: an error from which a search may still meet it
 _BEHIND = 1.6  # times the least error at a size

@@ -167,14 +167,8 @@ class Planner:
 
     def _meets(self, request: Request, module: CompressedBilinear) -> bool:
         """Whether a replacement is within the error that its config allows, if any, or has been forced."""
-        found, config = request.found, request.config
-        measured = self._measured(found)
-        if isinstance(config, AutoConfig):
-            enough = measured is not None and self._inputs[found.label].is_enough  # type: ignore[union-attr]
-            limit = config.limit(calibrated=enough)
-        else:
-            rank = None if isinstance(config, DenseConfig) else config.rank
-            limit = rank if isinstance(rank, MaxError) else None
+        found, measured = request.found, self._measured(request.found)
+        limit = self._limit(found, request.config)
         if limit is None or self._options.force:
             return True
         if limit.on == "weight" or measured is None:
@@ -216,17 +210,23 @@ class Planner:
         asked, module = self._options.compute, candidate.module
         if asked == "on_the_fly" or module.quantize is None:
             return candidate
-        automatic, seen = isinstance(config, AutoConfig), self._inputs.get(found.label)
-        enough = seen is not None and seen.is_enough
-        limit = config.limit(enough) if isinstance(config, AutoConfig) else getattr(config, "rank", None)
-        objection = misses(limit if isinstance(limit, MaxError) else None, on)
-        rows, timed = seen_rows(found.layer, seen, self._rows(found)), self._options.measure_latency
+        objection, automatic = misses(self._limit(found, config), on), isinstance(config, AutoConfig)
+        rows = seen_rows(found.layer, self._inputs.get(found.label), self._rows(found))
+        timed = self._options.measure_latency
         # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
         choice = choose_compute(module, asked, rows, timed=timed, objection=objection, strict=automatic)
         error = candidate.output_error
         if choice.compute == "int8" and error is not None and on is not None:
             error = on.of(module)
         return replace(candidate, compute_modes=choice.modes, output_error=error)
+
+    def _limit(self, found: FoundLayer, config: Config) -> MaxError | None:
+        """The error that a config allows the layer; None where it names none."""
+        if isinstance(config, AutoConfig):
+            seen = self._inputs.get(found.label)
+            return config.limit(calibrated=seen is not None and seen.is_enough)
+        rank = None if isinstance(config, DenseConfig) else config.rank
+        return rank if isinstance(rank, MaxError) else None
 
     def _fitting(self, found: FoundLayer) -> Fitting | None:
         seen = self._inputs.get(found.label)

@@ -13,12 +13,21 @@ from benchmarks import comparison
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_quick_solver_benchmark_measures_every_contestant(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.solvers", "--quick", "--out", str(tmp_path)]
+def quick(module, results, folder):
+    """What a quick run of a benchmark prints, and the rows that it writes."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--quick", "--out", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    with open(tmp_path / "solvers_cpu.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    return done.stdout, read(folder / f"{results}.csv")
+
+
+def read(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_quick_solver_benchmark_measures_every_contestant(tmp_path):
+    printed, rows = quick("solvers", "solvers_cpu", tmp_path)
     measured = [row for row in rows if row["status"] == "ok"]
     assert {row["status"] for row in rows} <= {"ok", "not installed: pyttb"}
     assert {row["contestant"] for row in measured} >= {"ours", "TensorLy", "TensorLy random", "ST-HOSVD"}
@@ -27,18 +36,13 @@ def test_the_quick_solver_benchmark_measures_every_contestant(tmp_path):
         assert float(row["seconds"]) > 0
         assert row["processor"]
         assert row["torch"]
-    with open(tmp_path / "solvers_exact_cpu.csv", encoding="utf-8", newline="") as file:
-        (ours,) = [row for row in csv.DictReader(file) if row["contestant"] == "ours"]
+    (ours,) = [row for row in read(tmp_path / "solvers_exact_cpu.csv") if row["contestant"] == "ours"]
     assert ours["found"] == ours["seeds"]
-    assert "of its time" in done.stdout
+    assert "of its time" in printed
 
 
 def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.quantization", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with open(tmp_path / "quantization_cpu.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = quick("quantization", "quantization_cpu", tmp_path)
     assert {row["status"] for row in rows} <= {"ok", "not installed: torchao"}
     measured = {(row["case"], row["form"], row["contestant"]): row for row in rows if row["status"] == "ok"}
     for form in ("dense", "cp", "tucker"):
@@ -64,11 +68,7 @@ def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_pat
 
 
 def test_the_quick_large_layer_benchmark_shows_that_calibration_helps_on_unseen_rows(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.large_layer", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    with open(tmp_path / "large_layer_cpu.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = quick("large_layer", "large_layer_cpu", tmp_path)
     assert [(row["method"], int(row["calibration_rows"]) > 0) for row in rows] == [
         ("CP", False),
         ("CP", True),
