@@ -152,6 +152,39 @@ class Chooser:
             config = DenseConfig(quantize=quantize)
             self._add(config, self.fitting.dense(config))
 
+    def assured(self, option: Option, seconds: float | None = None, progress: Progress | None = None) -> Option:
+        """The option, or what is as small and does better where it is fitted to the plain weight.
+
+        Where that does better for it, it may for other methods and formats too, which are then compared with it. An
+        option with a latency stays of its kind and rank.
+        """
+        if not isinstance(option.config, (CPConfig, TuckerConfig)):
+            return option
+        smaller = sorted((o for o in self.options if o.bytes <= option.bytes), key=lambda o: o.error)
+        kinds = {_kind(option): option}
+        for other in smaller if option.latency is None else ():
+            if isinstance(other.config, (CPConfig, TuckerConfig)):
+                kinds.setdefault(_kind(other), other)
+        begun, best = time.perf_counter(), option
+        for number, each in enumerate(kinds.values()):
+            left = None if seconds is None else seconds - (time.perf_counter() - begun)
+            if number and (best.error == option.error or (left is not None and left <= 0)):
+                break
+            assert isinstance(each.config, (CPConfig, TuckerConfig))
+            assert each.fitted is not None
+            found = self.fitting.assured(
+                each.config,
+                each.fitted,
+                seconds=left and max(left, 1e-3),
+                progress=progress,
+                same_rank=option.latency is not None,
+            )
+            if found.error < best.error:
+                config = replace(each.config, rank=found.module.rank)  # type: ignore[arg-type]
+                sizes = stored_bytes(found.module), found.module.flops_per_row
+                best = Option(config, found, *sizes, found.error, option.latency)
+        return best
+
     def timed(self, rows: int) -> list[Option]:
         """The options with their latencies, measured side by side."""
         weight = self.layer.weight
@@ -213,6 +246,10 @@ class Chooser:
     def _add(self, wanted: LayerConfig, found: Fitted) -> None:
         size, flops = stored_bytes(found.module), found.module.flops_per_row
         self.options.append(Option(wanted, found, size, flops, found.error))
+
+
+def _kind(option: Option) -> tuple[type, Quantize | None]:
+    return type(option.config), None if option.config is None else option.config.quantize
 
 
 def _cp(quantize: Quantize | None, seed: int) -> CPConfig:

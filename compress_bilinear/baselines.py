@@ -1,4 +1,4 @@
-"""What a replacement stands beside: the layer itself, its weight in 8 bits, and what was tried on the way to it."""
+"""What a replacement stands beside: the layer itself, its weight in 8 bits, and what else there was to choose from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from . import ops
+from .allocation import Option
 from .measure import OutputError, stored_bytes, weight_error
 from .modules import CompressedBilinear, DenseBilinear
 from .report import FrontPoint
@@ -13,18 +14,41 @@ from .report import FrontPoint
 _MOST = 2**25  # elements of a weight above which 8 bits are not tried for comparison: it would take seconds
 
 
-def point(module: CompressedBilinear, weight: float | None, output: float | None, chosen: bool = False) -> FrontPoint:
-    """A replacement with its errors."""
+def point(
+    module: CompressedBilinear | nn.Bilinear,
+    weight: float | None,
+    output: float | None,
+    chosen: bool = False,
+    latency: float | None = None,
+) -> FrontPoint:
+    """A replacement, or the layer that is kept, with its errors and the median milliseconds of a call."""
+    if isinstance(module, nn.Bilinear):
+        method, rank, quantize = "keep", None, None
+        flops = ops.dense_flops((module.out_features, module.in1_features, module.in2_features))
+    else:
+        method, rank, quantize, flops = module.method, module.rank, module.quantize, module.flops_per_row
     return FrontPoint(
-        method=module.method,
-        rank=module.rank,
-        quantize=module.quantize,
+        method=method,
+        rank=rank,
+        quantize=quantize,
         bytes=stored_bytes(module),
-        flops=module.flops_per_row,
+        flops=flops,
         weight_error=weight,
         output_error=output,
+        latency_ms=latency,
         chosen=chosen,
     )
+
+
+def front(layer: nn.Bilinear, options: Sequence[Option], chosen: Option) -> tuple[FrontPoint, ...]:
+    """What there was to choose from for a layer, by bytes; the errors are of what the choice was by."""
+    on_output = any(option.fitted is not None and option.fitted.on_output for option in options)
+    points = []
+    for option in sorted(options, key=lambda each: (each.bytes, each.error)):
+        module = layer if option.fitted is None else option.fitted.module
+        weight, output = (None, option.error) if on_output else (option.error, None)
+        points.append(point(module, weight, output, option is chosen, option.latency))
+    return tuple(points)
 
 
 def beside(
@@ -38,14 +62,7 @@ def beside(
         tried: others, of which those that are the candidate itself are left out.
         measured: the error on held-out rows, where there are any.
     """
-    whole = FrontPoint(
-        method="keep",
-        bytes=stored_bytes(layer),
-        flops=ops.dense_flops((layer.out_features, layer.in1_features, layer.in2_features)),
-        weight_error=0.0,
-        output_error=None if measured is None else 0.0,
-        chosen=not candidate.chosen,
-    )
+    whole = point(layer, 0.0, None if measured is None else 0.0, not candidate.chosen)
     points = [whole, candidate]
     known = {(one.method, one.rank, one.quantize) for one in points}
     if ("dense", None, "int8") not in known and layer.weight.numel() <= _MOST:

@@ -6,7 +6,7 @@ Every step is kept only where the stored replacement's error falls on rows that 
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from .calibration import LayerInputs
 from .config import CPConfig, CPRank, DenseConfig, LayerConfig, MaxError, MaxSize, Quantize, TuckerConfig, TuckerRank
 from .decomposition import Clock, CPDecomposition, Metric, TuckerDecomposition
 from .errors import AmplificationWarning, CompressionError, ConfigError, InfeasibleError
-from .measure import OutputError, weight_error
+from .measure import OutputError, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
@@ -60,6 +60,14 @@ def _part(clock: Clock, share: float, span: tuple[float, float]) -> Clock:
     return Clock(seconds, lambda done, error: clock.report(start + (end - start) * done, error))
 
 
+def _rounded_to(
+    weight: Tensor, found: Decomposition, quantize: Quantize | None, metric: Metric = decompose.PLAIN
+) -> Decomposition:
+    if isinstance(found, CPDecomposition):
+        return decompose.rounded(found, weight, quantize, metric)
+    return decompose.rounded(found, weight, quantize, metric)
+
+
 class Fitting:
     """What is the same for all replacements of one layer: its metric, the rows to fit to, and those to measure on."""
 
@@ -92,6 +100,7 @@ class Fitting:
         self._rows: decompose.Rows | None = None
         self._mean: Tensor | None = None
         self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
+        self._weight_helps = True  # as far as is known
 
     @property
     def held_out(self) -> OutputError:
@@ -119,12 +128,12 @@ class Fitting:
 
     @contextmanager
     def probing(self) -> Iterator[None]:
-        """What is found meanwhile says nothing of whether a refit to rows helps at other sizes."""
-        known = dict(self._rows_help)
+        """What is found meanwhile says nothing of what helps at other sizes."""
+        known = dict(self._rows_help), self._weight_helps
         try:
             yield
         finally:
-            self._rows_help = known
+            self._rows_help, self._weight_helps = known
 
     def at(
         self,
@@ -140,8 +149,9 @@ class Fitting:
         Args:
             rank: instead of the config's own.
             seconds: for all of it; None is no limit.
-            thorough: False leaves out the fit to the plain weight, which is there so that no fit to rows ever does
-                worse than it, and the refit to rows where for the same method and format it did not help before.
+            thorough: False leaves out what did not help before: the fit to the plain weight, which is there so that no
+                fit to rows ever does worse than it (see `assured`), and for the same method and format the refit to
+                rows.
 
         Raises: ConfigError or InfeasibleError where the rank does not fit; CompressionError where no factors are within
             the layer's range.
@@ -157,14 +167,47 @@ class Fitting:
             raise
         except CompressionError as error:  # half precision, or very large weights
             note = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
-        if thorough or not fits:
+        if thorough or not fits or self._weight_helps:
             self._white = self._rows = None  # their memory is for the solver
-            plain = self._decomposed(self.layer.weight.detach(), config, rank, _part(clock, 1.0, (0.6, 1.0)))
-            fits.append(self._rounded(config, plain))
-            if self._fix_bias:
-                fits.append(self._rounded(config, plain, fix_bias=False))
+            fits += self._to_weight(config, rank, _part(clock, 1.0, (0.6, 1.0)))
+            self._weight_helps = min(fits, key=lambda fit: fit.error).way == "weight"
         best = min(fits, key=lambda fit: fit.error)
         return replace(best, note=note) if best.way == "weight" else best
+
+    def assured(
+        self,
+        config: CPConfig | TuckerConfig,
+        found: Fitted,
+        *,
+        seconds: float | None = None,
+        progress: decompose.Progress | None = None,
+        same_rank: bool = False,
+    ) -> Fitted:
+        """What `at(thorough=False)` found, or the fit to the plain weight where that does better and is as small.
+
+        `same_rank` leaves out other Tucker ranks of that size; the rest is as in `at`.
+        """
+        if found.way == "weight":
+            return found
+        clock, most = Clock(seconds, progress), stored_bytes(found.module)
+        ranks: list[Rank] = [cast(Rank, found.module.rank)]
+        if isinstance(config, TuckerConfig) and not same_rank:
+            whole, weight = stored_bytes(self.layer), self.layer.weight.numel() * self.layer.weight.element_size()
+            ranks.append(MaxSize(min((most + 0.5 - (whole - weight)) / weight, 1 - 1e-9)))  # the bias stays
+        fits = [found]
+        for k, rank in enumerate(ranks):
+            part = _part(clock, 1 / (len(ranks) - k), (k / len(ranks), (k + 1) / len(ranks)))
+            with suppress(CompressionError):  # out of the range of the layer's dtype
+                fits += [fit for fit in self._to_weight(config, rank, part) if stored_bytes(fit.module) <= most]
+        return min(fits, key=lambda fit: fit.error)
+
+    def _to_weight(self, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock) -> list[Fitted]:
+        """Fitted to the plain weight, with each bias."""
+        plain = self._decomposed(self.layer.weight.detach(), config, rank, clock)
+        fits = [self._rounded(config, plain)]
+        if self._fix_bias:
+            fits.append(self._rounded(config, plain, fix_bias=False))
+        return fits
 
     def _fits_to_outputs(
         self, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock, thorough: bool
@@ -191,11 +234,9 @@ class Fitting:
         weight = self.layer.weight.detach()
 
         def fits(weight: Tensor) -> list[Fitted]:
-            made = [self._finished(DenseBilinear.from_weight(weight, quantize=config.quantize), "weight", None, False)]
-            if self._fix_bias and config.quantize is not None:
-                module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-                made.append(self._finished(module, "weight", None))
-            return made
+            biases = (False, True) if self._fix_bias and config.quantize is not None else (False,)
+            modules = (DenseBilinear.from_weight(weight, quantize=config.quantize) for _ in biases)
+            return [self._finished(module, "weight", None, fix) for module, fix in zip(modules, biases, strict=True)]
 
         found = fits(weight)
         if config.quantize is not None and self._calibrated:
@@ -243,23 +284,13 @@ class Fitting:
         plain = self._stored(config, parts, way)
         if config.quantize is None or config.quantize == "bf16":
             return plain
-        target = found.to_tensor() if target is None else target
-        fitted: Decomposition
-        if isinstance(parts, CPDecomposition):
-            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
-        else:
-            fitted = decompose.rounded(parts, target, config.quantize, self.metric)
+        fitted = _rounded_to(found.to_tensor() if target is None else target, parts, config.quantize, self.metric)
         fits = (plain, replace(self._stored(config, fitted, way), decomposition=parts))
         return min(fits, key=lambda fit: fit.error)
 
     def _rounded(self, config: LayerConfig, found: Decomposition, fix_bias: bool = True) -> Fitted:
         """A decomposition of the plain weight, its parts rounded to each other as without calibration."""
-        weight = self.layer.weight.detach()
-        parts: Decomposition
-        if isinstance(found, CPDecomposition):
-            parts = decompose.rounded(found, weight, config.quantize)
-        else:
-            parts = decompose.rounded(found, weight, config.quantize)
+        parts = _rounded_to(self.layer.weight.detach(), found, config.quantize)
         return replace(self._stored(config, parts, "weight", fix_bias), decomposition=found)
 
     def _finished(

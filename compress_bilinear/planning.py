@@ -3,14 +3,14 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from .allocation import Option, allocate, best_within
 from .automatic import Chooser
-from .baselines import renewed
+from .baselines import front, renewed
 from .calibration import Call, LayerInputs
 from .computing import ComputeAsked, choose_compute, misses, seen_rows
 from .config import AutoConfig, Config, DenseConfig, MaxError
@@ -21,13 +21,14 @@ from .measure import OutputError, stored_bytes, weight_error
 from .modules import CompressedBilinear, CPBilinear, DenseBilinear
 from .progress import ProgressBars
 from .refinement import refine
-from .report import AS_CONFIGURED, FrontPoint
+from .report import AS_CONFIGURED
 from .selection import CANCELLING, Decision, cancelling, compared, judge, keep
 from .solving import Candidate, as_candidate, solve
 from .weight_fitting import WeightFitting
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
+_CLOSING = 0.1  # of a time budget, to compare what has been chosen with what the weight alone gives
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +67,8 @@ class _Open:
 
     number: int
     request: Request
-    options: list[Option] = field(default_factory=list)
+    chooser: Chooser
+    options: list[Option]
 
 
 class Planner:
@@ -82,7 +84,8 @@ class Planner:
     ) -> None:
         self._requests, self._inputs, self._owners, self._options = requests, inputs, owners, options
         solved = [r.found.layer for r in requests if r.refusal is None and not isinstance(r.config, DenseConfig)]
-        self._seconds = _TimeShares(options.max_seconds, solved)
+        automatic = any(isinstance(request.config, AutoConfig) for request in requests)
+        self._seconds = _TimeShares(options.max_seconds, solved, _CLOSING if automatic else 0.0)
         self._progress = bars.parts("Solving", len(requests))
         self._bars = bars
         self._open: list[_Open] = []
@@ -97,6 +100,9 @@ class Planner:
         for wanted, unfit in self._misfits:
             if unfit is not None and all(other is not None for config, other in self._misfits if config is wanted):
                 raise unfit
+        if self._open:
+            self._comparing = self._bars.parts("Comparing", len(self._open))
+        self._seconds = self._seconds.again([each.request.found.layer for each in self._open])
         for config in {id(each.request.config): each.request.config for each in self._open}.values():
             self._choose([each for each in self._open if each.request.config is config], config)
         return self.decisions
@@ -187,7 +193,7 @@ class Planner:
                 found.adapted.verify()
             with self._seconds.share(found.layer) as share:
                 if isinstance(wanted, AutoConfig):
-                    self._open.append(_Open(number, request, self._tried(number, found, wanted, fitting, share)))
+                    self._open.append(_Open(number, request, *self._tried(number, found, wanted, fitting, share)))
                     return keep(found, wanted, "")
                 progress = self._progress(number, found.label)
                 candidate = solve(found.layer, wanted, share, progress, fitting)
@@ -255,8 +261,8 @@ class Planner:
 
     def _tried(
         self, number: int, found: FoundLayer, config: AutoConfig, fitting: Fitting | None, share: float | None
-    ) -> list[Option]:
-        """The front of one layer."""
+    ) -> tuple[Chooser, list[Option]]:
+        """The front of one layer, and who made it."""
         if not bool(found.layer.weight.detach().any()):
             raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
         limit = config.limit(calibrated=fitting is not None)
@@ -271,7 +277,7 @@ class Planner:
         else:
             assert config.fraction is not None
             chooser.sized(config.fraction, alone=self._count(config) == 1)
-        return chooser.timed(self._rows(found)) if config.prefer == "speed" else chooser.options
+        return chooser, chooser.timed(self._rows(found)) if config.prefer == "speed" else chooser.options
 
     def _count(self, config: AutoConfig) -> int:
         return sum(request.config is config and request.refusal is None for request in self._requests)
@@ -289,14 +295,16 @@ class Planner:
                 chosen = allocate(fronts, int((config.fraction or 0) * before), config.prefer)
         except InfeasibleError as error:
             for each in layers:
-                decision = keep(each.request.found, config, str(error))
-                self.decisions[each.number] = _with_front(decision, each.options, each.options[0])
+                self._record(each, keep(each.request.found, config, str(error)), each.options[0])
             return
         for each in layers:
             self._settle(each, chosen[each.request.found.label], limit)
 
     def _settle(self, each: _Open, option: Option, limit: MaxError | None) -> None:
         found, config = each.request.found, each.request.config
+        with self._seconds.share(found.layer) as share:
+            better = each.chooser.assured(option, share, self._comparing(self._open.index(each), found.label))
+        each.options[each.options.index(option)] = option = better
         if option.fitted is None or option.config is None:
             what = "faster" if isinstance(config, AutoConfig) and config.prefer == "speed" else "smaller"
             why = f"no {what} replacement meets the target" if limit else "the size allows to keep it"
@@ -307,34 +315,25 @@ class Planner:
             measured, force = self._measured(found), self._options.force
             candidate = self._computing(found, config, candidate, measured)
             decision = judge(found, option.config, candidate, measured, unreached, rows, force)
-        self.decisions[each.number] = _with_front(decision, each.options, option)
+        self._record(each, decision, option)
 
-
-def _with_front(decision: Decision, options: Sequence[Option], chosen: Option) -> Decision:
-    on_output = any(option.fitted is not None and option.fitted.on_output for option in options)
-    points = []
-    for option in sorted(options, key=lambda each: (each.bytes, each.error)):
-        error = {"output_error" if on_output else "weight_error": option.error}
-        point = FrontPoint(
-            method="keep" if option.fitted is None else option.fitted.module.method,
-            rank=None if option.fitted is None else option.fitted.module.rank,
-            quantize=None if option.config is None else option.config.quantize,
-            bytes=option.bytes,
-            flops=option.flops,
-            latency_ms=option.latency,
-            chosen=option is chosen,
-            **error,
-        )
-        points.append(point)
-    return replace(decision, report=replace(decision.report, front=tuple(points)))
+    def _record(self, each: _Open, decision: Decision, chosen: Option) -> None:
+        points = front(each.request.found.layer, each.options, chosen)
+        self.decisions[each.number] = replace(decision, report=replace(decision.report, front=points))
 
 
 class _TimeShares:
     """What is left of a time budget, shared among the layers that are left by the sizes of their weights."""
 
-    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear]) -> None:
-        self._left = max_seconds
+    def __init__(self, max_seconds: float | None, layers: Sequence[nn.Bilinear], reserve: float = 0.0) -> None:
+        """`reserve` is the part of it that is kept for `again`."""
+        self._reserve = None if max_seconds is None else reserve * max_seconds
+        self._left = None if max_seconds is None or self._reserve is None else max_seconds - self._reserve
         self._sizes = {id(layer): layer.weight.numel() for layer in layers}
+
+    def again(self, layers: Sequence[nn.Bilinear]) -> "_TimeShares":
+        """What is left and the reserve, for these layers."""
+        return _TimeShares(None if self._left is None or self._reserve is None else self._left + self._reserve, layers)
 
     @contextmanager
     def share(self, layer: nn.Bilinear) -> Iterator[float | None]:

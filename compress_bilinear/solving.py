@@ -23,6 +23,8 @@ from .modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBiline
 from .report import ComputeMode, FrontPoint
 from .weight_fitting import within_after_rounding
 
+_CLOSING = 0.1  # of a time budget, to compare what has been found with what the weight alone gives
+
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
@@ -189,7 +191,9 @@ def _fitted(
             return as_candidate(layer, fitting.at(config, rank, seconds=max_seconds, progress=progress))
         except InfeasibleError as error:
             raise InfeasibleError(f"{config.rank} of the layer is too small beside its bias: {error}") from error
-    fits = Chooser(layer, fitting, max_seconds, progress).smallest(config, config.rank.error)
+    begun = time.perf_counter()
+    searching = None if max_seconds is None else (1 - _CLOSING) * max_seconds
+    fits = Chooser(layer, fitting, searching, progress).smallest(config, config.rank.error)
     met = [fit for fit in fits if fit.error <= config.rank.error]
     if not met:
         kind = "cp" if isinstance(config, CPConfig) else "tucker"
@@ -198,7 +202,9 @@ def _fitted(
             f"An output error of {config.rank.error:g} is out of reach of a {kind} that is smaller than the "
             f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
         )
-    candidate = as_candidate(layer, min(met, key=lambda fit: stored_bytes(fit.module)))
+    left = None if max_seconds is None else max(max_seconds - (time.perf_counter() - begun), 1e-3)
+    best = fitting.assured(config, min(met, key=lambda fit: stored_bytes(fit.module)), seconds=left)
+    candidate = as_candidate(layer, best)
     return replace(candidate, tried=tuple(point(fit.module, None, fit.error) for fit in fits))
 
 

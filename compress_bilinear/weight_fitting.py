@@ -77,6 +77,9 @@ class WeightFitting(Fitting):
 
         return within_after_rounding(attempt, limit, config.quantize, self.layer.weight.dtype)
 
+    def assured(self, config: CPConfig | TuckerConfig, found: Fitted, **_: object) -> Fitted:
+        return found
+
     def dense(self, config: DenseConfig) -> Fitted:
         return replace(super().dense(config), on_output=False)
 

@@ -4,7 +4,7 @@ from ._clock import Clock, Progress, check_max_seconds
 from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
 from ._interpolation import interpolation, is_interpolated
-from ._metric import Metric, unwhitened_cp, unwhitened_tucker
+from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import distance, rounded
@@ -15,6 +15,7 @@ from ._types import CPDecomposition, TuckerDecomposition, relative, relative_err
 
 __all__ = [
     "AMPLIFICATION_LIMIT",
+    "PLAIN",
     "SHUFFLED_WEIGHT",
     "CPDecomposition",
     "Clock",

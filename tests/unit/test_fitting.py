@@ -8,7 +8,7 @@ from compress_bilinear.calibration import LayerInputs, collect_inputs
 from compress_bilinear.decomposition import Clock
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.fitting import Fitting
-from compress_bilinear.measure import OutputError
+from compress_bilinear.measure import OutputError, stored_bytes
 
 IN1, IN2, OUT = 10, 8, 6
 CP, TUCKER = cb.CPConfig(rank=6), cb.TuckerConfig(rank=(3, 4, 4))
@@ -168,3 +168,57 @@ def test_autocast_does_not_matter():
     expected = Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error == pytest.approx(expected, rel=1e-3)
+
+
+def heavy_tailed(in1: int, in2: int, seed: int = 5) -> tuple[Tensor, Tensor]:
+    """Few rows, of which some are far larger than others: their second moments say little of other rows."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (
+        torch.randn(32, size, generator=generator) / torch.randn(32, 1, generator=generator).abs()
+        for size in (in1, in2)
+    )
+    return first, second
+
+
+@pytest.mark.parametrize("config", [cb.CPConfig(rank=4), cb.TuckerConfig(rank=(3, 8, 8))], ids=["cp", "tucker"])
+def test_what_a_search_left_out_is_compared_in_the_end(config):
+    fitting = Fitting(bilinear(20, 18, 3, seed=5), LayerInputs(*heavy_tailed(20, 18), 32, 32))
+    fitting._weight_helps = False  # as a search may have found at another size
+    found = fitting.at(config, config.rank, thorough=False)
+    assured = fitting.assured(config, found)
+    assert assured.error < found.error
+    assert assured.error == pytest.approx(fitting.at(config, config.rank).error)
+    assert stored_bytes(assured.module) <= stored_bytes(found.module)
+
+
+@pytest.mark.parametrize("asked", [cb.AutoConfig(size=0.06), cb.TuckerConfig(rank=cb.MaxError(0.95, on="output"))])
+def test_what_is_chosen_never_leaves_more_error_than_the_weight_alone(asked, monkeypatch):
+    monkeypatch.setattr(Fitting, "_weight_helps", property(lambda self: False, lambda self, value: None), raising=False)
+    layer, batch = bilinear(20, 18, 3, seed=4), heavy_tailed(20, 18, seed=4)
+    (found,) = cb.plan(layer, asked, calibration=[batch], measure_latency=False).report.layers
+    assert found.decision == "replaced"
+    kind = cb.CPConfig if found.method == "cp" else cb.TuckerConfig
+    config = kind(rank=found.rank, quantize=found.quantize, fit="weight")
+    (plain,) = cb.plan(layer, config, calibration=[batch], measure_latency=False).report.layers
+    assert found.output_error <= plain.output_error * (1 + 1e-9)
+    if isinstance(asked, cb.AutoConfig):
+        assert found.bytes_after <= asked.fraction * found.bytes_before
+        (chosen,) = (point for point in found.front if point.chosen)
+        assert (chosen.rank, chosen.output_error) == (found.rank, pytest.approx(found.output_error))
+
+
+def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
+    tried = []
+    original = Fitting._to_weight
+    monkeypatch.setattr(Fitting, "_to_weight", lambda self, *args: tried.append(args[1]) or original(self, *args))
+    ranks = [(3, 8, 8), (3, 7, 7), (3, 6, 6)]
+    for batch, expected in ((heavy_tailed(20, 18), ranks), (None, ranks[:1])):
+        tried.clear()
+        if batch is None:
+            generator = torch.Generator().manual_seed(0)
+            latent = torch.randn(2000, 5, generator=generator)
+            batch = tuple(latent @ torch.randn(5, size, generator=generator) for size in (20, 18))
+        fitting = Fitting(bilinear(20, 18, 3, seed=5), LayerInputs(*batch, len(batch[0]), 32))
+        for rank in ranks:
+            fitting.at(cb.TuckerConfig(rank=rank), rank, thorough=False)
+        assert tried == expected
