@@ -50,6 +50,7 @@ _NEWTON_CHEAP = 600  # unknowns with which Newton's method costs less than sweep
 _NEWTON_UNKNOWNS = 3000
 _KEPT = 4  # of the starts of a small tensor that are followed to their minima
 _ZERO = 1e-13  # squared residual
+_FORMAT_ZERO = 1e-8  # the same where factors will have 16 bits or fewer: far below what rounding them adds
 _ROUNDING = 1e-12  # squared norm left out by a core that holds the whole tensor
 _PROBE = 2**17  # elements of a weight in which its closing is timed
 _LEAST_PENALTY = 1e-16
@@ -93,12 +94,13 @@ def solve(
         return _matrix(source, rank)
     generator = torch.Generator().manual_seed(seed)
     order = _order(source.shape)
+    zero = _zero(source, rank, quantize)
     if start is None:
-        basis, found, outside = _compressed_solve(source, rank, order, generator, clock)
+        basis, found, outside = _compressed_solve(source, rank, order, generator, clock, zero)
         if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and clock.left() > clock.elapsed():
             # float32 cannot tell so small a residual from rounding
             wide = Source(source.weight, torch.float64)
-            again = _compressed_solve(wide, rank, order, generator, clock)
+            again = _compressed_solve(wide, rank, order, generator, clock, zero)
             if again[1].residual <= max(abs(found.residual), 1e-7):
                 source, (basis, found, outside) = wide, again
         begun = found.moved(_lifting(basis))
@@ -109,13 +111,22 @@ def solve(
         if clock.limited:
             clock.prepared(_closing_seconds(source, rank))
     tensor, scale = source.permuted(order)
-    best = begun if settled else _on_whole(tensor, scale, begun, clock, effort, enough)
+    best = begun if settled else _on_whole(tensor, scale, begun, clock, effort, enough, zero)
     penalty = _ROUNDED_PENALTY.get(quantize, PENALTY)
     if penalty > PENALTY and best.residual > _EXACT:  # an exact CP is one in any format
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=penalty, last=penalty, span=(0.9, 1.0))
         best = descend(tensor, replace(best, momentum=0), stage, clock, scale)
     return replace(best, factors=_in_order(best.factors, order))
+
+
+def _zero(source: Source, rank: int, quantize: Quantize | None) -> float:
+    """The squared residual below which rounding the factors is all that is left of it, where less costs time."""
+    if sum(min(size, rank) for size in source.shape) * rank <= _NEWTON_CHEAP:
+        return 0.0
+    if quantize is not None or source.weight.dtype.itemsize < 4:
+        return _FORMAT_ZERO
+    return _ZERO if source.weight.dtype == torch.float32 else 0.0
 
 
 def _closing_seconds(source: Source, rank: int) -> float:
@@ -143,7 +154,7 @@ def _in_order(factors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
 
 
 def _compressed_solve(
-    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock, zero: float
 ) -> tuple[Basis, Iterate, float]:
     """The bases and the CP of the core, with the axes in this order, and the squared norm that the core leaves out."""
     sizes = [min(size, 3 * rank // 2) for size in source.shape]
@@ -161,7 +172,7 @@ def _compressed_solve(
         basis = [turns[m] for m in order]
     if clock.limited:
         clock.prepared(_closing_seconds(source, rank))
-    return basis, _on_core(core, rank, generator, clock), core.outside
+    return basis, _on_core(core, rank, generator, clock, zero), core.outside
 
 
 def _is_cheap(sizes: Sequence[int], rank: int) -> bool:
@@ -169,7 +180,7 @@ def _is_cheap(sizes: Sequence[int], rank: int) -> bool:
     return math.prod(sizes) * rank <= _CHEAP or sum(sizes) * rank <= _NEWTON_CHEAP
 
 
-def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock) -> Iterate:
+def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock, zero: float) -> Iterate:
     """The best CP of the core that the starts lead to, over its leading blocks."""
     shape, elements = core.tensor.shape, core.tensor.numel()
     small = elements * rank <= _CHEAP
@@ -191,21 +202,21 @@ def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock) ->
     scouts = sorted(scouts, key=lambda scout: scout.objective)[: _KEPT if newton else 1]
     best: Iterate | None = None
     while scouts:
-        found = _settled(core, scouts.pop(0), newton, clock)
+        found = _settled(core, scouts.pop(0), newton, clock, zero)
         best = found if best is None or found.objective < best.objective else best
-        if best.residual < _ZERO:
+        if best.residual < max(zero, _ZERO):
             break
     assert best is not None
-    promising = _ZERO <= best.residual < _PROMISING and core.outside < _EXACT
+    promising = max(zero, _ZERO) <= best.residual < _PROMISING and core.outside < _EXACT
     if promising and clock.left() > clock.elapsed():
         pencil = pencil_start(core.tensor * core.scale, rank, generator)
         begun = pencil and Iterate([core.turned(mode, factor) for mode, factor in enumerate(pencil)])
-        found = _settled(core, begun, newton, clock) if begun else best
+        found = _settled(core, begun, newton, clock, zero) if begun else best
         best = found if found.objective < best.objective else best
     return best
 
 
-def _settled(core: Core, start: Iterate, newton: bool, clock: Clock) -> Iterate:
+def _settled(core: Core, start: Iterate, newton: bool, clock: Clock, zero: float) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
     best, last = start, core.outside <= _ROUNDING
     whole = all(len(factor) == size for factor, size in zip(start.factors, core.tensor.shape, strict=True))
@@ -231,7 +242,7 @@ def _settled(core: Core, start: Iterate, newton: bool, clock: Clock) -> Iterate:
         best = descend(block, best, stage, clock, core.scale if level == 1 else 1.0, core.room)
     if newton and clock.left() > 0 and best.residual < _PROMISING:
         best = finish(core.tensor, best.factors, PENALTY, core.outside, clock)
-    return _released(core.tensor, best, clock, core.outside, core.scale)
+    return _released(core.tensor, best, clock, zero, core.outside, core.scale)
 
 
 def _penalties(level: int, clock: Clock) -> tuple[float, float]:
@@ -244,7 +255,9 @@ def _penalties(level: int, clock: Clock) -> tuple[float, float]:
     return begin, end
 
 
-def _on_whole(tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float) -> Iterate:
+def _on_whole(
+    tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float, zero: float
+) -> Iterate:
     """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
     rank = start.factors[0].shape[1]
     best = start
@@ -273,7 +286,7 @@ def _on_whole(tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
         best = descend(tensor, best, stage, clock, scale)
-    return _released(tensor, best, clock, scale=scale)
+    return _released(tensor, best, clock, zero, scale=scale)
 
 
 def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
@@ -286,30 +299,36 @@ def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
     return lift
 
 
-def _released(tensor: Tensor, best: Iterate, clock: Clock, outside: float = 0.0, scale: float = 1.0) -> Iterate:
+def _released(
+    tensor: Tensor, best: Iterate, clock: Clock, zero: float, outside: float = 0.0, scale: float = 1.0
+) -> Iterate:
     """Lower the penalty while it is what holds the error up, as it does on weights that are exactly low rank."""
-    penalty = PENALTY
     if best.residual > _EXACT:
         return best
     narrow = tensor.dtype != torch.float64 or best.factors[0].dtype != torch.float64
     tensor = tensor.double() * scale
     if narrow:  # float32's residual is mostly rounding
-        best = measured_exactly(tensor, [factor.double() for factor in best.factors], penalty, outside)
+        best = measured_exactly(tensor, [factor.double() for factor in best.factors], PENALTY, outside)
     # with many more unknowns than entries, sweeps find one of the many solutions sooner
     unknowns = sum(tensor.shape) * best.factors[0].shape[1]
     newton = unknowns <= max(_NEWTON_CHEAP, min(_NEWTON_UNKNOWNS, tensor.numel()))
-    while best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
-        penalty *= 1e-3 if newton else 1e-1
-        lower = (
-            finish(tensor, best.factors, penalty, outside, clock)
-            if newton
-            else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), clock)
-        )
-        if not lower.residual < best.residual:
-            break
-        best = lower
-        if best.amplification > AMPLIFICATION_LIMIT and best.residual > _ZERO:
-            break  # it buys accuracy by cancelling, and `cp` will say so
+    penalty = PENALTY
+    # where Newton's steps are dear, they are for what sweeps leave: with components to spare, that is nothing
+    for by_newton in [newton] if not newton or unknowns <= _NEWTON_CHEAP else [False, True]:
+        enough = 10 * zero if by_newton else zero
+        while enough < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
+            penalty *= 1e-3 if by_newton else 1e-1
+            lower = (
+                finish(tensor, best.factors, penalty, outside, clock)
+                if by_newton
+                else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), clock)
+            )
+            if not lower.residual < best.residual:
+                break
+            best = lower
+            if best.amplification > AMPLIFICATION_LIMIT and best.residual > _ZERO:
+                return best  # it buys accuracy by cancelling, and `cp` will say so
+        penalty *= 10  # at which sweeps still followed
     return best
 
 
