@@ -28,6 +28,7 @@ _FULL = 0.9  # of the weight's numbers: factors of more are hardly smaller than 
 _MOST_COMPONENTS = 8  # times the largest size: a CP of more takes minutes, and is little smaller than the weight
 _ROUNDING = 0.03  # an error above which that of 8-bit rounding hardly matters, and a lower rank in more bits loses
 _NEARLY = 1.05  # times a limit: an error from which a search may still meet it
+_DENSE = 0.05  # of the work
 _BEHIND = 1.6  # times the least error at a size
 
 
@@ -70,7 +71,7 @@ class Chooser:
             alike = [o for o in self.options if type(o.config) is type(config)]
             if not fast and number >= len(kinds) and any(option.error <= limit for option in alike):
                 continue  # the same rank in more bits is hardly better, and larger
-            self._span = (number / len((*kinds, *wide)), (number + 1) / len((*kinds, *wide)))
+            self._reach(number, len((*kinds, *wide)))
             if not fast and not self._may_win(config, limit):
                 continue
             if isinstance(self.fitting, WeightFitting):
@@ -89,16 +90,15 @@ class Chooser:
 
     def _exactly(self, config: CPConfig | TuckerConfig, fitting: WeightFitting, limit: float) -> None:
         """The smallest within `limit`, by the solvers' own search for it."""
-        left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
+        left = self._left()
         if left is not None and left <= 0:
             return
-        told, (start, end) = self._progress, self._span
         try:
             found = fitting.within(
                 config,
                 limit,
                 seconds=None if left is None else _SHARE * left,
-                progress=told and (lambda part, error: told(start + (end - start) * part, error)),
+                progress=self._reported(),
             )
         except CompressionError:  # out of reach
             return
@@ -116,7 +116,7 @@ class Chooser:
         sizes = sorted({min(step * fraction, _MOST_FRACTION) for step in steps}, reverse=True)
         behind: set[LayerConfig] = set()
         for number, size in enumerate(sizes):
-            self._span = (number / len(sizes), (number + 1) / len(sizes))
+            self._reach(number, len(sizes))
             rounded = self._least(size)
             self._all_at(map(_tucker, self._few), size, behind)
             # where the whole weight in fewer bits loses little, only a weight of low rank has a CP that loses less
@@ -148,9 +148,13 @@ class Chooser:
 
     def _dense(self) -> None:
         """8-bit dense is near lossless at a quarter of the size: what all others have to beat."""
-        for quantize in (*self._few, *(q for q in self._many if q is not None or self._exact)):
+        formats = (*self._few, *(q for q in self._many if q is not None or self._exact))
+        for number, quantize in enumerate(formats):
+            self._span = (_DENSE * number / len(formats), _DENSE * (number + 1) / len(formats))
             config = DenseConfig(quantize=quantize)
-            self._add(config, self.fitting.dense(config))
+            left = self._left()
+            seconds = None if left is None else max(_SHARE * left, 1e-3)
+            self._add(config, self.fitting.dense(config, seconds=seconds, progress=self._reported()))
 
     def assured(self, option: Option, seconds: float | None = None, progress: Progress | None = None) -> Option:
         """The option, or what is as small and does better where it is fitted to the plain weight.
@@ -210,16 +214,15 @@ class Chooser:
         return self._found[config, fraction]
 
     def _solved(self, config: CPConfig | TuckerConfig, fraction: float) -> Fitted | None:
-        left = None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
+        left = self._left()
         if left is not None and left <= 0:
             return None
-        told, (start, end) = self._progress, self._span
         try:
             found = self.fitting.at(
                 config,
                 without_bias(MaxSize(fraction), self.layer),
                 seconds=None if left is None else _SHARE * left,
-                progress=told and (lambda part, error: told(start + (end - start) * part, error)),
+                progress=self._reported(),
                 thorough=False,
             )
         except CompressionError:  # too small for any rank, or factors out of range
@@ -228,6 +231,18 @@ class Chooser:
             return None
         self._add(replace(config, rank=found.module.rank), found)  # type: ignore[arg-type]
         return found
+
+    def _left(self) -> float | None:
+        """Seconds until the search is to end; None where it has no limit."""
+        return None if self._seconds is None else self._seconds - (time.perf_counter() - self._begun)
+
+    def _reach(self, number: int, count: int) -> None:
+        """What is reported from here on is of this one of so many parts of the work after the dense layers."""
+        self._span = tuple(_DENSE + (1 - _DENSE) * part / count for part in (number, number + 1))  # type: ignore[assignment]
+
+    def _reported(self) -> Progress | None:
+        told, (start, end) = self._progress, self._span
+        return told and (lambda part, error: told(start + (end - start) * part, error))
 
     def _largest(self, config: CPConfig | TuckerConfig) -> float:
         """The size from which the weight itself in this format is about as small, and loses nothing else."""

@@ -149,9 +149,8 @@ class Fitting:
         Args:
             rank: instead of the config's own.
             seconds: for all of it; None is no limit.
-            thorough: False leaves out what did not help before: the fit to the plain weight, which is there so that no
-                fit to rows ever does worse than it (see `assured`), and for the same method and format the refit to
-                rows.
+            thorough: False leaves out what did not help before: the fit to the plain weight, so that no fit to rows
+                does worse than it (see `assured`), and for the same method and format the refit to rows.
 
         Raises: ConfigError or InfeasibleError where the rank does not fit; CompressionError where no factors are within
             the layer's range.
@@ -229,9 +228,11 @@ class Fitting:
         yield refitted
         self._rows_help[kind] = refitted.error < whitened.error
 
-    def dense(self, config: DenseConfig) -> Fitted:
+    def dense(
+        self, config: DenseConfig, *, seconds: float | None = None, progress: decompose.Progress | None = None
+    ) -> Fitted:
         """The weight itself, rounded where the config says so: what is best of ways to round, and of both biases."""
-        weight = self.layer.weight.detach()
+        clock, weight = Clock(seconds, progress), self.layer.weight.detach()
 
         def fits(weight: Tensor) -> list[Fitted]:
             biases = (False, True) if self._fix_bias and config.quantize is not None else (False,)
@@ -240,7 +241,7 @@ class Fitting:
 
         found = fits(weight)
         if config.quantize is not None and self._calibrated:
-            found += fits(decompose.stored_weight(weight, config.quantize, self.metric))
+            found += fits(decompose.stored_weight(weight, config.quantize, self.metric, clock))
         return min(found, key=lambda fit: fit.error)
 
     def _decomposed(self, weight: Tensor, config: CPConfig | TuckerConfig, rank: Rank, clock: Clock) -> Decomposition:
@@ -296,8 +297,7 @@ class Fitting:
     def _finished(
         self, module: CompressedBilinear, way: str, found: Decomposition | None, fix_bias: bool = True
     ) -> Fitted:
-        bias = self.layer.bias
-        corrected = fix_bias and self._fix_bias
+        bias, corrected = self.layer.bias, fix_bias and self._fix_bias
         if bias is not None:
             value = bias.detach().clone()
             if corrected:

@@ -83,7 +83,8 @@ class Planner:
         bars: ProgressBars,
     ) -> None:
         self._requests, self._inputs, self._owners, self._options = requests, inputs, owners, options
-        solved = [r.found.layer for r in requests if r.refusal is None and not isinstance(r.config, DenseConfig)]
+        open_ = [r for r in requests if r.refusal is None]
+        solved = [r.found.layer for r in open_ if options.calibrated or not isinstance(r.config, DenseConfig)]
         automatic = any(isinstance(request.config, AutoConfig) for request in requests)
         self._seconds = _TimeShares(options.max_seconds, solved, _CLOSING if automatic else 0.0)
         self._progress = bars.parts("Solving", len(requests))

@@ -91,7 +91,7 @@ def solve(
     bias = None if layer.bias is None else layer.bias.detach()
     if isinstance(config, DenseConfig):
         if fitting is not None and config.quantize is not None:
-            return as_candidate(layer, fitting.dense(config))
+            return as_candidate(layer, fitting.dense(config, seconds=max_seconds, progress=progress))
         module = DenseBilinear.from_bilinear(layer, quantize=config.quantize)
         return Candidate(module, weight_error(weight, module), None)
     if not bool(weight.any()):

@@ -80,8 +80,10 @@ class WeightFitting(Fitting):
     def assured(self, config: CPConfig | TuckerConfig, found: Fitted, **_: object) -> Fitted:
         return found
 
-    def dense(self, config: DenseConfig) -> Fitted:
-        return replace(super().dense(config), on_output=False)
+    def dense(
+        self, config: DenseConfig, *, seconds: float | None = None, progress: decompose.Progress | None = None
+    ) -> Fitted:
+        return replace(super().dense(config, seconds=seconds, progress=progress), on_output=False)
 
     def _error(self, module: CompressedBilinear) -> float:
         return weight_error(self.layer.weight.detach(), module)

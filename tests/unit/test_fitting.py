@@ -4,6 +4,7 @@ from support import bilinear
 from torch import Tensor, nn
 
 import compress_bilinear as cb
+from compress_bilinear import decomposition
 from compress_bilinear.calibration import LayerInputs, collect_inputs
 from compress_bilinear.decomposition import Clock
 from compress_bilinear.errors import CompressionError, ConfigError
@@ -222,3 +223,17 @@ def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
         for rank in ranks:
             fitting.at(cb.TuckerConfig(rank=rank), rank, thorough=False)
         assert tried == expected
+
+
+@pytest.mark.parametrize("asked", [cb.DenseConfig(quantize="int8"), cb.AutoConfig(size=0.3)])
+def test_the_time_for_all_bounds_the_rounding_of_a_dense_layer(asked, monkeypatch):
+    seconds, original = [], decomposition.stored_weight
+
+    def counted(weight, quantize, metric, clock):
+        seconds.append(clock.max_seconds)
+        return original(weight, quantize, metric, clock)
+
+    monkeypatch.setattr(decomposition, "stored_weight", counted)
+    cb.plan(bilinear(IN1, IN2, OUT), asked, calibration=[rows(300)], measure_latency=False, max_seconds=0.5)
+    assert seconds
+    assert all(0.05 < each <= 0.5 for each in seconds)

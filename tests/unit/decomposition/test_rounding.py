@@ -8,6 +8,7 @@ from support import low_rank
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import (
+    Clock,
     CPDecomposition,
     Metric,
     TuckerDecomposition,
@@ -182,6 +183,25 @@ class TestInAMetric:
         assert error_in(metric, WEIGHT, values) < 0.75 * error_in(metric, WEIGHT, plain)
         # and the weight keeps to what it was
         assert float((values - WEIGHT).norm()) < 3 * float((plain - WEIGHT).norm())
+
+    def test_outputs_for_which_there_is_no_time_are_rounded_to_the_nearest(self, quantize):
+        class Counted(Clock):
+            def left(self, fraction=1.0):
+                self.asked = getattr(self, "asked", 0) + 1
+                return 5.5 - self.asked
+
+        told = []
+        metric, plain = spread_metric(), cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
+        assert torch.equal(stored_weight(WEIGHT, quantize, metric, Clock(1e-9)), plain)
+        values = stored_weight(WEIGHT, quantize, metric, Counted(1.0, lambda part, error: told.append(part)))
+        all_of_them = stored_weight(WEIGHT, quantize, metric)
+        done = [torch.equal(one, other) for one, other in zip(values, all_of_them, strict=True)]
+        assert 0 < sum(done) < len(done)
+        assert done == sorted(done, reverse=True)
+        rest = sum(done)
+        assert torch.equal(values[rest:], plain[rest:])
+        assert told == sorted(told)
+        assert len(told) > 1
 
     def test_a_plain_metric_rounds_to_the_nearest(self, quantize):
         values = stored_weight(WEIGHT, quantize, Metric.of_moments([None] * 3, 1))
