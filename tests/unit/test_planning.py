@@ -7,8 +7,8 @@ import compress_bilinear as cb
 from compress_bilinear import automatic
 from compress_bilinear.calibration import LayerInputs
 from compress_bilinear.errors import ConfigError
-from compress_bilinear.fitting import Fitting
-from compress_bilinear.measure import Latency
+from compress_bilinear.fitting import Fitted, Fitting
+from compress_bilinear.measure import Latency, stored_bytes
 from compress_bilinear.report import Report
 
 IN1, IN2, OUT = 6, 5, 4
@@ -147,3 +147,51 @@ def test_output_targets_say_where_there_are_too_few_rows_or_none_that_meet_them(
         assert "Found too few" in planned(config, calibration=[rows(20)]).report.layers[0].reason
     layer = planned(cb.TuckerConfig(rank=cb.MaxError(1e-6, on="output"), quantize="nf4")).report.layers[0]
     assert "out of reach of a tucker that is smaller" in layer.reason
+
+
+class Stub(Fitting):
+    """Fits nothing: it tells the errors that it is given, and remembers what it was asked for."""
+
+    def __init__(self, layer: nn.Bilinear, error, dense: float) -> None:
+        super().__init__(layer, LayerInputs(*rows(), 160, 160))
+        self._error_of, self._dense_error, self.asked = error, dense, []
+
+    def _made(self, size: float, error: float, rank) -> Fitted:
+        module = nn.Module()
+        module.register_buffer("stored", torch.empty(int(size * stored_bytes(self.layer)), dtype=torch.uint8))
+        module.rank, module.flops_per_row = rank, 1
+        return Fitted(module, error, "whitened", False, None)
+
+    def at(self, config, rank, **_):
+        kind = ("cp" if isinstance(config, cb.CPConfig) else "tucker", config.quantize)
+        self.asked.append((*kind, round(rank.fraction, 4)))
+        return self._made(rank.fraction, self._error_of(*kind, rank.fraction), 1 if kind[0] == "cp" else (1, 1, 1))
+
+    def dense(self, config, **_):
+        return self._made({"int8": 0.25, "nf4": 0.13, "bf16": 0.5}[config.quantize], self._dense_error, None)
+
+
+def sizes_asked(error, fraction: float, dense: float = 0.5) -> dict[tuple[str, str | None], int]:
+    """How often each kind was fitted, in `Chooser.sized` at three sizes."""
+    layer = bilinear(16, 16, 16, bias=False)
+    stub = Stub(layer, error, dense)
+    automatic.Chooser(layer, stub).sized(fraction, alone=True)
+    kinds = [("tucker", "int8"), ("tucker", "nf4"), ("cp", "int8"), ("cp", "nf4")]
+    return {kind: sum(each[:2] == kind for each in stub.asked) for kind in kinds}
+
+
+def test_what_is_far_behind_at_a_size_is_not_tried_at_smaller_ones():
+    far = automatic._BEHIND + 0.1
+    found = sizes_asked(lambda method, quantize, size: 0.1 * (far if method == "cp" else 1), 0.1)
+    assert found == {("tucker", "int8"): 3, ("tucker", "nf4"): 3, ("cp", "int8"): 1, ("cp", "nf4"): 1}
+
+
+def test_what_is_a_little_behind_or_behind_what_is_larger_goes_on():
+    near = automatic._BEHIND - 0.1
+    found = sizes_asked(lambda method, quantize, size: 0.1 * (near if method == "cp" else 1), 0.1)
+    assert set(found.values()) == {3}
+    # dense layers are far better, where they fit
+    assert sizes_asked(lambda *_: 0.4, 0.16, dense=0.05)["tucker", "int8"] == 3
+    # nf4 does not fill the largest size, and what does is no measure for it
+    found = sizes_asked(lambda method, quantize, size: 0.1 if size > 0.12 else 0.4, 0.16)
+    assert found["tucker", "nf4"] == 3
