@@ -84,7 +84,9 @@ _OF_A_CONFIG = (
     default="size",
     help="What --method auto makes small.  [default: size]",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the CP solver's random starts.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, help="Of CP's random starts; Tucker and dense have none."
+)
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option("--compute", type=click.Choice(MODES), help="How quantized layers compute.  [default: on_the_fly]")

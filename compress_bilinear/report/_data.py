@@ -227,7 +227,8 @@ class Report:
         for name in ("model_bytes_before", "model_bytes_after"):
             check(data[name], int, f"`{name}` of a report")
         for name in ("metric_before", "metric_after"):  # which may be below 0
-            size = abs(data[name]) if isinstance(data[name], (int, float)) else data[name]
+            value = data[name]
+            size = abs(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
             check(size, float | None, f"`{name}` of a report")
         for name in ("environment", "config"):
             if not isinstance(data[name], Mapping):

@@ -187,6 +187,7 @@ class TestJson:
                 "`bytes_after` of layer 'up_a' should be a whole",
             ),
             (lambda data: data["layers"][0].update(bytes_after=True), "a whole number, at least 0. Found True"),
+            (lambda data: data.update(metric_before=True), "`metric_before` of a report.* Found True"),
             (lambda data: data["layers"][0].update(bytes_after=2.5), "a whole number, at least 0. Found 2.5"),
             (
                 lambda data: data["layers"][0].update(speedup=-1),
