@@ -148,11 +148,12 @@ def is_mkls(*tensors: Tensor | None) -> bool:
 
 def onednn_is_faster() -> bool:
     """Whether float32 products on this processor are oneDNN's: it is not Intel's, and torch's BLAS is MKL."""
-    return bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()
+    return bool(torch.backends.mkldnn.enabled) and has_slow_mkl()
 
 
 @cache
-def _has_slow_mkl() -> bool:
+def has_slow_mkl() -> bool:
+    """Whether this processor is not Intel's, torch's BLAS is MKL, and oneDNN stands beside it."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import bilinear, linear
 
-from ._gemm import is_mkls
+from ._gemm import has_slow_mkl
 
 _PAIRS = 2**18  # elements of x1 ⊗ x2 up to which a call is small
 _PRODUCTS = 2**21  # and its multiply-adds, unless it has
@@ -38,14 +38,6 @@ def small_dense(
         if not shape1 or shape1[-1] != in1 or shape2 != (*shape1[:-1], in2):
             return None
         rows = shape1[:-1].numel()
-    if out <= _LOOP_OUT and 0 < rows * in2 <= _LOOP_MOST and is_mkls(input1, input2, weight, bias):
-        return bilinear(input1, input2, weight, bias)
-    count = rows * in1 * in2  # of x1 ⊗ x2
-    if not 0 < count <= _PAIRS:
-        if rows != 1 or not 0 < count <= _ROW_PAIRS or out < _LEAST_OUT or not weight.is_contiguous():
-            return None
-    elif count * out > _PRODUCTS and rows > _FEW_ROWS:
-        return None
     autocast = torch.is_autocast_enabled("cpu")
     if autocast:
         dtype = torch.get_autocast_dtype("cpu")
@@ -53,6 +45,14 @@ def small_dense(
         dtype = weight.dtype
         if bias is not None and bias.dtype != dtype:
             return None
+        if out <= _LOOP_OUT and dtype == torch.float32 and 0 < rows * in2 <= _LOOP_MOST and not _wants_more():
+            return bilinear(input1, input2, weight, bias)
+    count = rows * in1 * in2  # of x1 ⊗ x2
+    if not 0 < count <= _PAIRS:
+        if rows != 1 or not 0 < count <= _ROW_PAIRS or out < _LEAST_OUT or not weight.is_contiguous():
+            return None
+    elif count * out > _PRODUCTS and rows > _FEW_ROWS:
+        return None
     if out >= _LEAST_OUT and dtype != torch.float16:  # where x1 ⊗ x2 could overflow
         if not flat:
             return linear((input1.unsqueeze(-1) * input2.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)
@@ -64,3 +64,13 @@ def small_dense(
     product = linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
     output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
     return output if bias is None else output + bias
+
+
+def _wants_more() -> bool:
+    """Whether torch's loop might be asked for more than its output, or MKL, which it uses, is slow."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or has_slow_mkl()
+    )
