@@ -82,8 +82,8 @@ def measured(
     found = contestants(case, count, dtype, device)
     for name, contestant in list(found.items()):
         out = (training and not contestant.trains) or (contestant.compiled and not compiling) or name in excluded
-        step = partial(wrong, contestant, bool(case.pairs), training)
-        error = None if out else attempt(name, contestant.family, step)
+        checks = partial(wrong, contestant, bool(case.pairs), training)
+        error = None if out else attempt(name, contestant.family, checks)
         if error == "":
             calls[name] = trained(contestant, dtype) if training else forward(contestant)
             continue
