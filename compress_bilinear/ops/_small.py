@@ -11,7 +11,7 @@ _PRODUCTS = 2**21  # and its multiply-adds, unless it has
 _FEW_ROWS = 8
 _ROW_PAIRS = 2**22  # elements of x1 ⊗ x2 up to which a single row, which only reads the weight, is a small call
 _LEAST_OUT = 4  # outputs from which a small call takes "outer"
-_LOOP_OUT = 2  # up to which torch's own loop over outputs has the least overhead where MKL multiplies
+_LOOP_OUT = 2  # up to which, and to the rows, torch's own loop over outputs is fastest where MKL multiplies
 _LOOP_MOST = 2**18  # elements of its T, which is that of an output
 
 
@@ -45,7 +45,7 @@ def small_dense(
         dtype = weight.dtype
         if bias is not None and bias.dtype != dtype:
             return None
-        if out <= _LOOP_OUT and dtype == torch.float32 and 0 < rows * in2 <= _LOOP_MOST and not _wants_more():
+        if out <= min(rows, _LOOP_OUT) and dtype == torch.float32 and 0 < rows * in2 <= _LOOP_MOST and not _wants_more():
             return bilinear(input1, input2, weight, bias)
     count = rows * in1 * in2  # of x1 ⊗ x2
     if not 0 < count <= _PAIRS:
