@@ -45,7 +45,8 @@ def small_dense(
         dtype = weight.dtype
         if bias is not None and bias.dtype != dtype:
             return None
-        if out <= min(rows, _LOOP_OUT) and dtype == torch.float32 and 0 < rows * in2 <= _LOOP_MOST and not _wants_more():
+        few = out <= min(rows, _LOOP_OUT) and 0 < rows * in2 <= _LOOP_MOST
+        if few and dtype == torch.float32 and not _wants_more():
             return bilinear(input1, input2, weight, bias)
     count = rows * in1 * in2  # of x1 ⊗ x2
     if not 0 < count <= _PAIRS:
