@@ -84,6 +84,7 @@ class Contestant:
         call: a function of `tensors`.
         tensors: inputs first, then what is stored.
         exact: the definition, of inputs in float64.
+        reference: the same of all `tensors` in float64, for gradients; unused where it does not train.
         stored: what a call reads: inputs and weights.
         flops: of a forward, multiply-add counted as 2.
         trains: whether gradients are asked of it.
@@ -94,6 +95,7 @@ class Contestant:
     call: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
     exact: Callable[[Tensor, Tensor], Tensor]
+    reference: Callable[..., Tensor]
     stored: tuple[Tensor, ...]
     flops: float
     trains: bool = True
@@ -156,19 +158,17 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     calls["dense"] = ops.pairwise_dense if pairs else ops.bilinear_dense
     exact = _by_outputs(einsum, case, lambda part: weight[part].double(), bias)
     dense = (*inputs, *held.dense)
-    found = {name: Contestant("dense", call, dense, exact, dense, dense_flops) for name, call in calls.items()}
+    found = {name: Contestant("dense", call, dense, exact, einsum, dense, dense_flops) for name, call in calls.items()}
     per_row = count if not pairs else rows * case.pairs
     cp_flops = 2.0 * rank * (per_row * (case.in1 + case.in2) + count * case.out)
     tucker_flops = 2.0 * (per_row * (case.in1 * r_in1 + case.in2 * r_in2) + count * case.out * r_out)
     tucker_flops += 2.0 * r_out * r_in2 * (per_row * r_in1 + count if pairs else count * r_in1)
     cp, tucker = (*inputs, *held.cp), (*inputs, *held.tucker)
-    exact_cp, exact_tucker = (
-        _widened(_cp_pairs if pairs else _cp, cp),
-        _widened(_tucker_pairs if pairs else _tucker, tucker),
-    )
+    cp_reference, tucker_reference = (_cp_pairs, _tucker_pairs) if pairs else (_cp, _tucker)
+    exact_cp, exact_tucker = _widened(cp_reference, cp), _widened(tucker_reference, tucker)
     cp_call, tucker_call = (ops.pairwise_cp, ops.pairwise_tucker) if pairs else (ops.bilinear_cp, ops.bilinear_tucker)
-    found["CP"] = Contestant("CP", cp_call, cp, exact_cp, cp, cp_flops)
-    found["Tucker"] = Contestant("Tucker", tucker_call, tucker, exact_tucker, tucker, tucker_flops)
+    found["CP"] = Contestant("CP", cp_call, cp, exact_cp, cp_reference, cp, cp_flops)
+    found["Tucker"] = Contestant("Tucker", tucker_call, tucker, exact_tucker, tucker_reference, tucker, tucker_flops)
     cp_chain, tucker_chain = (_cp_pairs_chain, _tucker_pairs_chain) if pairs else (_cp_chain, _tucker_chain)
     if count * rank <= _CHAIN_MOST:
         found["CP composed"] = replace(found["CP"], call=cp_chain)
@@ -180,7 +180,9 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     exact_int8 = _by_outputs(einsum, case, lambda part: held.int8.rows(part, torch.float64), bias)
     assert held.int8.scale is not None
     read = (*inputs, held.int8.qdata, held.int8.scale, bias)
-    found["dense int8"] = Contestant("dense", int8, (*inputs, bias), exact_int8, read, dense_flops, trains=False)
+    found["dense int8"] = Contestant(
+        "dense", int8, (*inputs, bias), exact_int8, einsum, read, dense_flops, trains=False
+    )
     if device.type == "cuda":
         _on_gpu(found, pairs)
     return found

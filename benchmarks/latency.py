@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Contestant, contestants
+from benchmarks.gate import wrong
 from benchmarks.memory import with_peak
 from compress_bilinear import ops
 
-TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}  # relative Frobenius
-GATE_ROWS = 8  # whose outputs are compared with float64
 ROUNDS = (5, 40)
 BLOCK_SECONDS = 2e-3  # about how long a call is repeated for one sample
 WARM_SECONDS = 2e-2  # and before it
@@ -83,12 +82,13 @@ def measured(
     found = contestants(case, count, dtype, device)
     for name, contestant in list(found.items()):
         out = (training and not contestant.trains) or (contestant.compiled and not compiling) or name in excluded
-        error = None if out else attempt(name, contestant.family, partial(gate, contestant, case))
-        if isinstance(error, float) and error < TOLERANCES[dtype]:
+        checks = partial(wrong, contestant, bool(case.pairs), training)
+        error = None if out else attempt(name, contestant.family, checks)
+        if error == "":
             calls[name] = trained(contestant, dtype) if training else forward(contestant)
             continue
         if error is not None:
-            reason = f"wrong: relative error {error:.3g}"
+            reason = f"wrong: {error}"
             failures.append(about | {"contestant": name, "family": contestant.family, "status": reason})
         del found[name]
     with torch.set_grad_enabled(training):
@@ -125,15 +125,6 @@ def measured(
             }
         )
     return result + failures
-
-
-def gate(contestant: Contestant, case: Case) -> float:
-    """The relative error of the first rows' outputs against the definition in float64."""
-    with torch.no_grad():
-        output = contestant.call(*contestant.tensors)
-        rows = 1 if case.pairs else GATE_ROWS
-        exact = contestant.exact(*(tensor[:rows].double() for tensor in contestant.tensors[:2]))
-        return float((output[:rows].double() - exact).norm() / exact.norm())
 
 
 def forward(contestant: Contestant) -> Call:

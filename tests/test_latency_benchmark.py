@@ -5,9 +5,10 @@ import dataclasses
 import sys
 
 import pytest
+import support
 import torch
 
-from benchmarks import cases, latency, latency_plot, run
+from benchmarks import cases, gate, latency, latency_plot, run
 from benchmarks.cases import Case
 
 TINY = (Case("rows", 5, 4, 3, 6), Case("pairs", 4, 5, 3, 2, pairs=3))
@@ -82,6 +83,76 @@ def test_a_wrong_output_is_never_timed(benchmark, monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="dense wrong: relative error nan"):
         benchmark("rows")
     assert not [r for r in run.read(tmp_path / "latency_cpu.csv") if r["contestant"] == "dense" and r["median_ms"]]
+
+
+def grown(tensor, factor=1.1):
+    """The same values, with a gradient that is too large."""
+    return factor * tensor + (1 - factor) * tensor.detach()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_last_row_is_never_timed(benchmark, monkeypatch, tmp_path, dtype):
+    right = cases.ops.bilinear_dense
+
+    def last_row_off(*tensors):
+        output = right(*tensors).clone()
+        output[-1] += 0.08 * output.abs().max()
+        return output
+
+    altered(monkeypatch, "dense", call=last_row_off)
+    with pytest.raises(SystemExit, match=r"dense wrong: relative error 0\.0"):
+        benchmark("rows", "--rows", "suite", "--dtypes", dtype)
+    statuses = {row["contestant"]: row["status"] for row in run.read(tmp_path / "latency_cpu.csv")}
+    assert [name for name, status in statuses.items() if status != "ok"] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("case", "name", "position", "word"),
+    [("rows", "dense", 0, "input1"), ("rows", "CP", 1, "input2"), ("rows", "Tucker", 4, "operand 5"),
+     ("rows", "dense", 2, "operand 3"), ("pairs", "dense", 1, "input2"), ("pairs", "CP", 5, "operand 6")],
+)  # fmt: skip
+def test_a_wrong_gradient_is_never_timed(benchmark, monkeypatch, case, name, position, word):
+    made = cases.contestants
+
+    def contestants(*args):
+        found = made(*args)
+        call = found[name].call
+
+        def off(*tensors):
+            return call(*(grown(tensor) if at == position else tensor for at, tensor in enumerate(tensors)))
+
+        return found | {name: dataclasses.replace(found[name], call=off)}
+
+    monkeypatch.setattr(latency, "contestants", contestants)
+    with pytest.raises(SystemExit, match=f"{name} wrong: relative error 0.* in the gradient of {word}") as found:
+        benchmark(case, "--rows", "suite", "--passes", "forward", "training")
+    assert len(str(found.value).splitlines()) == 1  # the forward is right, and so are the others
+
+
+def test_gradients_are_compared_in_slices_of_a_dense_weight(benchmark, monkeypatch):
+    monkeypatch.setattr(gate, "_SLICE", 1)
+    assert {row["status"] for row in benchmark("--passes", "training", "--dtypes", "float32", "float16")} == {"ok"}
+
+
+def test_another_shape_or_dtype_is_wrong(benchmark, monkeypatch):
+    right = cases.ops.bilinear_dense
+    altered(monkeypatch, "dense", call=lambda *tensors: right(*tensors).double())
+    with pytest.raises(SystemExit, match=r"dense wrong: an output of \(6, 3\) in torch\.float64"):
+        benchmark("rows", "--rows", "suite")
+
+
+@pytest.mark.parametrize("count", [1, 2, 6, 32, 64, 65, 512, 5416])
+def test_rows_from_all_over_the_batch_are_checked(count):
+    rows = gate.checked(count)
+    assert rows == sorted(set(rows))
+    assert {0, count - 1, count // 2} <= set(rows) <= set(range(count))
+    for edge in (64, 128):
+        assert count <= edge or {edge - 1, edge, count // edge * edge} & set(range(count)) <= set(rows)
+    assert len(rows) <= 20
+
+
+def test_the_gate_has_the_tests_tolerances():
+    assert gate.TOLERANCES.items() <= support.TOLERANCES.items()
 
 
 def test_a_run_goes_on_where_it_was_cut_off(benchmark, monkeypatch):

@@ -3,7 +3,7 @@
 from . import reference
 from ._choice import BACKENDS, Backend, Choice
 from ._cp import small_cp
-from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing, small_dense
+from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
 from ._gemm import linear, linear_times, stored_linear
 from ._layers import (
     bilinear_cp,
@@ -14,6 +14,7 @@ from ._layers import (
     pairwise_dense,
     pairwise_tucker,
 )
+from ._small import small_dense
 
 __all__ = [
     "BACKENDS",

@@ -6,10 +6,11 @@ y_no = Σ_ij x1_ni W_oij x2_nj can be summed in three orders, each of 2·N·O·I
 - "in2_first": T = W_o x2 (N x O x I), then T · x1;
 - "outer": T = x1 ⊗ x2 (N x I x J), then one matrix product with W.
 
-So the largest dimension is eliminated first. T is never whole: outputs and rows are taken in blocks whose T stays in
-the cache, which on a CPU is also the fastest (`benchmarks/run.py` measures it). Where a gradient is wanted, each block
-is recomputed in the backward (Chen et al., "Training deep nets with sublinear memory cost", 2016), for T would
-otherwise be kept whole for it.
+So the largest dimension is eliminated first. Where MKL multiplies and no gradient is wanted, "in1_first" takes the
+slices as they lie, and up to some thousand rows that is the fastest. T is never whole: outputs and rows are taken in
+blocks whose T stays in the cache, which on a CPU is also the fastest (`benchmarks/run.py` measures it). Where a
+gradient is wanted, each block is recomputed in the backward (Chen et al., "Training deep nets with sublinear memory
+cost", 2016), for T would otherwise be kept whole for it.
 """
 
 import math
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 from ..quantization import dequantize
-from ._gemm import linear, prefers_onednn, stored_linear
+from ._gemm import is_mkls, linear, prefers_onednn, stored_linear
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -38,10 +39,8 @@ _OUTER_MOST = 2**14  # I·J above which "outer" blocks have too few rows for an 
 _OUTER_RATIO = 2  # of O to the inputs' sizes, from which "outer" wins: its product is long and narrow
 _BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficient; the rest of a block is rows
 _TURN = 2  # what copying an element of the weight costs, in elements of T that are written and summed
-_SMALL_PAIRS = 2**18  # elements of x1 ⊗ x2 up to which a call is small
-_SMALL_PRODUCTS = 2**21  # and its multiply-adds, unless it has
-_FEW_ROWS = 8
-_SMALL_OUT = 4  # outputs from which a small call takes "outer"
+_LYING_ROWS = 2**11  # rows up to which products with the slices as they lie are fastest where MKL multiplies
+_LYING_OUT = 4  # and for any number of rows with fewer outputs
 _WEIGHT_BLOCK = 2**20  # elements of the weight that are de-quantized at once (or one output's slice)
 _TRACED_ROW = 4096  # elements of T for a row in a traced graph, where the number of rows is not known
 _TRACED_PARTS = 16
@@ -77,41 +76,6 @@ def check_inputs(input1: Tensor, input2: Tensor, pairs: bool = False) -> None:
         )
 
 
-def small_dense(
-    input1: Tensor,  # (..., I)
-    input2: Tensor,  # (..., J)
-    weight: Tensor,  # (O, I, J)
-    bias: Tensor | None,  # (O,)
-) -> Tensor | None:  # (..., O)
-    """y_o = x1ᵀ W_o x2 + b_o in as few calls as can be, None where the call is not small or not on a CPU.
-
-    None too where the inputs' sizes are not those of the weight, or their leading dimensions differ.
-    """
-    if not input1.is_cpu or is_tracing():
-        return None
-    out, in1, in2 = weight.shape
-    elements, dim = input1.numel(), input1.dim()
-    count = elements * in2  # of x1 ⊗ x2
-    if (
-        not 0 < count <= _SMALL_PAIRS
-        or (count * out > _SMALL_PRODUCTS and elements > _FEW_ROWS * in1)
-        or count != input2.numel() * in1
-        or input1.shape[-1:] != (in1,)
-        or input1.shape[:-1] != input2.shape[:-1]
-    ):
-        return None
-    autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else input1.dtype
-    if out >= _SMALL_OUT and dtype != torch.float16:  # where x1 ⊗ x2 could overflow
-        pairs = input1.unsqueeze(-1) * input2.unsqueeze(-2)
-        return torch.nn.functional.linear(pairs.flatten(-2), weight.flatten(1), bias)
-    if dim != 2 or autocast:  # which would leave the bias as it is
-        return None
-    product = torch.nn.functional.linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
-    output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
-    return output if bias is None else output + bias
-
-
 def composed_dense(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
@@ -123,15 +87,18 @@ def composed_dense(
     """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch.
 
     Peak extra memory is a few blocks of T (two megabytes each on a CPU without gradients) beside inputs and output; an
-    int8 weight is de-quantized block by block into the inputs' dtype, and for a backward once more.
+    int8 weight is de-quantized block by block into the inputs' dtype, and for a backward once more. The output has the
+    inputs' dtype whatever the bias has.
     """
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
     rows = math.prod(leading)
     rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
     tracing = is_tracing()
-    order = order or best_order((out, in1, in2), None if tracing else rows, input1.dtype)
-    if tracing:
+    asked, order = order, order or best_order((out, in1, in2), None if tracing else rows, input1.dtype)
+    if asked is None and order != "outer" and not tracing and _lies_well(rows1, rows2, weight, scale):
+        output = _lying(rows1, rows2, weight, scale)
+    elif tracing:
         output = _traced(rows1, rows2, weight, scale, order)
     elif order == "outer":
         output = _outer(rows1, rows2, weight, scale)
@@ -140,6 +107,7 @@ def composed_dense(
             rows1, rows2, weight, scale = rows2, rows1, weight.mT, None if scale is None else scale.mT
         output = _contract(rows1, rows2, weight, scale)
     if bias is not None:
+        bias = bias.to(output.dtype)
         wanted = torch.is_grad_enabled() and (output.requires_grad or bias.requires_grad)
         output = output + bias if wanted or tracing or is_transformed() else output.add_(bias)
     return output.view(*leading, out)
@@ -156,6 +124,7 @@ def composed_dense_pairs(
     leading, (length1, in1), (length2, in2) = input1.shape[:-2], input1.shape[-2:], input2.shape[-2:]
     batch, out = math.prod(leading), weight.shape[0]
     batch1, batch2 = input1.reshape(batch, length1, in1), input2.reshape(batch, length2, in2)
+    bias = bias if bias is None else bias.to(input1.dtype)
     # each input can be projected first; per output, I·J for each of its rows and the other's width for each pair
     swap = in2 > in1 if is_tracing() else length2 * in1 * (in2 + length1) < length1 * in2 * (in1 + length2)
     if swap:
@@ -255,6 +224,34 @@ def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None)
         start += len(part)
         for block1, block2, piece in zip(*zip(*blocks, strict=True), target, strict=True):
             piece.copy_(_matvec(block1, block2, part, None))
+    return output
+
+
+def _lies_well(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether `_lying` may run, and should be the fastest."""
+    (out, in1, in2), rows = weight.shape, rows1.shape[0]
+    return (
+        0 < in2 <= in1
+        and rows > 0
+        and (rows <= _LYING_ROWS or out < _LYING_OUT)
+        and is_mkls(rows1, rows2, weight if scale is None else None)
+        and not (torch.is_grad_enabled() and scale is not None and scale.requires_grad)
+    )
+
+
+def _lying(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Σ_ij x1_ni W_oij x2_nj by products x1 W_o, which want no copy of the weight: (N, O)."""
+    out, _, in2 = weight.shape
+    rows = min(rows1.shape[0], max(1, _CPU_BLOCK // in2))
+    output, start = rows1.new_empty(rows1.shape[0], out), 0
+    blocks = list(zip(rows1.split(rows), rows2.split(rows), output.split(rows), strict=True))
+    for part, part_scale in _weight_parts(weight, scale, _CPU_BLOCK // (rows * in2)):
+        part, end = _plain(part, part_scale, rows1.dtype), start + len(part)
+        for block1, block2, target in blocks:  # not `matmul`, which copies a weight that requires a gradient elsewhere
+            product = torch.bmm(block1.expand(end - start, *block1.shape), part)
+            torch.sum(product.mul_(block2), -1, out=target[:, start:end].t())
+            del product  # whose memory, in the cache, the next takes
+        start = end
     return output
 
 

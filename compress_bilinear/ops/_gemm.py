@@ -43,7 +43,7 @@ def linear_times(
     wanted = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad or other.requires_grad)
     if wanted or other.dtype != input.dtype or not prefers_onednn(input, weight):
         product = linear(input, weight)
-        return product * other if wanted or product.dtype != other.dtype or _recorded() else product.mul_(other)
+        return product * other if wanted or product.dtype != other.dtype or is_recorded() else product.mul_(other)
     shape = other.shape
     rows, other = input.reshape(-1, input.shape[-1]), other.reshape(-1, shape[-1])
     found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(rows, other, weight, None, "mul")
@@ -62,7 +62,7 @@ def stored_linear(
         stored: the tensors that hold it, which a gradient's graph keeps alive, and which must not change before it.
     """
     wanted = torch.is_grad_enabled() and input.requires_grad
-    if not wanted or _recorded() or any(tensor.requires_grad for tensor in stored):
+    if not wanted or is_recorded() or any(tensor.requires_grad for tensor in stored):
         return linear(input, decode(input.dtype))
     output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
     return output
@@ -127,17 +127,33 @@ def prefers_onednn(input: Tensor, weight: Tensor) -> bool:
         and type(input) is Tensor
         and type(weight) in (Tensor, torch.nn.Parameter)
         and onednn_is_faster()
-        and not _recorded()
+        and not is_recorded()
     )
+
+
+def is_mkls(*tensors: Tensor | None) -> bool:
+    """Whether MKL at its best multiplies these, plain and of one dtype, and nothing records or transforms the call."""
+    first, wanted = tensors[0], torch.is_grad_enabled()
+    if first is None or first.dtype not in (torch.float32, torch.float64):
+        return False
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.dtype != first.dtype or not tensor.is_cpu:
+            return False
+        if wanted and tensor.requires_grad:
+            return False
+    return not (onednn_is_faster() or is_recorded())
 
 
 def onednn_is_faster() -> bool:
     """Whether float32 products on this processor are oneDNN's: it is not Intel's, and torch's BLAS is MKL."""
-    return bool(torch.backends.mkldnn.enabled) and _has_slow_mkl()
+    return bool(torch.backends.mkldnn.enabled) and has_slow_mkl()
 
 
 @cache
-def _has_slow_mkl() -> bool:
+def has_slow_mkl() -> bool:
+    """Whether this processor is not Intel's, torch's BLAS is MKL, and oneDNN stands beside it."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -149,7 +165,7 @@ def _has_slow_mkl() -> bool:
         return False
 
 
-def _recorded() -> bool:
+def is_recorded() -> bool:
     """Whether operators are watched or transformed: by tracing, torch.func, a dispatch mode, forward AD or autocast."""
     return (
         torch.compiler.is_compiling()

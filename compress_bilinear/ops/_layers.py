@@ -12,8 +12,9 @@ from ..quantization import dequantize
 from . import _dispatch
 from ._choice import TRACED_ROWS, Backend, Choice, Problem, choose, chosen, transformed
 from ._cp import composed_cp, composed_cp_pairs, small_cp
-from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs, small_dense
+from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs
 from ._gemm import linear
+from ._small import small_dense
 from ._tucker import composed_tucker, composed_tucker_pairs, project
 
 

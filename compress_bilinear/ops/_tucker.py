@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from ._dense import check_inputs, composed_dense, composed_dense_pairs, small_dense
+from ._dense import check_inputs, composed_dense, composed_dense_pairs
 from ._gemm import linear, values
+from ._small import small_dense
 
 
 def composed_tucker(

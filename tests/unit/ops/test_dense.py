@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
-from compress_bilinear.ops import _dense
+from compress_bilinear.ops import _dense, _gemm, _small
 from compress_bilinear.quantization import dequantize, quantize_int8
 
 ROWS = 11
@@ -303,3 +303,102 @@ def test_an_int8_weight_is_never_dequantized_whole(order, monkeypatch):
             call()
         assert memory.largest <= qdata.numel() / 16
         assert memory.peak < qdata.numel() / 2
+
+
+@pytest.fixture
+def intel(monkeypatch):
+    """As where MKL is at its best, whatever the processor; and no call is small."""
+    for module in (_gemm, _small):
+        monkeypatch.setattr(module, "has_slow_mkl", lambda: False)
+    monkeypatch.setattr(_small, "_LOOP_MOST", 0)
+    monkeypatch.setattr(_small, "_PAIRS", 0)
+    monkeypatch.setattr(_small, "_ROW_PAIRS", 0)
+
+
+@pytest.mark.usefixtures("blocks", "intel")
+@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(63, 37, 17), (9, 1, 3), (6, 6, 1)])
+def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, monkeypatch):
+    monkeypatch.setattr(_dense, "_contract", None)  # another way would fail
+    input1, input2, weight, bias = operands(shape, (rows,), dtype=dtype)
+    qdata, scale = quantize_int8(weight, 2)
+    wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
+    output = ops.bilinear_dense(input1, input2, weight, bias)
+    assert output.is_contiguous()
+    assert_matches_reference(output, ops.reference.bilinear_dense(*wide))
+    wide[2] = dequantize(qdata, scale, torch.float64)
+    assert_matches_reference(
+        ops.bilinear_dense(input1, input2, qdata, bias, scale=scale), ops.reference.bilinear_dense(*wide)
+    )
+
+
+@pytest.mark.usefixtures("intel")
+def test_slices_as_they_lie_copy_no_weight_and_hold_a_block(monkeypatch):
+    monkeypatch.setattr(_dense, "_CPU_BLOCK", 2**13)
+    monkeypatch.setattr(_gemm, "is_recorded", lambda: False)  # the recorder of memory is such a mode
+    tensors = operands((64, 64, 96), (32,), dtype=torch.float32)
+    tensors[2].requires_grad_()
+    with Memory() as memory, torch.no_grad():
+        ops.bilinear_dense(*tensors)
+    assert memory.peak <= 2**13 + 3 * 32 * 96
+
+
+@pytest.mark.usefixtures("intel")
+@pytest.mark.parametrize("wanted", range(4))
+def test_a_gradient_keeps_its_blocks_where_slices_would_lie_well(wanted):
+    tensors = operands((9, 7, 3))
+    tensors[wanted].requires_grad_()
+    found = torch.autograd.grad(ops.bilinear_dense(*tensors).sum(), tensors[wanted])
+    exact = torch.autograd.grad(ops.reference.bilinear_dense(*tensors).sum(), tensors[wanted])
+    assert_matches_reference(found[0], exact[0])
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("leading", [(), (1,), (5,), (1, 1), (2, 3)])
+@pytest.mark.parametrize("out", [1, 2, 3, 6])
+def test_small_calls(out, leading, dtype, loop, monkeypatch):
+    monkeypatch.setattr(_small, "has_slow_mkl", lambda: not loop)
+    tensors = operands((9, 7, out), leading, dtype=dtype)
+    wide = [tensor.double() for tensor in tensors]
+    with torch.no_grad():
+        assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
+    assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_single_row_takes_the_products_of_its_inputs_for_a_large_weight_as_it_lies(contiguous, monkeypatch):
+    monkeypatch.setattr(_small, "_PAIRS", 0)
+    tensors = operands((9, 7, 6), (1,))
+    if not contiguous:
+        tensors[2] = tensors[2].mT.contiguous().mT
+    small = ops.small_dense(*tensors)
+    assert (small is not None) == contiguous
+    assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*tensors))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+@pytest.mark.parametrize("out", [1, 6, 80])
+def test_products_of_inputs_that_overflow_in_16_bits(out, rows, dtype):
+    input1, input2 = torch.full((rows, 5), 300, dtype=dtype), torch.full((rows, 4), 400, dtype=dtype)
+    weight = torch.full((out, 5, 4), 2.0**-10, dtype=dtype)
+    exact = ops.reference.bilinear_dense(input1.double(), input2.double(), weight.double())
+    assert_matches_reference(ops.bilinear_dense(input1, input2, weight), exact)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+@pytest.mark.parametrize("out", [1, 3, 6])
+def test_the_output_has_the_inputs_dtype_whatever_the_bias_has(out, rows, grad):
+    tensors = operands((9, 7, out), (rows,), dtype=torch.bfloat16)
+    tensors[3] = tensors[3].float()
+    wide = [tensor.double() for tensor in tensors]
+    for tensor in tensors:
+        tensor.requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        found, pairs = ops.bilinear_dense(*tensors), ops.pairwise_dense(tensors[0][:4], *tensors[1:])
+    assert found.dtype == pairs.dtype == torch.bfloat16
+    assert_matches_reference(found.detach(), ops.reference.bilinear_dense(*wide))
+    assert_matches_reference(pairs.detach(), ops.reference.pairwise_dense(wide[0][:4], *wide[1:]))

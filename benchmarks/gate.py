@@ -1,0 +1,108 @@
+"""Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
+
+Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
+that is zero elsewhere, so that those of the weights are exact for these rows too. A dense weight is widened to float64
+in slices of its outputs, and what is exact is kept for the contestants that follow.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Contestant
+
+# of the largest entry of what is exact, for inputs and weights as they are in the dtype; the tests' own table
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the root of their number
+_GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
+_EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
+_SLICE = 2**25  # elements of a weight that are widened at once
+_kept: list[tuple[object, Tensor]] = []  # the last exact outputs, by the function that gave them
+
+
+def checked(count: int, pairs: bool = False) -> list[int]:
+    """The rows that are compared, of `count`: the first and the last of blocks and batch; of pairs two batches."""
+    if pairs:
+        return sorted({0, count - 1})
+    found = {0, count // 3, count // 2, count - 2, count - 1}
+    for edge in _EDGES:
+        found |= {edge - 1, edge, count // edge * edge}  # and where the last, partial block begins
+    return sorted(row for row in found if 0 <= row < count)
+
+
+def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
+    """What is wrong with a contestant, "" where all is within tolerance."""
+    inputs = contestant.tensors[:2]
+    rows = torch.tensor(checked(inputs[0].shape[0], pairs), device=inputs[0].device)
+    with torch.no_grad():
+        output = contestant.call(*contestant.tensors)
+        exact = _exact(contestant, rows)
+        if output.shape != (*inputs[0].shape[:1], *exact.shape[1:]) or output.dtype != inputs[0].dtype:
+            return f"an output of {tuple(output.shape)} in {output.dtype}"
+        found = output.index_select(0, rows)
+        del output
+    error = _error(found, exact)
+    if not error <= _tolerance(contestant):
+        return f"relative error {error:.3g}"
+    if not training:
+        return ""
+    for name, error in _gradient_errors(contestant, rows):
+        if not error <= _tolerance(contestant, gradient=True):
+            return f"relative error {error:.3g} in the gradient of {name}"
+    return ""
+
+
+def _tolerance(contestant: Contestant, gradient: bool = False) -> float:
+    dtype = contestant.tensors[0].dtype
+    if dtype.itemsize < 4:  # whose products are summed in float32
+        return TOLERANCES[dtype] * (_GRADIENTS if gradient else 1.0)
+    terms = max(size for tensor in contestant.stored for size in tensor.shape[0 if gradient else 1 :])
+    return TOLERANCES[dtype] * math.sqrt(max(1.0, terms / _TERMS))
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest difference, relative to the largest exact entry; NaN where one is found."""
+    largest = float(exact.abs().amax()) if exact.numel() else 0.0
+    return float((found.double() - exact).abs().amax()) / max(largest, 1e-30) if exact.numel() else 0.0
+
+
+def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
+    for function, output in _kept:
+        if function is contestant.exact and len(output) == len(rows):
+            return output
+    output = contestant.exact(*(tensor.index_select(0, rows).double() for tensor in contestant.tensors[:2]))
+    _kept[:] = [*_kept[-3:], (contestant.exact, output)]
+    return output
+
+
+def _gradient_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float]]:
+    """Of each tensor of a contestant, in the parts that are compared."""
+    given = [tensor.detach().requires_grad_() for tensor in contestant.tensors]
+    with torch.enable_grad():
+        output = contestant.call(*given)
+    generator = torch.Generator(rows.device).manual_seed(2)
+    shape = (len(rows), *output.shape[1:])
+    chosen = torch.randn(shape, generator=generator, device=rows.device).to(output.dtype)
+    direction = torch.zeros_like(output).index_copy_(0, rows, chosen)
+    found = torch.autograd.grad(output, given, direction)
+    del output, direction
+    inputs = [tensor.index_select(0, rows).double().requires_grad_() for tensor in contestant.tensors[:2]]
+    totals = [torch.zeros_like(tensor) for tensor in inputs]
+    stored = contestant.tensors[2:]
+    outputs = stored[-1].shape[0]
+    step = max(1, _SLICE // stored[0][0].numel()) if contestant.family == "dense" else outputs
+    for start in range(0, outputs, step):
+        part = slice(start, start + step)
+        whole = step >= outputs
+        wide = [(tensor if whole else tensor[part]).double().requires_grad_() for tensor in stored]
+        with torch.enable_grad():
+            exact = contestant.reference(*inputs, *wide)
+        of_inputs = torch.autograd.grad(exact, (*inputs, *wide), chosen[..., part].double())
+        for total, gradient in zip(totals, of_inputs[:2], strict=True):
+            total += gradient
+        for index, (gradient, own) in enumerate(zip(of_inputs[2:], found[2:], strict=True)):
+            yield f"operand {index + 3}", _error(own if whole else own[part], gradient)
+    for index, (total, own) in enumerate(zip(totals, found[:2], strict=True)):
+        yield f"input{index + 1}", _error(own.index_select(0, rows), total)
