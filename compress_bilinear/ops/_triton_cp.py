@@ -12,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import OPTIONS, UNIT, exact, load_tile, multiply, operand, precision, project, store_tile, tile
+from ._triton_tiles import (
+    OPTIONS,
+    UNIT,
+    biased,
+    exact,
+    load_tile,
+    multiply,
+    operand,
+    precision,
+    project,
+    scaled,
+    store_tile,
+    tile,
+)
 
 MOST_OUT = 256  # outputs that a program holds, in float32
 MOST_IN = 128  # inputs whose gradients a program holds
@@ -42,15 +55,12 @@ def cp_forward(
         )
         if in1.dtype.element_ty == tl.int8:
             product *= UNIT * UNIT
-        if SCALED:
-            product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
-        product = product.to(x1.dtype.element_ty)
+        product = scaled(product, sigma, r, rank, sigma_stride, SCALED).to(x1.dtype.element_ty)
         weight = operand(load_tile(out, r, rank, out_column, o, outputs, out_row), product.dtype)
         total = multiply(product, weight, total, PRECISION)
     if out.dtype.element_ty == tl.int8:
         total *= UNIT
-    if BIASED:
-        total += tl.load(bias + o * bias_stride, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    total = biased(total, bias, o, outputs, bias_stride, BIASED)
     store_tile(y, total, n, rows, y_row, o, outputs, 1)
 
 
@@ -69,8 +79,7 @@ def cp_product(
     product *= project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION)
     if in1.dtype.element_ty == tl.int8:
         product *= UNIT * UNIT
-    if SCALED:
-        product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
+    product = scaled(product, sigma, r, rank, sigma_stride, SCALED)
     store_tile(h, product, n, rows, h_row, r, rank, 1)
 
 
