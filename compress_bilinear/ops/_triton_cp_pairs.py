@@ -126,8 +126,9 @@ def cp_pairs_weight_gradient(
 @cache
 def pair_tiles(length2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of CP's pairs."""
-    blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": tile(rank, 32), "BO": tile(outputs, 32 if exact else 128)}
-    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2} | OPTIONS
+    blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": 32, "BO": tile(outputs, 32 if exact else 128)}
+    warps = 8 if blocks["BO"] > 16 else 4
+    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": warps, "num_stages": 2} | OPTIONS
 
 
 @cache
@@ -143,7 +144,8 @@ def gradient_tiles(length2: int, rank: int, outputs: int, weight: bool, exact: b
         blocks |= {"BO": tile(outputs, 32 if exact else 64)}
     else:
         blocks |= {"BO": 16 if exact else 32}
-    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2} | OPTIONS
+    warps = 8 if weight and blocks["BO"] * blocks["BR"] > 2048 else 4
+    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": warps, "num_stages": 2} | OPTIONS
 
 
 def launch_cp_pairs(

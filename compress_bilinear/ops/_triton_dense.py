@@ -91,7 +91,8 @@ def dense_tiles(
     most = 32 if exact else (64 if bits == 32 or scaled else 128)  # scales take registers too
     blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
     blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
-    return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
+    warps = 4 if exact or (scaled and blocks["BN"] == 16) else 8
+    return blocks | {"num_warps": warps, "num_stages": 3} | OPTIONS
 
 
 @cache

@@ -13,7 +13,10 @@ from torch import Tensor
 
 UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
 FEW = 128  # programs below which a sum is split among several
-OPTIONS = {"enable_fp_fusion": True}  # what has been the default, which Triton 3.9 warns will change
+OPTIONS = {
+    "enable_fp_fusion": True,  # what has been the default, which Triton 3.9 warns will change
+    "maxnreg": 255,  # all there are: by itself ptxas may spill a few of 130 to have 128, for more programs at once
+}
 
 # the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")

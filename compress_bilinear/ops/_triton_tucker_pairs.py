@@ -156,10 +156,10 @@ def tucker_pairs_weight_gradient(
 
 
 @cache
-def tucker_pair_tiles(length2: int, rank2: int, rank_out: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
+def tucker_pair_tiles(length2: int, rank_out: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of Tucker's pairs."""
-    blocks = {"BL1": 2, "BL2": tile(length2, 16 if exact else 64 if bits == 16 else 32), "BJ": tile(rank2, 32)}
-    blocks |= {"BR": tile(rank_out, MOST_RANK), "BO": tile(outputs, 32)}
+    blocks = {"BL1": 2, "BL2": tile(length2, 16 if exact else 64 if bits == 16 else 32)}
+    blocks |= {"BJ": 32, "BR": tile(rank_out, MOST_RANK), "BO": 32}
     return blocks | {"num_warps": 8, "num_stages": 2} | OPTIONS
 
 
@@ -182,7 +182,7 @@ def launch_tucker_pairs(
     """All pairs, one launch; R_o at most `MOST_RANK`."""
     (batch, length1, rank_out, rank2), length2, outputs = t.shape, q.shape[1], out.shape[0]
     y = torch.empty(batch, length1, length2, outputs, dtype=q.dtype, device=q.device)
-    blocks = tucker_pair_tiles(length2, rank2, rank_out, outputs, 8 * q.element_size(), exact(q))
+    blocks = tucker_pair_tiles(length2, rank_out, 8 * q.element_size(), exact(q))
     tiles2 = triton.cdiv(length2, blocks["BL2"])
     tucker_pairs[(batch * triton.cdiv(length1, blocks["BL1"]) * tiles2,)](
         t, q, out, bias, y, length1, length2, rank2, rank_out, outputs, tiles2, *out.stride(),
