@@ -131,7 +131,9 @@ def cp_backward(
 
 
 @cache
-def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
+def cp_tiles(
+    kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool, int8: bool = False
+) -> dict[str, int]:
     """Block sizes and warps; `exact` for float32 without TF32, whose products take registers instead of tensor cores.
 
     Args:
@@ -143,9 +145,9 @@ def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits:
     match kind:
         case "forward":
             blocks |= {"BN": 32 if exact else wide, "BO": tile(outputs, 64 if exact else MOST_OUT)}
-            if blocks["BO"] > 128 and bits == 32:
+            if blocks["BO"] > 128 and (bits == 32 or int8):  # which take registers to be converted
                 blocks |= {"BR": 16}
-            warps = 8 if blocks["BO"] > 64 else 4
+            warps = 8 if blocks["BO"] > (64 if bits == 16 else 32) else 4
         case "product":
             blocks |= {"BN": 32 if exact else 64, "BR": tile(rank, 32 if exact else 64)}
         case "backward":
@@ -167,7 +169,9 @@ def launch_forward(
     """The whole layer, one launch."""
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
-    blocks = cp_tiles("forward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
+    blocks = cp_tiles(
+        "forward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1), in1.dtype == torch.int8
+    )
     grid = (triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]))
     cp_forward[grid](
         x1, x2, in1, in2, out, sigma, bias, y, rows, width1, width2, rank, outputs,

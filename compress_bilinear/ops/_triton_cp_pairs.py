@@ -127,7 +127,8 @@ def cp_pairs_weight_gradient(
 def pair_tiles(length2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of CP's pairs."""
     blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": tile(rank, 32), "BO": tile(outputs, 32 if exact else 128)}
-    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": 4, "num_stages": 2} | OPTIONS
+    warps = 8 if blocks["BO"] > 64 else 4
+    return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": warps, "num_stages": 2} | OPTIONS
 
 
 @cache
