@@ -115,10 +115,11 @@ def tucker_pairs_second_gradient(
     n = (program % tiles2) * BL2 + tl.arange(0, BL2)
     r = tl.arange(0, BR)
     split = tl.program_id(1)
+    wide = tl.full([], 0, tl.int64)  # makes what is added to it 64 bits wide, whatever it is specialised to
     total = tl.zeros((BL2, BJ), tl.float32)
     for k in range(split * part, tl.minimum(split * part + part, length1)):
         dz = tl.zeros((BL2, BR), tl.float32)
-        at = dy + batch * dy_batch + k * dy_row.to(tl.int64)
+        at = dy + batch * dy_batch + (wide + k) * dy_row
         dz = project(
             at, out, n, length2, dy_other, dy_column, r, rank_out, out_column, out_row, outputs, dz, BO, PRECISION
         )
@@ -164,13 +165,19 @@ def tucker_pair_tiles(length2: int, rank_out: int, bits: int, exact: bool) -> di
 
 
 @cache
-def gradient_tiles(rank2: int, rank_out: int, exact: bool) -> dict[str, int]:
-    """Block sizes and warps of the backward."""
-    blocks = {"BL2": 16, "BJ": 16, "BO": 16} if exact else {"BL2": 32, "BJ": 32, "BO": 32}
-    if not exact and rank2 > 32 and rank_out <= 64:  # else registers are short
-        blocks |= {"BJ": 64}
-    blocks |= {"BR": tile(rank_out, MOST_RANK)}
-    return blocks | {"num_warps": 8 if blocks["BR"] > 64 else 4, "num_stages": 1 if exact else 2} | OPTIONS
+def gradient_tiles(rank2: int, rank_out: int, weight: bool, exact: bool) -> dict[str, int]:
+    """Block sizes and warps of the backward; what is wide leaves registers for little else.
+
+    Args:
+        weight: whether the gradient of the output's projection is taken, which forms the core's outputs anew.
+    """
+    wide = tile(rank_out, MOST_RANK)
+    blocks = {"BL2": 32, "BJ": 32 if rank2 <= 32 or wide == 128 else 64, "BR": wide, "BO": 32}
+    if weight:
+        blocks |= {"BJ": 16 if wide == 128 else 32}
+    if exact:
+        blocks |= {"BL2": 16, "BJ": 16, "BO": 16}
+    return blocks | {"num_warps": 8 if wide > 32 else 4, "num_stages": 1 if exact else 2} | OPTIONS
 
 
 def launch_tucker_pairs(
@@ -200,7 +207,7 @@ def launch_tucker_pairs_first_gradient(
     """The gradient of t; R_o at most `MOST_RANK`."""
     (batch, length1, length2, outputs), rank2, rank_out = dy.shape, q.shape[2], out.shape[1]
     dt = torch.empty(batch, length1, rank_out, rank2, dtype=q.dtype, device=q.device)
-    blocks = gradient_tiles(rank2, rank_out, exact(q))
+    blocks = gradient_tiles(rank2, rank_out, False, exact(q))
     tucker_pairs_first_gradient[(batch * length1 * triton.cdiv(rank2, blocks["BJ"]),)](
         dy, q, out, dt, length1, length2, rank2, rank_out, outputs, *dy.stride(), *out.stride(),
         SCALED=out.dtype == torch.int8, PRECISION=precision(q.dtype), **blocks,
@@ -215,7 +222,7 @@ def launch_tucker_pairs_second_gradient(
 ) -> Tensor:  # (B, L2, R_j)
     """The gradient of q, from sums over parts of the first input's rows where there are few programs."""
     (batch, length1, length2, outputs), (rank_out, rank2) = dy.shape, t.shape[2:]
-    blocks = gradient_tiles(rank2, rank_out, exact(t))
+    blocks = gradient_tiles(rank2, rank_out, False, exact(t))
     tiles2 = triton.cdiv(length2, blocks["BL2"])
     programs = batch * tiles2 * triton.cdiv(rank2, blocks["BJ"])
     part, splits = shares(length1, programs, FEW)
@@ -235,7 +242,7 @@ def launch_tucker_pairs_weight_gradient(
 ) -> Tensor:  # (O, R_o)
     """The gradient of the output's projection, from sums over few parts of t's rows."""
     (batch, length1, length2, outputs), (rank_out, rank2) = dy.shape, t.shape[2:]
-    blocks = gradient_tiles(rank2, rank_out, exact(t))
+    blocks = gradient_tiles(rank2, rank_out, True, exact(t))
     programs = triton.cdiv(outputs, blocks["BO"])
     part, splits = shares(batch * length1, programs, FEW)
     dtype = t.dtype if splits == 1 else torch.float32
