@@ -124,7 +124,7 @@ def cp_pairs_weight_gradient(
 
 
 @cache
-def pair_tiles(length2: int, rank: int, outputs: int, exact: bool) -> dict[str, int]:
+def pair_tiles(length2: int, outputs: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of CP's pairs."""
     blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": 32, "BO": tile(outputs, 32 if exact else 128)}
     warps = 8 if blocks["BO"] > 16 else 4
@@ -158,7 +158,7 @@ def launch_cp_pairs(
     """All pairs of projected inputs, one launch."""
     (batch, length1, rank), length2, outputs = p.shape, q.shape[1], out.shape[0]
     y = torch.empty(batch, length1, length2, outputs, dtype=p.dtype, device=p.device)
-    blocks = pair_tiles(length2, rank, outputs, exact(p))
+    blocks = pair_tiles(length2, outputs, exact(p))
     tiles1, tiles2 = triton.cdiv(length1, blocks["BL1"]), triton.cdiv(length2, blocks["BL2"])
     cp_pairs[batch * tiles1 * tiles2, triton.cdiv(outputs, blocks["BO"])](
         p, q, out, sigma, bias, y, length1, length2, rank, outputs, tiles1, tiles2, *out.stride(),

@@ -72,7 +72,7 @@ def tucker_forward(
 
 
 @cache
-def tucker_tiles(rows: int, rank2: int, rank_out: int, bits: int, exact: bool, scaled: bool) -> dict[str, int]:
+def tucker_tiles(rows: int, rank2: int, rank_out: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the forward."""
     wide = max(rank2, rank_out) > 64
     blocks = {"BN": 16 if exact else tile(rows, 32 if wide or bits == 32 else 64), "BK": 32}
@@ -94,7 +94,7 @@ def launch_tucker(
     """The whole layer, one launch; R_j and R_o at most `MOST_RANK`."""
     rows, (rank_out, rank1, rank2), outputs = x1.shape[0], core.shape, out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
-    blocks = tucker_tiles(rows, rank2, rank_out, 8 * x1.element_size(), exact(x1), scale is not None)
+    blocks = tucker_tiles(rows, rank2, rank_out, 8 * x1.element_size(), exact(x1))
     tucker_forward[(triton.cdiv(rows, blocks["BN"]),)](
         x1, x2, in1, in2, core, out, bias, scale, y,
         rows, x1.shape[1], x2.shape[1], outputs, rank1, rank2, rank_out,

@@ -52,13 +52,7 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 def spilled(path, ptx):
-    """Bytes that find no register, as ptxas says.
-
-    By itself it may take 64, 80 or 128 registers and spill some bytes, so that one more program fits a processor: that
-    is its choice. Where a kernel names how many it may take, it takes what it needs.
-    """
-    ptx, count = re.subn(r"(\.reqntid [^\n{]*)", r"\1\n.maxnreg 255", ptx)
-    assert count
+    """Bytes, as ptxas says."""
     path.write_text(ptx)
     target = re.search(r"\.target (\w+)", ptx).group(1)
     for name in ("ptxas", "ptxas-blackwell"):  # which of the two knows this version of PTX
