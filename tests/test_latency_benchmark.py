@@ -193,6 +193,23 @@ def test_a_contestant_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(
     assert {row["contestant"] for row in rows if row["status"] == "ok"} >= {"nn.Bilinear", "dense", "Tucker"}
 
 
+def test_the_compiled_contestants_of_every_case_are_compiled(monkeypatch):
+    # past a number of sizes torch would run a function as it is
+    compiled, graphs = torch.compile, []
+
+    def counted(function, **options):
+        return compiled(function, backend=lambda graph, _: graphs.append(graph) or graph.forward, **options)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    for size in range(2, 11):
+        found = cases.contestants(Case("pairs", size, size, 3, 2, pairs=3), 2, torch.float32, torch.device("cpu"))
+        cases._on_gpu(found, pairs=True)
+        graphs.clear()
+        with torch.no_grad():
+            found["CP composed, compiled"].call(*found["CP composed"].tensors)
+        assert len(graphs) == 1
+
+
 def test_what_was_measured_is_drawn(benchmark, tmp_path):
     benchmark()
     target = tmp_path / "latency_cpu.png"

@@ -159,8 +159,6 @@ def check_backend(backend: Backend | None) -> None:
 def _unfit(problem: Problem) -> str | None:
     if problem.rows == 0:
         return "there are no rows"
-    if problem.pairs and problem.gradient:
-        return "the kernels for pairs have no backward"
     if problem.pairs and problem.form == "dense":
         return "all pairs of a dense weight are two plain matrix products"
     if problem.pairs and problem.form == "tucker" and problem.rank[0] > MOST_RANK:
@@ -185,7 +183,8 @@ def cp_splits(rows: int, rank: int, outputs: int) -> bool:
 
 def _fused_name(problem: Problem) -> str:
     if problem.pairs:
-        return "Triton, products of pairs fused with the output's projection"
+        backward = ", and so is their backward" if problem.gradient else ""
+        return f"Triton, products of pairs fused with the output's projection{backward}"
     match problem.form:
         case "dense":
             return "Triton, fused dense"
@@ -198,7 +197,7 @@ def _fused_name(problem: Problem) -> str:
 
 
 def seconds(problem: Problem, backend: Backend) -> float:
-    """An estimate of a forward's time on a GPU."""
+    """An estimate of a forward's time on a GPU; of pairs that want a gradient, of the backward's too."""
     (out, in1, in2), rows, rank = problem.shape, problem.rows, problem.rank
     size = problem.dtype.itemsize
     stored = problem.weight_bits / 8
@@ -216,9 +215,10 @@ def seconds(problem: Problem, backend: Backend) -> float:
             weights = out * rank[0] + in1 * rank[1] + in2 * rank[2] + core
             flops, launches = 2.0 * rows * weights, 6
             between = rows * (4 * rank[0] * min(rank[1:]) + 2 * sum(rank))
-    if problem.pairs:  # the inputs' projections are shared, and the same on both paths
-        flops, between = 2.0 * rows * out * rank[0], (3 if problem.form == "cp" else 2) * rows * rank[0]
-        ends = rows * out
+    extra_launches = 0
+    if problem.pairs:
+        flops, between, ends, extra_launches = _pairs_work(problem, backend)
+        launches += extra_launches
     else:
         ends = rows * (in1 + in2 + out)
     peak = _PEAK[8 * size if 8 * size in _PEAK else 32]
@@ -231,8 +231,26 @@ def seconds(problem: Problem, backend: Backend) -> float:
         padding = -(-out // 16) * 16 / out
     programs = max(1, rows // _ROWS) * (-(-out // 128) if problem.form == "dense" else 1)
     idle = max(1.0, min(_PROCESSORS / programs, 16.0)) if problem.form != "dense" else 1.0
-    launches = 2 if problem.form == "cp" and cp_splits(rows, rank[0], out) else 1
-    if launches == 2:
+    split = problem.form == "cp" and not problem.pairs and cp_splits(rows, rank[0], out)
+    launches = 1 + split + extra_launches
+    if split:
         ends, idle = ends + 2 * rows * rank[0], 1.0
     products = flops * padding * idle / peak / _FUSED
     return launches * _LAUNCH + max(products, (size * ends + stored * weights) / _BANDWIDTH)
+
+
+def _pairs_work(problem: Problem, backend: Backend) -> tuple[float, int, int, int]:
+    """FLOPs, elements that lie between inputs and outputs, those of the outputs, and launches of a backward.
+
+    Each as often as it is written or read. The inputs' projections, and a dense weight, are the same on both paths. In
+    a backward the composed path writes the gradient of what lies between; that of a CP the product again, and twice its
+    gradient times an input, to be summed. The fused one reads the outputs' gradient for each of its three gradients,
+    and takes that of what lies between once for each input: fewer bytes and more FLOPs, so it pays up to some width.
+    """
+    out, rows, rank = problem.shape[0], problem.rows, problem.rank
+    fused, cp = backend == "triton", problem.form == "cp"
+    core = 0 if cp else rank[-1]  # of Tucker, R_j: what an element between the inputs and the outputs is a sum over
+    if not problem.gradient:
+        return 2.0 * rows * rank[0] * (out + core), (3 if cp else 2) * rows * rank[0], rows * out, 0
+    products = 4 * (out + core) if fused else 3 * (out + core)
+    return 2.0 * rows * rank[0] * products, (12 if cp else 6) * rows * rank[0], (5 if fused else 4) * rows * out, 6

@@ -58,11 +58,23 @@ def composed_cp_pairs(
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
 ) -> Tensor:  # (..., L1, L2, O)
-    """The same for all pairs; the product of the projections is held for some of them at once."""
+    """The same for all pairs."""
     left, right = linear(input1, values(in1, input1.dtype)), linear(input2, values(in2, input2.dtype))
+    return cp_of_pairs(left, right, out, bias, sigma)
+
+
+def cp_of_pairs(
+    left: Tensor,  # (..., L1, R)
+    right: Tensor,  # (..., L2, R)
+    out: Tensor,  # (O, R), floating, or int8 of step 2⁻⁷
+    bias: Tensor | None,  # (O,)
+    sigma: Tensor | None,  # (R,), float32
+) -> Tensor:  # (..., L1, L2, O)
+    """All pairs of projected inputs; the product of the projections is held for some of them at once."""
+    out = values(out, right.dtype)
     if sigma is not None:
         left = _wide(left) * sigma  # in float32, with the product
-    left, right, out = left.unsqueeze(-2), right.unsqueeze(-3), values(out, input1.dtype)
+    left, right = left.unsqueeze(-2), right.unsqueeze(-3)
     per_row = max(1, math.prod(right.shape))
     most = _PAIR_BLOCK_GRAD if torch.is_grad_enabled() else _PAIR_BLOCK
     blocks = (left,) if is_tracing() else left.split(max(1, most // per_row), dim=-3)

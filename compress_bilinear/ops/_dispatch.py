@@ -19,15 +19,15 @@ from ._dense import composed_dense
 from ._gemm import values
 from ._tucker import composed_tucker
 
-_NAMESPACE = "compress_bilinear"
+NAMESPACE = "compress_bilinear"
 
 
 _FUNCTIONS: dict[CustomOpDef, Callable[..., Any]] = {}  # what each operator runs
 
 
-def _operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
     def registered(function: Callable[..., Any]) -> CustomOpDef:
-        operator = torch.library.custom_op(f"{_NAMESPACE}::{name}", mutates_args=())(function)
+        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(function)
         _FUNCTIONS[operator] = function
         return operator
 
@@ -43,12 +43,12 @@ def launched(operator: CustomOpDef, *args: Any) -> Tensor:
     return output
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-@_operator("dense")
+@operator("dense")
 def fused_dense(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -58,20 +58,20 @@ def fused_dense(
     """y_no = Σ_ij x1_ni W_oij x2_nj."""
     from ._triton_dense import launch_dense
 
-    with _device_of(x1):
+    with device_of(x1):
         return launch_dense(x1, x2, weight, scale)
 
 
-@_operator("dense_weight_gradient")
+@operator("dense_weight_gradient")
 def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     from ._triton_dense import launch_weight_gradient
 
-    with _device_of(x1):
+    with device_of(x1):
         return launch_weight_gradient(dy, x1, x2)
 
 
-@_operator("cp")
+@operator("cp")
 def fused_cp(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -84,13 +84,13 @@ def fused_cp(
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b."""
     from ._triton_cp import launch_forward, launch_product
 
-    with _device_of(x1):
+    with device_of(x1):
         if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
             return linear(launch_product(x1, x2, in1, in2, sigma), values(out, x1.dtype), bias)
         return launch_forward(x1, x2, in1, in2, out, sigma, bias)
 
 
-@_operator("cp_backward")
+@operator("cp_backward")
 def fused_cp_backward(
     dy: Tensor,  # (N, O)
     x1: Tensor,
@@ -107,17 +107,17 @@ def fused_cp_backward(
 
     narrow = max(x1.shape[1], x2.shape[1]) <= MOST_IN
     stored = weights or not narrow
-    with _device_of(x1):
+    with device_of(x1):
         dx1, dx2, h, dp, dq = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
     if inputs and (dx1 is None or dx2 is None):
         assert dp is not None and dq is not None  # noqa: PT018
         dx1, dx2 = dp @ values(in1, x1.dtype), dq @ values(in2, x1.dtype)
     if not (weights and dp is not None and dq is not None and h is not None):
-        return _or_empty(dx1, x1), _or_empty(dx2, x1), _empty(x1), _empty(x1), _empty(x1)
-    return _or_empty(dx1, x1), _or_empty(dx2, x1), dp.T @ x1, dq.T @ x2, dy.T @ h
+        return or_empty(dx1, x1), or_empty(dx2, x1), empty(x1), empty(x1), empty(x1)
+    return or_empty(dx1, x1), or_empty(dx2, x1), dp.T @ x1, dq.T @ x2, dy.T @ h
 
 
-@_operator("tucker")
+@operator("tucker")
 def fused_tucker(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -131,26 +131,8 @@ def fused_tucker(
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b, where R_o and R_j fit a program."""
     from ._triton_tucker import launch_tucker
 
-    with _device_of(x1):
+    with device_of(x1):
         return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
-
-
-@_operator("cp_pairs")
-def fused_cp_pairs(p: Tensor, q: Tensor, out: Tensor, bias: Tensor | None, sigma: Tensor | None) -> Tensor:
-    """(B, L1, R) and (B, L2, R) to (B, L1, L2, O); see `launch_cp_pairs`."""
-    from ._triton_tucker import launch_cp_pairs
-
-    with _device_of(p):
-        return launch_cp_pairs(p.contiguous(), q.contiguous(), out, sigma, bias)
-
-
-@_operator("tucker_pairs")
-def fused_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-    """(B, L1, R_o, R_j) and (B, L2, R_j) to (B, L1, L2, O); see `launch_tucker_pairs`."""
-    from ._triton_tucker import launch_tucker_pairs
-
-    with _device_of(q):
-        return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, bias)
 
 
 @fused_dense.register_fake
@@ -172,8 +154,8 @@ def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bias: Any, 
 def _(
     dy: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Any, inputs: bool, weights: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [x1.new_empty(x.shape) if inputs else _empty(x1) for x in (x1, x2)]
-    like += [x1.new_empty(factor.shape) if weights else _empty(x1) for factor in (in1, in2, out)]
+    like = [x1.new_empty(x.shape) if inputs else empty(x1) for x in (x1, x2)]
+    like += [x1.new_empty(factor.shape) if weights else empty(x1) for factor in (in1, in2, out)]
     return like[0], like[1], like[2], like[3], like[4]
 
 
@@ -182,29 +164,19 @@ def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tenso
     return x1.new_empty(x1.shape[0], out.shape[0])
 
 
-@fused_cp_pairs.register_fake
-def _(p: Tensor, q: Tensor, out: Tensor, bias: Any, sigma: Any) -> Tensor:
-    return p.new_empty(p.shape[0], p.shape[1], q.shape[1], out.shape[0])
-
-
-@fused_tucker_pairs.register_fake
-def _(t: Tensor, q: Tensor, out: Tensor, bias: Any) -> Tensor:
-    return q.new_empty(t.shape[0], t.shape[1], q.shape[1], out.shape[0])
-
-
-def _empty(like: Tensor) -> Tensor:
+def empty(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return _empty(like) if tensor is None else tensor
+def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
+    return empty(like) if tensor is None else tensor
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _again(composed: Callable[..., Tensor], operands: list[Tensor | None], wanted: Sequence[bool], dy: Tensor) -> Any:
+def again(composed: Callable[..., Tensor], operands: list[Tensor | None], wanted: Sequence[bool], dy: Tensor) -> Any:
     """The gradients by the composed path, themselves differentiable."""
     # apart from each other and from what they were computed by, whose gradients are autograd's to sum
     operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
@@ -223,7 +195,7 @@ def _dense_backward(context: Any, dy: Tensor) -> Any:
         def composed(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
             return composed_dense(x1, x2, weight, None, scale, None)
 
-        return _again(composed, [x1, x2, weight, scale], wanted, dy)
+        return again(composed, [x1, x2, weight, scale], wanted, dy)
     return *dense_gradients(dy, x1, x2, weight, scale, wanted), None
 
 
@@ -251,7 +223,7 @@ def _cp_backward(context: Any, dy: Tensor) -> Any:
     x1, x2, in1, in2, out, bias, sigma = context.saved_tensors
     wanted = context.needs_input_grad
     if torch.is_grad_enabled():
-        return _again(composed_cp, [x1, x2, in1, in2, out, bias, sigma], wanted, dy)
+        return again(composed_cp, [x1, x2, in1, in2, out, bias, sigma], wanted, dy)
     found = fused_cp_backward(dy, x1, x2, in1, in2, out, sigma, any(wanted[:2]), any(wanted[2:5]))
     gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=False)]
     return *gradients, dy.sum(0) if wanted[5] else None, None
@@ -261,7 +233,7 @@ def _tucker_backward(context: Any, dy: Tensor) -> Any:
     x1, x2, in1, in2, core, out, _, core_scale = context.saved_tensors
     wanted = context.needs_input_grad
     if torch.is_grad_enabled():
-        return _again(composed_tucker, list(context.saved_tensors), wanted, dy)
+        return again(composed_tucker, list(context.saved_tensors), wanted, dy)
     in1, in2, out = (values(factor, x1.dtype) for factor in (in1, in2, out))
     p, q = linear(x1, in1), linear(x2, in2)
     dz = dy @ out
@@ -278,17 +250,15 @@ def _tucker_backward(context: Any, dy: Tensor) -> Any:
     )
 
 
-torch.library.register_autograd(f"{_NAMESPACE}::dense", _dense_backward, setup_context=_save)
-torch.library.register_autograd(f"{_NAMESPACE}::cp", _cp_backward, setup_context=_save)
-torch.library.register_autograd(f"{_NAMESPACE}::tucker", _tucker_backward, setup_context=_save)
+torch.library.register_autograd(f"{NAMESPACE}::dense", _dense_backward, setup_context=save)
+torch.library.register_autograd(f"{NAMESPACE}::cp", _cp_backward, setup_context=save)
+torch.library.register_autograd(f"{NAMESPACE}::tucker", _tucker_backward, setup_context=save)
 
 __all__ = [
     "fits_one_kernel",
     "fused_cp",
-    "fused_cp_pairs",
     "fused_dense",
     "fused_tucker",
-    "fused_tucker_pairs",
     "launched",
     "values",
 ]

@@ -13,6 +13,7 @@ from . import _dispatch
 from ._choice import TRACED_ROWS, Backend, Choice, Problem, choose, chosen, transformed
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, check_inputs, composed_dense, composed_dense_pairs
+from ._dispatch_pairs import fused_cp_pairs, fused_tucker_pairs
 from ._gemm import linear
 from ._small import small_dense
 from ._tucker import composed_tucker, composed_tucker_pairs, project
@@ -163,9 +164,7 @@ def pairwise_cp(
     if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, pairs=True):
         return composed_cp_pairs(*operands)
     left, right = project(input1, in1), project(input2, in2)
-    return _all_pairs(
-        _dispatch.launched(_dispatch.fused_cp_pairs, *_batches(left, right), out, bias, sigma), input1, input2
-    )
+    return _all_pairs(_dispatch.launched(fused_cp_pairs, *_batches(left, right), out, bias, sigma), input1, input2)
 
 
 def pairwise_tucker(
@@ -193,7 +192,7 @@ def pairwise_tucker(
     left, right = _batches(project(input1, in1), project(input2, in2))
     plain = core if scale is None else dequantize(core, scale, left.dtype)
     turned = linear(left, plain.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
-    return _all_pairs(_dispatch.launched(_dispatch.fused_tucker_pairs, turned, right, out, bias), input1, input2)
+    return _all_pairs(_dispatch.launched(fused_tucker_pairs, turned, right, out, bias), input1, input2)
 
 
 def _under_autocast(

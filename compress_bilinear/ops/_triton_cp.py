@@ -12,7 +12,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._triton_tiles import OPTIONS, UNIT, exact, load_tile, multiply, operand, precision, project, store_tile, tile
+from ._triton_tiles import (
+    OPTIONS,
+    UNIT,
+    biased,
+    exact,
+    load_tile,
+    multiply,
+    operand,
+    precision,
+    project,
+    scaled,
+    store_tile,
+    tile,
+)
 
 MOST_OUT = 256  # outputs that a program holds, in float32
 MOST_IN = 128  # inputs whose gradients a program holds
@@ -42,15 +55,12 @@ def cp_forward(
         )
         if in1.dtype.element_ty == tl.int8:
             product *= UNIT * UNIT
-        if SCALED:
-            product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
-        product = product.to(x1.dtype.element_ty)
+        product = scaled(product, sigma, r, rank, sigma_stride, SCALED).to(x1.dtype.element_ty)
         weight = operand(load_tile(out, r, rank, out_column, o, outputs, out_row), product.dtype)
         total = multiply(product, weight, total, PRECISION)
     if out.dtype.element_ty == tl.int8:
         total *= UNIT
-    if BIASED:
-        total += tl.load(bias + o * bias_stride, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    total = biased(total, bias, o, outputs, bias_stride, BIASED)
     store_tile(y, total, n, rows, y_row, o, outputs, 1)
 
 
@@ -69,8 +79,7 @@ def cp_product(
     product *= project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION)
     if in1.dtype.element_ty == tl.int8:
         product *= UNIT * UNIT
-    if SCALED:
-        product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
+    product = scaled(product, sigma, r, rank, sigma_stride, SCALED)
     store_tile(h, product, n, rows, h_row, r, rank, 1)
 
 
@@ -122,27 +131,31 @@ def cp_backward(
 
 
 @cache
-def cp_tiles(kind: str, width1: int, width2: int, rank: int, outputs: int, bits: int, exact: bool) -> dict[str, int]:
-    """Block sizes and warps; `exact` for float32 without TF32, whose products take registers instead of tensor cores.
+def cp_tiles(kind: str, width: int, rank: int, outputs: int, bits: int, exact: bool, scaled: bool) -> dict[str, int]:
+    """Block sizes, warps and stages with which no register is spilled, as `tests/unit/ops/compiled.py` checks.
 
     Args:
         kind: "forward", "product" or "backward".
+        width: of the wider input whose gradient is taken, 1 where none is; of no effect but on "backward".
+        exact: float32 without TF32, whose products take registers instead of tensor cores.
     """
-    wide = 32 if bits == 32 else 64
-    blocks = {"BK": tile(max(width1, width2), 16 if exact else 32), "BR": tile(rank, 16 if exact else 32)}
-    warps = 4
+    blocks, warps = {"BK": 16 if exact else 32, "BR": 16 if exact else 32}, 4
     match kind:
         case "forward":
-            blocks |= {"BN": 32 if exact else wide, "BO": tile(outputs, 64 if exact else MOST_OUT)}
+            most = 64 if exact else MOST_OUT
+            blocks |= {"BN": 32 if bits == 32 else 64, "BO": tile(outputs, most)}
             if blocks["BO"] > 128 and bits == 32:
                 blocks |= {"BR": 16}
-            warps = 8 if blocks["BO"] > 64 else 4
+            elif blocks["BO"] > 128 and scaled:
+                blocks |= {"BN": 32}
+            warps = 8 if blocks["BO"] > 32 or (bits == 32 and not exact) else 4
         case "product":
             blocks |= {"BN": 32 if exact else 64, "BR": tile(rank, 32 if exact else 64)}
         case "backward":
-            blocks |= {"BN": 16 if exact else 32, "BI": tile(width1, MOST_IN), "BJ": tile(width2, MOST_IN)}
-            warps = 8
-    stages = 1 if exact and kind == "backward" else 2  # registers are short there, and products hide the loads
+            side = tile(width, MOST_IN)
+            blocks |= {"BN": 16 if exact else 32, "BI": side, "BJ": side}
+            warps = 4 if exact else 8
+    stages = 1 if exact or (kind == "backward" and bits == 32) else 2
     return blocks | {"num_warps": warps, "num_stages": stages} | OPTIONS
 
 
@@ -158,7 +171,7 @@ def launch_forward(
     """The whole layer, one launch."""
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
-    blocks = cp_tiles("forward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
+    blocks = cp_tiles("forward", 1, rank, outputs, 8 * x1.element_size(), exact(x1), sigma is not None)
     grid = (triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]))
     cp_forward[grid](
         x1, x2, in1, in2, out, sigma, bias, y, rows, width1, width2, rank, outputs,
@@ -173,7 +186,7 @@ def launch_product(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, sigma: Tens
     """σ * (x1 Aᵀ) * (x2 Bᵀ), (N, R)."""
     rows, (rank, width1), width2 = x1.shape[0], in1.shape, in2.shape[1]
     h = torch.empty(rows, rank, dtype=x1.dtype, device=x1.device)
-    blocks = cp_tiles("product", width1, width2, rank, 1, 8 * x1.element_size(), exact(x1))
+    blocks = cp_tiles("product", 1, rank, 1, 8 * x1.element_size(), exact(x1), sigma is not None)
     cp_product[triton.cdiv(rows, blocks["BN"]), triton.cdiv(rank, blocks["BR"])](
         x1, x2, in1, in2, sigma, h, rows, width1, width2, rank,
         *x1.stride(), *x2.stride(), *in1.stride(), *in2.stride(), 1 if sigma is None else sigma.stride(0), rank,
@@ -201,7 +214,8 @@ def launch_backward(
     inputs = inputs and max(width1, width2) <= MOST_IN
     factors = [x1.new_empty(rows, rank) for _ in range(3)] if weights else [None] * 3
     dx1, dx2 = (x1.new_empty(rows, width) if inputs else None for width in (width1, width2))
-    blocks = cp_tiles("backward", width1, width2, rank, outputs, 8 * x1.element_size(), exact(x1))
+    widest = max(width1, width2) if inputs else 1
+    blocks = cp_tiles("backward", widest, rank, outputs, 8 * x1.element_size(), exact(x1), sigma is not None)
     cp_backward[(triton.cdiv(rows, blocks["BN"]),)](
         x1, x2, in1, in2, out, sigma, dy, *factors, dx1, dx2, rows, width1, width2, rank, outputs,
         *x1.stride(), *x2.stride(), *in1.stride(), *in2.stride(), *out.stride(),

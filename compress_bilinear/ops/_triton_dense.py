@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._triton_tiles import (
+    FEW,
     OPTIONS,
     exact,
     load_scales,
@@ -19,12 +20,11 @@ from ._triton_tiles import (
     multiply,
     precision,
     scale_layout,
+    shares,
     store_tile,
     tile,
     times,
 )
-
-FEW = 128  # programs below which the sum over i is split
 
 
 @triton.jit
@@ -91,7 +91,8 @@ def dense_tiles(
     most = 32 if exact else (64 if bits == 32 or scaled else 128)  # scales take registers too
     blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
     blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
-    return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
+    warps = 4 if exact or (scaled and blocks["BN"] == 16) else 8
+    return blocks | {"num_warps": warps, "num_stages": 3} | OPTIONS
 
 
 @cache
@@ -114,9 +115,7 @@ def launch_dense(
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x2.stride(), *weight.stride()))
     blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None, aligned)
     programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
-    splits = min(width1, triton.cdiv(FEW, programs)) if programs < FEW else 1
-    part = triton.cdiv(width1, splits)
-    splits = triton.cdiv(width1, part)
+    part, splits = shares(width1, programs, FEW)
     dtype = x1.dtype if splits == 1 else torch.float32
     y = torch.empty(splits, rows, outputs, dtype=dtype, device=x1.device)
     dense_forward[triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]), splits](

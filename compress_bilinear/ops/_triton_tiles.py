@@ -12,7 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
-OPTIONS = {"enable_fp_fusion": True}  # what has been the default, which Triton 3.9 warns will change
+FEW = 128  # programs below which a sum is split among several
+OPTIONS = {
+    "enable_fp_fusion": True,  # what has been the default, which Triton 3.9 warns will change
+    "maxnreg": 255,  # all there are: by itself ptxas may spill a few of 130 to have 128, for more programs at once
+}
 
 # the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -48,6 +52,13 @@ def scale_layout(scale: Tensor | None, weight: Tensor) -> tuple[int, ...]:
 def tile(size: int, most: int) -> int:
     """The power of two from 16, the least that `tl.dot` takes, to `most` that covers `size` if any does."""
     return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def shares(length: int, programs: int, few: int) -> tuple[int, int]:
+    """How many terms of a sum of `length` each program takes, and how many programs share it, to fill a GPU."""
+    splits = min(length, triton.cdiv(few, programs)) if programs < few else 1
+    part = triton.cdiv(length, splits)
+    return part, triton.cdiv(length, part)
 
 
 @triton.jit
@@ -92,6 +103,15 @@ def load_scales(pointer, row, rows, row_stride, row_block, column, columns, colu
 
 
 @triton.jit
+def load_pairs(pointer, k, length1, stride1, row, length2, stride2, column, columns, column_stride):
+    """The tile pointer[k, row, column] of pairs (k, row); zero where an index is out of range."""
+    offset = (k.to(tl.int64) * stride1 + row.to(tl.int64) * stride2)[:, None]
+    offset += column.to(tl.int64)[None, :] * column_stride
+    mask = ((k < length1) & (row < length2))[:, None] & (column < columns)[None, :]
+    return tl.load(pointer + offset, mask=mask, other=0.0)
+
+
+@triton.jit
 def store_tile(pointer, value, row, rows, row_stride, column, columns, column_stride):
     """Write the part of a tile that is in range, in the pointer's dtype."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
@@ -123,3 +143,46 @@ def project(
         right = load_tile(weight, k, width, w_column, component, components, w_row)
         accumulator = multiply(left, operand(right, left.dtype), accumulator, PRECISION)
     return accumulator
+
+
+@triton.jit
+def scaled(product, sigma, r, rank, sigma_stride, SCALED: tl.constexpr):
+    """σ_r * product[:, r], in float32."""
+    if SCALED:
+        product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
+    return product
+
+
+@triton.jit
+def biased(total, bias, o, outputs, bias_stride, BIASED: tl.constexpr):
+    """total[:, o] + b_o, in float32."""
+    if BIASED:
+        total += tl.load(bias + o * bias_stride, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def write_outputs(
+    inner,  # (BN, BR), all R_o of them
+    out,  # (outputs, rank_out)
+    bias,
+    y,
+    row,
+    rows,
+    r,
+    rank_out,
+    outputs,
+    out_row,
+    out_column,
+    bias_stride,
+    y_row,
+    BIASED: tl.constexpr,
+    BO: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y[row] = inner outᵀ + b, a block of outputs after the other."""
+    for start in range(0, outputs, BO):
+        o = start + tl.arange(0, BO)
+        weight = operand(load_tile(out, r, rank_out, out_column, o, outputs, out_row), inner.dtype)
+        result = multiply(inner, weight, tl.zeros((inner.shape[0], BO), tl.float32), PRECISION)
+        store_tile(y, biased(result, bias, o, outputs, bias_stride, BIASED), row, rows, y_row, o, outputs, 1)

@@ -1,5 +1,6 @@
 """Tucker as a small dense bilinear between linear maps: what the fused kernels spell faster."""
 
+import torch
 from torch import Tensor
 
 from ._dense import check_inputs, composed_dense, composed_dense_pairs
@@ -42,6 +43,17 @@ def composed_tucker_pairs(
     if out is None:
         return composed_dense_pairs(left, right, core, bias, scale)
     return linear(composed_dense_pairs(left, right, core, None, scale), values(out, input1.dtype), bias)
+
+
+def tucker_of_pairs(
+    t: Tensor,  # (B, L1, R_o, R_j)
+    right: Tensor,  # (B, L2, R_j)
+    out: Tensor,  # (O, R_o), floating or int8
+    bias: Tensor | None,  # (O,)
+) -> Tensor:  # (B, L1, L2, O)
+    """All pairs of an input that has been through its projection and the core, and one that has been projected."""
+    inner = torch.bmm(t.flatten(1, 2), right.mT).unflatten(1, t.shape[1:3]).transpose(2, 3)
+    return linear(inner, values(out, right.dtype), bias)
 
 
 def project(input: Tensor, weight: Tensor | None) -> Tensor:

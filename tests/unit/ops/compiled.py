@@ -17,7 +17,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from compress_bilinear.ops import _choice, _triton_cp, _triton_dense, _triton_tucker
+from compress_bilinear.ops import (
+    _choice,
+    _triton_cp,
+    _triton_cp_pairs,
+    _triton_dense,
+    _triton_tucker,
+    _triton_tucker_pairs,
+)
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may ask for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -143,10 +150,18 @@ def pairs(dtype, stored):
     for length, rank, out in itertools.product((1, 17, 33, 65), (1, 32, 65, 1001), (1, 32, 33, 65, 256)):
         sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
         q, bias = meta(40, length, rank, dtype=dtype), meta(out, dtype=dtype)
-        yield _triton_tucker.launch_cp_pairs, (q, q, meta(out, rank, dtype=stored), sigma, bias)
+        dy, weight = meta(40, length, length, out, dtype=dtype), meta(out, rank, dtype=stored)
+        yield _triton_cp_pairs.launch_cp_pairs, (q, q, weight, sigma, bias)
+        yield _triton_cp_pairs.launch_cp_pairs_gradient, (dy, q, weight, sigma)
+        if stored == dtype:
+            yield _triton_cp_pairs.launch_cp_pairs_weight_gradient, (dy, q, q, sigma)
         for rank_out in (1, 32, 33, 65):
-            t = meta(40, length, rank_out, rank, dtype=dtype)
-            yield _triton_tucker.launch_tucker_pairs, (t, q, meta(out, rank_out, dtype=stored), bias)
+            t, weight = meta(40, length, rank_out, rank, dtype=dtype), meta(out, rank_out, dtype=stored)
+            yield _triton_tucker_pairs.launch_tucker_pairs, (t, q, weight, bias)
+            yield _triton_tucker_pairs.launch_tucker_pairs_first_gradient, (dy, q, weight)
+            yield _triton_tucker_pairs.launch_tucker_pairs_second_gradient, (dy, t, weight)
+            if stored == dtype:
+                yield _triton_tucker_pairs.launch_tucker_pairs_weight_gradient, (dy, t, q)
 
 
 def configurations():
@@ -224,8 +239,8 @@ def test_what_dispatch_chooses_is_lean(capability, key, tmp_path, monkeypatch):
 def test_every_kernel_is_among_them():
     kernels = {
         name
-        for module in (_triton_cp, _triton_dense, _triton_tucker)
+        for module in (_triton_cp, _triton_cp_pairs, _triton_dense, _triton_tucker, _triton_tucker_pairs)
         for name, value in vars(module).items()
-        if isinstance(value, JITFunction) and value.__module__ == module.__name__
+        if isinstance(value, JITFunction) and value.__module__ == module.__name__ and "program_id" in value.src
     }
     assert {key[0] for key in FOUND} == kernels

@@ -9,9 +9,18 @@ import pytest
 import torch
 from support import assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
-from compress_bilinear.ops import _choice, _dispatch, _triton_cp, _triton_dense
+from compress_bilinear.ops import (
+    _choice,
+    _dispatch,
+    _dispatch_pairs,
+    _triton_cp,
+    _triton_cp_pairs,
+    _triton_dense,
+    _triton_tucker_pairs,
+)
 from compress_bilinear.quantization import QuantizedTensor, dequantize, quantize_int8, scale_grid
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -189,10 +198,11 @@ def test_int8_cp_and_its_pairs(out, dtype):
     assert_matches_reference(found.detach(), exact.detach())
     assert_gradients(found, exact, inputs, wide)
     with torch.no_grad():
-        pairs = ops.pairwise_cp(*inputs, *values, bias, sigma=sigma, backend="triton")
         assert_matches_reference(ops.bilinear_cp(*inputs, *values, bias, sigma=sigma), exact.detach())
+    pairs = ops.pairwise_cp(*inputs, *values, bias, sigma=sigma, backend="triton")
     every = ops.reference.pairwise_cp(*wide, (widened, in1.mT, in2.mT), bias.double())
-    assert_matches_reference(pairs, every.detach())
+    assert_matches_reference(pairs.detach(), every.detach())
+    assert_gradients(pairs, every, inputs, wide)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,20 +221,143 @@ def test_int8_tucker_and_its_pairs(rank, dtype):
     assert_gradients(found, exact, inputs, wide)
     if rank[0] > _choice.MOST_RANK:
         return
-    with torch.no_grad():
-        pairs = ops.pairwise_tucker(*inputs, *values, bias, scale=core.scale, backend="triton")
+    pairs = ops.pairwise_tucker(*inputs, *values, bias, scale=core.scale, backend="triton")
     every = ops.reference.pairwise_tucker(*wide, g, (u, w1.mT, w2.mT), bias.double())
-    assert_matches_reference(pairs, every.detach())
+    assert_matches_reference(pairs.detach(), every.detach())
+    assert_gradients(pairs, every, inputs, wide)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (3, 40), (18, 2)])
-def test_pairs(lengths):
-    length1, length2 = lengths
-    for kind, call in (("cp", ops.pairwise_cp), ("tucker", ops.pairwise_tucker)):
-        _, _, *rest = operands(kind, (1, 7, 9, 35), torch.float32)
-        inputs = [normal(2, length1, 7, dtype=torch.float32), normal(2, length2, 9, dtype=torch.float32)]
-        found = call(*map(framed, inputs), *map(framed, rest), backend="triton")
-        assert_matches_reference(found, call(*[t.double() for t in [*inputs, *rest]]))
+PAIRS = {"cp": ops.pairwise_cp, "tucker": ops.pairwise_tucker}
+# (L1, L2, O, (R_o, R_i, R_j)): a size 1 in each place, odd, and wider than the tiles
+LENGTHS = ((1, 1, 1, (1, 1, 1)), (3, 37, 35, (5, 18, 20)), (7, 2, 70, (33, 7, 70)), (5, 17, 3, (66, 3, 9)))
+FEW_PAIRS = (2, 3, 5, (2, 3, 4))
+
+
+def pair_operands(kind, sizes, dtype):
+    length1, length2, out, rank = sizes
+    _, _, *rest = operands(kind, (1, 7, 9, out), dtype, rank)
+    return [normal(2, length1, 7, dtype=dtype), normal(2, length2, 9, dtype=dtype), *rest]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "few", "turned"),  # sums in one part or more
+    [(LENGTHS[0], 128, False), (LENGTHS[1], 4, True), (LENGTHS[2], 1, False), (LENGTHS[3], 8, True)],
+)
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_and_their_gradients(kind, sizes, few, turned, monkeypatch):
+    for module in (_triton_cp_pairs, _triton_tucker_pairs):
+        monkeypatch.setattr(module, "FEW", few)
+    tensors = leaves(pair_operands(kind, sizes, torch.float32), turned)
+    wide = wide_of(tensors)
+    found, exact = PAIRS[kind](*tensors, backend="triton"), PAIRS[kind](*wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    direction = framed(normal(*found.shape, dtype=torch.float32), turned)  # as an operator after it may hand it back
+    ours = torch.autograd.grad(found, tensors, direction)
+    for gradient, expected in zip(ours, torch.autograd.grad(exact, wide, direction.double()), strict=True):
+        assert_matches_reference(gradient, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_in_half_precision(kind, dtype):
+    tensors = leaves([0.3 * tensor for tensor in pair_operands(kind, LENGTHS[1], dtype)])
+    wide = wide_of(tensors)
+    found, exact = PAIRS[kind](*tensors, backend="triton"), PAIRS[kind](*wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    assert_gradients(found, exact, tensors, wide)
+
+
+def test_scales_of_pairs_enter_every_gradient():
+    tensors, sigma = leaves(pair_operands("cp", LENGTHS[1], torch.float32)), normal(20, dtype=torch.float32)
+    wide = wide_of(tensors)
+    found = ops.pairwise_cp(*tensors, sigma=framed(sigma), backend="triton")
+    exact = ops.pairwise_cp(*wide[:4], wide[4] * sigma.double(), wide[5])
+    assert_gradients(found, exact, tensors, wide)
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_only_the_gradients_of_pairs_that_are_wanted_are_taken(kind, monkeypatch):
+    launched = []
+    for module in (_triton_cp_pairs, _triton_tucker_pairs):
+        for name in [name for name in vars(module) if name.startswith("launch_")]:
+            launch = getattr(module, name)
+            monkeypatch.setattr(module, name, lambda *a, _l=launch, _n=name: (launched.append(_n), _l(*a))[1])
+    tensors = pair_operands(kind, LENGTHS[0], torch.float32)
+    for wanted in (0, 1, len(tensors) - 2, len(tensors) - 1):
+        chosen = [t.detach().requires_grad_(index == wanted) for index, t in enumerate(tensors)]
+        launched.clear()
+        found, exact = (PAIRS[kind](*chosen, backend=backend) for backend in ("triton", "composed"))
+        (ours,), (theirs,) = (torch.autograd.grad(y.sum(), chosen[wanted]) for y in (found, exact))
+        assert_matches_reference(ours, theirs.double())
+        assert len(launched) == (1 if wanted == len(tensors) - 1 else 2)  # the bias's is a plain sum
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_nothing_as_large_as_all_products_is_held_for_the_gradients_of_pairs(kind):
+    class Most(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+            self.elements = max([self.elements, *sizes])
+            return out
+
+    length1, length2, out, rank = 12, 17, 3, (66, 3, 9)
+    tensors = [t.requires_grad_() for t in pair_operands(kind, (length1, length2, out, rank), torch.float32)]
+    between = 2 * length1 * length2 * (9 if kind == "cp" else 66)
+    held = []
+    for backend in ("triton", "composed"):
+        with Most() as most:
+            found = PAIRS[kind](*tensors, backend=backend)
+            torch.autograd.grad(found, tensors, torch.ones_like(found))
+        held.append(most.elements)
+    assert held[0] < between <= held[1]
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_are_captured_whole(kind):
+    tensors = [tensor.requires_grad_() for tensor in pair_operands(kind, FEW_PAIRS, torch.float32)]
+    call = lambda *args: PAIRS[kind](*args, backend="triton")  # noqa: E731
+    expected = call(*tensors)
+    found = torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors)
+    assert_matches_reference(found.detach(), expected.detach().double())
+    direction = normal(*expected.shape, dtype=torch.float32)
+    ours, theirs = (torch.autograd.grad(y, tensors, direction) for y in (found, expected))
+    for gradient, exact in zip(ours, theirs, strict=True):
+        assert_matches_reference(gradient, exact.double())
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_operators_for_pairs_are_registered_soundly(kind):
+    p, q, *rest = (t.requires_grad_() for t in pair_operands(kind, FEW_PAIRS, torch.float32))
+    length1, length2 = p.shape[1], q.shape[1]
+    first = normal(2, length1, *([4] if kind == "cp" else [2, 4]), dtype=torch.float32).requires_grad_()
+    second = normal(2, length2, 4, dtype=torch.float32).requires_grad_()
+    out, bias = rest[-2:]
+    dy = normal(2, length1, length2, out.shape[0], dtype=torch.float32)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    scales = (None,) if kind == "cp" else ()
+    forward, backward = {
+        "cp": (_dispatch_pairs.fused_cp_pairs, _dispatch_pairs.fused_cp_pairs_backward),
+        "tucker": (_dispatch_pairs.fused_tucker_pairs, _dispatch_pairs.fused_tucker_pairs_backward),
+    }[kind]
+    torch.library.opcheck(forward, (first, second, out, bias, *scales), test_utils=checks)
+    for wanted in ((True, True, True), (False, True, False)):
+        args = (dy, first.detach(), second.detach(), out.detach(), *scales, *wanted)
+        torch.library.opcheck(backward, args, test_utils=checks[:2])
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_second_derivatives_of_pairs_take_the_composed_path(kind):
+    tensors = [t.requires_grad_() for t in pair_operands(kind, FEW_PAIRS, torch.float32)]
+    second = []
+    for backend in ("triton", "composed"):
+        output = PAIRS[kind](*tensors, backend=backend)
+        (first,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), tensors[1:5]))
+    for found, expected in zip(*second, strict=True):
+        assert_matches_reference(found, expected.double())
 
 
 @pytest.mark.parametrize("absent", ["in1", "in2", "out", "rank"])
@@ -353,7 +486,7 @@ def test_what_the_kernels_cannot_do_is_an_error_with_the_reason():
         ops.bilinear_cp(single[0][:0], single[1][:0], *single[2:], backend="triton")
     with pytest.raises(ValueError, match="several dtypes"):
         ops.bilinear_cp(single[0].half(), single[1].half(), *single[2:5], single[5].bfloat16(), backend="triton")
-    with pytest.raises(ValueError, match="no backward"):
-        ops.pairwise_cp(*[tensor.requires_grad_() for tensor in single], backend="triton")
+    with pytest.raises(ValueError, match="no rows"):
+        ops.pairwise_cp(single[0][:0], *[tensor.requires_grad_() for tensor in single[1:]], backend="triton")
     with pytest.raises(ValueError, match=r"torch\.func"):
         torch.func.vmap(lambda x1: ops.bilinear_cp(x1, *single[1:], backend="triton"))(single[0].unsqueeze(0))

@@ -4,6 +4,8 @@ import pytest
 import torch
 from support import DTYPES, SHAPES, assert_matches_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
@@ -125,14 +127,40 @@ def test_autocast_has_its_way_as_with_a_matrix_product(kind, pairs, sizes):
         assert call(kind, pairs, *(tensor.bfloat16() for tensor in tensors)).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", [None, "composed"])
+class OnTheDevice(TorchDispatchMode):
+    """Lets no operator give a tensor of another device than meta, as one that is copied to a GPU would be."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert {t.device.type for t in tree_leaves(found) if isinstance(t, torch.Tensor)} <= {"meta"}, func
+        return found
+
+
+def stored_in_int8(kind, tensors):
+    """The operands with their weights in int8, as the layers hold them, and the option that has the scales."""
+    x1, x2, *rest, bias = tensors
+    values = [torch.zeros_like(t, dtype=torch.int8) for t in rest]
+    if kind == "cp":
+        return (x1, x2, *values, bias), {"sigma": torch.ones(len(rest[0]), device=x1.device)}
+    grid = torch.ones(1, 1, rest[-1 if kind == "dense" else 2].shape[2], device=x1.device)
+    return (x1, x2, *values, bias), {"scale": grid}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("backend", [None, "composed", "triton"])
 @pytest.mark.parametrize(("kind", "pairs"), CASES)
-def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend):
+def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, int8, monkeypatch):
     # tensors without values: reading one, or a size that depends on one, would raise here, and on CUDA wait for it
+    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
     tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
-    found = call(kind, pairs, *tensors, backend=backend)
-    gradients = torch.autograd.grad(found.sum(), tensors)
-    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in tensors]
+    arguments, options = stored_in_int8(kind, tensors) if int8 else (tensors, {})
+    if backend == "triton" and (kind, pairs) == ("dense", True):
+        return  # which has no kernel
+    with OnTheDevice():
+        found = call(kind, pairs, *arguments, backend=backend, **options)
+        wanted = [t for t in arguments if t.requires_grad]
+        gradients = torch.autograd.grad(found.sum(), wanted)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in wanted]
 
 
 class Layer(torch.nn.Module):
@@ -154,30 +182,44 @@ def test_an_exported_graph_holds_for_other_numbers_of_rows(kind, pairs):
     assert_matches_reference(program.module()(*more, *rest), call(kind, pairs, *more, *rest))
 
 
-@pytest.mark.parametrize("kind", ["dense", "cp", "tucker"])
-def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("dense", False), ("cp", False), ("tucker", False), ("cp", True), ("tucker", True)]
+)
+def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, pairs, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(_choice, "seconds", lambda problem, backend: {"triton": 1.0, "composed": 2.0}[backend])
-    tensors = operands_of(kind, False, (64, 48, 32), torch.bfloat16)
+    tensors = operands_of(kind, pairs, (64, 48, 32), torch.bfloat16)
     rows = torch.export.Dim("rows")
     dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in tensors[2:]))}
     with FakeTensorMode():  # which knows a GPU's tensors without a GPU
         fake = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for tensor in tensors)
-        program = torch.export.export(Layer(kind, False), fake, dynamic_shapes=dynamic)
+        program = torch.export.export(Layer(kind, pairs), fake, dynamic_shapes=dynamic)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert f"compress_bilinear.{kind}.default" in targets
-    assert not any("linear" in target.split(".")[1] for target in targets if target.startswith("aten"))
+    assert f"compress_bilinear.{kind}{'_pairs' * pairs}.default" in targets
+    assert pairs or not any("linear" in target.split(".")[1] for target in targets if target.startswith("aten"))
 
 
-@pytest.mark.parametrize("kind", ["cp", "tucker"])
-def test_pairs_that_want_a_gradient_take_the_composed_path(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "shape", "rank", "runs"),
+    [
+        ("cp", (50, 401, 401), (64,), "triton"),  # narrow: what is written and read decides
+        ("cp", (2000, 401, 401), (64,), "composed"),  # many outputs: the products that are taken again
+        ("tucker", (50, 401, 401), (32, 64, 32), "triton"),
+        ("tucker", (50, 401, 401), (128, 64, 512), "composed"),
+        ("tucker", (50, 401, 401), (129, 64, 16), "composed"),
+    ],
+)
+def test_pairs_that_want_a_gradient_take_the_path_of_fewer_bytes_until_its_products_cost_more(
+    kind, shape, rank, runs, monkeypatch
+):
     monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
-    rank = (7,) if kind == "cp" else RANK
     options = {"pairs": True, "device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
-    found = [ops.explain(kind, (64, 256, 256), rank, 4096, gradient=gradient, **options) for gradient in (True, False)]
-    assert found[0].backend == "composed"
-    assert "no backward" in found[0].reason
-    assert "no backward" not in found[1].reason
+    found = ops.explain(kind, shape, rank, 250_000, gradient=True, **options)
+    assert found.backend == runs
+    assert ("backward" in found.runs) == (runs == "triton")
+    assert ("holds R_o up to 128" if rank[0] == 129 else "µs fused") in found.reason
+    forward = ops.explain(kind, shape, rank, 250_000, **options)
+    assert "backward" not in forward.runs
 
 
 def test_int8_factors_have_the_step_of_the_format():
