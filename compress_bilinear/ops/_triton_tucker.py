@@ -77,7 +77,7 @@ def tucker_tiles(rows: int, rank2: int, rank_out: int, bits: int, exact: bool) -
     wide = max(rank2, rank_out) > 64
     blocks = {"BN": 16 if exact else tile(rows, 32 if wide or bits == 32 else 64), "BK": 32}
     blocks |= {"BJ": tile(rank2, MOST_RANK), "BR": tile(rank_out, MOST_RANK), "BO": 32}
-    warps = 4 if blocks["BJ"] * blocks["BR"] < 1024 or blocks["BN"] == 16 else 8
+    warps = 4 if blocks["BJ"] * blocks["BR"] < 1024 else 8
     return blocks | {"num_warps": warps, "num_stages": 2} | OPTIONS
 
 
