@@ -172,9 +172,12 @@ class DenseBilinear(CompressedBilinear):
     def _evaluated(self, evaluate: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
         with without_autocast(input1.device.type):
-            if not isinstance(self.weight, QuantizedTensor) or self.weight.is_int8 or weight is self.weight.resident:
+            stored = self.weight
+            if not isinstance(stored, QuantizedTensor) or weight is stored.resident:
                 return evaluate(input1, input2, weight, bias, scale=scale)
-            parts, stored = list(row_parts(self.weight)), self.weight
+            if stored.is_int8 and stored.decoder(input1.dtype) == "torch":  # `ops` decodes it
+                return evaluate(input1, input2, weight, bias, scale=scale)
+            parts = list(row_parts(stored))
 
             def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
                 return evaluate(input1, input2, stored.rows(rows, input1.dtype))
