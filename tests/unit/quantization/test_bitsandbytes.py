@@ -160,12 +160,22 @@ class TestDecoding:
         torch.testing.assert_close(found, dequantize(qdata, scale, dtype), rtol=0 if device == "cpu" else eps, atol=0)
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-    def test_an_int8_layer_on_cuda_computes_the_same(self):
-        layer = cb.DenseBilinear.from_weight(normal(6, 40, 256), quantize="int8").to("cuda")
-        inputs = [normal(9, size, seed=size).to("cuda") for size in (40, 256)]
+    @pytest.mark.parametrize(
+        ("method", "quantize"), [("dense", "int8"), ("dense", "nf4"), ("cp", "nf4"), ("tucker", "nf4")]
+    )
+    def test_layers_on_cuda_compute_the_same_also_when_they_moved_there(self, method, quantize):
+        layer = made(method, quantize, (6, 40, 256), bias=False)[0].to("cuda")
+        inputs = [value.to("cuda") for value in rows(layer)]
         expected = layer(*inputs)
         layer.set_compute("bitsandbytes")
-        torch.testing.assert_close(layer(*inputs), expected, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(layer(*inputs), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        if quantize == "int8":
+            with pytest.warns(UserWarning, match="slower than torch does on cpu"):
+                layer.cpu()
+            return
+        layer.cpu().cuda()
+        assert layer.compute == "bitsandbytes"
+        torch.testing.assert_close(layer(*inputs), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
     @pytest.mark.parametrize(
         ("tensor", "reason"),
