@@ -72,7 +72,11 @@ def suite_contestants(source: Source) -> Contestants:
     }
     if "int8" in int8.computes:
         found["int8 x int8"] = lambda: computing(int8, "int8")
-    found["nf4"] = lambda: built(source, "nf4")
+    nf4 = built(source, "nf4")
+    found["nf4"] = lambda: nf4
+    if "bitsandbytes" in nf4.computes:
+        found["nf4, bitsandbytes"] = lambda: computing(nf4, "bitsandbytes")
+    found["nf4, resident"] = lambda: computing(nf4, "resident")
     found["int8 per tensor"] = lambda: per_tensor(floating)
     if not isinstance(source, Tensor):
         found["torchao int8 weight-only"] = lambda: torchao(floating)

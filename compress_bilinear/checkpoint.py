@@ -1,6 +1,7 @@
 """Save compressed networks, and load them into freshly built original ones."""
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -103,12 +104,23 @@ def filled(description: LayerDescription, state: Mapping[str, Tensor]) -> Compre
                 f"Tensor {prefix + name!r} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}."
             )
     module.load_state_dict(own, assign=True)
-    if description.compute != "on_the_fly":
+    if description.compute == "bitsandbytes" and module.quantize is not None:
+        module.compute = "bitsandbytes"  # for `settle`, on the device where it will be
+    elif description.compute != "on_the_fly":
         try:
             module.set_compute(description.compute, next(iter(floating), torch.float32))  # type: ignore[arg-type]
         except ConfigError as error:
             raise CheckpointError(f"The description of layer {description.name!r} is not valid: {error}") from error
     return module
+
+
+def settle(module: CompressedBilinear) -> None:
+    """Compute by bitsandbytes where the file says so; where that cannot be, on the fly to the same values, and warn."""
+    if module.compute == "bitsandbytes":
+        refused = module.refused_compute("bitsandbytes")
+        module.set_compute("bitsandbytes" if refused is None else "on_the_fly")
+        if refused is not None:
+            warnings.warn(f"A {module.method} layer of the file computes on the fly: {refused}.", stacklevel=4)
 
 
 def _check_names(expected: Mapping[str, Any], found: Mapping[str, Any], what: str) -> None:
@@ -226,6 +238,7 @@ def _placed(module: CompressedBilinear, layer: nn.Bilinear) -> CompressedBilinea
         module.to(layer.weight.device)
     if module.compute == "resident":
         module.set_compute("resident", layer.weight.dtype)
+    settle(module)
     for parameter in module.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     if module.bias is not None and layer.bias is not None:

@@ -26,7 +26,7 @@ class ComputeChoice:
     """How a quantized layer computes from now on, and what that was chosen by.
 
     Attributes:
-        compute: "on_the_fly", "resident" or "int8".
+        compute: "on_the_fly", "resident", "int8" or "bitsandbytes".
         stored_bytes: what a file of it takes.
         resident_bytes: what it takes in memory: those, and what is kept de-quantized.
         latencies: of a call in each mode that was measured; empty where the mode was given.
@@ -77,14 +77,17 @@ def choose_compute(
 
     Args:
         inputs: (N, I) and (N, J), of a timed call, in the dtype that resident weights are for.
-        timed: whether to time the modes; "fastest" does in any case.
+        timed: whether to time the modes; "fastest" does in any case. Else "bitsandbytes" is told of only if asked for.
         objection: why a layer in some mode should not be chosen by "fastest", or None.
         strict: whether that also stands against a mode that was asked for.
     """
     device, dtype = inputs[0].device, inputs[0].dtype
-    reasons: dict[Compute, str | None] = {mode: layer.refused_compute(mode) for mode in get_args(Compute)}
+    timed = timed or asked == "fastest"
+    # bitsandbytes takes seconds to be imported, which nothing is to wait for that neither times nor wants it
+    told = [mode for mode in get_args(Compute) if timed or mode in (asked, "on_the_fly", "resident", "int8")]
+    reasons: dict[Compute, str | None] = {mode: layer.refused_compute(mode) for mode in told}
     layers: dict[Compute, CompressedBilinear] = {}
-    for mode in layer.computes if timed or asked == "fastest" else ():
+    for mode in [mode for mode in told if timed and reasons[mode] is None]:
         layers[mode] = copy.deepcopy(layer)
         layers[mode].set_compute(mode, dtype)
     if asked == "fastest":
@@ -100,14 +103,14 @@ def choose_compute(
     if asked == "fastest":
         faster = [other for other in layers if found[other].upper < found[chosen].lower and reasons[other] is None]
         chosen = min(faster, key=lambda other: found[other].median, default=chosen)
-    elif asked in layer.computes:
+    elif reasons[asked] is None:
         if strict and asked != "on_the_fly":
             so = copy.deepcopy(layer)
             so.set_compute(asked, dtype)
             reasons[asked] = objection(so)
         chosen = chosen if reasons[asked] else asked
     layer.set_compute(chosen, dtype)
-    told = tuple(
+    modes = tuple(
         ComputeMode(
             mode=other,
             chosen=other == chosen,
@@ -120,7 +123,7 @@ def choose_compute(
         for other, reason in reasons.items()
     )
     sizes = {"stored_bytes": stored_bytes(layer), "resident_bytes": resident_bytes(layer)}
-    return ComputeChoice(compute=chosen, latencies=found, modes=told, **sizes)
+    return ComputeChoice(compute=chosen, latencies=found, modes=modes, **sizes)
 
 
 def _change(base: CompressedBilinear, other: CompressedBilinear, inputs: Inputs) -> float | None:

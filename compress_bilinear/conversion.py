@@ -107,8 +107,11 @@ def set_compute(
     if not layers:
         there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
         raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
-    if compute != "fastest" and not any(compute in layer.computes for layer in layers.values()):
-        raise ConfigError(f"A layer should have the mode {compute!r}, which is for those in int8. Found none.")
+    if compute != "fastest":
+        refused = [layer.refused_compute(compute) for layer in layers.values()]
+        if None not in refused:
+            reasons = "; ".join(dict.fromkeys(filter(None, refused)))
+            raise ConfigError(f"A layer should have the mode {compute!r}. Found none: {reasons}.")
     choices = {}
     for name, layer in layers.items():
         bias = layer.bias

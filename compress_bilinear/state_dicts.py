@@ -264,6 +264,7 @@ def compare(
         layer = _bilinear(weight, bias)
         if device is not None:
             layer, module = layer.to(device), module.to(device)
+        checkpoint.settle(module)
         measured = rows_file.error_on(layer, rows[description.name]) if description.name in rows else None
         entry = compare_layers(description.name, layer, module, batch_size, measured)
         layers.append(replace(entry, aliases=description.names[1:]))

@@ -41,13 +41,19 @@ def test_the_quick_solver_benchmark_measures_every_contestant(tmp_path):
     assert "of its time" in printed
 
 
+def test_the_quick_decoding_benchmark_finds_the_same_bits():
+    command = [sys.executable, "-m", "benchmarks.decoding", "--quick"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-2] for line in printed.splitlines() if "nf4" in line or "int8" in line] == ["True"] * 6
+
+
 def test_the_quick_quantization_benchmark_has_every_format_of_every_form(tmp_path):
     _, rows = quick("quantization", "quantization_cpu", tmp_path)
     assert {row["status"] for row in rows} <= {"ok", "not installed: torchao"}
     measured = {(row["case"], row["form"], row["contestant"]): row for row in rows if row["status"] == "ok"}
     for form in ("dense", "cp", "tucker"):
         suite = {name: row for (case, of, name), row in measured.items() if (case, of) == ("simgnn_ntn", form)}
-        assert suite.keys() >= {"fp32", "bf16", "int8", "int8, resident", "nf4", "int8 per tensor"}
+        assert suite.keys() >= {"fp32", "bf16", "int8", "int8, resident", "nf4", "nf4, bitsandbytes", "int8 per tensor"}
         for row in suite.values():
             assert float(row["median_ms"]) > 0
             assert row["processor"]

@@ -1,19 +1,19 @@
 """What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, cast, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import Compute, Quantize
-from ..errors import CompressionError, ConfigError, InputError
-from ..quantization import QuantizedTensor
+from ..config import Quantize
+from ..errors import CompressionError, InputError
 from ._autocast import autocast_enabled
+from ._modes import ComputeModes
 
 
-class CompressedBilinear(nn.Module):
+class CompressedBilinear(ComputeModes):
     """A drop-in for `nn.Bilinear`: same attributes, same inputs and outputs, other storage.
 
     Attributes:
@@ -23,10 +23,8 @@ class CompressedBilinear(nn.Module):
         method: "dense", "cp" or "tucker".
     """
 
-    method: ClassVar[str]
-
     def __init__(self, in1_features: int, in2_features: int, out_features: int, quantize: Quantize | None) -> None:
-        super().__init__()
+        super().__init__(quantize)
         sizes = {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
         for name, size in sizes.items():
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
@@ -34,64 +32,11 @@ class CompressedBilinear(nn.Module):
         self.in1_features = in1_features
         self.in2_features = in2_features
         self.out_features = out_features
-        self.quantize = quantize
-        self.compute: Compute = "on_the_fly"
 
     @property
     def rank(self) -> int | tuple[int, int, int] | None:
         """R of a CP, (R_o, R_i, R_j) of a Tucker decomposition, None for a dense layer."""
         return None
-
-    @property
-    def computes(self) -> tuple[Compute, ...]:
-        """The modes that `set_compute` takes."""
-        return tuple(mode for mode in get_args(Compute) if self.refused_compute(mode) is None)
-
-    def refused_compute(self, compute: Compute) -> str | None:
-        """Why `set_compute` does not take a mode, or None where it does."""
-        if self.quantize is None:
-            return "the layer is in floating point"
-        if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
-            return None
-        if self.quantize != "int8":
-            bits = {"bf16": "sixteen", "nf4": "four"}[self.quantize]
-            return f"its values have {bits} bits, and only those of eight are multiplied as integers"
-        return "none of its projections is in int8 without scales of its own"
-
-    def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
-        """Choose how a quantized layer computes. It is no part of its `state_dict`; `compress_bilinear.save` keeps it.
-
-        Args:
-            compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
-                de-quantized as well, in `dtype`, for inputs of that dtype: the same outputs up to the order of sums.
-                "int8" rounds each row of the longer input of a dense layer, or of a CP's or Tucker's inputs and hidden
-                values, to int8 and multiplies integers (`torch._int_mm`), which costs about 1% of the outputs' norm;
-                a Tucker's core is computed on the fly.
-            dtype: of the resident weights.
-
-        Raises: ConfigError for another mode, an unquantized layer, or "int8" where no weight is in int8 that takes it.
-        """
-        if self.quantize is None:
-            raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
-        if compute not in self.computes:
-            raise ConfigError(
-                f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
-                f"Found {compute!r}{'' if compute not in get_args(Compute) else f': {self.refused_compute(compute)}'}."
-            )
-        for part in self.modules():
-            if hasattr(part, "takes_int8"):  # also a core, which may have a mode of its own
-                cast(Any, part).integer = False
-            if isinstance(part, QuantizedTensor):
-                part.keep_resident(dtype if compute == "resident" else None)
-            elif isinstance(part, CompressedBilinear):
-                part.compute = "on_the_fly" if compute == "int8" and part is not self else compute
-        for part in self._computing():
-            if getattr(part, "takes_int8", False):
-                cast(Any, part).integer = compute == "int8"
-
-    def _computing(self) -> list[nn.Module]:
-        """The layer and its linear parts: what may multiply integers."""
-        return [part for part in self.modules() if part is self or not isinstance(part, CompressedBilinear)]
 
     @property
     @abstractmethod

@@ -155,7 +155,10 @@ class DenseBilinear(CompressedBilinear):
             or autocast_enabled("cpu")
         ):
             return None
-        return ops.small_dense(input1, input2, weight, self._parameters["bias"])
+        bias = self._parameters["bias"]
+        if bias is not None and bias.dtype != weight.dtype:  # the output is to have the weight's
+            return None
+        return ops.small_dense(input1, input2, weight, bias)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if self.integer:
@@ -172,9 +175,12 @@ class DenseBilinear(CompressedBilinear):
     def _evaluated(self, evaluate: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, weight, bias, scale = self._operands(input1, input2)
         with without_autocast(input1.device.type):
-            if not isinstance(self.weight, QuantizedTensor) or self.weight.is_int8 or weight is self.weight.resident:
+            stored = self.weight
+            if not isinstance(stored, QuantizedTensor) or weight is stored.resident:
                 return evaluate(input1, input2, weight, bias, scale=scale)
-            parts, stored = list(row_parts(self.weight)), self.weight
+            if stored.is_int8 and stored.decoder(input1.dtype) == "torch":  # `ops` decodes it
+                return evaluate(input1, input2, weight, bias, scale=scale)
+            parts = list(row_parts(stored))
 
             def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
                 return evaluate(input1, input2, stored.rows(rows, input1.dtype))
@@ -187,13 +193,23 @@ class DenseBilinear(CompressedBilinear):
     def contract(
         self,
         product: Tensor,  # (..., I, J)
+        dtype: torch.dtype | None = None,
     ) -> Tensor:  # (..., O)
-        """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product."""
-        flat, _, _, bias, _ = self._operands(*[product.flatten(-2)] * 2)
+        """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product.
+
+        Args:
+            dtype: of the output; sums are in the product's. None takes both from a call with the product's.
+        """
+        flat = product.flatten(-2)
+        bias: Tensor | None = self.bias
+        if dtype is None:
+            flat, _, _, bias, _ = self._operands(flat, flat)
+            dtype = flat.dtype
         with without_autocast(flat.device.type):
             pieces = [self._contracted(flat, rows) for rows in self._row_parts()]
             output = torch.cat(pieces, dim=-1)
-        return output if bias is None else output + bias
+            output = output if bias is None else output + bias.to(output.dtype)
+        return output.to(dtype)
 
     def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
         """(..., I·J) -> (..., rows)."""
@@ -203,8 +219,12 @@ class DenseBilinear(CompressedBilinear):
         return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *weight.buffers())
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        input1, input2, _, _, _ = self._operands(input1, input2)
+        dtype = input1.dtype
+        if dtype == torch.float16:  # in which products of inputs, and their sums, could overflow
+            input1, input2 = input1.float(), input2.float()
         product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
-        return self.contract(product.flatten(-3, -2))
+        return self.contract(product.flatten(-3, -2), dtype)
 
     def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
         input1, _, _, bias, _ = self._operands(input1, input1)

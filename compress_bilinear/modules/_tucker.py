@@ -19,6 +19,7 @@ from ..decomposition import (
     unit_columns,
 )
 from ..quantization import QuantizedTensor
+from ._autocast import without_autocast
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
@@ -188,6 +189,12 @@ class TuckerBilinear(ProjectedBilinear):
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # the core on Σ_k p_k ⊗ q_k, as one row
-        summed = project_blocks(self.in1_proj, input1).mT @ self.in2_proj(input2)
-        output: Tensor = self.out_proj(self.core.contract(summed))
+        left, right = project_blocks(self.in1_proj, input1).mT, self.in2_proj(input2)
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        if dtype == torch.float16:  # in which the sums could overflow
+            with without_autocast(left.device.type):
+                inner = self.core.contract(left.float() @ right.float(), dtype)
+        else:
+            inner = self.core.contract(left @ right)
+        output: Tensor = self.out_proj(inner)
         return output

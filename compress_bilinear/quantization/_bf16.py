@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import CompressionError
-from ._int8 import checked
+from ._int8 import Backend, checked
 from ._tensor import QuantizedTensor
 
 
@@ -35,8 +35,11 @@ class BF16Tensor(QuantizedTensor):
         """Another tensor of the same shape, in the same layout."""
         return BF16Tensor.coded(tensor)
 
-    def _decoded(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _decoded(self, rows: slice, dtype: torch.dtype, by: Backend) -> Tensor:
         return self.qdata[rows].to(dtype)
+
+    def _unfit_for_bitsandbytes(self) -> str | None:
+        return "its values are not coded"
 
     def extra_repr(self) -> str:
         return f"bf16, shape={tuple(self.shape)}"

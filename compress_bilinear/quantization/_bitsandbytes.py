@@ -1,6 +1,9 @@
 """The same formats written and read by bitsandbytes; imported only where it is asked for, which costs seconds."""
 
+import logging
+import sys
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,24 +47,56 @@ def nf4(values: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return packed.flatten()[: -(-len(values) // 2)], state.absmax.to(scale_dtype)
 
 
-def decoded_nf4(qdata: Tensor, scale: Tensor, count: int) -> Tensor:  # (count,) float32
-    """`dequantize_4bit` of a flat tensor, which is padded to whole blocks, as theirs are read wrongly otherwise."""
-    functional = _functional()
-    whole = -(-count // BLOCK) * BLOCK
-    packed = torch.nn.functional.pad(qdata, [0, whole // 2 - len(qdata)])
-    state: Any = functional.QuantState(
-        absmax=scale.float(),
-        shape=torch.Size([whole]),
-        code=functional.get_4bit_type("nf4", device=qdata.device),
-        blocksize=BLOCK,
-        quant_type="nf4",
-        dtype=torch.float32,
-    )
-    values: Tensor = functional.dequantize_4bit(packed.unsqueeze(1), state).flatten()
-    return values[:count]
+def nf4_values(qdata: Tensor, scale: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:  # (stop - start,)
+    """`dequantize_4bit` of flat, whole blocks, for theirs are read wrongly otherwise; see `dequantize_nf4`."""
+    _functional()
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    if first == last:
+        return torch.empty(0, dtype=dtype, device=qdata.device)
+    packed = qdata[first * BLOCK // 2 : last * BLOCK // 2]
+    whole = (last - first) * BLOCK
+    if len(packed) < whole // 2:
+        packed = torch.nn.functional.pad(packed, [0, whole // 2 - len(packed)])
+    decode = torch.ops.bitsandbytes.dequantize_4bit.default
+    values: Tensor = decode(packed, scale[first:last].float(), BLOCK, "nf4", [whole], dtype)
+    return values.flatten()[start - first * BLOCK : stop - first * BLOCK]
+
+
+def int8_values(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """`dequantize_blockwise` of integers with a scale for each `block` of them; see `dequantize`."""
+    _functional()
+    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
+    indices = qdata.contiguous().view(torch.uint8)
+    values: Tensor = decode(indices, scale.flatten().float(), _signed(qdata.device), block, dtype)
+    return values
+
+
+@cache
+def _signed(device: torch.device) -> Tensor:
+    """What the bits of an unsigned byte are as int8: the linear map of codes, in steps and in our integers' order."""
+    with torch.inference_mode(False):
+        return torch.arange(-128, 128, device=device, dtype=torch.float32).roll(128)
+
+
+def missing() -> str | None:
+    """Why bitsandbytes cannot be used at all; None where it is imported."""
+    try:
+        _functional()
+    except ModuleNotFoundError as error:
+        return f"bitsandbytes is not installed: {error}"
+    except Exception as error:  # whatever its libraries raise where they do not fit the machine
+        return f"bitsandbytes cannot be imported: {error}"
+    return None
 
 
 def _functional() -> Any:
-    from bitsandbytes import functional
-
+    if "bitsandbytes.functional" in sys.modules:
+        return sys.modules["bitsandbytes.functional"]
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # or it would warn of a package that nothing here needs
+    try:
+        from bitsandbytes import functional
+    finally:
+        logger.setLevel(level)
     return functional

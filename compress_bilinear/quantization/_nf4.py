@@ -7,6 +7,7 @@ here defines it and is exact everywhere; `backend="bitsandbytes"` runs theirs.
 Source: Dettmers et al., "QLoRA: Efficient finetuning of quantized LLMs" (2023).
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -99,11 +100,33 @@ def dequantize_nf4(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     first, last = start // BLOCK, -(-stop // BLOCK)  # whole blocks
     packed = qdata[first * BLOCK // 2 : min(last * BLOCK // 2, len(qdata))]
-    index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
-    values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device).index_select(0, index.int())
+    if is_watched():  # nothing that was made before is to be in the graph, and not all exporters reinterpret bits
+        index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
+        values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device).index_select(0, index.int())
+    else:
+        values = _pairs(qdata.device, wide).index_select(0, packed.int()).view(wide)
     magnitudes = scale[first:last].to(wide)
     full = len(values) // BLOCK
     values[: full * BLOCK].view(full, BLOCK).mul_(magnitudes[:full, None])
     if full < len(magnitudes):
         values[full * BLOCK :].mul_(magnitudes[full])
     return values[start - first * BLOCK : stop - first * BLOCK].to(dtype)
+
+
+@cache
+def _pairs(device: torch.device, wide: torch.dtype) -> Tensor:
+    """The two values of each byte, side by side in one number: looked up at once, several times faster than apart."""
+    with torch.inference_mode(False):
+        code = torch.tensor(NF4_CODE, dtype=wide, device=device)
+        both = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)
+        return both.view(torch.int64 if wide == torch.float32 else torch.complex128).flatten()
+
+
+def is_watched() -> bool:
+    """Whether operators are recorded or transformed: by tracing, torch.func or a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()  # type: ignore[no-untyped-call, attr-defined, unused-ignore]
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )

@@ -9,10 +9,14 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..errors import CompressionError
-from ._int8 import SCALE_DTYPE, dequantize, quantize_blocks, quantize_int8, quantize_unit
-from ._nf4 import BLOCK, dequantize_nf4, quantize_nf4
+from ._int8 import SCALE_DTYPE, Backend, dequantize, quantize_blocks, quantize_int8, quantize_unit
+from ._nf4 import BLOCK, dequantize_nf4, is_watched, quantize_nf4
 
 _SCALE_DTYPES = (torch.float32, torch.bfloat16)
+_BITSANDBYTES_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it decodes to
+_BITSANDBYTES_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of int8 that it decodes on CUDA
+_BITSANDBYTES_MOST = 2**30  # values that it decodes at once: on CUDA it counts them in 32 bits
+_COMPARED = 2**16  # values that are decoded twice before it is trusted with a tensor
 
 
 class QuantizedTensor(nn.Module):
@@ -27,11 +31,13 @@ class QuantizedTensor(nn.Module):
     Attributes:
         resident: the tensor in floating point where `keep_resident` has asked for it, None otherwise. It is no buffer:
             it is not saved, and follows what is loaded.
+        backend: which code decodes it: "torch", or "bitsandbytes" after `use_bitsandbytes`.
     """
 
     qdata: Tensor
     scale: Tensor | None
     resident: Tensor | None
+    backend: Backend
 
     def __init__(self, qdata: Tensor, scale: Tensor | None = None) -> None:
         super().__init__()
@@ -39,6 +45,7 @@ class QuantizedTensor(nn.Module):
         self.register_buffer("qdata", qdata)
         self.register_buffer("scale", scale)
         self.resident = None
+        self.backend = "torch"
 
     def _check(self, qdata: Tensor, scale: Tensor | None) -> None:
         if qdata.dtype != torch.int8 or (scale is not None and scale.dtype not in _SCALE_DTYPES):
@@ -99,16 +106,73 @@ class QuantizedTensor(nn.Module):
         """A slice along the first axis, in `dtype`; the rest is not de-quantized."""
         if self.resident is not None and self.resident.dtype == dtype:
             return self.resident[rows]
-        return self._decoded(rows, dtype)
+        return self._decoded(rows, dtype, self.decoder(dtype))
 
-    def _decoded(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _decoded(self, rows: slice, dtype: torch.dtype, by: Backend) -> Tensor:
         scale = self.scale if self.scale is None or self.scale.shape[0] == 1 else self.scale[rows]
-        return dequantize(self.qdata[rows], scale, dtype)
+        block = None if by == "torch" or self.scale is None else _flat_block(self.qdata.shape, self.scale.shape)
+        if scale is None or block is None:
+            return dequantize(self.qdata[rows], scale, dtype)
+        from ._bitsandbytes import int8_values
+
+        return int8_values(self.qdata[rows], scale, block, dtype)
+
+    def decoder(self, dtype: torch.dtype) -> Backend:
+        """Which code decodes values to this dtype now: torch's where operators are recorded or transformed."""
+        if self.backend == "torch" or dtype not in _BITSANDBYTES_DTYPES or self.shape.numel() > _BITSANDBYTES_MOST:
+            return "torch"
+        return "torch" if is_watched() else "bitsandbytes"
+
+    def use_bitsandbytes(self, use: bool) -> str | None:
+        """Decode by bitsandbytes' kernels from now on, or no longer: to the same values, up to their dtype's last bit.
+
+        Returns: why it goes on as it did before, None where it does not.
+        """
+        reason = self.refused_bitsandbytes() if use else None
+        if reason is None:
+            self.backend = "bitsandbytes" if use else "torch"
+        return reason
+
+    def refused_bitsandbytes(self) -> str | None:
+        """Why bitsandbytes does not decode this tensor where it is, or not rightly; None where it does.
+
+        It is imported to try that on the tensor's own values, unless there is another reason.
+        """
+        return self._unfit_for_bitsandbytes() or self._wrong_by_bitsandbytes()
+
+    def _unfit_for_bitsandbytes(self) -> str | None:
+        if self.scale is None:
+            return "its int8 values have no scales of blocks, which its kernels read"
+        if self.device.type != "cuda":
+            return f"its kernels decode int8 slower than torch does on {self.device.type}"
+        if _flat_block(self.qdata.shape, self.scale.shape) not in _BITSANDBYTES_BLOCKS:
+            return "its kernels take blocks of 64, 128, ..., 4096 consecutive entries, and those here are others"
+        return None
+
+    def _wrong_by_bitsandbytes(self) -> str | None:
+        from ._bitsandbytes import missing
+
+        absent = missing()
+        if absent is not None:
+            return absent
+        size = self.shape[0]
+        first = max(1, min(size, _COMPARED * size // max(1, self.shape.numel())))
+        for rows in (slice(0, first), slice(max(0, size - 1), size)):
+            for dtype in _BITSANDBYTES_DTYPES:
+                exact = self._decoded(rows, dtype, "torch")
+                try:
+                    found = self._decoded(rows, dtype, "bitsandbytes")
+                except Exception as error:  # whatever it raises where it does not fit the machine
+                    return f"bitsandbytes cannot decode it: {error}"
+                numbers = torch.finfo(dtype)
+                if not torch.allclose(found, exact, rtol=numbers.eps, atol=numbers.tiny):
+                    return f"bitsandbytes decodes it wrongly to {dtype}"
+        return None
 
     def keep_resident(self, dtype: torch.dtype | None) -> None:
         """Hold the tensor in `dtype` too, for calls in that dtype; None holds it no longer."""
         with torch.inference_mode(False), torch.no_grad():  # a backward cannot save what inference mode makes
-            self.resident = None if dtype is None else self._decoded(slice(None), dtype)
+            self.resident = None if dtype is None else self._decoded(slice(None), dtype, self.decoder(dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -168,11 +232,20 @@ class NF4Tensor(QuantizedTensor):
     def shape(self) -> torch.Size:
         return self._shape
 
-    def _decoded(self, rows: slice, dtype: torch.dtype) -> Tensor:
+    def _decoded(self, rows: slice, dtype: torch.dtype, by: Backend) -> Tensor:
         begin, end, _ = rows.indices(self._shape[0])
         each = math.prod(self._shape[1:])
-        values = dequantize_nf4(self.qdata, self.scale, begin * each, max(begin, end) * each, dtype)
-        return values.view(-1, *self._shape[1:])
+        coded = (self.qdata, self.scale, begin * each, max(begin, end) * each, dtype)
+        if by == "torch":
+            return dequantize_nf4(*coded).view(-1, *self._shape[1:])
+        from ._bitsandbytes import nf4_values
+
+        return nf4_values(*coded).view(-1, *self._shape[1:])
+
+    def _unfit_for_bitsandbytes(self) -> str | None:
+        if self.device.type in ("cpu", "cuda"):
+            return None
+        return f"its kernels are for CPUs and CUDA, and the values are on {self.device.type}"
 
     def extra_repr(self) -> str:
         return f"nf4, shape={tuple(self.shape)}"
@@ -189,3 +262,12 @@ def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
 def _cuts(size: int, count: int) -> bool:
     """Whether `count` blocks of ⌈size / count⌉ entries make `size`, none empty."""
     return count in (1, size) or (1 < count < size and -(-size // -(-size // count)) == count)
+
+
+def _flat_block(shape: Sequence[int], grid: Sequence[int]) -> int | None:
+    """How many consecutive entries each scale holds for; None where blocks are not so, or of several sizes."""
+    axis = max((axis for axis, count in enumerate(grid) if count > 1), default=0)
+    size, count = shape[axis], grid[axis]
+    if tuple(grid[:axis]) != tuple(shape[:axis]) or size % count:
+        return None
+    return math.prod(shape[axis + 1 :]) * (size // count)

@@ -64,7 +64,7 @@ class ComputeMode:
     """A way in which a quantized layer can compute, as it was measured.
 
     Attributes:
-        mode: "on_the_fly", "resident" or "int8"; `chosen` says whether the layer computes so.
+        mode: "on_the_fly", "resident", "int8" or "bitsandbytes"; `chosen` says whether the layer computes so.
         latency_ms, latency_quartiles_ms: of a call, all modes side by side; None where it was not timed.
         resident_bytes: in memory, what is kept de-quantized included.
         output_change: ‖y − ŷ‖/‖ŷ − b‖ of its outputs y against those on the fly, ŷ, on the timed rows.
@@ -101,7 +101,7 @@ class LayerReport:
         params_before, params_after: stored values, bias included.
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
         resident_bytes: in memory, of a quantized layer: what is stored, and what its compute mode keeps de-quantized.
-        compute: how a quantized layer computes: "on_the_fly", "resident" or "int8". None for others.
+        compute: how a quantized layer computes: a mode of `ComputeMode`. None for others.
         compute_modes: what that was chosen by; empty where nothing but the default was asked for.
         flops_before, flops_after: for a row, in the best order, multiply-add counted as 2.
         latency_before_ms, latency_after_ms, latency_dense_ms: medians, of `nn.Bilinear`, the replacement, and the

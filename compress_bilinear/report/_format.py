@@ -111,7 +111,8 @@ def _storage(layer: LayerReport) -> list[str]:
     """How a quantized layer computes, and what of its weight's error rounding has added."""
     if layer.decision == "kept" or layer.compute is None or layer.resident_bytes is None:
         return []
-    told = f"computes {layer.compute.replace('_', ' ')}, with {size(layer.resident_bytes)} resident"
+    by = "by " if layer.compute == "bitsandbytes" else ""
+    told = f"computes {by}{layer.compute.replace('_', ' ')}, with {size(layer.resident_bytes)} resident"
     if layer.truncation_error is not None and layer.quantization_error is not None:
         told += f"; weight error {error(layer.truncation_error)} by truncation and "
         told += f"{error(layer.quantization_error)} by rounding"

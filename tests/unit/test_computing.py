@@ -15,6 +15,7 @@ from compress_bilinear.computing import choose_compute, misses, seen_rows
 from compress_bilinear.config import MaxError
 from compress_bilinear.errors import CheckpointError, ConfigError
 from compress_bilinear.measure import Latency, OutputError, resident_bytes, stored_bytes
+from compress_bilinear.quantization import _bitsandbytes
 from compress_bilinear.report import Report
 
 CONFIGS = {
@@ -74,6 +75,7 @@ class TestChoice:
             "on_the_fly": 9,
             "resident": resident[0],
             "int8": int8[0],
+            "bitsandbytes": None,
         }
 
     def test_what_there_is_an_objection_to_is_not_taken_and_the_reason_is_told(self, timed):
@@ -83,7 +85,9 @@ class TestChoice:
             layer, "fastest", rows(layer), objection=lambda one: "no" if one.compute == "int8" else None
         )
         assert choice.compute == "resident"
-        assert {one.mode: one.refused for one in choice.modes} == {"on_the_fly": None, "resident": None, "int8": "no"}
+        refused = {one.mode: one.refused for one in choice.modes}
+        assert (refused["on_the_fly"], refused["resident"], refused["int8"]) == (None, None, "no")
+        assert "slower than torch" in refused["bitsandbytes"]
 
     @pytest.mark.parametrize("asked", ["resident", "int8"])
     def test_a_mode_that_is_given_is_taken_without_or_with_its_latency(self, timed, asked):
@@ -93,12 +97,33 @@ class TestChoice:
         assert all(one.latency_ms is None for one in choice.modes)
         assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "resident", "int8"}
 
+    @pytest.mark.parametrize(
+        ("bitsandbytes", "expected"), [((1, 1, 1), "bitsandbytes"), ((9, 8, 10), "on_the_fly")], ids=str
+    )
+    def test_bitsandbytes_is_taken_where_it_is_faster_and_changes_nothing(self, timed, bitsandbytes, expected):
+        timed |= {"bitsandbytes": Latency(*bitsandbytes)}
+        layer, _ = made("cp", "nf4")
+        choice = choose_compute(layer, "fastest", rows(layer))
+        assert choice.compute == layer.compute == expected
+        known = {one.mode: one for one in choice.modes}["bitsandbytes"]
+        assert (known.output_change, known.resident_bytes, known.refused) == (0, stored_bytes(layer), None)
+
+    @pytest.mark.parametrize(("asked", "told"), [("on_the_fly", False), ("bitsandbytes", True)])
+    def test_bitsandbytes_is_not_imported_for_what_does_not_want_it(self, monkeypatch, asked, told):
+        imported = []
+        monkeypatch.setattr(_bitsandbytes, "missing", lambda: imported.append(1) or "not here")
+        layer, _ = made("dense", "nf4")
+        choice = choose_compute(layer, asked, rows(layer), timed=False)
+        assert bool(imported) == told
+        assert choice.compute == "on_the_fly"
+        assert {one.mode: one.refused for one in choice.modes}.get("bitsandbytes") == ("not here" if told else None)
+
     def test_what_each_mode_holds_and_changes(self):
         layer, _ = made("dense", "int8")
         known = {one.mode: one for one in choose_compute(layer, "fastest", rows(layer)).modes}
         size, values = stored_bytes(layer), 19 * 30 * 23
         held = {"on_the_fly": size, "resident": size + 4 * values, "int8": size}
-        assert {mode: one.resident_bytes for mode, one in known.items()} == held
+        assert {mode: one.resident_bytes for mode, one in known.items() if one.refused is None} == held
         assert known["on_the_fly"].output_change == 0
         assert known["resident"].output_change < 1e-6
         assert 0.002 < known["int8"].output_change < 0.02
@@ -159,7 +184,7 @@ class TestCompress:
         assert computed == [layer.compute] == ["int8"]
         assert small.rel.compute == "int8"
         assert layer.resident_bytes == resident_bytes(small.rel)
-        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "resident", "int8"}
+        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "resident", "int8", "bitsandbytes"}
         assert layer.output_error != plain.layers[0].output_error  # rounded inputs count
         assert plain.layers[0].compute_modes == ()
         assert Report.from_json(report.to_json()) == report
@@ -230,6 +255,21 @@ class TestFiles:
         assert again[0].in1_proj.weight.resident.dtype == torch.float16
         values = [value.half() for value in rows(again[0])]
         assert torch.equal(again[0](*values), net[0](*values))
+
+    def test_a_file_of_bitsandbytes_mode_loads_where_it_cannot_be_used(self, tmp_path, monkeypatch):
+        net = nn.Sequential(cb.TuckerBilinear.from_bilinear(bilinear(9, 8, 7), (3, 4, 4), quantize="nf4"))
+        cb.set_compute(net, "bitsandbytes")
+        inputs = rows(net[0])
+        expected = net[0](*inputs)
+        cb.save(net, tmp_path / "net.safetensors")
+        again = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(9, 8, 7)))[0]
+        assert (again.compute, again.core.weight.backend) == ("bitsandbytes", "bitsandbytes")
+        assert torch.equal(again(*inputs), expected)
+        monkeypatch.setattr(_bitsandbytes, "missing", lambda: "bitsandbytes is not installed")
+        with pytest.warns(UserWarning, match="computes on the fly: bitsandbytes is not installed"):
+            plain = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(9, 8, 7)))[0]
+        assert (plain.compute, plain.core.weight.backend) == ("on_the_fly", "torch")
+        assert torch.equal(plain(*inputs), expected)
 
     def test_a_description_with_a_mode_that_the_layer_lacks_is_an_error(self, tmp_path):
         net = nn.Sequential(cb.DenseBilinear.from_bilinear(bilinear(6, 5, 4), quantize="nf4"))

@@ -47,6 +47,23 @@ def test_indexed_is_a_one_hot_input(module, leading):
     assert_matches_reference(module.indexed(input1, index).detach(), expected.detach(), 10)
 
 
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("name", ["dense", "tucker"])
+def test_products_past_the_range_of_float16_do_not_overflow_on_the_way(name, quantize):
+    layer = bilinear(IN1, IN2, OUT)
+    with torch.no_grad():
+        layer.weight.mul_(1e-3)
+    module = BUILT[name](layer, quantize).half()
+    input1, input2 = torch.randn(4, 3, IN1 // 3), torch.randn(4, 3, IN2)
+    input1, input2 = (300 * value.sign() * (1 + value.abs() / 8) for value in (input1, input2))
+    assert float(input1.amax() * input2.amax()) > torch.finfo(torch.float16).max
+    weight = module.to_dense(torch.float64).unflatten(1, (3, -1))
+    expected = torch.einsum("...ki,okij,...kj->...o", input1.half().double(), weight, input2.half().double())
+    found = module.blockwise(input1.half(), input2.half())
+    assert found.dtype == torch.float16
+    assert_matches_reference(found.detach(), (expected + module.bias).detach(), 10)
+
+
 def test_wrapped_projections_run():
     layer = CPBilinear(IN1, IN2, OUT, 6)
     inputs = torch.randn(4, 3, IN1 // 3), torch.randn(4, 3, IN2)

@@ -86,3 +86,12 @@ def test_it_is_a_compressed_bilinear_of_the_dense_method():
     layer = DenseBilinear(7, 6, 5)
     assert isinstance(layer, CompressedBilinear)
     assert (layer.method, layer.rank) == ("dense", None)
+
+
+@pytest.mark.parametrize("out", [1, 3, 4, 9])
+@pytest.mark.parametrize("count", [1, 5, 400])
+def test_the_output_has_the_weights_dtype_also_with_a_wider_bias(out, count):
+    layer = DenseBilinear.from_bilinear(bilinear(16, 12, out)).bfloat16()
+    layer.bias = nn.Parameter(layer.bias.detach().float())
+    output = layer(torch.ones(count, 16, dtype=torch.bfloat16), torch.ones(count, 12, dtype=torch.bfloat16))
+    assert (output.dtype, output.shape) == (torch.bfloat16, (count, out))

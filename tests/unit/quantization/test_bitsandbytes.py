@@ -3,20 +3,31 @@
 On a machine with a GPU the same tests run there as well: `python -m pytest tests/unit/quantization -k cuda`.
 """
 
+import copy
+import sys
+
 import pytest
 import torch
+from quantized import made, rows
+from support import bilinear
 
 import compress_bilinear as cb
+from compress_bilinear.errors import ConfigError
 from compress_bilinear.quantization import (
     LEVELS,
+    BF16Tensor,
+    NF4Tensor,
+    QuantizedTensor,
+    _bitsandbytes,
     dequantize,
     dequantize_nf4,
     expanded,
     quantize_blocks,
     quantize_int8,
     quantize_nf4,
+    scale_grid,
 )
-from compress_bilinear.quantization._bitsandbytes import decoded_nf4
+from compress_bilinear.quantization._bitsandbytes import int8_values, nf4_values
 
 for_devices = pytest.mark.parametrize(
     "device",
@@ -65,7 +76,7 @@ def test_nf4_is_ours_at_the_shapes_that_their_own_decoding_gets_wrong(device, sh
     apart = [int((one.int() - other.int()).abs().gt(0).sum()) for one, other in zip(ours[:1], theirs[:1], strict=True)]
     assert max(apart) == 0 if device == "cpu" else max(apart) <= 1 + count // 1000  # a tie may fall either way
     exact = dequantize_nf4(*ours, 0, count, torch.float32)
-    torch.testing.assert_close(decoded_nf4(*ours, count), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(nf4_values(*ours, 0, count, torch.float32), exact, rtol=1e-6, atol=0)
     assert float((exact.view(shape) - tensor).norm() / tensor.norm()) < 0.12
 
 
@@ -113,3 +124,164 @@ def test_absolute_maxima_past_float16_stay_what_they_are(device):
     assert float((dequantize(qdata, scale, torch.float32) - tensor).norm() / tensor.norm()) < 0.01
     layer = cb.DenseBilinear.from_weight(tensor.view(4, 8, 8), quantize="int8")
     assert bool(torch.isfinite(layer.to_dense()).all())
+
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TestDecoding:
+    """What `compute="bitsandbytes"` reads the weights by."""
+
+    @for_devices
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [*WRONG, (1,), (65,), (101, 101), (5, 7, 33), (3, 64)], ids=str)
+    def test_nf4_of_any_rows_is_ours(self, device, dtype, shape):
+        tensor = NF4Tensor.coded(1e3 * normal(*shape)).to(device)
+        parts = [slice(None), slice(0, 1), slice(shape[0] - 1, None), slice(shape[0] // 3, shape[0] // 2), slice(0, 0)]
+        exact = [tensor.rows(part, dtype) for part in parts]
+        assert tensor.use_bitsandbytes(True) is None
+        for part, expected in zip(parts, exact, strict=True):
+            found = tensor.rows(part, dtype)
+            assert (found.shape, found.device.type) == (expected.shape, device)
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(found, expected, rtol=0 if device == "cpu" else eps, atol=0)
+
+    @for_devices
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", [(3, 5, 64), (2, 9, 256), (4, 3, 200), (2, 2, 3)], ids=str)
+    def test_int8_of_consecutive_blocks_is_ours(self, device, dtype, shape):
+        # layers ask for it on CUDA alone, where blocks of 64, 128, ... run; the operator is the same
+        qdata, scale = quantize_blocks(1e3 * normal(*shape).to(device), scale_grid(shape))
+        block = shape[2] // scale.shape[2] * (shape[1] // scale.shape[1])
+        if device == "cuda" and block not in (64, 128):
+            pytest.skip("not a size of blocks that CUDA's kernel takes")
+        found = int8_values(qdata, scale, block, dtype)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, dequantize(qdata, scale, dtype), rtol=0 if device == "cpu" else eps, atol=0)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+    @pytest.mark.parametrize(
+        ("method", "quantize"), [("dense", "int8"), ("dense", "nf4"), ("cp", "nf4"), ("tucker", "nf4")]
+    )
+    def test_layers_on_cuda_compute_the_same_also_when_they_moved_there(self, method, quantize):
+        layer = made(method, quantize, (6, 40, 256), bias=False)[0].to("cuda")
+        inputs = [value.to("cuda") for value in rows(layer)]
+        expected = layer(*inputs)
+        layer.set_compute("bitsandbytes")
+        torch.testing.assert_close(layer(*inputs), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+        if quantize == "int8":
+            with pytest.warns(UserWarning, match="slower than torch does on cpu"):
+                layer.cpu()
+            return
+        layer.cpu().cuda()
+        assert layer.compute == "bitsandbytes"
+        torch.testing.assert_close(layer(*inputs), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+    @pytest.mark.parametrize(
+        ("tensor", "reason"),
+        [
+            (BF16Tensor.coded(normal(4, 64)), "not coded"),
+            (QuantizedTensor(torch.ones(4, 64, dtype=torch.int8)), "no scales of blocks"),
+            (QuantizedTensor.quantize(normal(4, 64), 1), "slower than torch does on cpu"),
+            (NF4Tensor.zeros((4, 64), "meta"), "are on meta"),
+        ],
+    )
+    def test_what_it_is_not_for_is_said_and_not_tried(self, tensor, reason, monkeypatch):
+        monkeypatch.setattr(_bitsandbytes, "missing", lambda: pytest.fail("bitsandbytes was asked for"))
+        assert reason in tensor.use_bitsandbytes(True)
+        assert tensor.backend == "torch"
+
+    @pytest.mark.parametrize("wrong", [lambda *args: 1.01 * nf4_values(*args), lambda *args: 1 / 0])
+    def test_a_layer_that_is_decoded_wrongly_does_not_get_it(self, wrong, monkeypatch):
+        monkeypatch.setattr(_bitsandbytes, "nf4_values", wrong)
+        layer = cb.DenseBilinear.from_weight(normal(3, 8, 9), quantize="nf4")
+        assert "bitsandbytes" not in layer.computes
+        with pytest.raises(ConfigError, match=r"bitsandbytes (decodes it wrongly|cannot decode it: division by zero)"):
+            layer.set_compute("bitsandbytes")
+        assert (layer.compute, layer.weight.backend) == ("on_the_fly", "torch")
+
+    def test_a_machine_without_it(self, monkeypatch):
+        monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        layer = cb.CPBilinear.from_bilinear(bilinear(8, 9, 7), 3, quantize="nf4")
+        assert "not installed" in layer.refused_compute("bitsandbytes")
+        with pytest.raises(ConfigError, match="Found none: bitsandbytes is not installed"):
+            cb.set_compute(layer, "bitsandbytes")
+
+
+class TestLayers:
+    @pytest.fixture(params=["dense", "cp", "tucker"])
+    def layer(self, request):
+        layer, _ = made(request.param, "nf4")
+        return layer
+
+    @pytest.fixture
+    def calls(self, monkeypatch):
+        made = []
+
+        def counted(*args):
+            made.append(args)
+            return nf4_values(*args)
+
+        monkeypatch.setattr(_bitsandbytes, "nf4_values", counted)
+        return made
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_every_call_is_bit_for_bit_that_on_the_fly(self, layer, dtype, calls):
+        first, second = rows(layer, 6, dtype)
+        index = torch.arange(6)
+
+        def found():
+            blocks = first[:2].view(2, 3, 10), second.view(2, 3, 23)
+            yield layer(first, second)
+            yield layer.pairwise(first, second)
+            yield layer.blockwise(*blocks)
+            yield layer.indexed(first, index)
+            with torch.autocast("cpu", torch.bfloat16):
+                yield layer(first, second)
+
+        expected = list(found())
+        layer.set_compute("bitsandbytes")
+        assert layer.compute == "bitsandbytes"
+        for one, other in zip(found(), expected, strict=True):
+            assert one.dtype == other.dtype
+            assert torch.equal(one, other)
+        calls.clear()
+        layer(first, second)
+        assert len(calls) >= (1 if layer.method == "dense" else 3)
+
+    def test_float64_and_graphs_are_decoded_by_torch(self, layer, calls):
+        layer.set_compute("bitsandbytes")
+        wide, inputs = rows(layer, dtype=torch.float64), rows(layer)
+        calls.clear()
+        layer(*wide)
+        torch.func.vmap(lambda one, other: layer(one, other))(*inputs)
+        torch.export.export(layer, inputs)
+        assert calls == []
+
+    def test_copies_keep_it_and_another_mode_ends_it(self, layer, calls):
+        layer.set_compute("bitsandbytes")
+        inputs, copied = rows(layer), copy.deepcopy(layer)
+        expected = layer(*inputs)
+        calls.clear()
+        assert torch.equal(copied(*inputs), expected)
+        assert calls
+        assert copied.bfloat16().compute == "bitsandbytes"
+        copied.set_compute("resident", torch.bfloat16)
+        inputs = rows(layer, dtype=torch.bfloat16)
+        calls.clear()
+        copied(*inputs)
+        assert calls == []
+
+    def test_a_device_without_it_ends_it_with_a_warning(self, layer):
+        layer.set_compute("bitsandbytes")
+        with pytest.warns(UserWarning, match=f"A {layer.method} layer computes on the fly from now on: .* on meta"):
+            layer.to("meta")
+        assert layer.compute == "on_the_fly"
+
+    def test_compress_sets_it_and_says_so(self):
+        net = torch.nn.Sequential(bilinear(24, 20, 12))
+        small, report = cb.compress(net, cb.DenseConfig(quantize="nf4"), compute="bitsandbytes", force=True)
+        assert small[0].weight.backend == "bitsandbytes"
+        assert report.layers[0].compute == "bitsandbytes"
+        assert "computes by bitsandbytes" in str(report).replace("\n", " ")

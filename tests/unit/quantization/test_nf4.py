@@ -5,7 +5,7 @@ import torch
 
 from compress_bilinear.errors import CompressionError
 from compress_bilinear.quantization import BLOCK, NF4_CODE, NF4Tensor, _nf4, dequantize_nf4, nf4_bytes, quantize_nf4
-from compress_bilinear.quantization._bitsandbytes import decoded_nf4
+from compress_bilinear.quantization._bitsandbytes import nf4_values
 
 # whole blocks and not, odd and even, and the layouts that bitsandbytes decodes wrongly on CPUs with AVX-512
 SHAPES = ((1,), (2,), (64,), (65,), (256, 32), (48, 16), (33, 80), (7, 5, 3), (101, 101))
@@ -43,7 +43,7 @@ def test_bitsandbytes_agrees_bit_for_bit_on_flat_tensors(shape):
     ):
         assert torch.equal(found, theirs)
     count = tensor.numel()
-    assert torch.equal(dequantize_nf4(*ours, 0, count, torch.float32), decoded_nf4(*ours, count))
+    assert torch.equal(dequantize_nf4(*ours, 0, count, torch.float32), nf4_values(*ours, 0, count, torch.float32))
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 1), (1, 64), (63, 65), (130, 333), (128, 192), (320, 333)])
