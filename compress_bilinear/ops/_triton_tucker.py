@@ -75,10 +75,11 @@ def tucker_forward(
 def tucker_tiles(rows: int, rank2: int, rank_out: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of the forward."""
     wide = max(rank2, rank_out) > 64
-    blocks = {"BN": 16 if exact else tile(rows, 32 if wide or bits == 32 else 64), "BK": 32}
-    blocks |= {"BJ": tile(rank2, MOST_RANK), "BR": tile(rank_out, MOST_RANK), "BO": 32}
+    blocks = {"BN": 16 if exact else tile(rows, 32 if wide or bits == 32 else 64)}
+    blocks |= {"BK": 16 if exact else 32, "BO": 16 if exact else 32}
+    blocks |= {"BJ": tile(rank2, MOST_RANK), "BR": tile(rank_out, MOST_RANK)}
     warps = 4 if blocks["BJ"] * blocks["BR"] < 1024 else 8
-    return blocks | {"num_warps": warps, "num_stages": 2} | OPTIONS
+    return blocks | {"num_warps": warps, "num_stages": 1 if bits == 32 else 2} | OPTIONS
 
 
 def launch_tucker(
