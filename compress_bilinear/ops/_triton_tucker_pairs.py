@@ -160,7 +160,7 @@ def tucker_pairs_weight_gradient(
 def tucker_pair_tiles(length2: int, rank_out: int, bits: int, exact: bool) -> dict[str, int]:
     """Block sizes and warps of Tucker's pairs."""
     blocks = {"BL1": 2, "BL2": tile(length2, 16 if exact else 64 if bits == 16 else 32)}
-    blocks |= {"BJ": 32, "BR": tile(rank_out, MOST_RANK), "BO": 32}
+    blocks |= {"BJ": 16 if exact else 32, "BR": tile(rank_out, MOST_RANK), "BO": 16 if exact else 32}
     return blocks | {"num_warps": 8, "num_stages": 2} | OPTIONS
 
 
