@@ -249,7 +249,7 @@ def _lying(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
         part, end = _plain(part, part_scale, rows1.dtype), start + len(part)
         for block1, block2, target in blocks:  # not `matmul`, which copies a weight that requires a gradient elsewhere
             product = torch.bmm(block1.expand(end - start, *block1.shape), part)
-            torch.sum(product.mul_(block2), -1, out=target[:, start:end].t())
+            target[:, start:end] = product.mul_(block2).sum(-1).t()  # which `out=` would sum more slowly
             del product  # whose memory, in the cache, the next takes
         start = end
     return output

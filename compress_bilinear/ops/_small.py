@@ -11,8 +11,9 @@ _PRODUCTS = 2**21  # and its multiply-adds, unless it has
 _FEW_ROWS = 8
 _ROW_PAIRS = 2**22  # elements of x1 ⊗ x2 up to which a single row, which only reads the weight, is a small call
 _LEAST_OUT = 4  # outputs from which a small call takes "outer"
-_LOOP_OUT = 2  # up to which, and to the rows, torch's own loop over outputs is fastest where MKL multiplies
-_LOOP_MOST = 2**18  # elements of its T, which is that of an output
+_LYING = 2**19  # elements of T = x1 W_o up to which, with the slices as they lie, it is fastest where MKL multiplies
+_LOOP_OUT = 2  # outputs up to which torch's own loop over them is fastest there for more
+_LOOP_MOST = 2**23  # elements of the loop's T, which is that of an output
 
 
 def small_dense(
@@ -45,9 +46,11 @@ def small_dense(
         dtype = weight.dtype
         if bias is not None and bias.dtype != dtype:
             return None
-        few = out <= min(rows, _LOOP_OUT) and 0 < rows * in2 <= _LOOP_MOST
-        if few and dtype == torch.float32 and not _wants_more():
-            return bilinear(input1, input2, weight, bias)
+        if flat and (rows > 1 or out < _LEAST_OUT) and dtype == torch.float32 and not _wants_more():
+            if 0 < out * rows * min(in1, in2) <= _LYING:
+                return _lying(input1, input2, weight, bias)
+            if out <= _LOOP_OUT and 0 < rows * in2 <= _LOOP_MOST:
+                return bilinear(input1, input2, weight, bias)
     count = rows * in1 * in2  # of x1 ⊗ x2
     if not 0 < count <= _PAIRS:
         if rows != 1 or not 0 < count <= _ROW_PAIRS or out < _LEAST_OUT or not weight.is_contiguous():
@@ -65,6 +68,16 @@ def small_dense(
     product = linear(input2, weight.flatten(0, 1)).view(-1, out, in1)
     output = torch.bmm(product, input1.unsqueeze(2)).squeeze(2)
     return output if bias is None else output + bias
+
+
+def _lying(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Σ_ij x1_ni W_oij x2_nj + b_o, the wider input first, by one batched product that wants no copy of the weight."""
+    out, in1, in2 = weight.shape
+    if in1 < in2:
+        input1, input2, weight = input2, input1, weight.mT
+    product = torch.bmm(input1.expand(out, -1, -1), weight).mul_(input2).sum(-1).t()
+    output = product.contiguous()
+    return output if bias is None else output.add_(bias)
 
 
 def _wants_more() -> bool:

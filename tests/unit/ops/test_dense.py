@@ -310,6 +310,7 @@ def intel(monkeypatch):
     """As where MKL is at its best, whatever the processor; and no call is small."""
     for module in (_gemm, _small):
         monkeypatch.setattr(module, "has_slow_mkl", lambda: False)
+    monkeypatch.setattr(_small, "_LYING", 0)
     monkeypatch.setattr(_small, "_LOOP_MOST", 0)
     monkeypatch.setattr(_small, "_PAIRS", 0)
     monkeypatch.setattr(_small, "_ROW_PAIRS", 0)
@@ -354,17 +355,39 @@ def test_a_gradient_keeps_its_blocks_where_slices_would_lie_well(wanted):
     assert_matches_reference(found[0], exact[0])
 
 
-@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("most", [None, 2**19, 0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(), (1,), (5,), (1, 1), (2, 3)])
 @pytest.mark.parametrize("out", [1, 2, 3, 6])
-def test_small_calls(out, leading, dtype, loop, monkeypatch):
-    monkeypatch.setattr(_small, "has_slow_mkl", lambda: not loop)
+def test_small_calls(out, leading, dtype, most, monkeypatch):
+    monkeypatch.setattr(_small, "has_slow_mkl", lambda: most is None)
+    monkeypatch.setattr(_small, "_LYING", most)  # or torch's loop
     tensors = operands((9, 7, out), leading, dtype=dtype)
     wide = [tensor.double() for tensor in tensors]
     with torch.no_grad():
         assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
     assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
+
+
+@pytest.mark.usefixtures("intel")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(9, 7, 6), (7, 9, 6), (1, 5, 1), (5, 1, 300)])
+def test_a_call_whose_products_fit_the_cache_takes_the_slices_as_they_lie(shape, bias, monkeypatch):
+    products = 40 * shape[2] * min(shape[:2])
+    monkeypatch.setattr(_small, "_LYING", products)
+    input1, input2, weight, added = operands(shape, (40,), dtype=torch.float32)
+    input1, weight = input1.T.contiguous().T, weight.mT.contiguous().mT  # of any strides
+    tensors = [input1, input2, weight, added if bias else None]
+    with torch.no_grad():
+        found = ops.small_dense(*tensors)
+        monkeypatch.setattr(_small, "_LYING", products - 1)
+        assert ops.small_dense(*tensors) is None
+    monkeypatch.setattr(_small, "_LYING", products)
+    assert found is not None
+    assert found.is_contiguous()
+    wide = [tensor if tensor is None else tensor.double() for tensor in tensors]
+    assert_matches_reference(found, ops.reference.bilinear_dense(*wide))
+    assert ops.small_dense(*tensors) is None  # a gradient may be wanted
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
