@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import bilinear, linear
+from torch.nn.functional import linear
 
 from ._gemm import has_slow_mkl
 
@@ -12,8 +12,6 @@ _FEW_ROWS = 8
 _ROW_PAIRS = 2**22  # elements of x1 ⊗ x2 up to which a single row, which only reads the weight, is a small call
 _LEAST_OUT = 4  # outputs from which a small call takes "outer"
 _LYING = 2**19  # elements of T = x1 W_o up to which, with the slices as they lie, it is fastest where MKL multiplies
-_LOOP_OUT = 2  # outputs up to which torch's own loop over them is fastest there for more
-_LOOP_MOST = 2**23  # elements of the loop's T, which is that of an output
 
 
 def small_dense(
@@ -46,11 +44,9 @@ def small_dense(
         dtype = weight.dtype
         if bias is not None and bias.dtype != dtype:
             return None
-        if flat and (rows > 1 or out < _LEAST_OUT) and dtype == torch.float32 and not _wants_more():
-            if 0 < out * rows * min(in1, in2) <= _LYING:
-                return _lying(input1, input2, weight, bias)
-            if out <= _LOOP_OUT and 0 < rows * in2 <= _LOOP_MOST:
-                return bilinear(input1, input2, weight, bias)
+        lying = flat and (rows > 1 or out < _LEAST_OUT) and 0 < out * rows * min(in1, in2) <= _LYING
+        if lying and dtype == torch.float32 and not _wants_more():
+            return _lying(input1, input2, weight, bias)
     count = rows * in1 * in2  # of x1 ⊗ x2
     if not 0 < count <= _PAIRS:
         if rows != 1 or not 0 < count <= _ROW_PAIRS or out < _LEAST_OUT or not weight.is_contiguous():
@@ -81,7 +77,7 @@ def _lying(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) 
 
 
 def _wants_more() -> bool:
-    """Whether torch's loop might be asked for more than its output, or MKL, which it uses, is slow."""
+    """Whether more than the output might be asked for, or MKL is slow."""
     return (
         torch.is_grad_enabled()
         or torch._C._are_functorch_transforms_active()

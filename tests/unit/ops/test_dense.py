@@ -311,17 +311,18 @@ def intel(monkeypatch):
     for module in (_gemm, _small):
         monkeypatch.setattr(module, "has_slow_mkl", lambda: False)
     monkeypatch.setattr(_small, "_LYING", 0)
-    monkeypatch.setattr(_small, "_LOOP_MOST", 0)
     monkeypatch.setattr(_small, "_PAIRS", 0)
     monkeypatch.setattr(_small, "_ROW_PAIRS", 0)
 
 
 @pytest.mark.usefixtures("blocks", "intel")
+@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(63, 37, 17), (9, 1, 3), (6, 6, 1)])
-def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, monkeypatch):
+def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch):
     monkeypatch.setattr(_dense, "_contract", None)  # another way would fail
+    monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1 if loop else 2**17)
     input1, input2, weight, bias = operands(shape, (rows,), dtype=dtype)
     qdata, scale = quantize_int8(weight, 2)
     wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
@@ -355,13 +356,13 @@ def test_a_gradient_keeps_its_blocks_where_slices_would_lie_well(wanted):
     assert_matches_reference(found[0], exact[0])
 
 
-@pytest.mark.parametrize("most", [None, 2**19, 0])
+@pytest.mark.parametrize("most", [None, 2**19, 0])  # None: MKL is slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("leading", [(), (1,), (5,), (1, 1), (2, 3)])
 @pytest.mark.parametrize("out", [1, 2, 3, 6])
 def test_small_calls(out, leading, dtype, most, monkeypatch):
     monkeypatch.setattr(_small, "has_slow_mkl", lambda: most is None)
-    monkeypatch.setattr(_small, "_LYING", most)  # or torch's loop
+    monkeypatch.setattr(_small, "_LYING", most or 0)
     tensors = operands((9, 7, out), leading, dtype=dtype)
     wide = [tensor.double() for tensor in tensors]
     with torch.no_grad():
