@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -82,21 +83,43 @@ def missing() -> str | None:
     """Why bitsandbytes cannot be used at all; None where it is imported."""
     try:
         _functional()
-    except ModuleNotFoundError as error:
-        return f"bitsandbytes is not installed: {error}"
     except Exception as error:  # whatever its libraries raise where they do not fit the machine
-        return f"bitsandbytes cannot be imported: {error}"
+        if _not_installed(error):
+            return f"bitsandbytes is not installed: {error}"
+        return f"bitsandbytes cannot be imported: {brief(error)}"
     return None
 
 
+def brief(error: Exception) -> str:
+    """What it says, in one line: torch's dispatcher adds pages to that."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _not_installed(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError) and error.name == "bitsandbytes"
+
+
+_IMPORTING = threading.Lock()
+_BROKEN: list[Exception] = []  # what an import failed with: another one would take as long, and hide the cause
+
+
 def _functional() -> Any:
-    if "bitsandbytes.functional" in sys.modules:
-        return sys.modules["bitsandbytes.functional"]
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # or it would warn of a package that nothing here needs
-    try:
-        from bitsandbytes import functional
-    finally:
-        logger.setLevel(level)
-    return functional
+    with _IMPORTING:
+        if _BROKEN:
+            raise _BROKEN[0].with_traceback(None)
+        if "bitsandbytes" in sys.modules:  # perhaps half of it, which only an import statement waits for
+            from bitsandbytes import functional
+
+            return functional
+        logger = logging.getLogger("bitsandbytes")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # or it would warn of a package that nothing here needs
+        try:
+            from bitsandbytes import functional
+        except Exception as error:
+            if not _not_installed(error):
+                _BROKEN.append(error)
+            raise
+        finally:
+            logger.setLevel(level)
+        return functional

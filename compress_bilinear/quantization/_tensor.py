@@ -150,7 +150,7 @@ class QuantizedTensor(nn.Module):
         return None
 
     def _wrong_by_bitsandbytes(self) -> str | None:
-        from ._bitsandbytes import missing
+        from ._bitsandbytes import brief, missing
 
         absent = missing()
         if absent is not None:
@@ -163,9 +163,9 @@ class QuantizedTensor(nn.Module):
                 try:
                     found = self._decoded(rows, dtype, "bitsandbytes")
                 except Exception as error:  # whatever it raises where it does not fit the machine
-                    return f"bitsandbytes cannot decode it: {error}"
+                    return f"bitsandbytes cannot decode it: {brief(error)}"
                 numbers = torch.finfo(dtype)
-                if not torch.allclose(found, exact, rtol=numbers.eps, atol=numbers.tiny):
+                if not torch.allclose(found, exact, rtol=numbers.eps, atol=numbers.eps * numbers.tiny):  # one step
                     return f"bitsandbytes decodes it wrongly to {dtype}"
         return None
 
