@@ -98,15 +98,29 @@ class ComputeModes(nn.Module):
         nested = {part: part.compute for part in self.modules() if isinstance(part, ComputeModes)}
         for part in nested:  # this layer speaks for its core too
             part.compute = "on_the_fly"
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for part, compute in nested.items():
-            part.compute = compute
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:  # also where the device has no room
+            for part, compute in nested.items():
+                part.compute = compute
         if devices != [part.device.type for part in self._stored()]:
             refused = self.refused_compute("bitsandbytes")
             self.set_compute("bitsandbytes" if refused is None else "on_the_fly")
             if refused is not None:
                 warnings.warn(f"A {self.method} layer computes on the fly from now on: {refused}.", stacklevel=2)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
+        if self.compute != "bitsandbytes":
+            return
+        from ..quantization._bitsandbytes import missing
+
+        absent = missing()
+        if absent is not None:  # it was pickled where there is one
+            self.set_compute("on_the_fly")
+            # of a core and of its Tucker, which is read later, in the same words: told once
+            warnings.warn(f"A pickled layer that computes by bitsandbytes does so on the fly: {absent}.", stacklevel=2)
 
     def _computing(self) -> list[nn.Module]:
         """The layer and its linear parts: what may multiply integers."""

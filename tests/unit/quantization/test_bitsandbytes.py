@@ -4,6 +4,8 @@ On a machine with a GPU the same tests run there as well: `python -m pytest test
 """
 
 import copy
+import pickle
+import subprocess
 import sys
 
 import pytest
@@ -208,6 +210,68 @@ class TestDecoding:
         with pytest.raises(ConfigError, match="Found none: bitsandbytes is not installed"):
             cb.set_compute(layer, "bitsandbytes")
 
+    def test_what_is_wrong_only_in_small_float16_values_is_wrong(self, monkeypatch):
+        def flushed(*args):
+            return nf4_values(*args) * (args[-1] != torch.float16)
+
+        monkeypatch.setattr(_bitsandbytes, "nf4_values", flushed)
+        tensor = NF4Tensor.coded(4e-5 * torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
+        assert "wrongly to torch.float16" in tensor.refused_bitsandbytes()
+
+
+class TestImport:
+    @pytest.fixture
+    def interpreter(self):
+        """Runs code where bitsandbytes has not been imported, and gives the last line of what it prints."""
+
+        def run(code):
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+            return done.stdout.splitlines()[-1]
+
+        return run
+
+    @pytest.mark.parametrize(
+        ("module", "error", "told"),
+        [
+            ("bitsandbytes", "OSError('libcudart')", "cannot be imported: libcudart"),
+            ("bitsandbytes.backends.cpu.ops", "OSError('libcudart\\nand pages')", "cannot be imported: libcudart"),
+            (
+                "bitsandbytes.functional",
+                "ModuleNotFoundError('no other', name='other')",
+                "cannot be imported: no other",
+            ),
+            ("bitsandbytes", "ModuleNotFoundError('no such', name='bitsandbytes')", "is not installed: no such"),
+        ],
+        ids=["at once", "after half of it", "a dependency", "none"],
+    )
+    def test_one_that_fails_is_told_alike_each_time(self, interpreter, module, error, told):
+        code = f"""
+import sys
+from compress_bilinear.quantization import NF4Tensor
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            raise {error}
+sys.meta_path.insert(0, Finder)
+tensor = NF4Tensor.zeros((4, 64))
+print({{tensor.refused_bitsandbytes() for _ in range(3)}})
+"""
+        assert interpreter(code) == str({f"bitsandbytes {told}"})
+
+    def test_threads_wait_for_the_whole_of_it(self, interpreter):
+        code = """
+import logging, threading
+from compress_bilinear.quantization import NF4Tensor, _bitsandbytes
+found = []
+start = threading.Barrier(4)
+def ask(): start.wait(); found.append(NF4Tensor.zeros((4, 64)).refused_bitsandbytes())
+threads = [threading.Thread(target=ask) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(found, logging.getLogger("bitsandbytes").level)
+"""
+        assert interpreter(code) == "[None, None, None, None] 0"
+
 
 class TestLayers:
     @pytest.fixture(params=["dense", "cp", "tucker"])
@@ -278,6 +342,27 @@ class TestLayers:
         with pytest.warns(UserWarning, match=f"A {layer.method} layer computes on the fly from now on: .* on meta"):
             layer.to("meta")
         assert layer.compute == "on_the_fly"
+
+    def test_a_move_that_fails_leaves_the_mode(self, layer):
+        def no_room(tensor):
+            raise torch.OutOfMemoryError
+
+        layer.set_compute("bitsandbytes")
+        with pytest.raises(torch.OutOfMemoryError):
+            layer._apply(no_room)
+        assert {part.compute for part in layer.modules() if hasattr(part, "compute")} == {"bitsandbytes"}
+
+    def test_a_pickle_is_read_where_it_is_missing(self, layer, monkeypatch):
+        layer.set_compute("bitsandbytes")
+        inputs, pickled = rows(layer), pickle.dumps(layer)
+        expected = layer(*inputs)
+        assert pickle.loads(pickled).compute == "bitsandbytes"
+        monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.warns(UserWarning, match="pickled layer .* does so on the fly: bitsandbytes is not installed"):
+            again = pickle.loads(pickled)
+        assert again.compute == "on_the_fly"
+        assert torch.equal(again(*inputs), expected)
 
     def test_compress_sets_it_and_says_so(self):
         net = torch.nn.Sequential(bilinear(24, 20, 12))
