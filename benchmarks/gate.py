@@ -48,9 +48,9 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
         return f"relative error {error:.3g}"
     if not training:
         return ""
-    for name, error in _gradient_errors(contestant, rows):
-        if not error <= _tolerance(contestant, gradient=True):
-            return f"relative error {error:.3g} in the gradient of {name}"
+    for what, error, tolerance in _training_errors(contestant, rows):
+        if not error <= tolerance:
+            return f"relative error {error:.3g} in {what}"
     return ""
 
 
@@ -77,11 +77,17 @@ def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
     return output
 
 
-def _gradient_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float]]:
-    """Of each tensor of a contestant, in the parts that are compared."""
+def _training_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float, float]]:
+    """Of the output where a gradient is wanted, and of each tensor's gradient, in the parts that are compared.
+
+    Each with what it is of, and its tolerance.
+    """
+    tolerance = _tolerance(contestant, gradient=True)
     given = [tensor.detach().requires_grad_() for tensor in contestant.tensors]
     with torch.enable_grad():
         output = contestant.call(*given)
+    found_rows = output.detach().index_select(0, rows)  # other blocks than without a gradient, so not the same
+    yield "the output in training", _error(found_rows, _exact(contestant, rows)), _tolerance(contestant)
     generator = torch.Generator(rows.device).manual_seed(2)
     shape = (len(rows), *output.shape[1:])
     chosen = torch.randn(shape, generator=generator, device=rows.device).to(output.dtype)
@@ -103,6 +109,6 @@ def _gradient_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str
         for total, gradient in zip(totals, of_inputs[:2], strict=True):
             total += gradient
         for index, (gradient, own) in enumerate(zip(of_inputs[2:], found[2:], strict=True)):
-            yield f"operand {index + 3}", _error(own if whole else own[part], gradient)
+            yield f"the gradient of operand {index + 3}", _error(own if whole else own[part], gradient), tolerance
     for index, (total, own) in enumerate(zip(totals, found[:2], strict=True)):
-        yield f"input{index + 1}", _error(own.index_select(0, rows), total)
+        yield f"the gradient of input{index + 1}", _error(own.index_select(0, rows), total), tolerance

@@ -129,6 +129,19 @@ def test_a_wrong_gradient_is_never_timed(benchmark, monkeypatch, case, name, pos
     assert len(str(found.value).splitlines()) == 1  # the forward is right, and so are the others
 
 
+def test_an_output_that_is_wrong_in_training_alone_is_never_timed(benchmark, monkeypatch):
+    right = cases.ops.bilinear_dense
+
+    def off(*tensors):
+        output = right(*tensors)
+        return output + 0.01 * output.detach().abs().max() if output.requires_grad else output
+
+    altered(monkeypatch, "dense", call=off)
+    with pytest.raises(SystemExit, match=r"dense wrong: relative error 0\.0.* in the output in training") as found:
+        benchmark("rows", "--rows", "suite", "--passes", "forward", "training")
+    assert len(str(found.value).splitlines()) == 1  # without gradients it is right
+
+
 def test_gradients_are_compared_in_slices_of_a_dense_weight(benchmark, monkeypatch):
     monkeypatch.setattr(gate, "_SLICE", 1)
     assert {row["status"] for row in benchmark("--passes", "training", "--dtypes", "float32", "float16")} == {"ok"}
