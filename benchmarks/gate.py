@@ -1,12 +1,13 @@
 """Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
-that is zero elsewhere, so that those of the weights are exact for these rows too. A dense weight is widened to float64
+that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' zero in others. A dense weight is widened to float64
 in slices of its outputs, and what is exact is kept for the contestants that follow.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ _TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the 
 _GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
 _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
 _SLICE = 2**25  # elements of a weight that are widened at once
-_kept: list[tuple[object, Tensor]] = []  # the last exact outputs, by the function that gave them
+# exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
+_kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()
 
 
 def checked(count: int, pairs: bool = False) -> list[int]:
@@ -69,11 +71,10 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
-    for function, output in _kept:
-        if function is contestant.exact and len(output) == len(rows):
-            return output
-    output = contestant.exact(*(tensor.index_select(0, rows).double() for tensor in contestant.tensors[:2]))
-    _kept[:] = [*_kept[-3:], (contestant.exact, output)]
+    output = _kept.get(contestant.exact)
+    if output is None:
+        output = contestant.exact(*(tensor.index_select(0, rows).double() for tensor in contestant.tensors[:2]))
+        _kept[contestant.exact] = output
     return output
 
 
@@ -112,3 +113,5 @@ def _training_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str
             yield f"the gradient of operand {index + 3}", _error(own if whole else own[part], gradient), tolerance
     for index, (total, own) in enumerate(zip(totals, found[:2], strict=True)):
         yield f"the gradient of input{index + 1}", _error(own.index_select(0, rows), total), tolerance
+        elsewhere = float(own.index_fill(0, rows, 0.0).abs().amax())
+        yield f"the gradient of input{index + 1}, which should be zero for other rows", elsewhere, 0.0
