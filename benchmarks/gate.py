@@ -1,8 +1,8 @@
 """Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
-that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' zero in others. A dense weight is widened to float64
-in slices of its outputs, and what is exact is kept for the contestants that follow.
+that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others.
+A dense weight is widened to float64 in slices of its outputs; what is exact is kept for the contestants that follow.
 """
 
 import math
