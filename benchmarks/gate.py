@@ -1,12 +1,13 @@
 """Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
-that is zero elsewhere, so that those of the weights are exact for these rows too. A dense weight is widened to float64
-in slices of its outputs, and what is exact is kept for the contestants that follow.
+that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others.
+A dense weight is widened to float64 in slices of its outputs; what is exact is kept for the contestants that follow.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ _TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the 
 _GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
 _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
 _SLICE = 2**25  # elements of a weight that are widened at once
-_kept: list[tuple[object, Tensor]] = []  # the last exact outputs, by the function that gave them
+# exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
+_kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()
 
 
 def checked(count: int, pairs: bool = False) -> list[int]:
@@ -48,9 +50,9 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
         return f"relative error {error:.3g}"
     if not training:
         return ""
-    for name, error in _gradient_errors(contestant, rows):
-        if not error <= _tolerance(contestant, gradient=True):
-            return f"relative error {error:.3g} in the gradient of {name}"
+    for what, error, tolerance in _training_errors(contestant, rows):
+        if not error <= tolerance:
+            return f"relative error {error:.3g} in {what}"
     return ""
 
 
@@ -69,19 +71,24 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
-    for function, output in _kept:
-        if function is contestant.exact and len(output) == len(rows):
-            return output
-    output = contestant.exact(*(tensor.index_select(0, rows).double() for tensor in contestant.tensors[:2]))
-    _kept[:] = [*_kept[-3:], (contestant.exact, output)]
+    output = _kept.get(contestant.exact)
+    if output is None:
+        output = contestant.exact(*(tensor.index_select(0, rows).double() for tensor in contestant.tensors[:2]))
+        _kept[contestant.exact] = output
     return output
 
 
-def _gradient_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float]]:
-    """Of each tensor of a contestant, in the parts that are compared."""
+def _training_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float, float]]:
+    """Of the output where a gradient is wanted, and of each tensor's gradient, in the parts that are compared.
+
+    Each with what it is of, and its tolerance.
+    """
+    tolerance = _tolerance(contestant, gradient=True)
     given = [tensor.detach().requires_grad_() for tensor in contestant.tensors]
     with torch.enable_grad():
         output = contestant.call(*given)
+    found_rows = output.detach().index_select(0, rows)  # other blocks than without a gradient, so not the same
+    yield "the output in training", _error(found_rows, _exact(contestant, rows)), _tolerance(contestant)
     generator = torch.Generator(rows.device).manual_seed(2)
     shape = (len(rows), *output.shape[1:])
     chosen = torch.randn(shape, generator=generator, device=rows.device).to(output.dtype)
@@ -103,6 +110,8 @@ def _gradient_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str
         for total, gradient in zip(totals, of_inputs[:2], strict=True):
             total += gradient
         for index, (gradient, own) in enumerate(zip(of_inputs[2:], found[2:], strict=True)):
-            yield f"operand {index + 3}", _error(own if whole else own[part], gradient)
+            yield f"the gradient of operand {index + 3}", _error(own if whole else own[part], gradient), tolerance
     for index, (total, own) in enumerate(zip(totals, found[:2], strict=True)):
-        yield f"input{index + 1}", _error(own.index_select(0, rows), total)
+        yield f"the gradient of input{index + 1}", _error(own.index_select(0, rows), total), tolerance
+        elsewhere = float(own.index_fill(0, rows, 0.0).abs().amax())
+        yield f"the gradient of input{index + 1}, which should be zero for other rows", elsewhere, 0.0

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import sys
+import weakref
 
 import pytest
 import support
@@ -127,6 +128,43 @@ def test_a_wrong_gradient_is_never_timed(benchmark, monkeypatch, case, name, pos
     with pytest.raises(SystemExit, match=f"{name} wrong: relative error 0.* in the gradient of {word}") as found:
         benchmark(case, "--rows", "suite", "--passes", "forward", "training")
     assert len(str(found.value).splitlines()) == 1  # the forward is right, and so are the others
+
+
+def test_an_output_that_is_wrong_in_training_alone_is_never_timed(benchmark, monkeypatch):
+    right = cases.ops.bilinear_dense
+
+    def off(*tensors):
+        output = right(*tensors)
+        return output + 0.01 * output.detach().abs().max() if output.requires_grad else output
+
+    altered(monkeypatch, "dense", call=off)
+    with pytest.raises(SystemExit, match=r"dense wrong: relative error 0\.0.* in the output in training") as found:
+        benchmark("rows", "--rows", "suite", "--passes", "forward", "training")
+    assert len(str(found.value).splitlines()) == 1  # without gradients it is right
+
+
+def test_a_gradient_that_is_wrong_in_other_rows_is_never_timed(benchmark, monkeypatch):
+    right = cases.ops.bilinear_dense
+    other = torch.tensor([row for row in range(6) if row not in gate.checked(6)])
+    assert len(other)
+
+    def off(x1, *rest):
+        x1 = x1.view_as(x1)
+        if x1.requires_grad:
+            x1.register_hook(lambda gradient: gradient.index_fill(0, other, 0.5))
+        return right(x1, *rest)
+
+    altered(monkeypatch, "dense", call=off)
+    with pytest.raises(SystemExit, match=r"dense wrong: relative error 0\.5 in the gradient of input1, which"):
+        benchmark("rows", "--rows", "suite", "--passes", "training")
+
+
+def test_the_gate_keeps_no_case_alive():
+    found = cases.contestants(TINY[0], 6, torch.float32, torch.device("cpu"))
+    assert [gate.wrong(contestant, False) for contestant in found.values()] == [""] * len(found)
+    kept = [weakref.ref(contestant.exact) for contestant in found.values()]
+    del found
+    assert {reference() for reference in kept} == {None}
 
 
 def test_gradients_are_compared_in_slices_of_a_dense_weight(benchmark, monkeypatch):

@@ -137,7 +137,7 @@ class CompressedBilinear(ComputeModes):
         """
         tensors = [*self.parameters(), *self.buffers()]
         where = tensors[0].device if device is None else torch.device(device)
-        reason = self._obstacle(where)
+        reason = self._obstacle(where, pairs)
         rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
         shape = (self.out_features, self.in1_features, self.in2_features)
         of = dtype or self.weight_dtype
@@ -148,7 +148,7 @@ class CompressedBilinear(ComputeModes):
             )
         )
 
-    def _obstacle(self, device: torch.device) -> str | None:
+    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
         """Why the layer's tensors cannot be handed to `ops` at once."""
         return None
 

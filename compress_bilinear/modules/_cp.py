@@ -150,7 +150,7 @@ class CPBilinear(ProjectedBilinear):
     def _parts(self) -> dict[str, nn.Module]:
         return {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj, "out_proj": self.out_proj}
 
-    def _obstacle(self, device: torch.device) -> str | None:
+    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
         parts = self._parts()
         for name, part in parts.items():  # which of a Tucker's are ordinary
             if type(part) is nn.Identity:

@@ -184,8 +184,11 @@ class TuckerBilinear(ProjectedBilinear):
         layers = {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj}
         return layers | {"core": self.core, "out_proj": self.out_proj}
 
-    def _obstacle(self, device: torch.device) -> str | None:
-        return obstacle(self._parts(), device)
+    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
+        found = obstacle(self._parts(), device)
+        if found is None and pairs and getattr(self.out_proj, "weight", None) is None:  # as `ops` has it
+            return "the kernel for pairs fuses the output's projection, and there is none"
+        return found
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # the core on Σ_k p_k ⊗ q_k, as one row

@@ -161,7 +161,7 @@ def pairwise_cp(
     if found is not None:
         return found
     shape = (out.shape[0], in1.shape[1], in2.shape[1])
-    if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, pairs=True):
+    if not _fused("cp", operands[:6], shape, (in1.shape[0],), in1, backend, fixed=(sigma,), pairs=True):
         return composed_cp_pairs(*operands)
     left, right = project(input1, in1), project(input2, in2)
     return _all_pairs(_dispatch.launched(fused_cp_pairs, *_batches(left, right), out, bias, sigma), input1, input2)

@@ -45,7 +45,7 @@ def small_dense(
         if bias is not None and bias.dtype != dtype:
             return None
         lying = flat and (rows > 1 or out < _LEAST_OUT) and 0 < out * rows * min(in1, in2) <= _LYING
-        if lying and dtype == torch.float32 and not _wants_more():
+        if lying and input1.dtype == input2.dtype == dtype == torch.float32 and not _wants_more():
             return _lying(input1, input2, weight, bias)
     count = rows * in1 * in2  # of x1 ⊗ x2
     if not 0 < count <= _PAIRS:

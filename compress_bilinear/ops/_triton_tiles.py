@@ -56,6 +56,8 @@ def tile(size: int, most: int) -> int:
 
 def shares(length: int, programs: int, few: int) -> tuple[int, int]:
     """How many terms of a sum of `length` each program takes, and how many programs share it, to fill a GPU."""
+    if length == 0 or programs == 0:  # of no rows, which a graph compiled for any number may meet
+        return 1, 1
     splits = min(length, triton.cdiv(few, programs)) if programs < few else 1
     part = triton.cdiv(length, splits)
     return part, triton.cdiv(length, part)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
+from compress_bilinear.errors import InputError
 from compress_bilinear.ops import (
     _choice,
     _dispatch,
@@ -273,6 +274,38 @@ def test_scales_of_pairs_enter_every_gradient():
     found = ops.pairwise_cp(*tensors, sigma=framed(sigma), backend="triton")
     exact = ops.pairwise_cp(*wide[:4], wide[4] * sigma.double(), wide[5])
     assert_gradients(found, exact, tensors, wide)
+
+
+def test_scales_of_pairs_that_want_a_gradient_are_left_to_torch():
+    sigma = normal(20, dtype=torch.float32).requires_grad_()
+    with pytest.raises(InputError, match="take scales as constants"):
+        ops.pairwise_cp(*pair_operands("cp", LENGTHS[1], torch.float32), sigma=sigma, backend="triton")
+
+
+def test_the_operator_for_a_dense_weight_takes_no_rows():
+    tensors = [normal(*shape, dtype=torch.float32).requires_grad_() for shape in ((0, 4), (0, 5), (3, 4, 5))]
+    output = _dispatch.fused_dense(*tensors, None)
+    assert output.shape == (0, 3)
+    for gradient, tensor in zip(torch.autograd.grad(output.sum(), tensors), tensors, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("lengths", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
+@pytest.mark.parametrize("kind", PAIRS)
+def test_operators_for_pairs_take_none(kind, lengths):
+    # as a compiled graph, which chose for any number of rows, may hand them
+    batch, length1, length2 = lengths
+    first = normal(batch, length1, *([4] if kind == "cp" else [2, 4]), dtype=torch.float32)
+    out = normal(5, 4 if kind == "cp" else 2, dtype=torch.float32)
+    tensors = [first, normal(batch, length2, 4, dtype=torch.float32), out, normal(5, dtype=torch.float32)]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    if kind == "cp":
+        output = _dispatch_pairs.fused_cp_pairs(*tensors, None)
+    else:
+        output = _dispatch_pairs.fused_tucker_pairs(*tensors)
+    assert output.shape == (*lengths, 5)
+    for gradient, tensor in zip(torch.autograd.grad(output.sum(), tensors), tensors, strict=True):
+        assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
 @pytest.mark.parametrize("kind", PAIRS)

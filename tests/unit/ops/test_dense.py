@@ -391,6 +391,15 @@ def test_a_call_whose_products_fit_the_cache_takes_the_slices_as_they_lie(shape,
     assert ops.small_dense(*tensors) is None  # a gradient may be wanted
 
 
+@pytest.mark.parametrize("wide", [0, 1])
+@pytest.mark.parametrize("shape", [(9, 7, 3), (7, 9, 3), (9, 7, 6)])
+def test_a_small_call_rounds_no_input_to_the_weights_dtype(shape, wide):
+    tensors = operands(shape, dtype=torch.float32)
+    tensors[wide] = tensors[wide].double()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+        ops.bilinear_dense(*tensors)
+
+
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_a_single_row_takes_the_products_of_its_inputs_for_a_large_weight_as_it_lies(contiguous, monkeypatch):
     monkeypatch.setattr(_small, "_PAIRS", 0)
