@@ -3,6 +3,7 @@
 Needs torch alone, and for two of the contestants on a GPU Triton.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -116,8 +117,8 @@ class _Weights:
 def _weights(case: Case, dtype: torch.dtype, device: torch.device) -> _Weights:
     generator = torch.Generator(device).manual_seed(0)
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).div_(shape[-1] ** 0.5).to(dtype)
+    def normal(*shape: int) -> Tensor:  # with which outputs are about 1, and so is the bias: one left out shows
+        return torch.randn(shape, generator=generator, device=device).div_(math.prod(shape[1:]) ** 0.5).to(dtype)
 
     weight, bias = normal(*case.shape), normal(case.out)
     rank, (r_out, r_in1, r_in2) = cp_rank(case, 0.25), tucker_rank(case, 0.25)

@@ -159,6 +159,15 @@ def test_a_gradient_that_is_wrong_in_other_rows_is_never_timed(benchmark, monkey
         benchmark("rows", "--rows", "suite", "--passes", "training")
 
 
+@pytest.mark.parametrize("name", ["dense", "CP", "Tucker"])
+def test_a_bias_that_is_left_out_shows_in_16_bits(name):
+    case = cases.Case("wide", 256, 256, 32, 64)
+    right = cases.contestants(case, 64, torch.bfloat16, torch.device("cpu"))[name]
+    assert gate.wrong(right, False) == ""
+    off = dataclasses.replace(right, call=lambda *t: right.call(*t[:-1], torch.zeros_like(t[-1])))
+    assert gate.wrong(off, False).startswith("relative error")
+
+
 def test_the_gate_keeps_no_case_alive():
     found = cases.contestants(TINY[0], 6, torch.float32, torch.device("cpu"))
     assert [gate.wrong(contestant, False) for contestant in found.values()] == [""] * len(found)
