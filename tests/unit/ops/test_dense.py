@@ -338,6 +338,8 @@ def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch
 @pytest.mark.usefixtures("intel")
 def test_slices_as_they_lie_copy_no_weight_and_hold_a_block(monkeypatch):
     monkeypatch.setattr(_dense, "_CPU_BLOCK", 2**13)
+    monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1)
+    monkeypatch.setattr(_dense, "_LOOP_MOST", 64 * 64 * 96 - 1)  # torch's loop would copy the weight
     monkeypatch.setattr(_gemm, "is_recorded", lambda: False)  # the recorder of memory is such a mode
     tensors = operands((64, 64, 96), (32,), dtype=torch.float32)
     tensors[2].requires_grad_()
