@@ -41,7 +41,7 @@ _BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficien
 _TURN = 2  # what copying an element of the weight costs, in elements of T that are written and summed
 _LYING_ROWS = 2**11  # rows up to which products with the slices as they lie are fastest where MKL multiplies
 _LYING_OUT = 4  # and for any number of rows with fewer outputs
-_LOOP_BLOCK = 2**17  # elements of T for one output from which torch's own loop over outputs is as fast, or faster
+_LOOP_BLOCK = 2**17  # elements of T for one output from which torch's own loop over few outputs is the fastest
 _LOOP_MOST = 2**22  # which it holds whole, and elements of the weight, which it copies
 _WEIGHT_BLOCK = 2**20  # elements of the weight that are de-quantized at once (or one output's slice)
 _TRACED_ROW = 4096  # elements of T for a row in a traced graph, where the number of rows is not known
@@ -244,7 +244,8 @@ def _lies_well(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | Non
 def _lying(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
     """Σ_ij x1_ni W_oij x2_nj by products x1 W_o, which want no copy of the weight: (N, O)."""
     out, _, in2 = weight.shape
-    if scale is None and _LOOP_BLOCK <= rows1.shape[0] * in2 <= _LOOP_MOST and weight.numel() <= _LOOP_MOST:
+    few = out < _LYING_OUT and weight.dtype == torch.float32 and scale is None
+    if few and _LOOP_BLOCK <= rows1.shape[0] * in2 <= _LOOP_MOST and weight.numel() <= _LOOP_MOST:
         return torch.nn.functional.bilinear(rows1, rows2, weight)
     rows = min(rows1.shape[0], max(1, _CPU_BLOCK // in2))
     output, start = rows1.new_empty(rows1.shape[0], out), 0

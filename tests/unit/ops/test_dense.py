@@ -323,6 +323,7 @@ def intel(monkeypatch):
 def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch):
     monkeypatch.setattr(_dense, "_contract", None)  # another way would fail
     monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1 if loop else 2**17)
+    monkeypatch.setattr(_dense, "_LYING_OUT", 2**6 if loop else 4)
     input1, input2, weight, bias = operands(shape, (rows,), dtype=dtype)
     qdata, scale = quantize_int8(weight, 2)
     wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
