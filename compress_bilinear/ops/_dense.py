@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from ..errors import InputError
 from ..quantization import dequantize
 from ._gemm import is_mkls, linear, prefers_onednn, stored_linear
+from ._small import lying_products
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -252,10 +253,8 @@ def _lying(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -
     blocks = list(zip(rows1.split(rows), rows2.split(rows), output.split(rows), strict=True))
     for part, part_scale in _weight_parts(weight, scale, _CPU_BLOCK // (rows * in2)):
         part, end = _plain(part, part_scale, rows1.dtype), start + len(part)
-        for block1, block2, target in blocks:  # not `matmul`, which copies a weight that requires a gradient elsewhere
-            product = torch.bmm(block1.expand(end - start, *block1.shape), part)
-            target[:, start:end] = product.mul_(block2).sum(-1).t()  # which `out=` would sum more slowly
-            del product  # whose memory, in the cache, the next takes
+        for block1, block2, target in blocks:  # into a slice: `out=` would sum more slowly
+            target[:, start:end] = lying_products(block1, block2, part)
         start = end
     return output
 

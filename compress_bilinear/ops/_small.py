@@ -68,12 +68,20 @@ def small_dense(
 
 def _lying(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Σ_ij x1_ni W_oij x2_nj + b_o, the wider input first, by one batched product that wants no copy of the weight."""
-    out, in1, in2 = weight.shape
+    _, in1, in2 = weight.shape
     if in1 < in2:
         input1, input2, weight = input2, input1, weight.mT
-    product = torch.bmm(input1.expand(out, -1, -1), weight).mul_(input2).sum(-1).t()
-    output = product.contiguous()
+    output = lying_products(input1, input2, weight).contiguous()
     return output if bias is None else output.add_(bias)
+
+
+def lying_products(
+    rows1: Tensor,  # (N, I)
+    rows2: Tensor,  # (N, J)
+    weight: Tensor,  # (O, I, J)
+) -> Tensor:  # (N, O), turned
+    """Σ_ij x1_ni W_oij x2_nj by x1 W_o: not `matmul`, which copies a weight that requires a gradient elsewhere."""
+    return torch.bmm(rows1.expand(len(weight), -1, -1), weight).mul_(rows2).sum(-1).t()
 
 
 def _wants_more() -> bool:
