@@ -30,10 +30,12 @@ Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
 ORDERS: tuple[Order, ...] = ("in1_first", "in2_first", "outer")
 
-# Elements of T in a block. On a CPU about two megabytes are fastest; a GPU wants fewer, larger launches. A block that
-# is recomputed in the backward has an overhead of its own, so it is larger.
+# Elements of T in a block. On a CPU about two megabytes are fastest where T is summed, and more where it is a factor
+# of the next product, as for pairs; a GPU wants fewer, larger launches. A block that is recomputed in the backward has
+# an overhead of its own, so it is larger.
 _CPU_BLOCK = 2**19
 _CPU_BLOCK_GRAD = 2**22
+_CPU_BLOCK_PAIRS = 2**22
 _GPU_BLOCK = 2**24
 _OUTER_BLOCK = 2**20
 _OUTER_MOST = 2**14  # I·J above which "outer" blocks have too few rows for an efficient product
@@ -132,8 +134,12 @@ def composed_dense_pairs(
     swap = in2 > in1 if is_tracing() else length2 * in1 * (in2 + length1) < length1 * in2 * (in1 + length2)
     if swap:
         batch1, batch2, weight, scale = batch2, batch1, weight.mT, None if scale is None else scale.mT
-    limit = _TRACED_ROW if is_tracing() else _block(batch1) // max(1, batch1.shape[0] * batch1.shape[1])
-    parts = list(_weight_parts(weight, scale, max(limit, 1 if scale is None else 0) // weight.shape[2]))
+    if is_tracing():
+        outputs = _TRACED_ROW // weight.shape[2]
+    else:  # neither T nor its products with the other input exceed a block, but for one output
+        columns = batch1.shape[0] * batch1.shape[1] * max(weight.shape[2], batch2.shape[1])
+        outputs = _block(batch1, pairs=True) // max(1, columns)
+    parts = list(_weight_parts(weight, scale, outputs))
     if len(parts) > 1 and not (torch.is_grad_enabled() or is_tracing() or is_transformed()):
         output = batch1.new_empty(batch, length1, length2, out)
         turned, start = output if swap else output.transpose(1, 2), 0
@@ -160,10 +166,12 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _block(like: Tensor) -> int:
+def _block(like: Tensor, pairs: bool = False) -> int:
     if like.device.type != "cpu":
         return _GPU_BLOCK
-    return _CPU_BLOCK_GRAD if torch.is_grad_enabled() else _CPU_BLOCK
+    if torch.is_grad_enabled():
+        return _CPU_BLOCK_GRAD
+    return _CPU_BLOCK_PAIRS if pairs else _CPU_BLOCK
 
 
 def block_runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:

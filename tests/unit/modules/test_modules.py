@@ -196,7 +196,7 @@ def test_messages_say_what_was_required_and_found(kind):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    for size in ("_CPU_BLOCK", "_CPU_BLOCK_GRAD", "_OUTER_BLOCK", "_WEIGHT_BLOCK"):
+    for size in ("_CPU_BLOCK", "_CPU_BLOCK_GRAD", "_CPU_BLOCK_PAIRS", "_OUTER_BLOCK", "_WEIGHT_BLOCK"):
         monkeypatch.setattr(_dense, size, 12)
 
 
