@@ -1,12 +1,15 @@
 """What the tests share: one tolerance table, the comparison that uses it, and small layers."""
 
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import cli, selection
 from compress_bilinear.measure import Latency, Timing
@@ -91,3 +94,27 @@ def assert_refused(run: Run, folder: Path, args: tuple[str, ...], problem: str) 
     assert err.startswith("compress-bilinear: error: ")
     assert err.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
+
+
+class Memory(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes, and of all that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.alive = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._made(leaf.untyped_storage(), leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+    def _made(self, storage, elements):
+        self.alive += elements
+        self.largest, self.peak = max(self.largest, elements), max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, elements)
+
+    def _freed(self, elements):
+        self.alive -= elements

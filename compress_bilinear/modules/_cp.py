@@ -16,8 +16,6 @@ from ._base import ProjectedBilinear
 from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
 from ._plain import bare_operands, obstacle, on_tensors
 
-_PAIR_BLOCK = 2**22  # elements of the product of the projections that `pairwise` holds at once
-
 
 class CPBilinear(ProjectedBilinear):
     """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
@@ -135,13 +133,8 @@ class CPBilinear(ProjectedBilinear):
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         if self._obstacle(input1.device) is None:
             return self._operation(ops.pairwise_cp, input1, input2)
-        left, right = self.in1_proj(input1).unsqueeze(-2), self.in2_proj(input2).unsqueeze(-3)
-        if ops.is_tracing():
-            return self._product(left, right, input1)  # the block size would tie the graph to these lengths
-        per_row = max(1, math.prod(input2.shape[:-1]) * self.rank)
-        blocks = left.split(max(1, _PAIR_BLOCK // per_row), dim=-3)
-        pieces = [self._product(block, right, input1) for block in blocks]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-3)
+        left, right = self.in1_proj(input1), self.in2_proj(input2)
+        return ops.over_pairs(lambda p, q: self._product(p, q, input1), left, right, ops.pair_blocks(left, right))
 
     def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         sigma = getattr(self.out_proj, "sigma", None)

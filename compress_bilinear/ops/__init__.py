@@ -2,7 +2,7 @@
 
 from . import reference
 from ._choice import BACKENDS, Backend, Choice
-from ._cp import small_cp
+from ._cp import over_pairs, pair_blocks, small_cp
 from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
 from ._gemm import linear, linear_times, stored_linear
 from ._layers import (
@@ -32,6 +32,8 @@ __all__ = [
     "is_tracing",
     "linear",
     "linear_times",
+    "over_pairs",
+    "pair_blocks",
     "pairwise_cp",
     "pairwise_dense",
     "pairwise_tucker",

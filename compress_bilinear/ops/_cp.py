@@ -1,16 +1,20 @@
 """CP as three linear maps around a product, on any device and in any dtype: what the fused kernels spell faster."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-from ._dense import block_runner, is_tracing
+from ._dense import block_runner, is_tracing, is_transformed
 from ._gemm import LEAST_PRODUCTS, linear, linear_times, values
 
-_PAIR_BLOCK = 2**20  # elements of the product of the projections that pairs hold at once
-_PAIR_BLOCK_GRAD = 2**22  # where each block is recomputed in the backward, which has an overhead of its own
+# Elements of the projections, and of their products, that pairs hold at once. On a CPU they stay in the cache; a GPU
+# wants fewer, larger launches; a block that is recomputed in the backward has an overhead of its own.
+_PAIR_BLOCK = 2**20
+_PAIR_BLOCK_GRAD = 2**22
+_PAIR_BLOCK_GPU = 2**24
 
 
 def small_cp(
@@ -51,36 +55,88 @@ def composed_cp(
 
 def composed_cp_pairs(
     input1: Tensor,  # (..., L1, I)
-    input2: Tensor,  # (..., L2, J)
+    input2: Tensor,  # (..., L2, J), the same leading dimensions
     in1: Tensor,  # (R, I)
     in2: Tensor,  # (R, J)
     out: Tensor,  # (O, R)
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
 ) -> Tensor:  # (..., L1, L2, O)
-    """The same for all pairs."""
-    left, right = linear(input1, values(in1, input1.dtype)), linear(input2, values(in2, input2.dtype))
-    return cp_of_pairs(left, right, out, bias, sigma)
+    """The same for all pairs; without a gradient the projections too are held for some of the batch at once."""
+    in1, in2, out = values(in1, input1.dtype), values(in2, input2.dtype), values(out, input1.dtype)
+    if is_tracing() or is_transformed() or _want_gradients(input1, input2, in1, in2, out, bias, sigma):
+        return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
+    leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
+    batch = math.prod(leading)
+    batch1, batch2 = input1.reshape(batch, *input1.shape[-2:]), input2.reshape(batch, *input2.shape[-2:])
+    output = out.new_empty(batch, length1, length2, out.shape[0])
+    items = max(1, _block(input1) // max(1, in1.shape[0] * max(length1, length2)))
+    for part1, part2, target in zip(batch1.split(items), batch2.split(items), output.split(items), strict=True):
+        left, right = linear(part1, in1), linear(part2, in2)
+        cp_of_pairs(left, right, out, bias, sigma, output=target)
+    return output.view(*leading, length1, length2, out.shape[0])
 
 
 def cp_of_pairs(
     left: Tensor,  # (..., L1, R)
-    right: Tensor,  # (..., L2, R)
+    right: Tensor,  # (..., L2, R), the same leading dimensions
     out: Tensor,  # (O, R), floating, or int8 of step 2⁻⁷
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
+    output: Tensor | None = None,  # (B, L1, L2, O), to write into where no gradient is wanted
 ) -> Tensor:  # (..., L1, L2, O)
     """All pairs of projected inputs; the product of the projections is held for some of them at once."""
     out = values(out, right.dtype)
     if sigma is not None:
         left = _wide(left) * sigma  # in float32, with the product
-    left, right = left.unsqueeze(-2), right.unsqueeze(-3)
-    per_row = max(1, math.prod(right.shape))
-    most = _PAIR_BLOCK_GRAD if torch.is_grad_enabled() else _PAIR_BLOCK
-    blocks = (left,) if is_tracing() else left.split(max(1, most // per_row), dim=-3)
-    run = block_runner(len(blocks) > 1, left, right, out)
-    pieces = [run(_linear_of_product, block, right, out, bias) for block in blocks]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-3)
+    blocks = pair_blocks(left, right)
+    run = block_runner(blocks is not None, left, right, out)
+    return over_pairs(lambda p, q: run(_linear_of_product, p, q, out, bias), left, right, blocks, output)
+
+
+def pair_blocks(
+    left: Tensor,  # (..., L1, R)
+    right: Tensor,  # (..., L2, R)
+) -> tuple[int, int, int] | None:
+    """How many of the batch, of L1 and of L2 a block of their products has; None where one block holds all."""
+    if is_tracing():
+        return None  # the sizes would tie the graph to these lengths
+    batch, (length1, rank), length2 = math.prod(left.shape[:-2]), left.shape[-2:], right.shape[-2]
+    most = _block(left)
+    if batch * length1 * length2 * rank <= most:
+        return None
+    columns = max(1, min(length2, most // rank))
+    rows = max(1, min(length1, most // (columns * rank)))
+    return max(1, most // (rows * columns * rank)) if rows == length1 else 1, rows, columns
+
+
+def over_pairs(
+    evaluate: Callable[[Tensor, Tensor], Tensor],  # (b, k, 1, R), (b, 1, l, R) -> (b, k, l, O)
+    left: Tensor,  # (..., L1, R)
+    right: Tensor,  # (..., L2, R), the same leading dimensions
+    blocks: tuple[int, int, int] | None,
+    output: Tensor | None = None,  # (B, L1, L2, O)
+) -> Tensor:  # (..., L1, L2, O)
+    """All pairs by blocks of the batch, of L1 and of L2, as `pair_blocks` gives them."""
+    if blocks is None:
+        found = evaluate(left.unsqueeze(-2), right.unsqueeze(-3))
+        return found if output is None else output.copy_(found)
+    leading, lengths = left.shape[:-2], (left.shape[-2], right.shape[-2])
+    batch = math.prod(leading)
+    left, right = left.reshape(batch, lengths[0], 1, -1), right.reshape(batch, 1, lengths[1], -1)
+    items, rows, columns = blocks
+    if output is None:
+        parts = [
+            [[evaluate(p, q) for q in second.split(columns, 2)] for p in first.split(rows, 1)]
+            for first, second in zip(left.split(items), right.split(items), strict=True)
+        ]
+        output = _joined([_joined([_joined(strip, 2) for strip in part], 1) for part in parts], 0)
+    else:
+        for first, second, target in zip(left.split(items), right.split(items), output.split(items), strict=True):
+            for p, strip in zip(first.split(rows, 1), target.split(rows, 1), strict=True):
+                for q, place in zip(second.split(columns, 2), strip.split(columns, 2), strict=True):
+                    place.copy_(evaluate(p, q))
+    return output.view(*leading, *lengths, output.shape[-1])
 
 
 def _linear_of_product(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,6 +150,20 @@ def _product(input1: Tensor, input2: Tensor, in1: Tensor, in2: Tensor, sigma: Te
     right = linear(input2, values(in2, input2.dtype))
     product = _wide(left) * right
     return (product if sigma is None else product * sigma).to(input1.dtype)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _block(like: Tensor) -> int:
+    if like.device.type != "cpu":
+        return _PAIR_BLOCK_GPU
+    return _PAIR_BLOCK_GRAD if torch.is_grad_enabled() else _PAIR_BLOCK
+
+
+def _want_gradients(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ ORDERS: tuple[Order, ...] = ("in1_first", "in2_first", "outer")
 # an overhead of its own, so it is larger.
 _CPU_BLOCK = 2**19
 _CPU_BLOCK_GRAD = 2**22
-_CPU_BLOCK_PAIRS = 2**22
+_CPU_BLOCK_PAIRS = 2**21
 _GPU_BLOCK = 2**24
 _OUTER_BLOCK = 2**20
 _OUTER_MOST = 2**14  # I·J above which "outer" blocks have too few rows for an efficient product

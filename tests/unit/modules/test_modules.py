@@ -15,8 +15,7 @@ from torch.nn.utils import prune
 from compress_bilinear import CPBilinear, DenseBilinear, TuckerBilinear
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import CompressionError, ConfigError, InputError
-from compress_bilinear.modules import _cp
-from compress_bilinear.ops import _dense, reference
+from compress_bilinear.ops import _cp, _dense, reference
 
 KINDS = tuple(itertools.product((CPBilinear, TuckerBilinear, DenseBilinear), (None, "int8", "nf4")))
 EXACT = tuple(kind for kind in KINDS if kind[1] is None)
@@ -397,7 +396,8 @@ def test_the_weight_of_a_projected_layer_is_its_dense_weight(kind):
 def test_functional_gradients_are_those_of_autograd(call, kind, blocks, request, monkeypatch):
     if blocks == "blocks":
         request.getfixturevalue("small_blocks")
-        monkeypatch.setattr(_cp, "_PAIR_BLOCK", 12)
+        for size in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
+            monkeypatch.setattr(_cp, size, 12)
     function = getattr(make(kind), call)
     input1, input2 = inputs(make(kind), 6)
     found = torch.func.grad(lambda values: function(values, input2).sum())(input1)

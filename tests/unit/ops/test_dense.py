@@ -1,10 +1,6 @@
-import weakref
-
 import pytest
 import torch
-from support import DTYPES, SHAPES, assert_matches_reference
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
@@ -220,32 +216,6 @@ def test_products_of_inputs_are_not_formed_in_float16():
 def test_flops_are_those_of_the_weight_and_of_the_cheapest_second_product(shape):
     out, in1, in2 = shape
     assert ops.dense_flops(shape) == 2 * out * in1 * in2 + 2 * (out * in1 * in2) // max(shape)
-
-
-class Memory(TorchDispatchMode):
-    """Elements of the largest tensor that an operator makes, and of all that are alive at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.alive = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {
-            leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)
-        }
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._made(leaf.untyped_storage(), leaf.untyped_storage().nbytes() // leaf.element_size())
-        return result
-
-    def _made(self, storage, elements):
-        self.alive += elements
-        self.largest, self.peak = max(self.largest, elements), max(self.peak, self.alive)
-        weakref.finalize(storage, self._freed, elements)
-
-    def _freed(self, elements):
-        self.alive -= elements
 
 
 def test_the_memory_of_the_reference_is_seen():

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from support import DTYPES, SHAPES, assert_matches_reference
+from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -70,16 +70,35 @@ def test_first_and_second_derivatives(kind, pairs):
     assert torch.autograd.gradgradcheck(lambda *args: call(kind, pairs, *args), tensors, fast_mode=True)
 
 
-def test_pairs_in_blocks_are_the_same(monkeypatch):
+@pytest.mark.parametrize("most", [1, 10, 40, 150, 500])  # elements: from single pairs to several of the batch
+@pytest.mark.parametrize(("leading", "length1", "length2"), [((), 13, 3), ((3,), 4, 5), ((2, 3), 3, 4), ((7,), 1, 1)])
+def test_pairs_in_blocks_are_the_same(leading, length1, length2, most, monkeypatch):
     shape = (7, 5, 9)
-    tensors = [t.requires_grad_() for t in (*inputs(True, shape), *factors("cp", shape))]
+    input1, input2 = normal(*leading, length1, 7), normal(*leading, length2, 5)
+    tensors = [t.requires_grad_() for t in (input1, input2, *factors("cp", shape))]
     whole = ops.pairwise_cp(*tensors)
     for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
-        monkeypatch.setattr(_cp, name, 10)
+        monkeypatch.setattr(_cp, name, most)
     blocks = ops.pairwise_cp(*tensors)
     assert_matches_reference(blocks.detach(), whole.detach())
+    with torch.no_grad():
+        assert_matches_reference(ops.pairwise_cp(*tensors), whole.detach())
     for ours, exact in zip(*(torch.autograd.grad(y.sum(), tensors) for y in (blocks, whole)), strict=True):
         assert_matches_reference(ours, exact)
+
+
+@pytest.mark.parametrize("leading", [(40,), (4, 10)])
+def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading, monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 2**12)
+    rank, length, out = 64, 12, 5
+    weights = [normal(*shape) for shape in ((rank, 9), (rank, 9), (out, rank), (out,))]
+    input1, input2 = normal(*leading, length, 9), normal(*leading, length, 9)
+    with Memory() as memory, torch.no_grad():
+        ops.pairwise_cp(input1, input2, *weights)
+    output = 40 * length**2 * out
+    assert memory.largest == output
+    assert memory.peak <= output + 5 * 2**12
+    assert memory.peak < 2 * 40 * length * rank  # both projections whole
 
 
 @pytest.mark.parametrize("kind", ["cp", "tucker"])
