@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
 from ._dense import block_runner, is_tracing, is_transformed
-from ._gemm import LEAST_PRODUCTS, linear, linear_times, values
+from ._gemm import LEAST_PRODUCTS, has_slow_mkl, linear, linear_times, values
 
+_PLAIN_MOST = 2**27  # multiply-adds up to which checks cost more than a product in place saves, where MKL multiplies
 # Elements of the projections, and of their products, that pairs hold at once. On a CPU they stay in the cache; a GPU
 # wants fewer, larger launches; a block that is recomputed in the backward has an overhead of its own.
 _PAIR_BLOCK = 2**20
@@ -34,7 +35,8 @@ def small_cp(
         return None
     rank, width = in1.shape
     count = input1.numel()
-    if count * rank >= LEAST_PRODUCTS or count * out.numel() >= LEAST_PRODUCTS * width or input1.dtype != in1.dtype:
+    most = LEAST_PRODUCTS if has_slow_mkl() else _PLAIN_MOST
+    if count * rank >= most or count * out.numel() >= most * width or input1.dtype != in1.dtype:
         return None
     left, right = plain_linear(input1, in1), plain_linear(input2, in2)
     return plain_linear(left * right, out, bias) if left.shape == right.shape else None

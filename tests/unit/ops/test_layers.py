@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import _choice, _cp, _gemm
+from compress_bilinear.ops import _choice, _cp, _gemm, _layers
 from compress_bilinear.quantization import QuantizedTensor, scale_grid
 
 RANK = (4, 5, 6)
@@ -45,11 +45,15 @@ def inputs(pairs, shape, dtype=torch.float64):
     return [normal(*lead, size).to(dtype) for lead, size in zip(leading, shape[:2], strict=True)]
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("kind", ["cp", "tucker"])
+WAYS = [("cp", False, True), ("cp", False, False), ("cp", True, True), ("tucker", False, True), ("tucker", True, True)]
+
+
+@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)  # a CP of small products has a way of its own
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs):
+def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
     tensors = [t.requires_grad_() for t in (*inputs(pairs, shape, dtype), *factors(kind, shape, dtype))]
     wide = [t.detach().double().requires_grad_() for t in tensors]
     found, expected = call(kind, pairs, *tensors), reference(kind, pairs, *wide)
@@ -59,11 +63,14 @@ def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, 
     ours = torch.autograd.grad(found, tensors, direction)
     for gradient, exact in zip(ours, torch.autograd.grad(expected, wide, direction.double()), strict=True):
         assert_matches_reference(gradient, exact, factor)
+    with torch.no_grad():
+        assert_matches_reference(call(kind, pairs, *tensors), expected.detach(), factor)
 
 
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("kind", ["cp", "tucker"])
-def test_first_and_second_derivatives(kind, pairs):
+@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)
+def test_first_and_second_derivatives(kind, pairs, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
     shape = (3, 2, 2)
     tensors = [t.requires_grad_() for t in (*inputs(pairs, shape), *factors(kind, shape))]
     assert torch.autograd.gradcheck(lambda *args: call(kind, pairs, *args), tensors)
