@@ -1,11 +1,14 @@
 """Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
-that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others.
+that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others;
+and again of other directions, a few rows each, until every block of rows has had one: what one row adds to the gradient
+of a weight is to show.
 A dense weight is widened to float64 in slices of its outputs; what is exact is kept for the contestants that follow.
 """
 
 import math
+import random
 from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
@@ -19,6 +22,8 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the root of their number
 _GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
 _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
+_BLOCK = 64  # rows of which one has a gradient
+_TOGETHER = 4  # in a direction, few enough that one left out exceeds the tolerance of 16 bits; of pairs of the batch
 _SLICE = 2**25  # elements of a weight that are widened at once
 # exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
 _kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()
@@ -32,6 +37,15 @@ def checked(count: int, pairs: bool = False) -> list[int]:
     for edge in _EDGES:
         found |= {edge - 1, edge, count // edge * edge}  # and where the last, partial block begins
     return sorted(row for row in found if 0 <= row < count)
+
+
+def others(count: int, pairs: bool = False) -> list[list[int]]:
+    """Rows from the blocks that `checked` leaves out, in groups; of pairs the rest of the batch."""
+    size, first = 1 if pairs else _BLOCK, checked(count, pairs)
+    missing = sorted(set(range(0, count, size)) - {row // size * size for row in first})
+    choice = random.Random(count)
+    rows = [choice.randrange(start, min(start + size, count)) for start in missing]
+    return [rows[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
 
 
 def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
@@ -50,9 +64,11 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
         return f"relative error {error:.3g}"
     if not training:
         return ""
-    for what, error, tolerance in _training_errors(contestant, rows):
-        if not error <= tolerance:
-            return f"relative error {error:.3g} in {what}"
+    rounds = [rows] + [torch.tensor(group, device=rows.device) for group in others(inputs[0].shape[0], pairs)]
+    for number, chosen in enumerate(rounds):
+        for what, error, tolerance in _training_errors(contestant, chosen, None if number else exact):
+            if not error <= tolerance:
+                return f"relative error {error:.3g} in {what}"
     return ""
 
 
@@ -78,17 +94,20 @@ def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
     return output
 
 
-def _training_errors(contestant: Contestant, rows: Tensor) -> Iterator[tuple[str, float, float]]:
-    """Of the output where a gradient is wanted, and of each tensor's gradient, in the parts that are compared.
+def _training_errors(
+    contestant: Contestant, rows: Tensor, exact_rows: Tensor | None
+) -> Iterator[tuple[str, float, float]]:
+    """Of each tensor's gradient in the parts that are compared, each with what it is of, and its tolerance.
 
-    Each with what it is of, and its tolerance.
+    First of the output where a gradient is wanted, if the exact one is given.
     """
     tolerance = _tolerance(contestant, gradient=True)
     given = [tensor.detach().requires_grad_() for tensor in contestant.tensors]
     with torch.enable_grad():
         output = contestant.call(*given)
-    found_rows = output.detach().index_select(0, rows)  # other blocks than without a gradient, so not the same
-    yield "the output in training", _error(found_rows, _exact(contestant, rows)), _tolerance(contestant)
+    if exact_rows is not None:
+        found_rows = output.detach().index_select(0, rows)  # other blocks than without a gradient, so not the same
+        yield "the output in training", _error(found_rows, exact_rows), _tolerance(contestant)
     generator = torch.Generator(rows.device).manual_seed(2)
     shape = (len(rows), *output.shape[1:])
     chosen = torch.randn(shape, generator=generator, device=rows.device).to(output.dtype)

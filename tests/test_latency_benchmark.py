@@ -159,6 +159,35 @@ def test_a_gradient_that_is_wrong_in_other_rows_is_never_timed(benchmark, monkey
         benchmark("rows", "--rows", "suite", "--passes", "training")
 
 
+@pytest.mark.parametrize("pairs", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [3, 5, 11])
+def test_a_block_of_rows_that_a_weights_gradient_leaves_out_shows(block, dtype, pairs):
+    count, size = (20, 1) if pairs else (3000, 64)
+    case = cases.Case("long", 9, 7, 5, count, pairs)
+    right = cases.contestants(case, count, dtype, torch.device("cpu"))["CP"]
+    assert gate.wrong(right, bool(pairs), training=True) == ""
+    rows = torch.arange(block * size, (block + 1) * size)
+    assert not set(rows.tolist()) & set(gate.checked(count, bool(pairs)))
+
+    def off(x1, x2, in1, in2, out, bias):
+        output = right.call(x1, x2, in1, in2, out, bias)
+        unseen = right.call(x1, x2, in1, in2, out.detach(), bias)
+        left_out = torch.zeros(count, dtype=torch.bool).index_fill(0, rows, True)
+        return torch.where(left_out.view(-1, *[1] * (output.dim() - 1)), unseen, output)
+
+    assert gate.wrong(dataclasses.replace(right, call=off), bool(pairs)) == ""
+    assert "the gradient of operand 5" in gate.wrong(dataclasses.replace(right, call=off), bool(pairs), training=True)
+
+
+@pytest.mark.parametrize(("count", "pairs"), [(1, False), (64, False), (5416, False), (100, True)])
+def test_every_block_of_rows_has_one_in_a_direction(count, pairs):
+    groups = [gate.checked(count, pairs), *gate.others(count, pairs)]
+    size = 1 if pairs else 64
+    assert {row // size for group in groups for row in group} == set(range(-(-count // size)))
+    assert max(map(len, groups)) <= 20
+
+
 @pytest.mark.parametrize("name", ["dense", "CP", "Tucker"])
 def test_a_bias_that_is_left_out_shows_in_16_bits(name):
     case = cases.Case("wide", 256, 256, 32, 64)
