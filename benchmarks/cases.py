@@ -90,6 +90,7 @@ class Contestant:
         flops: of a forward, multiply-add counted as 2.
         trains: whether gradients are asked of it.
         compiled: whether torch.compile makes it.
+        ours: whether kernels of this package run, whose gradients are looked at block by block.
     """
 
     family: str
@@ -101,6 +102,7 @@ class Contestant:
     flops: float
     trains: bool = True
     compiled: bool = False
+    ours: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     found["dense int8"] = Contestant(
         "dense", int8, (*inputs, bias), exact_int8, einsum, read, dense_flops, trains=False
     )
+    for name in ("dense", "CP", "Tucker"):
+        found[name] = replace(found[name], ours=True)
     if device.type == "cuda":
         _on_gpu(found, pairs)
     return found

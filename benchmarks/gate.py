@@ -23,7 +23,7 @@ _TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the 
 _GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
 _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
 _BLOCK = 64  # rows of which one has a gradient
-_TOGETHER = 4  # in a direction, few enough that one left out exceeds the tolerance of 16 bits; of pairs of the batch
+_TOGETHER = {4: 32, 2: 8}  # in a direction, by bytes: one that is left out exceeds the tolerance; of pairs of the batch
 _SLICE = 2**25  # elements of a weight that are widened at once
 # exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
 _kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()
@@ -39,13 +39,13 @@ def checked(count: int, pairs: bool = False) -> list[int]:
     return sorted(row for row in found if 0 <= row < count)
 
 
-def others(count: int, pairs: bool = False) -> list[list[int]]:
+def others(count: int, together: int, pairs: bool = False) -> list[list[int]]:
     """Rows from the blocks that `checked` leaves out, in groups; of pairs the rest of the batch."""
     size, first = 1 if pairs else _BLOCK, checked(count, pairs)
     missing = sorted(set(range(0, count, size)) - {row // size * size for row in first})
     choice = random.Random(count)
     rows = [choice.randrange(start, min(start + size, count)) for start in missing]
-    return [rows[start : start + _TOGETHER] for start in range(0, len(rows), _TOGETHER)]
+    return [rows[start : start + together] for start in range(0, len(rows), together)]
 
 
 def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
@@ -64,7 +64,8 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
         return f"relative error {error:.3g}"
     if not training:
         return ""
-    rounds = [rows] + [torch.tensor(group, device=rows.device) for group in others(inputs[0].shape[0], pairs)]
+    groups = others(inputs[0].shape[0], _TOGETHER[inputs[0].itemsize], pairs) if contestant.ours else []
+    rounds = [rows, *(torch.tensor(group, device=rows.device) for group in groups)]
     for number, chosen in enumerate(rounds):
         for what, error, tolerance in _training_errors(contestant, chosen, None if number else exact):
             if not error <= tolerance:

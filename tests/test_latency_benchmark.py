@@ -182,7 +182,7 @@ def test_a_block_of_rows_that_a_weights_gradient_leaves_out_shows(block, dtype, 
 
 @pytest.mark.parametrize(("count", "pairs"), [(1, False), (64, False), (5416, False), (100, True)])
 def test_every_block_of_rows_has_one_in_a_direction(count, pairs):
-    groups = [gate.checked(count, pairs), *gate.others(count, pairs)]
+    groups = [gate.checked(count, pairs), *gate.others(count, 8, pairs)]
     size = 1 if pairs else 64
     assert {row // size for group in groups for row in group} == set(range(-(-count // size)))
     assert max(map(len, groups)) <= 20
