@@ -1,9 +1,9 @@
 """Whether a contestant is right: outputs, and gradients where it trains, against the definition in float64.
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
-that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others. Our own are
-looked at in other directions too, of a few rows each, until every block of rows has had one: what one row adds to the
-gradient of a weight is to show.
+that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others.
+Our own are looked at in other directions too, of a few rows each, until every block of rows has had one: what one row
+adds to the gradient of a weight is to show.
 A dense weight is widened to float64 in slices of its outputs; what is exact is kept for the contestants that follow.
 """
 
