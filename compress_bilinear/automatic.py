@@ -123,12 +123,13 @@ class Chooser:
             if rounded > _ROUNDING or self._least(size) < rounded:
                 self._all_at((_cp(q, self._seed) for q in self._few), size, behind)
             # lower ranks in more bits: where even Tucker's, which are found soon, gain nothing, none do
-            for quantize in self._many if self._least(size) < min(_ROUNDING, rounded) else ():
+            low_rank = self._least(size, (CPConfig, TuckerConfig)) < min(_ROUNDING, self._least(size, (DenseConfig,)))
+            for quantize in self._many if low_rank else ():
                 before = self._least(size)
                 self._all_at([_tucker(quantize)], size, behind)
                 # nor does CP, unless in few bits it is the best: of full multilinear rank it may yet be exact
                 if self._least(size) == before and self._least(size, (CPConfig,)) > before:
-                    break
+                    continue  # to more bits, whose own rounding may be below what was found
                 self._all_at([_cp(quantize, self._seed)], size, behind)
 
     def _all_at(self, configs: Iterable[CPConfig | TuckerConfig], size: float, behind: set[LayerConfig]) -> None:

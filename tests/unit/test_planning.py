@@ -171,12 +171,12 @@ class Stub(Fitting):
         return self._made({"int8": 0.25, "nf4": 0.13, "bf16": 0.5}[config.quantize], self._dense_error, None)
 
 
-def sizes_asked(error, fraction: float, dense: float = 0.5) -> dict[tuple[str, str | None], int]:
+def sizes_asked(error, fraction: float, dense: float = 0.5, formats=("int8", "nf4")) -> dict:
     """How often each kind was fitted, in `Chooser.sized` at three sizes."""
     layer = bilinear(16, 16, 16, bias=False)
     stub = Stub(layer, error, dense)
     automatic.Chooser(layer, stub).sized(fraction, alone=True)
-    kinds = [("tucker", "int8"), ("tucker", "nf4"), ("cp", "int8"), ("cp", "nf4")]
+    kinds = [(method, quantize) for method in ("tucker", "cp") for quantize in formats]
     return {kind: sum(each[:2] == kind for each in stub.asked) for kind in kinds}
 
 
@@ -195,3 +195,15 @@ def test_what_is_a_little_behind_or_behind_what_is_larger_goes_on():
     # nf4 does not fill the largest size, and what does is no measure for it
     found = sizes_asked(lambda method, quantize, size: 0.1 if size > 0.12 else 0.4, 0.16)
     assert found["tucker", "nf4"] == 3
+
+
+def test_more_bits_are_tried_at_every_size_where_rounding_is_all_that_is_lost():
+    # of a weight of low rank: a CP in few bits is as large as it can be at every size, and bf16 rounds more coarsely
+    lost = {"int8": {"cp": 1e-4, "tucker": 6e-3}, "nf4": {"cp": 0.01, "tucker": 0.1}, "bf16": 2e-3, None: 1e-7}
+
+    def error(method, quantize, size):
+        return lost[quantize] if quantize in ("bf16", None) else lost[quantize][method]
+
+    found = sizes_asked(error, 1.0, formats=("int8", None))
+    assert found["cp", "int8"] == 1
+    assert found["tucker", None] == found["cp", None] == 3
