@@ -2,8 +2,8 @@
 
 Rows from all over the batch are compared, with those beside the edges of blocks of rows. Gradients are of a direction
 that is zero elsewhere, so that those of the weights are exact for these rows too, and the inputs' are zero in others.
-Our own are looked at in other directions too, of a few rows each, until every block of rows has had one: what one row
-adds to the gradient of a weight is to show.
+Our own are looked at in other directions too, of a few rows each, until every 64 rows have had one: what it adds to the
+gradient of a weight is to show.
 A dense weight is widened to float64 in slices of its outputs; what is exact is kept for the contestants that follow.
 """
 
@@ -23,7 +23,8 @@ _TERMS = 256  # of a sum in float32 from which its rounding is let grow, as the 
 _GRADIENTS = 2.0  # on the tolerance of 16 bits, for autograd sums the gradients of many outputs in the dtype itself
 _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
 _BLOCK = 64  # rows of which one has a gradient
-_TOGETHER = {4: 32, 2: 8}  # in a direction, by bytes: one that is left out exceeds the tolerance; of pairs of the batch
+# rows in a direction, by the bytes of the dtype, of which one left out exceeds the tolerance; for pairs, of the batch
+_TOGETHER = {4: 32, 2: 8}
 _SLICE = 2**25  # elements of a weight that are widened at once
 # exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
 _kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()

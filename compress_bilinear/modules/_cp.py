@@ -134,7 +134,8 @@ class CPBilinear(ProjectedBilinear):
         if self._obstacle(input1.device) is None:
             return self._operation(ops.pairwise_cp, input1, input2)
         left, right = self.in1_proj(input1), self.in2_proj(input2)
-        return ops.over_pairs(lambda p, q: self._product(p, q, input1), left, right, ops.pair_blocks(left, right))
+        blocks = ops.pair_blocks(left, right, self.out_features)
+        return ops.over_pairs(lambda p, q: self._product(p, q, input1), left, right, blocks)
 
     def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
         sigma = getattr(self.out_proj, "sigma", None)

@@ -10,9 +10,12 @@ from torch.nn.functional import linear as plain_linear
 from ._dense import block_runner, is_tracing, is_transformed
 from ._gemm import LEAST_PRODUCTS, has_slow_mkl, linear, linear_times, values
 
-_PLAIN_MOST = 2**27  # multiply-adds up to which checks cost more than a product in place saves, where MKL multiplies
-# Elements of the projections, and of their products, that pairs hold at once. On a CPU they stay in the cache; a GPU
-# wants fewer, larger launches; a block that is recomputed in the backward has an overhead of its own.
+# Elements of the projections' product up to which checks cost more than forming it in place saves, where torch has no
+# second library to choose from.
+_PLAIN_MOST = 2**18
+# Elements of the products of projections that pairs hold at once, and of the projections of several of the batch. On a
+# CPU they stay in the cache; a GPU wants fewer, larger launches; a block that is recomputed in the backward has an
+# overhead of its own.
 _PAIR_BLOCK = 2**20
 _PAIR_BLOCK_GRAD = 2**22
 _PAIR_BLOCK_GPU = 2**24
@@ -35,8 +38,12 @@ def small_cp(
         return None
     rank, width = in1.shape
     count = input1.numel()
-    most = LEAST_PRODUCTS if has_slow_mkl() else _PLAIN_MOST
-    if count * rank >= most or count * out.numel() >= most * width or input1.dtype != in1.dtype:
+    if has_slow_mkl():
+        if count * rank >= LEAST_PRODUCTS or count * out.numel() >= LEAST_PRODUCTS * width:
+            return None
+    elif count * rank >= _PLAIN_MOST * width:
+        return None
+    if input1.dtype != in1.dtype:
         return None
     left, right = plain_linear(input1, in1), plain_linear(input2, in2)
     return plain_linear(left * right, out, bias) if left.shape == right.shape else None
@@ -66,13 +73,15 @@ def composed_cp_pairs(
 ) -> Tensor:  # (..., L1, L2, O)
     """The same for all pairs; without a gradient the projections too are held for some of the batch at once."""
     in1, in2, out = values(in1, input1.dtype), values(in2, input2.dtype), values(out, input1.dtype)
-    if is_tracing() or is_transformed() or _want_gradients(input1, input2, in1, in2, out, bias, sigma):
+    if not _may_write(input1, input2, in1, in2, out, bias, sigma):
         return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
     leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
-    batch = math.prod(leading)
+    batch, rank = math.prod(leading), in1.shape[0]
+    if rank * batch * max(length1, length2, length1 * length2) <= _block(input1):  # blocks would cost a copy
+        return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
     batch1, batch2 = input1.reshape(batch, *input1.shape[-2:]), input2.reshape(batch, *input2.shape[-2:])
     output = out.new_empty(batch, length1, length2, out.shape[0])
-    items = max(1, _block(input1) // max(1, in1.shape[0] * max(length1, length2)))
+    items = max(1, _block(input1) // max(1, rank * max(length1, length2)))
     for part1, part2, target in zip(batch1.split(items), batch2.split(items), output.split(items), strict=True):
         left, right = linear(part1, in1), linear(part2, in2)
         cp_of_pairs(left, right, out, bias, sigma, output=target)
@@ -91,7 +100,7 @@ def cp_of_pairs(
     out = values(out, right.dtype)
     if sigma is not None:
         left = _wide(left) * sigma  # in float32, with the product
-    blocks = pair_blocks(left, right)
+    blocks = pair_blocks(left, right, out.shape[0])
     run = block_runner(blocks is not None, left, right, out)
     return over_pairs(lambda p, q: run(_linear_of_product, p, q, out, bias), left, right, blocks, output)
 
@@ -99,17 +108,18 @@ def cp_of_pairs(
 def pair_blocks(
     left: Tensor,  # (..., L1, R)
     right: Tensor,  # (..., L2, R)
+    outputs: int,  # O
 ) -> tuple[int, int, int] | None:
-    """How many of the batch, of L1 and of L2 a block of their products has; None where one block holds all."""
+    """How many of the batch, of L1 and of L2 a block of few products and outputs has; None where one holds all."""
     if is_tracing():
         return None  # the sizes would tie the graph to these lengths
     batch, (length1, rank), length2 = math.prod(left.shape[:-2]), left.shape[-2:], right.shape[-2]
-    most = _block(left)
+    most, width = _block(left), max(rank, outputs)
     if batch * length1 * length2 * rank <= most:
         return None
-    columns = max(1, min(length2, most // rank))
-    rows = max(1, min(length1, most // (columns * rank)))
-    return max(1, most // (rows * columns * rank)) if rows == length1 else 1, rows, columns
+    columns = max(1, min(length2, most // width))
+    rows = max(1, min(length1, most // (columns * width)))
+    return max(1, most // (rows * columns * width)) if rows == length1 else 1, rows, columns
 
 
 def over_pairs(
@@ -128,11 +138,13 @@ def over_pairs(
     left, right = left.reshape(batch, lengths[0], 1, -1), right.reshape(batch, 1, lengths[1], -1)
     items, rows, columns = blocks
     if output is None:
-        parts = [
-            [[evaluate(p, q) for q in second.split(columns, 2)] for p in first.split(rows, 1)]
-            for first, second in zip(left.split(items), right.split(items), strict=True)
-        ]
-        output = _joined([_joined([_joined(strip, 2) for strip in part], 1) for part in parts], 0)
+        groups = []
+        for first, second in zip(left.split(items), right.split(items), strict=True):
+            # joined as they come, for pieces that wait for all others would be held beside what is made of them
+            strips = [_joined([evaluate(p, q) for q in second.split(columns, 2)], 2) for p in first.split(rows, 1)]
+            groups.append(_joined(strips, 1))
+            del strips
+        output = _joined(groups, 0)
     else:
         for first, second, target in zip(left.split(items), right.split(items), output.split(items), strict=True):
             for p, strip in zip(first.split(rows, 1), target.split(rows, 1), strict=True):
@@ -164,8 +176,15 @@ def _block(like: Tensor) -> int:
     return _PAIR_BLOCK_GRAD if torch.is_grad_enabled() else _PAIR_BLOCK
 
 
-def _want_gradients(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _may_write(*tensors: Tensor | None) -> bool:
+    """Whether outputs may be written in place: nothing records or transforms the call, and all tensors are plain."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if is_tracing() or is_transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)):
+        return False
+    if not all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in given):
+        return False  # some have no more operators than a linear layer needs, or tell where outputs are to lie
+    device = given[0].device.type
+    return device == "meta" or not torch.is_autocast_enabled(device)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -108,6 +108,51 @@ def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading, mo
     assert memory.peak < 2 * 40 * length * rank  # both projections whole
 
 
+@pytest.mark.parametrize("wanted", [False, True])
+def test_more_outputs_than_components_are_held_little_more_than_once_or_twice(wanted, monkeypatch):
+    weights = [normal(*shape) for shape in ((4, 9), (4, 9), (64, 4), (64,))]
+    weights[0].requires_grad_(wanted)
+    input1, input2 = normal(6, 32, 9), normal(6, 32, 9)
+    output = 6 * 32**2 * 64
+    for most, copies in ((2**22, 1), (2**12, 2 if wanted else 1)):  # pieces are joined where a gradient is wanted
+        for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
+            monkeypatch.setattr(_cp, name, most)
+        with Memory() as memory, torch.set_grad_enabled(wanted):
+            ops.pairwise_cp(input1, input2, *weights)
+        assert output <= memory.peak < (copies + 0.3) * output
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight with no operator but a linear layer's, as quantized ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
+        if function is not torch.nn.functional.linear and "__get__" not in str(function):
+            raise NotImplementedError(str(function))
+        return function(*plain, **(kwargs or {}))
+
+
+def test_weights_of_another_type_need_no_more_than_linear_layers(monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 10)
+    input1, input2, *weights = *inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9))
+    exact = reference("cp", True, input1, input2, *weights)
+    others = [weight.as_subclass(OnlyLinear) for weight in weights[:3]]
+    with torch.no_grad():
+        assert_matches_reference(ops.pairwise_cp(input1, input2, *others, weights[3]), exact)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("most", [2**20, 10])
+def test_pairs_have_autocasts_dtype_with_and_without_a_gradient(most, enabled, monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", most)
+    input1, input2, *weights = [t.float() for t in (*inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9)))]
+    for first in (input1, input1.double()):
+        with torch.set_grad_enabled(enabled), torch.autocast("cpu", dtype=torch.bfloat16):
+            wide = [t.double() if first.dtype == torch.float64 else t for t in (weights[0], weights[2])]
+            assert ops.pairwise_cp(first, input2, wide[0], weights[1], *weights[2:3]).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", ["cp", "tucker"])
 @pytest.mark.parametrize("pairs", [False, True])
 def test_graphs_export_compile_and_vmap(kind, pairs):
