@@ -7,18 +7,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
 
-from ._dense import block_runner, is_tracing, is_transformed
+from ._dense import block_runner, block_size, is_tracing, is_transformed
 from ._gemm import LEAST_PRODUCTS, has_slow_mkl, linear, linear_times, values
 
 # Elements of the projections' product up to which checks cost more than forming it in place saves, where torch has no
 # second library to choose from.
 _PLAIN_MOST = 2**18
-# Elements of the products of projections that pairs hold at once, and of the projections of several of the batch. On a
-# CPU they stay in the cache; a GPU wants fewer, larger launches; a block that is recomputed in the backward has an
-# overhead of its own.
+# Elements of the products of projections that pairs hold at once on a CPU, and of the projections of several of the
+# batch: in the cache, and with a gradient, for which blocks are recomputed, as many as the dense ones.
 _PAIR_BLOCK = 2**20
 _PAIR_BLOCK_GRAD = 2**22
-_PAIR_BLOCK_GPU = 2**24
 
 
 def small_cp(
@@ -73,11 +71,12 @@ def composed_cp_pairs(
 ) -> Tensor:  # (..., L1, L2, O)
     """The same for all pairs; without a gradient the projections too are held for some of the batch at once."""
     in1, in2, out = values(in1, input1.dtype), values(in2, input2.dtype), values(out, input1.dtype)
-    if not _may_write(input1, input2, in1, in2, out, bias, sigma):
-        return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
     leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
     batch, rank = math.prod(leading), in1.shape[0]
-    if rank * batch * max(length1, length2, length1 * length2) <= _block(input1):  # blocks would cost a copy
+    if (  # asked first whether sizes are known; where all is one block, writing in place would cost a copy
+        not _may_write(input1, input2, in1, in2, out, bias, sigma)
+        or rank * batch * max(length1, length2, length1 * length2) <= _block(input1)
+    ):
         return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
     batch1, batch2 = input1.reshape(batch, *input1.shape[-2:]), input2.reshape(batch, *input2.shape[-2:])
     output = out.new_empty(batch, length1, length2, out.shape[0])
@@ -171,9 +170,7 @@ def _joined(parts: list[Tensor], dim: int) -> Tensor:
 
 
 def _block(like: Tensor) -> int:
-    if like.device.type != "cpu":
-        return _PAIR_BLOCK_GPU
-    return _PAIR_BLOCK_GRAD if torch.is_grad_enabled() else _PAIR_BLOCK
+    return block_size(like, _PAIR_BLOCK, _PAIR_BLOCK_GRAD)
 
 
 def _may_write(*tensors: Tensor | None) -> bool:

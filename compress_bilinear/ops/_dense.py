@@ -166,12 +166,15 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
-def _block(like: Tensor, pairs: bool = False) -> int:
+def block_size(like: Tensor, on_cpu: int, on_cpu_grad: int) -> int:
+    """Elements of a block where `like` lies: with a gradient, for which it may be recomputed, another than without."""
     if like.device.type != "cpu":
         return _GPU_BLOCK
-    if torch.is_grad_enabled():
-        return _CPU_BLOCK_GRAD
-    return _CPU_BLOCK_PAIRS if pairs else _CPU_BLOCK
+    return on_cpu_grad if torch.is_grad_enabled() else on_cpu
+
+
+def _block(like: Tensor, pairs: bool = False) -> int:
+    return block_size(like, _CPU_BLOCK_PAIRS if pairs else _CPU_BLOCK, _CPU_BLOCK_GRAD)
 
 
 def block_runner(several: bool, *tensors: Tensor) -> Callable[..., Tensor]:
