@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress_bilinear.files import written_atomically
+from compress_bilinear._atomic import written_atomically
 from compress_bilinear.report import Comparison, Panel, better
 
 RESULTS = Path(__file__).parent / "results"

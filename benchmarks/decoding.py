@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from compress_bilinear.measure import latencies
+from compress_bilinear.fitting import latencies
 from compress_bilinear.quantization import NF4Tensor, dequantize, dequantize_nf4, quantize_blocks, scale_grid
-from compress_bilinear.quantization._bitsandbytes import int8_values, nf4_values
+from compress_bilinear.quantization._decode_bnb import int8_values, nf4_values
 
 SIZES = ((24, 16, 64), (1, 100, 1000), (1, 768, 768), (4, 256, 1024))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from benchmarks.link_prediction import load_triples, mean_reciprocal_rank
-from compress_bilinear.demo import load_digits
+from compress_bilinear.cli._demo import load_digits
 
 CONFIGS: dict[str, cb.DenseConfig | cb.TuckerConfig | cb.CPConfig] = {
     "int8": cb.DenseConfig(quantize="int8"),

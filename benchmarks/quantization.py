@@ -43,10 +43,11 @@ from benchmarks.quantized import (
     with_core,
 )
 from benchmarks.weights import power_law
-from compress_bilinear import AmplificationWarning, decomposition, demo
+from compress_bilinear import AmplificationWarning, decomposition
+from compress_bilinear._atomic import written_atomically
+from compress_bilinear.cli import _demo as demo
 from compress_bilinear.config import Quantize
-from compress_bilinear.files import written_atomically
-from compress_bilinear.measure import Latency, environment, latencies, weight_error
+from compress_bilinear.fitting import Latency, environment, latencies, weight_error
 from compress_bilinear.modules import CompressedBilinear
 
 RESULTS = Path(__file__).parent / "results"

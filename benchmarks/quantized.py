@@ -19,13 +19,7 @@ from torch import Tensor, nn
 
 from compress_bilinear.config import Compute, Quantize
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, rounded, tucker
-from compress_bilinear.modules import (
-    CompressedBilinear,
-    CPBilinear,
-    DenseBilinear,
-    QuantizedLinear,
-    TuckerBilinear,
-)
+from compress_bilinear.modules import CompressedBilinear, CPBilinear, DenseBilinear, QuantizedLinear, TuckerBilinear
 from compress_bilinear.quantization import LEVELS, QuantizedTensor, scale_count
 
 Source = Tensor | CPDecomposition | TuckerDecomposition

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import link_prediction
-from compress_bilinear import demo
+from compress_bilinear.cli import _demo as demo
 
 Rank3 = tuple[int, int, int]
 

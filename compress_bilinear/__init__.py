@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import decomposition, ops
-    from .adapters import register_adapter
-    from .checkpoint import load, save
     from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
-    from .conversion import dequantize, quantize, set_compute
     from .errors import AmplificationWarning, CompressionError
-    from .modules import CPBilinear, DenseBilinear, TuckerBilinear
+    from .files import load, save
+    from .modules import CPBilinear, DenseBilinear, TuckerBilinear, register_adapter
+    from .planning import Plan, compress, dequantize, plan, quantize, set_compute
     from .report import LayerReport, Report
-    from .surgery import Plan, compress, plan
 
 __all__ = [
     "AmplificationWarning",
@@ -43,14 +41,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "adapters": ("register_adapter",),
-    "checkpoint": ("load", "save"),
     "config": ("AutoConfig", "CPConfig", "DenseConfig", "MaxError", "MaxSize", "TuckerConfig"),
-    "conversion": ("dequantize", "quantize", "set_compute"),
     "errors": ("AmplificationWarning", "CompressionError"),
-    "modules": ("CPBilinear", "DenseBilinear", "TuckerBilinear"),
+    "files": ("load", "save"),
+    "modules": ("CPBilinear", "DenseBilinear", "TuckerBilinear", "register_adapter"),
+    "planning": ("Plan", "compress", "dequantize", "plan", "quantize", "set_compute"),
     "report": ("LayerReport", "Report"),
-    "surgery": ("Plan", "compress", "plan"),
 }
 """Which module each name is loaded from when it is first asked for: PyTorch takes a second, in which the command line
 has to be able to answer Ctrl-C."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from compress_bilinear import cli, selection
-from compress_bilinear.measure import Latency, Timing
+from compress_bilinear import cli
+from compress_bilinear.fitting import Latency, Timing
+from compress_bilinear.planning import _verdict as selection
 
 Run = Callable[..., tuple[int, str, str]]
 """Of the fixture `run`: the command line with some arguments; its status, stdout and stderr."""

@@ -16,38 +16,28 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # each floor imports only from the floors above it in this table; neighbours on one floor do not import each other
 FLOORS = (
-    ("errors",),
-    ("config", "files", "progress", "quantization"),
-    ("config_text", "decomposition", "ops"),
+    ("errors", "_atomic"),
+    ("config", "quantization"),
+    ("decomposition", "ops", "report"),
     ("modules",),
-    ("adapters",),
-    ("calibration", "discovery", "report", "tensor_file"),
-    ("measure", "state_file"),
-    ("computing", "fitting", "refinement", "rows_file"),
-    ("weight_fitting", "allocation"),
-    ("automatic", "baselines"),
-    ("solving",),
-    ("selection",),
+    ("files", "fitting"),
     ("planning",),
-    ("surgery", "conversion", "checkpoint"),
-    ("state_dicts", "demo"),
     ("cli",),
-    ("__main__",),
 )
-HEIGHT = {unit: height for height, floor in enumerate(FLOORS) for unit in floor}
+HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
 # what may be imported where, always inside a function: these cost seconds, or are not always there
 LAZY = {
-    "bitsandbytes": {"quantization/_bitsandbytes.py"},
-    "tensorly": {"decomposition/_types.py"},
-    "sklearn": {"demo.py"},
+    "bitsandbytes": {"quantization/_decode_bnb.py"},
+    "tensorly": {"decomposition/_factors.py"},
+    "sklearn": {"cli/_demo.py"},
     "matplotlib": {"report/_plots.py"},
     "jinja2": {"report/_page.py"},
 }
 
 
-def unit_of(path: Path) -> str:
-    """The floor's name of a file: its module, or its subpackage."""
+def room_of(path: Path) -> str:
+    """The first folder of a file inside the package, or its own name at the top."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -68,33 +58,75 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             yield from ((".".join([*base, alias.name]), node in inside) for alias in node.names)
 
 
-def units_imported(path: Path) -> set[str]:
-    names = (name.split(".") for name, _ in imports(path))
-    return {parts[1] for parts in names if parts[0] == "compress_bilinear" and len(parts) > 1 and parts[1] in HEIGHT}
+def files_imported(path: Path) -> set[Path]:
+    """The files of the package that a file imports; a room's public names count as its `__init__`."""
+    found = set()
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] == "compress_bilinear" and len(parts) > 1:
+            at = PACKAGE.joinpath(*parts[1:])
+            found |= {file for file in (at.with_suffix(".py"), at / "__init__.py") if file.exists()}
+    return found - {path}
 
 
-def test_every_file_has_a_floor():
-    assert {unit_of(path) for path in FILES} - {"__init__"} == set(HEIGHT)
+def rooms_imported(path: Path) -> set[str]:
+    return {room_of(file) for file in files_imported(path)}
+
+
+def test_the_top_level_holds_ten_rooms_and_two_files():
+    entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("_")} | {"_atomic.py"} - {"py.typed"}
+    assert entries == {room for room in HEIGHT if (PACKAGE / room).is_dir()} | {"errors.py", "_atomic.py"}
+    assert len(entries) <= 12
+    assert len(FLOORS) <= 7
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_downward_only(path):
-    unit = unit_of(path)
-    if unit != "__init__":
-        upward = {other for other in units_imported(path) - {unit} if HEIGHT[other] >= HEIGHT[unit]}
+    room = room_of(path)
+    if not room.startswith("__"):
+        upward = {other for other in rooms_imported(path) - {room, "errors"} if HEIGHT.get(other, 99) >= HEIGHT[room]}
         assert not upward
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_other_rooms_are_used_by_their_public_names(path):
+    room = room_of(path)
+    private = {
+        str(file.relative_to(PACKAGE))
+        for file in files_imported(path)
+        if room_of(file) not in (room, "errors", "_atomic") and file.name.startswith("_") and file.name != "__init__.py"
+    }
+    assert not private
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {path: files_imported(path) for path in FILES}
+    done, open_ = set(), []
+
+    def visit(path):
+        assert path not in open_, " -> ".join(str(p.relative_to(PACKAGE)) for p in [*open_[open_.index(path) :], path])
+        if path in done:
+            return
+        open_.append(path)
+        for other in sorted(graph[path]):
+            # a folder's `__init__` only re-exports: inside the folder, files import each other
+            visit(other)
+        done.add(open_.pop())
+
+    for path in FILES:
+        visit(path)
 
 
 def test_the_import_reader_sees_every_form():
     # a reader that finds nothing would make the floors hold vacuously
-    assert units_imported(PACKAGE / "surgery.py") >= {"discovery", "calibration", "modules", "selection"}
-    assert units_imported(PACKAGE / "ops" / "_dense.py") - {"ops"} == {"errors", "quantization"}
-    assert {("sklearn.datasets", True), ("torch", False)} <= set(imports(PACKAGE / "demo.py"))
+    assert rooms_imported(PACKAGE / "planning" / "_api.py") >= {"config", "modules", "fitting", "report"}
+    assert rooms_imported(PACKAGE / "ops" / "_dense.py") - {"ops"} == {"errors", "quantization"}
+    assert {("sklearn.datasets", True), ("torch", False)} <= set(imports(PACKAGE / "cli" / "_demo.py"))
 
 
 def test_the_report_knows_nothing_but_errors_and_files():
-    found = set().union(*(units_imported(path) for path in (PACKAGE / "report").glob("*.py")))
-    assert found - {"report"} == {"errors", "files"}
+    found = set().union(*(rooms_imported(path) for path in (PACKAGE / "report").glob("*.py")))
+    assert found - {"report"} == {"errors", "_atomic"}
 
 
 @pytest.mark.parametrize("library", LAZY)
@@ -109,14 +141,16 @@ def test_costly_libraries_are_imported_in_one_place_and_lazily(library):
     assert all(lazily for _, lazily in found)
 
 
-def test_triton_stays_in_its_files_which_dispatch_alone_loads_lazily():
-    kernels = {path for path in FILES if path.parent.name == "ops" and path.name.startswith("_triton_")}
+def test_triton_stays_in_its_folder_and_is_loaded_lazily():
+    folder = PACKAGE / "ops" / "triton"
+    kernels = {
+        path for path in folder.glob("_*.py") if any(name.split(".")[0] == "triton" for name, _ in imports(path))
+    }
     assert kernels
     for path in set(FILES) - kernels:
-        found = [(name, lazily) for name, lazily in imports(path) if "triton" in name.replace("._triton", ".triton")]
-        found = [part for part in found if part[0].startswith("triton") or "._triton_" in part[0]]
-        dispatch = path.name in ("_dispatch.py", "_dispatch_pairs.py")
-        assert not found or (dispatch and all(lazily for _, lazily in found)), path
+        assert not any(name.split(".")[0] == "triton" for name, _ in imports(path)), path
+        eager = {name for name, lazily in imports(path) if not lazily}
+        assert not eager & {f"compress_bilinear.ops.triton.{kernel.stem}" for kernel in kernels}, path
 
 
 def test_importing_the_package_is_light():
@@ -137,7 +171,7 @@ def test_names_that_are_not_there_are_no_attributes():
     assert not hasattr(cb, "compresss")
     assert not hasattr(cb, "_nothing")
     assert set(cb.__all__) <= set(dir(cb))
-    assert cb.state_dicts.__name__ == "compress_bilinear.state_dicts"
+    assert cb.planning.__name__ == "compress_bilinear.planning"
 
 
 @pytest.mark.parametrize("name", cb.__all__)

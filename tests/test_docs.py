@@ -16,8 +16,8 @@ from support import Run
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import demo
-from compress_bilinear.adapters import _registry
+from compress_bilinear.cli import _demo as demo
+from compress_bilinear.modules.adapters import _registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import click
 import torch
 
-from .. import state_dicts
 from ..errors import CompressionError, ConfigError
+from ..planning import _offline as state_dicts
 from ..report import Comparison, Limit, Report, failures, numeric_fields
 from ..report import compare as side_by_side
 from ._shared import (

@@ -9,9 +9,8 @@ import click
 import torch
 from click.core import ParameterSource
 
-from .. import config_text, state_dicts, state_file, tensor_file
-from ..computing import MODES
 from ..config import (
+    METHODS,
     AutoConfig,
     Config,
     CPConfig,
@@ -20,11 +19,16 @@ from ..config import (
     MaxError,
     MaxSize,
     Quantize,
+    Recipe,
     TuckerConfig,
     TuckerRank,
+    asked,
+    read_recipe,
 )
-from ..config_text import Recipe
 from ..errors import ConfigError
+from ..files import read_state, write_container
+from ..fitting import MODES
+from ..planning import _offline as state_dicts
 from ..report import size
 from ._shared import (
     FILE,
@@ -68,7 +72,7 @@ _OF_A_CONFIG = (
 @click.option("-o", "--output", type=FILE, help="The file to write, in safetensors; needed without --dry-run.")
 @click.option("--layers", multiple=True, metavar="PATTERN", help="Glob of layers to compress; may be repeated.")
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json file of globs and what to do with them.")
-@click.option("--method", type=click.Choice(config_text.METHODS), default="tucker", show_default=True)
+@click.option("--method", type=click.Choice(METHODS), default="tucker", show_default=True)
 @click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
 @click.option("--max-error", type=float, help="Instead of a rank: highest relative error.")
 @click.option(
@@ -135,7 +139,7 @@ def compress(
             raise ConfigError(
                 f"--config says how to compress each layer, for which it stands alone. Found {listed} too."
             )
-        recipe = config_text.read(config)
+        recipe = read_recipe(config)
     else:
         single = _config(method, rank, max_error, max_size, quantize, prefer, seed, on)
         recipe = Recipe(configs={"*": single}, options={})
@@ -147,10 +151,10 @@ def compress(
     options: dict[str, Any] = dict(recipe.options)
     include = options.pop("include", ())
     include = layers or ((include,) if isinstance(include, str) else tuple(include))
-    asked = {"max_seconds": max_seconds, "batch_size": batch_size, "compute": compute}
-    options |= {name: value for name, value in asked.items() if value is not None}
+    limits = {"max_seconds": max_seconds, "batch_size": batch_size, "compute": compute}
+    options |= {name: value for name, value in limits.items() if value is not None}
     options |= ({"force": True} if force else {}) | ({"measure_latency": False} if no_latency else {})
-    state = state_file.read_state(path)
+    state = read_state(path)
     chosen = state_dicts.choose(state, include or (tuple(recipe.configs) if config is not None else ()))
     configs = _matching(recipe, chosen)
     planned, new_state, described = state_dicts.compress_state(
@@ -164,10 +168,10 @@ def compress(
         **options,
     )
     ours = () if calibration is None else ("calibration",)
-    made = replace(planned.report, **config_text.asked(configs, {"include": include or ("*",), **options}, ours))
+    made = replace(planned.report, **asked(configs, {"include": include or ("*",), **options}, ours))
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
-        files.append((output, lambda temporary: tensor_file.write(new_state, described, temporary)))
+        files.append((output, lambda temporary: write_container(new_state, described, temporary)))
     if report is not None:
         files.append((report, rendered(made, style_of(report, "--report"))))
     write_together(files)  # before anything is printed: who reads that may have gone

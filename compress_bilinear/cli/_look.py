@@ -10,7 +10,8 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from .. import state_dicts, state_file, tensor_file
+from ..files import LayerDescription, read_state
+from ..planning import _offline as state_dicts
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -21,7 +22,7 @@ from ._shared import FILE, SEED, as_json, examples, printing, show
 @printing
 def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
     """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
-    from .. import demo as main_job
+    from . import _demo as main_job
 
     rows, report = main_job.run(output, seed, progress=sys.stderr.isatty() and not quiet)
     if as_json:
@@ -44,7 +45,7 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 @as_json
 def inspect(path: Path, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
-    state = state_file.read_state(path)
+    state = read_state(path)
     compressed = state_dicts.descriptions(path)
     found = state_dicts.candidates(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
@@ -77,7 +78,7 @@ def _plain(candidate: state_dicts.Candidate) -> dict[str, object]:
     }
 
 
-def _compressed_table(path: Path, layers: list[tensor_file.LayerDescription]) -> Table:
+def _compressed_table(path: Path, layers: list[LayerDescription]) -> Table:
     table = _table(path, "Compressed layer", "Shape", "Method", "Rank", "Format")
     for layer in layers:
         shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"

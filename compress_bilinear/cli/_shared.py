@@ -9,8 +9,8 @@ import click
 import torch
 from rich.console import Console, RenderableType
 
+from .._atomic import check_target, written_atomically
 from ..errors import ConfigError
-from ..files import check_target, written_atomically
 from ..report import Report
 
 PROGRAM = "compress-bilinear"

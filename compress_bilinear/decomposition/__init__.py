@@ -1,24 +1,24 @@
 """Weights to factors: tensors in, frozen results out."""
 
-from ._clock import Clock, Progress, check_max_seconds
+from ._budget import Budget, Progress, check_max_seconds
 from ._cp import cp
 from ._cp_solve import AMPLIFICATION_LIMIT
+from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
-from ._rank import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import distance, rounded
+from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._spectra import spectra
 from ._stored import stored_columns, stored_core, stored_weight, unit_columns
 from ._tucker import tucker
-from ._types import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 
 __all__ = [
     "AMPLIFICATION_LIMIT",
     "PLAIN",
     "SHUFFLED_WEIGHT",
+    "Budget",
     "CPDecomposition",
-    "Clock",
     "Metric",
     "Progress",
     "Rows",

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ._clock import Clock
+from ._budget import Budget
 
 _TOLERANCE = 1e-6
 _SETTLED = 3
@@ -60,7 +60,7 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a solve: at most `sweeps`, and no longer than until this fraction of the clock's time is spent.
+    """A part of a solve: at most `sweeps`, and no longer than until this fraction of the budget's time is spent.
 
     `reserve` keeps time for so many more sweeps. `tolerance` ends it where sweeps lower the objective by less than
     this part of it, three times in a row; `enough`, where the squared residual is at most that. `first` and `last` are
@@ -89,7 +89,7 @@ def descend(
     tensor: Tensor,  # (a, b, c)
     start: Iterate,
     stage: Stage,
-    clock: Clock,
+    budget: Budget,
     scale: float = 1.0,
     room: int = 0,
 ) -> Iterate:
@@ -102,10 +102,10 @@ def descend(
     del start  # a caller may have let go of it
     sweeper = Sweeper(tensor, best.factors[0].shape[1], scale, room)
     settled = 0
-    begun, penalty = clock.elapsed(), math.nan
-    limit = clock.left(stage.until)
+    begun, penalty = budget.elapsed(), math.nan
+    limit = budget.left(stage.until)
     for k in range(stage.sweeps):
-        before = clock.elapsed()
+        before = budget.elapsed()
         done = max(k / stage.sweeps, (before - begun) / max(limit, 1e-9))
         if stage.penalty(done) != penalty:
             penalty = stage.penalty(done)
@@ -116,7 +116,7 @@ def descend(
             ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
         new = sweeper.sweep(ahead, penalty)
         del ahead
-        clock.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
+        budget.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
             new.previous, new.momentum = best.factors, best.momentum + 1
@@ -128,7 +128,7 @@ def descend(
         if (
             settled >= _SETTLED
             or best.residual <= stage.enough
-            or clock.left(stage.until) < (1 + stage.reserve) * (clock.elapsed() - before)
+            or budget.left(stage.until) < (1 + stage.reserve) * (budget.elapsed() - before)
         ):
             break
     return best

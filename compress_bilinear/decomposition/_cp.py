@@ -6,12 +6,12 @@ from torch import Tensor
 
 from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
 from ..errors import AmplificationWarning, InfeasibleError
-from ._clock import Clock, Progress
-from ._cp_search import search
+from ._budget import Budget, Progress
 from ._cp_solve import AMPLIFICATION_LIMIT, as_result, solve
-from ._rank import check_cp_rank, check_weight, cp_bytes, most_rank
+from ._factors import CPDecomposition
+from ._search import search
+from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
 from ._source import Source, full_precision
-from ._types import CPDecomposition
 
 
 def cp(
@@ -56,7 +56,7 @@ def cp(
     """
     check_weight(weight)
     check_quantize(quantize)
-    clock = Clock(max_seconds, progress)
+    budget = Budget(max_seconds, progress)
     if isinstance(rank, MaxSize):
         rank = affordable(weight, rank, quantize)
     elif not isinstance(rank, MaxError):
@@ -64,9 +64,9 @@ def cp(
     with full_precision(weight.device):
         source = Source(weight)
         if isinstance(rank, MaxError):
-            result = search(weight, source, rank, seed, quantize, clock)
+            result = search(weight, source, rank, seed, quantize, budget)
         else:
-            result = as_result(weight, source, solve(source, rank, seed, clock, quantize=quantize).factors)
+            result = as_result(weight, source, solve(source, rank, seed, budget, quantize=quantize).factors)
     if result.amplification > AMPLIFICATION_LIMIT:
         warnings.warn(
             f"The CP components of rank {result.rank} cancel: amplification {result.amplification:.3g}, error "

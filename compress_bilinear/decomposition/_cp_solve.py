@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..config import Quantize
 from ._als import PENALTY, Iterate, Stage, balanced, descend
-from ._clock import Clock
-from ._newton import finish, measured_exactly
+from ._budget import Budget
+from ._exact import finish, measured_exactly
+from ._factors import CPDecomposition
+from ._hosvd import Core, Whole, compressed
 from ._source import Basis, Source, mode_product
 from ._starts import hosvd_start, pencil_start, random_start
-from ._subspace import Core, Whole, compressed
-from ._types import CPDecomposition
 
 AMPLIFICATION_LIMIT = 3.0
 
@@ -73,7 +73,7 @@ def solve(
     source: Source,
     rank: int,
     seed: int,
-    clock: Clock,
+    budget: Budget,
     start: Sequence[Tensor] | None = None,
     effort: float = 1.0,
     enough: float = 0.0,
@@ -96,11 +96,11 @@ def solve(
     order = _order(source.shape)
     zero = _zero(source, rank, quantize)
     if start is None:
-        basis, found, outside = _compressed_solve(source, rank, order, generator, clock, zero)
-        if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and clock.left() > clock.elapsed():
+        basis, found, outside = _compressed_solve(source, rank, order, generator, budget, zero)
+        if found.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and budget.left() > budget.elapsed():
             # float32 cannot tell so small a residual from rounding
             wide = Source(source.weight, torch.float64)
-            again = _compressed_solve(wide, rank, order, generator, clock, zero)
+            again = _compressed_solve(wide, rank, order, generator, budget, zero)
             if again[1].residual <= max(abs(found.residual), 1e-7):
                 source, (basis, found, outside) = wide, again
         begun = found.moved(_lifting(basis))
@@ -108,15 +108,15 @@ def solve(
     else:
         settled = False
         begun = Iterate(balanced([start[m] for m in order]))
-        if clock.limited:
-            clock.prepared(_closing_seconds(source, rank))
+        if budget.limited:
+            budget.prepared(_closing_seconds(source, rank))
     tensor, scale = source.permuted(order)
-    best = begun if settled else _on_whole(tensor, scale, begun, clock, effort, enough, zero)
+    best = begun if settled else _on_whole(tensor, scale, begun, budget, effort, enough, zero)
     penalty = _ROUNDED_PENALTY.get(quantize, PENALTY)
     if penalty > PENALTY and best.residual > _EXACT:  # an exact CP is one in any format
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=penalty, last=penalty, span=(0.9, 1.0))
-        best = descend(tensor, replace(best, momentum=0), stage, clock, scale)
+        best = descend(tensor, replace(best, momentum=0), stage, budget, scale)
     return replace(best, factors=_in_order(best.factors, order))
 
 
@@ -154,7 +154,7 @@ def _in_order(factors: Sequence[Tensor], order: Sequence[int]) -> list[Tensor]:
 
 
 def _compressed_solve(
-    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, clock: Clock, zero: float
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget, zero: float
 ) -> tuple[Basis, Iterate, float]:
     """The bases and the CP of the core, with the axes in this order, and the squared norm that the core leaves out."""
     sizes = [min(size, 3 * rank // 2) for size in source.shape]
@@ -170,9 +170,9 @@ def _compressed_solve(
         outside = 0.0 if full else max(1 - float(tensor.double().square().sum()), 0.0)
         core = Core(tensor, outside, source.weight.numel())
         basis = [turns[m] for m in order]
-    if clock.limited:
-        clock.prepared(_closing_seconds(source, rank))
-    return basis, _on_core(core, rank, generator, clock, zero), core.outside
+    if budget.limited:
+        budget.prepared(_closing_seconds(source, rank))
+    return basis, _on_core(core, rank, generator, budget, zero), core.outside
 
 
 def _is_cheap(sizes: Sequence[int], rank: int) -> bool:
@@ -180,7 +180,7 @@ def _is_cheap(sizes: Sequence[int], rank: int) -> bool:
     return math.prod(sizes) * rank <= _CHEAP or sum(sizes) * rank <= _NEWTON_CHEAP
 
 
-def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock, zero: float) -> Iterate:
+def _on_core(core: Core, rank: int, generator: torch.Generator, budget: Budget, zero: float) -> Iterate:
     """The best CP of the core that the starts lead to, over its leading blocks."""
     shape, elements = core.tensor.shape, core.tensor.numel()
     small = elements * rank <= _CHEAP
@@ -189,34 +189,34 @@ def _on_core(core: Core, rank: int, generator: torch.Generator, clock: Clock, ze
     scouts: list[Iterate] = []
     for k in range(starts):
         begin = (random_start if k else hosvd_start)(coarse, rank, generator)
-        before, span = clock.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
-        highest, lowest = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, clock)
+        before, span = budget.elapsed(), (0.3 * k / starts, 0.3 * (k + 1) / starts)
+        highest, lowest = (_FIRST_PENALTY, PENALTY) if small else _penalties(0, budget)
         falling = 0.7 if small else 1.0
         stage = Stage(_LEVEL_SWEEPS[0], _LEVEL_TIMES[0], first=highest, last=lowest, falling=falling, span=span)
-        scouts.append(descend(coarse, Iterate(begin), stage, clock, room=core.room))
-        taken = clock.elapsed() - before
-        if clock.left(_LEVEL_TIMES[0]) < taken or (not small and clock.left() * _SCOUTING < starts * taken):
+        scouts.append(descend(coarse, Iterate(begin), stage, budget, room=core.room))
+        taken = budget.elapsed() - before
+        if budget.left(_LEVEL_TIMES[0]) < taken or (not small and budget.left() * _SCOUTING < starts * taken):
             break
     del coarse, begin
     newton = sum(shape) * rank <= _NEWTON_CHEAP
     scouts = sorted(scouts, key=lambda scout: scout.objective)[: _KEPT if newton else 1]
     best: Iterate | None = None
     while scouts:
-        found = _settled(core, scouts.pop(0), newton, clock, zero)
+        found = _settled(core, scouts.pop(0), newton, budget, zero)
         best = found if best is None or found.objective < best.objective else best
         if best.residual < max(zero, _ZERO):
             break
     assert best is not None
     promising = max(zero, _ZERO) <= best.residual < _PROMISING and core.outside < _EXACT
-    if promising and clock.left() > clock.elapsed():
+    if promising and budget.left() > budget.elapsed():
         pencil = pencil_start(core.tensor * core.scale, rank, generator)
         begun = pencil and Iterate([core.turned(mode, factor) for mode, factor in enumerate(pencil)])
-        found = _settled(core, begun, newton, clock, zero) if begun else best
+        found = _settled(core, begun, newton, budget, zero) if begun else best
         best = found if found.objective < best.objective else best
     return best
 
 
-def _settled(core: Core, start: Iterate, newton: bool, clock: Clock, zero: float) -> Iterate:
+def _settled(core: Core, start: Iterate, newton: bool, budget: Budget, zero: float) -> Iterate:
     """The minimum of the core that these factors of a leading block lead to, by way of larger blocks."""
     best, last = start, core.outside <= _ROUNDING
     whole = all(len(factor) == size for factor, size in zip(start.factors, core.tensor.shape, strict=True))
@@ -226,7 +226,7 @@ def _settled(core: Core, start: Iterate, newton: bool, clock: Clock, zero: float
             continue
         block = core.block(level)
         final = last and level == 1
-        first, least = (PENALTY, PENALTY) if whole else _penalties(k, clock)  # where it begins, it has fallen already
+        first, least = (PENALTY, PENALTY) if whole else _penalties(k, budget)  # where it begins, it has fallen already
         stage = Stage(
             _LAST_SWEEPS if final else _LEVEL_SWEEPS[k],
             1.0 if final else _LEVEL_TIMES[k],
@@ -234,20 +234,20 @@ def _settled(core: Core, start: Iterate, newton: bool, clock: Clock, zero: float
             tolerance=1e-6 if final else 1e-5,
             first=first,
             last=PENALTY if final else least,
-            falling=1.0 if not final else _HURRIED if clock.limited else 0.25,
+            falling=1.0 if not final else _HURRIED if budget.limited else 0.25,
             span=(0.3, 0.9 if last else 0.5),
         )
         sizes = block.shape
         best = best.moved(lambda mode, factor, sizes=sizes: core.padded(mode, factor, sizes[mode]))  # type: ignore[misc]
-        best = descend(block, best, stage, clock, core.scale if level == 1 else 1.0, core.room)
-    if newton and clock.left() > 0 and best.residual < _PROMISING:
-        best = finish(core.tensor, best.factors, PENALTY, core.outside, clock)
-    return _released(core.tensor, best, clock, zero, core.outside, core.scale)
+        best = descend(block, best, stage, budget, core.scale if level == 1 else 1.0, core.room)
+    if newton and budget.left() > 0 and best.residual < _PROMISING:
+        best = finish(core.tensor, best.factors, PENALTY, core.outside, budget)
+    return _released(core.tensor, best, budget, zero, core.outside, core.scale)
 
 
-def _penalties(level: int, clock: Clock) -> tuple[float, float]:
+def _penalties(level: int, budget: Budget) -> tuple[float, float]:
     """With which the descent on a level, or on the whole after the last, begins and ends."""
-    if not clock.limited:
+    if not budget.limited:
         return _PENALTIES[level], _PENALTIES[level + 1]
     fall = PENALTY / _FIRST_PENALTY
     times = (0.0, *_LEVEL_TIMES, 1.0)
@@ -256,21 +256,21 @@ def _penalties(level: int, clock: Clock) -> tuple[float, float]:
 
 
 def _on_whole(
-    tensor: Tensor, scale: float, start: Iterate, clock: Clock, effort: float, enough: float, zero: float
+    tensor: Tensor, scale: float, start: Iterate, budget: Budget, effort: float, enough: float, zero: float
 ) -> Iterate:
     """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
     rank = start.factors[0].shape[1]
     best = start
-    smaller = _FAR_SMALLER if clock.limited else _SMALLER
+    smaller = _FAR_SMALLER if budget.limited else _SMALLER
     small = math.prod(min(size, rank) for size in tensor.shape) * smaller < tensor.numel()
     sweep = 0.0  # seconds
     for k in range(_CYCLES if small else 0):
         span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
-        begun = clock.elapsed()
+        begun = budget.elapsed()
         # plain: one accelerated sweep may rise, and there may be no time for another
-        best = descend(tensor, replace(best, momentum=0), Stage(1, span=span), clock, scale)
-        sweep = clock.elapsed() - begun
-        if clock.left() <= _PROJECTION * sweep:
+        best = descend(tensor, replace(best, momentum=0), Stage(1, span=span), budget, scale)
+        sweep = budget.elapsed() - begun
+        if budget.left() <= _PROJECTION * sweep:
             break
         basis = [torch.linalg.qr(f)[0] if f.shape[0] > rank else None for f in best.factors]
         core = tensor
@@ -278,15 +278,15 @@ def _on_whole(
             core = mode_product(core, basis[mode], mode)
         inside = best.moved(_lifting([None if u is None else u.T for u in basis]))
         stage = Stage(_CYCLE_SWEEPS, tolerance=1e-5, span=span)
-        best = descend(core.contiguous(), inside, stage, clock, scale).moved(_lifting(basis))
-        if clock.left() <= sweep:
+        best = descend(core.contiguous(), inside, stage, budget, scale).moved(_lifting(basis))
+        if budget.left() <= sweep:
             break
-    if not small or clock.left() > sweep:
-        first, last = _penalties(3, clock) if start.previous and not small else (PENALTY, PENALTY)
+    if not small or budget.left() > sweep:
+        first, last = _penalties(3, budget) if start.previous and not small else (PENALTY, PENALTY)
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=first, last=last, falling=_HURRIED, span=(0.5, 1.0))
-        best = descend(tensor, best, stage, clock, scale)
-    return _released(tensor, best, clock, zero, scale=scale)
+        best = descend(tensor, best, stage, budget, scale)
+    return _released(tensor, best, budget, zero, scale=scale)
 
 
 def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
@@ -300,7 +300,7 @@ def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
 
 
 def _released(
-    tensor: Tensor, best: Iterate, clock: Clock, zero: float, outside: float = 0.0, scale: float = 1.0
+    tensor: Tensor, best: Iterate, budget: Budget, zero: float, outside: float = 0.0, scale: float = 1.0
 ) -> Iterate:
     """Lower the penalty while it is what holds the error up, as it does on weights that are exactly low rank."""
     if best.residual > _EXACT:
@@ -316,12 +316,12 @@ def _released(
     # where Newton's steps are dear, they are for what sweeps leave: with components to spare, that is nothing
     for by_newton in [newton] if not newton or unknowns <= _NEWTON_CHEAP else [False, True]:
         enough = 10 * zero if by_newton else zero
-        while enough < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and clock.left() > 0:
+        while enough < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and budget.left() > 0:
             penalty *= 1e-3 if by_newton else 1e-1
             lower = (
-                finish(tensor, best.factors, penalty, outside, clock)
+                finish(tensor, best.factors, penalty, outside, budget)
                 if by_newton
-                else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), clock)
+                else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), budget)
             )
             if not lower.residual < best.residual:
                 break

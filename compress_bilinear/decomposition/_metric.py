@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CompressionError
+from ._factors import CPDecomposition, TuckerDecomposition, peak, row_slices
 from ._source import full_precision
-from ._types import CPDecomposition, TuckerDecomposition, peak, row_slices
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._clock import Clock
+from ._budget import Budget
+from ._factors import CPDecomposition, TuckerDecomposition
 from ._source import full_precision
-from ._types import CPDecomposition, TuckerDecomposition
 
 SHUFFLED_WEIGHT = 0.3  # of a pair that did not come together, where one that did has 1
 _STEPS = 50
@@ -30,7 +30,7 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor]
 """Inputs (N, I) and (N, J) of the decomposed weight, outputs wanted of it (N, O), and the rows' weights (N,)."""
 
 
-def refit_cp(found: CPDecomposition, rows: Rows, clock: Clock) -> CPDecomposition:
+def refit_cp(found: CPDecomposition, rows: Rows, budget: Budget) -> CPDecomposition:
     """The factors that are best on the rows, from those found; a constant offset of the outputs is not counted."""
     rows, scale = _normalised(rows)
     root = (found.weights.double() * scale).pow(1 / 3)
@@ -43,11 +43,11 @@ def refit_cp(found: CPDecomposition, rows: Rows, clock: Clock) -> CPDecompositio
         return ((input1 @ in1) * (input2 @ in2)) @ out.T
 
     width = sum(factor.shape[0] for factor in factors) + 3 * found.rank
-    out, in1, in2 = _minimised(factors, turns, forward, rows, width, clock)
+    out, in1, in2 = _minimised(factors, turns, forward, rows, width, budget)
     return CPDecomposition(out.new_full((found.rank,), 1 / scale), (out, in1, in2))
 
 
-def refit_tucker(found: TuckerDecomposition, rows: Rows, clock: Clock) -> TuckerDecomposition:
+def refit_tucker(found: TuckerDecomposition, rows: Rows, budget: Budget) -> TuckerDecomposition:
     """As `refit_cp`; a mode of full rank stays absorbed into the core. Factors should have orthonormal columns."""
     rows, scale = _normalised(rows)
     core = found.core.double() * scale
@@ -70,7 +70,7 @@ def refit_tucker(found: TuckerDecomposition, rows: Rows, clock: Clock) -> Tucker
         return inner @ by_mode[0].T if 0 in by_mode else inner
 
     width = 3 * core.shape[0] * min(core.shape[1:]) + sum(factor.shape[0] for factor in factors)
-    parts = _minimised([core, *(factors[m] for m in free)], [None, *turns], forward, rows, width, clock)
+    parts = _minimised([core, *(factors[m] for m in free)], [None, *turns], forward, rows, width, budget)
     for mode, part in zip(free, parts[1:], strict=True):
         factors[mode] = part
     out, in1, in2 = factors
@@ -98,7 +98,7 @@ def _minimised(
     forward: Callable[[Sequence[Tensor], Tensor, Tensor], Tensor],
     rows: Rows,
     width: int,
-    clock: Clock,
+    budget: Budget,
 ) -> list[Tensor]:
     """The parts that minimise the weighted squared error of `forward` on the rows; part k moves by Δ·turn."""
     input1, input2, wanted, weights = rows
@@ -140,12 +140,12 @@ def _minimised(
     best, least = list(base), float("inf")
     with full_precision(wanted.device), torch.enable_grad():
         for k in range(_STEPS):
-            begun, before = clock.elapsed(), [part.detach() for part in moved()]
+            begun, before = budget.elapsed(), [part.detach() for part in moved()]
             value = float(optimizer.step(objective))  # of the point before the step
             if not value < least:
                 break
             gain, best, least = least - value, before, value
-            clock.report(k / _STEPS, value**0.5)
-            if gain < _TOLERANCE * value or clock.left() < clock.elapsed() - begun:
+            budget.report(k / _STEPS, value**0.5)
+            if gain < _TOLERANCE * value or budget.left() < budget.elapsed() - begun:
                 break
     return [part.double() for part in best]

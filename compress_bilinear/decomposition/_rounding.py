@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..config import Quantize
+from ._factors import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
 from ._interpolation import is_interpolated
 from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product
 from ._stored import stored_columns, stored_core, unit_columns
-from ._types import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._factors import peak
 from ._source import Source, full_precision
-from ._types import peak
 
 _EVEN, _HEAD = 32, 16  # values kept of an unfolding: spread evenly, and denser where they fall fast
 _LONGEST_MODE = 2048  # beyond which the eigenvalues take too long

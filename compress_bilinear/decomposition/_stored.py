@@ -19,9 +19,9 @@ from ..quantization import (
     quantize_unit,
     scale_grid,
 )
-from ._clock import Clock
+from ._budget import Budget
+from ._factors import row_slices
 from ._metric import Metric
-from ._types import row_slices
 
 _MOST_STEPS = 2**14  # of rounding one after another
 _TOGETHER = 64  # axis entries whose errors later ones take back at once
@@ -81,14 +81,14 @@ def stored_weight(
     weight: Tensor,  # (O, I, J)
     quantize: Quantize,
     metric: Metric,
-    clock: Clock | None = None,
+    budget: Budget | None = None,
 ) -> Tensor:  # (O, I, J)
     """A weight as a dense layer stores it, rounded so that its outputs change little; in the weight's dtype.
 
     Entries are rounded one after another, and each one's error is taken back by those that follow, as in
     `stored_columns`: here of each output by itself, in the metric of its inputs, whose Kronecker product is never
     formed. Of a weight with more than 2¹⁴ products of inputs, errors are taken back along in1 alone. Outputs for which
-    the clock leaves no time are rounded value by value.
+    the budget leaves no time are rounded value by value.
     """
     if quantize == "bf16":
         return _halved(weight).to(weight.dtype)
@@ -101,19 +101,19 @@ def stored_weight(
     )
     one_by_one = sizes.numel() <= _MOST_STEPS
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    clock = clock or Clock()
+    budget = budget or Budget()
     for rows in row_slices(weight.shape):
         plain, steps = _outputs(weight, rows, quantize)
         result[rows] = plain.to(result.dtype)
-        if neither or clock.left() <= 0:
+        if neither or budget.left() <= 0:
             continue
-        clock.report(rows.start / len(weight), 1.0)
+        budget.report(rows.start / len(weight), 1.0)
         # (I, J, ·): what is rounded at once lies together
         wanted, codes, size = (part.double().permute(1, 2, 0).contiguous() for part in (weight[rows], plain, steps))
         del plain, steps
         found = torch.empty_like(wanted)
         for start in range(0, len(wanted), _TOGETHER):
-            if clock.left() <= 0:
+            if budget.left() <= 0:
                 break
             end = min(start + _TOGETHER, len(wanted))
             lost = torch.empty_like(wanted[start:end])

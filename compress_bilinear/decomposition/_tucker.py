@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
-from ._clock import Clock, Progress
-from ._rank import check_tucker_rank, check_weight
+from ._budget import Budget, Progress
+from ._factors import Factors, TuckerDecomposition, relative
+from ._hosvd import start, truncated
+from ._sizes import check_tucker_rank, check_weight
 from ._source import Basis, Source, full_precision, gram, leading, mode_product, turned_
-from ._subspace import start, truncated
-from ._truncation import Target, Triple, best_block
-from ._types import Factors, TuckerDecomposition, relative
+from ._tucker_ranks import Target, Triple, best_block
 
 _ABSORBED = tuple(product((False, True), (False, True), (False, True)))  # the modes, in each family of ranks
 _MAX_SWEEPS = 30
@@ -72,25 +72,25 @@ def tucker(
     check_weight(weight)
     check_quantize(quantize)
     check_cost(cost)
-    clock = Clock(max_seconds, progress)
+    budget = Budget(max_seconds, progress)
     with full_precision(weight.device):
         if isinstance(rank, (MaxError, MaxSize)):
-            return _to_target(weight, rank, quantize, cost, clock)
+            return _to_target(weight, rank, quantize, cost, budget)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, *_refined(source, basis, clock, progress=0.0))
+        return _result(weight, source, *_refined(source, basis, budget, progress=0.0))
 
 
 def _to_target(
-    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, cost: Cost, clock: Clock
+    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, cost: Cost, budget: Budget
 ) -> TuckerDecomposition:
     source = Source(weight)
     square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
 
     def attempt(wanted: MaxError | MaxSize) -> tuple[TuckerDecomposition, float]:
         aim = Target(wanted, source.shape, weight.element_size(), quantize, cost)
-        result = _result(weight, source, _chosen(source, square, aim, clock))
+        result = _result(weight, source, _chosen(source, square, aim, budget))
         return result, result.error or 0.0
 
     if isinstance(target, MaxSize):
@@ -119,16 +119,16 @@ def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = 
 
 
 def refine(
-    source: Source, basis: Basis, clock: Clock, sweeps: int = _MAX_SWEEPS, progress: float | None = None
+    source: Source, basis: Basis, budget: Budget, sweeps: int = _MAX_SWEEPS, progress: float | None = None
 ) -> Basis:
     """`_refined`, without the core."""
-    return _refined(source, basis, clock, sweeps, progress, core=False)[0]
+    return _refined(source, basis, budget, sweeps, progress, core=False)[0]
 
 
 def _refined(
     source: Source,
     basis: Basis,
-    clock: Clock,
+    budget: Budget,
     sweeps: int = _MAX_SWEEPS,
     progress: float | None = None,
     core: bool = True,
@@ -160,10 +160,10 @@ def _refined(
         lost = max(source.total - energy, 0.0)
         used, narrow = narrow, narrow and lost > _NARROW_LIMIT * source.total
         if progress is not None:
-            clock.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
+            budget.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
         settled = len(modes) == 1 or (k and energy - before <= 2 * _TOLERANCE * lost)
-        if clock.left() <= 0 or (settled and (narrow or not used)):
+        if budget.left() <= 0 or (settled and (narrow or not used)):
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
@@ -192,7 +192,7 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision
     return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum(dtype=torch.float64))
 
 
-def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clock) -> Basis:
+def _chosen(source: Source, square: Sequence[Tensor], target: Target, budget: Budget) -> Basis:
     """The best ranks for a target, and bases for them.
 
     The first choice is exact for the full HOSVD, among the ranks that absorb the same modes into the core. From the
@@ -212,39 +212,39 @@ def _chosen(source: Source, square: Sequence[Tensor], target: Target, clock: Clo
     near = [rank for (first, _), rank in choices if first <= _NEAR * best_key[0]]
     for k, rank in enumerate(near):
         done = 0.1 + 0.8 * k / len(near)
-        clock.report(done, best_error)
-        if clock.left() <= 0:
+        budget.report(done, best_error)
+        if budget.left() <= 0:
             break
-        key, packed = _packed(source, square, rank, target, clock, done)
+        key, packed = _packed(source, square, rank, target, budget, done)
         if packed is not None and key < best_key:
             best_key, best = key, packed
-    refined = refine(source, best, clock, progress=0.9)
+    refined = refine(source, best, budget, progress=0.9)
     rank = _rank(source, best)
     lost = source.lost(refined)
     return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
 
 
 def _packed(
-    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, clock: Clock, done: float
+    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, budget: Budget, done: float
 ) -> tuple[tuple[float, float], Basis | None]:
     """Better bases than those of the HOSVD, at ranks near the given ones or lower."""
     best_key, best = (math.inf, math.inf), None
     for _ in range(_ROUNDS):
-        if clock.left() <= 0:
+        if budget.left() <= 0:
             break
         wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
-        found = refine(source, _columns(basis, wide), clock, _FEW_SWEEPS)
+        found = refine(source, _columns(basis, wide), budget, _FEW_SWEEPS)
         outside = source.lost(found)
         basis, core = _ordered(source, found)
         again = best_block(core, outside, source.total, target)
         if again is None:
             break
-        rank, inner = _lowered(Source(core), outside, again[1], source.total, target, clock)
+        rank, inner = _lowered(Source(core), outside, again[1], source.total, target, budget)
         del core, found  # before the next are made
         lifted = [_lift(u, v, d) for u, v, d in zip(basis, inner, source.shape, strict=True)]
         lost = source.lost(lifted)
         key = target.key(rank, lost)
-        clock.report(done, relative(lost, source.total))
+        budget.report(done, relative(lost, source.total))
         if not key < best_key or not target.meets(rank, lost, source.total):
             break
         best_key, best = key, lifted
@@ -291,7 +291,7 @@ def _cheaper(rank: Triple, target: Target) -> list[Triple]:
 
 
 def _lowered(
-    core: Source, outside: float, rank: Triple, total: float, target: Target, clock: Clock
+    core: Source, outside: float, rank: Triple, total: float, target: Target, budget: Budget
 ) -> tuple[Triple, Basis]:
     """Ranks lowered one at a time while HOOI within the core meets a `MaxError`; the core's leading block meets it."""
     identity = [torch.eye(size, dtype=core.dtype, device=core.weight.device) for size in core.shape]
@@ -300,11 +300,11 @@ def _lowered(
     if not isinstance(target.wanted, MaxError):
         return rank, basis
     lowered = True
-    while lowered and clock.left() > 0:
+    while lowered and budget.left() > 0:
         lowered = False
         ordered = _ordered(core, basis)[0]
         for candidate in sorted(_cheaper(rank, target), key=target.price):
-            trial = refine(core, _columns(ordered, candidate), clock, _FEW_SWEEPS)
+            trial = refine(core, _columns(ordered, candidate), budget, _FEW_SWEEPS)
             if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True
                 break

@@ -10,7 +10,7 @@ from .. import ops
 from ..config import Quantize
 from ..errors import CompressionError, InputError
 from ._autocast import autocast_enabled
-from ._modes import ComputeModes
+from ._compute import ComputeModes
 
 
 class CompressedBilinear(ComputeModes):

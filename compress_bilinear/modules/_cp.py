@@ -14,7 +14,7 @@ from ..errors import CompressionError
 from ._autocast import autocast_dtype
 from ._base import ProjectedBilinear
 from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
-from ._plain import bare_operands, obstacle, on_tensors
+from ._operands import bare_operands, obstacle, on_tensors
 
 
 class CPBilinear(ProjectedBilinear):

@@ -23,7 +23,7 @@ from ._autocast import without_autocast
 from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
-from ._plain import bare_operands, obstacle, on_tensors
+from ._operands import bare_operands, obstacle, on_tensors
 
 
 class TuckerBilinear(ProjectedBilinear):

@@ -1,6 +1,7 @@
 """16-, 8- and 4-bit storage: plain buffers, integers with floating scales, and what they stand for."""
 
 from ._bf16 import BF16Tensor
+from ._decode_bnb import missing
 from ._int8 import (
     LEVELS,
     SCALE_DTYPE,
@@ -28,6 +29,7 @@ __all__ = [
     "dequantize",
     "dequantize_nf4",
     "expanded",
+    "missing",
     "nf4_bytes",
     "quantize_blocks",
     "quantize_int8",

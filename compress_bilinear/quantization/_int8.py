@@ -46,7 +46,7 @@ def quantize_int8(
     """
     values = checked(tensor)
     if backend == "bitsandbytes":
-        from ._bitsandbytes import vectorwise
+        from ._decode_bnb import vectorwise
 
         return vectorwise(values, dim)
     grid = [1 if axis == dim % values.dim() else size for axis, size in enumerate(values.shape)]
@@ -78,7 +78,7 @@ def quantize_blocks(
                 f"`grid[{axis}]` should cut {size} entries into blocks without an empty one. Found {count}."
             )
     if backend == "bitsandbytes":
-        from ._bitsandbytes import blockwise
+        from ._decode_bnb import blockwise
 
         return blockwise(values, grid)
     return _rounded(values, grid, SCALE_DTYPE)

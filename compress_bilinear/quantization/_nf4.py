@@ -62,7 +62,7 @@ def quantize_nf4(
     """
     values = checked(tensor).flatten()
     if backend == "bitsandbytes":
-        from ._bitsandbytes import nf4
+        from ._decode_bnb import nf4
 
         return nf4(values, scale_dtype)
     count = len(values)

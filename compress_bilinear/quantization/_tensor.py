@@ -113,7 +113,7 @@ class QuantizedTensor(nn.Module):
         block = None if by == "torch" or self.scale is None else _flat_block(self.qdata.shape, self.scale.shape)
         if scale is None or block is None:
             return dequantize(self.qdata[rows], scale, dtype)
-        from ._bitsandbytes import int8_values
+        from ._decode_bnb import int8_values
 
         return int8_values(self.qdata[rows], scale, block, dtype)
 
@@ -150,7 +150,7 @@ class QuantizedTensor(nn.Module):
         return None
 
     def _wrong_by_bitsandbytes(self) -> str | None:
-        from ._bitsandbytes import brief, missing
+        from ._decode_bnb import brief, missing
 
         absent = missing()
         if absent is not None:
@@ -238,7 +238,7 @@ class NF4Tensor(QuantizedTensor):
         coded = (self.qdata, self.scale, begin * each, max(begin, end) * each, dtype)
         if by == "torch":
             return dequantize_nf4(*coded).view(-1, *self._shape[1:])
-        from ._bitsandbytes import nf4_values
+        from ._decode_bnb import nf4_values
 
         return nf4_values(*coded).view(-1, *self._shape[1:])
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
+from .._atomic import written_atomically
 from ..errors import CompressionError
-from ..files import written_atomically
 from ._read import check, record
 
 SCHEMA_VERSION = 2

@@ -10,8 +10,9 @@ from support import assert_matches_reference, assert_same_state, bilinear, low_r
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear import cli, decomposition, ops, solving
+from compress_bilinear import cli, decomposition, ops
 from compress_bilinear.errors import CheckpointError, CompressionError, ConfigError, InputError
+from compress_bilinear.fitting import _solve as solving
 
 
 class Net(nn.Module):
@@ -134,7 +135,7 @@ def test_an_already_compressed_file_is_refused_by_the_command_line(tmp_path, mon
 
 
 def test_a_report_of_a_file_does_not_speak_of_force(tmp_path):
-    from compress_bilinear.state_dicts import compare
+    from compress_bilinear.planning import compare
 
     model = Net()
     small, _ = quick(model, cb.CPConfig(rank=60), force=True)

@@ -6,8 +6,8 @@ from support import low_rank
 
 from compress_bilinear.decomposition import _als
 from compress_bilinear.decomposition._als import Iterate, Stage, Sweeper, balanced, descend
-from compress_bilinear.decomposition._clock import Clock
-from compress_bilinear.decomposition._newton import measured_exactly
+from compress_bilinear.decomposition._budget import Budget
+from compress_bilinear.decomposition._exact import measured_exactly
 
 SHAPES = [(5, 6, 7), (1, 4, 9), (6, 1, 3), (13, 8, 4)]
 
@@ -87,33 +87,33 @@ def test_a_component_that_has_died_stays_dead_and_the_others_live():
 
 def test_equal_components_do_not_break_the_solve():
     tensor, parts = unit((5, 6, 7)), factors((5, 6, 7), 1)
-    found = descend(tensor, Iterate([part.repeat(1, 4) for part in parts]), Stage(5, first=0.0, last=0.0), Clock())
+    found = descend(tensor, Iterate([part.repeat(1, 4) for part in parts]), Stage(5, first=0.0, last=0.0), Budget())
     assert math.isfinite(found.objective)
 
 
 def test_a_descent_never_ends_above_where_a_sweep_begins():
     tensor = unit((13, 8, 4))
     begun = Sweeper(tensor, 5).sweep(balanced(factors((13, 8, 4), 5)), _als.PENALTY)
-    assert descend(tensor, begun, Stage(50), Clock()).objective <= begun.objective
+    assert descend(tensor, begun, Stage(50), Budget()).objective <= begun.objective
 
 
 def test_a_descent_is_done_where_it_is_close_enough():
     tensor = unit((13, 8, 4), noise=0.1)
     reports = []
-    clock = Clock(progress=lambda *report: reports.append(report))
-    found = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(500, enough=0.5), clock)
+    budget = Budget(progress=lambda *report: reports.append(report))
+    found = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(500, enough=0.5), budget)
     assert found.residual <= 0.5
     assert len(reports) < 50
 
 
 def test_a_descent_goes_on_with_the_momentum_of_another():
     tensor = unit((13, 8, 4))
-    whole = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(12), Clock())
-    first = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(6), Clock())
+    whole = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(12), Budget())
+    first = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(6), Budget())
     assert first.momentum > 1
-    again = descend(tensor, first.moved(lambda _, factor: factor.clone()), Stage(6), Clock())
+    again = descend(tensor, first.moved(lambda _, factor: factor.clone()), Stage(6), Budget())
     assert again.objective == pytest.approx(whole.objective, rel=1e-9)
-    assert descend(tensor, Iterate(first.factors), Stage(6), Clock()).objective > again.objective
+    assert descend(tensor, Iterate(first.factors), Stage(6), Budget()).objective > again.objective
 
 
 def test_a_penalty_falls_to_its_last_value_and_stays():

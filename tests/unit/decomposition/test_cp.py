@@ -9,7 +9,8 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import AmplificationWarning, MaxError, MaxSize
-from compress_bilinear.decomposition import _als, _clock, _cp_solve, cp, cp_bytes, rounded
+from compress_bilinear.decomposition import _als, _cp_solve, cp, cp_bytes, rounded
+from compress_bilinear.decomposition import _budget as _clock
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 pytestmark = pytest.mark.filterwarnings("ignore::compress_bilinear.AmplificationWarning")

@@ -4,7 +4,7 @@ from support import low_rank
 from torch import Tensor
 
 from compress_bilinear import decomposition
-from compress_bilinear.decomposition import Clock, CPDecomposition, TuckerDecomposition, refit_cp, refit_tucker
+from compress_bilinear.decomposition import Budget, CPDecomposition, TuckerDecomposition, refit_cp, refit_tucker
 
 SHAPES = ((6, 8, 7), (1, 9, 5), (5, 1, 6), (6, 5, 1), (1, 1, 1), (9, 4, 12))
 
@@ -36,7 +36,7 @@ def start(weight: Tensor, kind: str, rank) -> CPDecomposition | TuckerDecomposit
 
 
 def refit(found, rows):
-    return (refit_cp if isinstance(found, CPDecomposition) else refit_tucker)(found, rows, Clock(None, None))
+    return (refit_cp if isinstance(found, CPDecomposition) else refit_tucker)(found, rows, Budget(None, None))
 
 
 CASES = [
@@ -104,5 +104,5 @@ def test_rows_that_say_little_leave_it_finite(make, kind, rank):
 def test_a_time_limit_is_kept_and_gives_no_worse():
     weight = low_rank((6, 8, 7), 20)
     rows, found = rows_for(weight), decomposition.cp(weight, 3)
-    again = refit_cp(found, rows, Clock(1e-9, None))
+    again = refit_cp(found, rows, Budget(1e-9, None))
     assert objective(again, rows) <= objective(found, rows) * (1 + 1e-9)

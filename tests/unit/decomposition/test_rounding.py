@@ -8,7 +8,7 @@ from support import low_rank
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import (
-    Clock,
+    Budget,
     CPDecomposition,
     Metric,
     TuckerDecomposition,
@@ -22,7 +22,7 @@ from compress_bilinear.decomposition import (
     unwhitened_tucker,
 )
 from compress_bilinear.decomposition._stored import stored_columns, unit_columns
-from compress_bilinear.measure import weight_error
+from compress_bilinear.fitting import weight_error
 
 SHAPE = (37, 63, 29)
 WEIGHT = low_rank(SHAPE, 12, noise=0.3).float()
@@ -185,14 +185,14 @@ class TestInAMetric:
         assert float((values - WEIGHT).norm()) < 3 * float((plain - WEIGHT).norm())
 
     def test_outputs_for_which_there_is_no_time_are_rounded_to_the_nearest(self, quantize):
-        class Counted(Clock):
+        class Counted(Budget):
             def left(self, fraction=1.0):
                 self.asked = getattr(self, "asked", 0) + 1
                 return 5.5 - self.asked
 
         told = []
         metric, plain = spread_metric(), cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
-        assert torch.equal(stored_weight(WEIGHT, quantize, metric, Clock(1e-9)), plain)
+        assert torch.equal(stored_weight(WEIGHT, quantize, metric, Budget(1e-9)), plain)
         values = stored_weight(WEIGHT, quantize, metric, Counted(1.0, lambda part, error: told.append(part)))
         all_of_them = stored_weight(WEIGHT, quantize, metric)
         done = [torch.equal(one, other) for one, other in zip(values, all_of_them, strict=True)]

@@ -8,7 +8,8 @@ import torch
 from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import _subspace, cp, tucker, tucker_bytes, tucker_flops, tucker_parameters
+from compress_bilinear.decomposition import _hosvd as _subspace
+from compress_bilinear.decomposition import cp, tucker, tucker_bytes, tucker_flops, tucker_parameters
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)

@@ -11,7 +11,7 @@ from torch import nn
 import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
-from compress_bilinear.measure import resident_bytes, stored_bytes, weight_error
+from compress_bilinear.fitting import resident_bytes, stored_bytes, weight_error
 from compress_bilinear.modules import _linear
 from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
@@ -275,7 +275,7 @@ class TestBitsOfTheApi:
 
     @for_factors
     def test_the_error_is_split_in_the_candidate(self, method):
-        from compress_bilinear.solving import solve
+        from compress_bilinear.fitting import solve
 
         layer = bilinear(30, 23, 19)
         with torch.no_grad():

@@ -17,14 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from compress_bilinear.ops import (
-    _choice,
-    _triton_cp,
-    _triton_cp_pairs,
-    _triton_dense,
-    _triton_tucker,
-    _triton_tucker_pairs,
-)
+from compress_bilinear.ops import _choice
+from compress_bilinear.ops.triton import _cp as _triton_cp
+from compress_bilinear.ops.triton import _cp_pairs as _triton_cp_pairs
+from compress_bilinear.ops.triton import _dense as _triton_dense
+from compress_bilinear.ops.triton import _tucker as _triton_tucker
+from compress_bilinear.ops.triton import _tucker_pairs as _triton_tucker_pairs
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may ask for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

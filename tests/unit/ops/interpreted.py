@@ -13,15 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import (
-    _choice,
-    _dispatch,
-    _dispatch_pairs,
-    _triton_cp,
-    _triton_cp_pairs,
-    _triton_dense,
-    _triton_tucker_pairs,
-)
+from compress_bilinear.ops import _choice
+from compress_bilinear.ops.triton import _cp as _triton_cp
+from compress_bilinear.ops.triton import _cp_pairs as _triton_cp_pairs
+from compress_bilinear.ops.triton import _dense as _triton_dense
+from compress_bilinear.ops.triton import _operators as _dispatch
+from compress_bilinear.ops.triton import _pair_operators as _dispatch_pairs
+from compress_bilinear.ops.triton import _tucker_pairs as _triton_tucker_pairs
 from compress_bilinear.quantization import QuantizedTensor, dequantize, quantize_int8, scale_grid
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,7 +20,6 @@ from compress_bilinear.quantization import (
     BF16Tensor,
     NF4Tensor,
     QuantizedTensor,
-    _bitsandbytes,
     dequantize,
     dequantize_nf4,
     expanded,
@@ -29,7 +28,8 @@ from compress_bilinear.quantization import (
     quantize_nf4,
     scale_grid,
 )
-from compress_bilinear.quantization._bitsandbytes import int8_values, nf4_values
+from compress_bilinear.quantization import _decode_bnb as _bitsandbytes
+from compress_bilinear.quantization._decode_bnb import int8_values, nf4_values
 
 for_devices = pytest.mark.parametrize(
     "device",

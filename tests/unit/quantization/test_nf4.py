@@ -5,7 +5,7 @@ import torch
 
 from compress_bilinear.errors import CompressionError
 from compress_bilinear.quantization import BLOCK, NF4_CODE, NF4Tensor, _nf4, dequantize_nf4, nf4_bytes, quantize_nf4
-from compress_bilinear.quantization._bitsandbytes import nf4_values
+from compress_bilinear.quantization._decode_bnb import nf4_values
 
 # whole blocks and not, odd and even, and the layouts that bitsandbytes decodes wrongly on CPUs with AVX-512
 SHAPES = ((1,), (2,), (64,), (65,), (256, 32), (48, 16), (33, 80), (7, 5, 3), (101, 101))

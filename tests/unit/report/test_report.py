@@ -9,7 +9,7 @@ from support import bilinear, low_rank
 from torch import nn
 
 import compress_bilinear as cb
-from compress_bilinear.measure import Latency, Timing, stored_bytes
+from compress_bilinear.fitting import Latency, Timing, stored_bytes
 from compress_bilinear.report import (
     AS_CONFIGURED,
     SCHEMA_VERSION,

@@ -1,0 +1,46 @@
+"""What is asked: the configs, their targets, and recipes as text."""
+
+from ._methods import (
+    AutoConfig,
+    Compute,
+    Config,
+    Cost,
+    CPConfig,
+    CPRank,
+    DenseConfig,
+    LayerConfig,
+    MaxError,
+    MaxSize,
+    Quantize,
+    TuckerConfig,
+    TuckerRank,
+    check_cost,
+    check_quantize,
+    check_rank,
+)
+from ._recipe import METHODS, Recipe, asked, by_glob, parse_recipe, read_recipe
+
+__all__ = [
+    "METHODS",
+    "AutoConfig",
+    "CPConfig",
+    "CPRank",
+    "Compute",
+    "Config",
+    "Cost",
+    "DenseConfig",
+    "LayerConfig",
+    "MaxError",
+    "MaxSize",
+    "Quantize",
+    "Recipe",
+    "TuckerConfig",
+    "TuckerRank",
+    "asked",
+    "by_glob",
+    "check_cost",
+    "check_quantize",
+    "check_rank",
+    "parse_recipe",
+    "read_recipe",
+]

@@ -1,0 +1,235 @@
+"""What is asked of a layer: which method, at which rank or target, stored in which format."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from ..errors import ConfigError
+
+Quantize: TypeAlias = Literal["bf16", "int8", "nf4"]
+"""The storage formats besides the layer's own dtype: 16, 8 and 4 bits."""
+
+
+Compute: TypeAlias = Literal["on_the_fly", "resident", "int8", "bitsandbytes"]
+"""How a quantized layer computes: see `set_compute`."""
+
+
+def check_quantize(quantize: object) -> None:
+    """Raise `ConfigError` unless `quantize` is None or one of `Quantize`."""
+    allowed = get_args(Quantize)
+    if quantize is not None and quantize not in allowed:
+        names = ", ".join(repr(name) for name in allowed)
+        raise ConfigError(f"`quantize` should be None or one of {names}. Found {quantize!r}.")
+
+
+Cost: TypeAlias = Literal["bytes", "parameters", "flops"]
+"""What a Tucker `MaxError` can make small."""
+
+
+def check_cost(cost: object) -> None:
+    """Raise `ConfigError` unless `cost` is one of `Cost`."""
+    if cost not in get_args(Cost):
+        names = ", ".join(repr(name) for name in get_args(Cost))
+        raise ConfigError(f"`cost` should be one of {names}. Found {cost!r}.")
+
+
+def check_rank(rank: object, what: str = "`rank`") -> None:
+    """Raise `ConfigError` unless `rank` is a positive int."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"{what} should be a positive int. Found {rank!r}.")
+    if rank >= 2**31:
+        raise ConfigError(f"{what} should be below 2**31. Found an int of {rank.bit_length()} bits.")
+
+
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ConfigError(f"`seed` should be an int from 0 to 2**63 - 1. Found {seed!r}.")
+
+
+def _check_fraction(value: object, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 or math.isnan(value):
+        raise ConfigError(f"{what} should be a number above 0 and below 1. Found {value!r}.")
+
+
+Fit: TypeAlias = Literal["output", "weight"]
+"""What factors are fitted to."""
+
+
+def check_fit(fit: object) -> None:
+    """Raise `ConfigError` unless `fit` is one of `Fit`."""
+    if fit not in get_args(Fit):
+        raise ConfigError(f"`fit` should be 'output' or 'weight'. Found {fit!r}.")
+
+
+@dataclass(frozen=True)
+class MaxError:
+    """The cheapest rank whose relative error is at most `error`, after everything that is stored has been rounded.
+
+    Args:
+        error: above 0 and below 1.
+        on: "weight" counts the Frobenius error of the weight, ‖W − Ŵ‖/‖W‖; "output" the error of the layer's outputs,
+            ‖y − ŷ‖/‖y − b‖, on calibration rows that no fit has seen.
+
+    Raises: ConfigError for anything else.
+    """
+
+    error: float
+    on: Literal["weight", "output"] = "weight"
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.error, "`MaxError`'s error")
+        if self.on not in ("weight", "output"):
+            raise ConfigError(f"`on` of a MaxError should be 'weight' or 'output'. Found {self.on!r}.")
+
+
+@dataclass(frozen=True)
+class MaxSize:
+    """The lowest error within `fraction` of the layer's original bytes; everything stored counts, bias included.
+
+    Raises: ConfigError unless 0 < fraction < 1.
+    """
+
+    fraction: float
+
+    def __post_init__(self) -> None:
+        _check_fraction(self.fraction, "`MaxSize`'s fraction")
+
+
+CPRank: TypeAlias = int | MaxError | MaxSize
+TuckerRank: TypeAlias = tuple[int, int, int] | MaxError | MaxSize
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPConfig:
+    """Replace a layer by `CPBilinear`: W_oij ≈ Σ_r C_or A_ir B_jr, that is R(O + I + J) parameters.
+
+    Args:
+        rank: the number of components R, or a target (`MaxError`, `MaxSize`) that chooses it.
+        quantize: None keeps the layer's dtype; "bf16", "int8" and "nf4" store the factors in 16, 8 or 4 bits.
+        seed: of the solver's random starts.
+        fit: "output" fits the layer's outputs where there are calibration rows; "weight" the weight in any case, as
+            without rows, and as a `MaxError` on the weight does.
+
+    Raises: ConfigError for anything else.
+    """
+
+    rank: CPRank
+    quantize: Quantize | None = None
+    seed: int = 0
+    fit: Fit = "output"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, (MaxError, MaxSize)):
+            check_rank(self.rank, "`rank` of a CPConfig, where it is not a MaxError or MaxSize,")
+        check_quantize(self.quantize)
+        _check_seed(self.seed)
+        check_fit(self.fit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuckerConfig:
+    """Replace a layer by `TuckerBilinear`: W ≈ G ×_O U ×_I A ×_J B with a core G of shape (R_o, R_i, R_j).
+
+    Args:
+        rank: the triple (R_o, R_i, R_j) in the order of the weight's axes, or a target that chooses it.
+        quantize: None keeps the layer's dtype; "bf16", "int8" and "nf4" store core and factors in 16, 8 or 4 bits.
+        cost: what a `MaxError` on the weight makes small: stored "bytes", "parameters" or "flops" of a forward.
+        fit: as in `CPConfig`.
+
+    A mode whose rank is its size is absorbed into the core: it has no factor.
+
+    Raises: ConfigError for anything else.
+    """
+
+    rank: TuckerRank
+    quantize: Quantize | None = None
+    cost: Cost = "bytes"
+    fit: Fit = "output"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, (MaxError, MaxSize)):
+            if not isinstance(self.rank, (tuple, list)) or len(self.rank) != 3:
+                raise ConfigError(
+                    "`rank` of a TuckerConfig should be a triple (out, in1, in2), a MaxError or a MaxSize. "
+                    f"Found {self.rank!r}."
+                )
+            for axis, value in enumerate(self.rank):
+                check_rank(value, f"`rank[{axis}]` of a TuckerConfig")
+            object.__setattr__(self, "rank", tuple(self.rank))
+        check_quantize(self.quantize)
+        check_cost(self.cost)
+        check_fit(self.fit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """Replace a layer by `DenseBilinear`: the weight itself, evaluated in the best order.
+
+    Args:
+        quantize: None keeps every bit of the weight, and the replacement is made where it is measured faster;
+            "bf16", "int8" and "nf4" store it in 16, 8 or 4 bits, and the replacement is made where it is smaller.
+
+    Raises: ConfigError for any other `quantize`.
+    """
+
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        check_quantize(self.quantize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoConfig:
+    """Choose method, rank and storage format for each layer, by what they are measured to lose and to cost.
+
+    Every layer gets a front of replacements: kept, dense in every format of `quantize`, and CP and Tucker at several
+    sizes in int8 and nf4. CP and Tucker in bf16 and in its own dtype follow where they may still win, and whatever is
+    far behind the others is not tried further. What counts is the output error on calibration rows that no fit
+    has seen; without calibration, the weight error.
+
+    Args:
+        error: every layer's error is at most this, and what it costs is least. A number, or a `MaxError`; a number
+            counts on the outputs where there are calibration rows.
+        size: all layers of this config together take at most this fraction of their bytes, and the sum of their
+            squared errors is least. A number, or a `MaxSize`.
+        prefer: "size" makes the bytes small; "speed" the measured time of a call: under an `error`, of all that meet it
+            the fastest is taken; under a `size`, what is slower than the layer itself is left out wherever something
+            faster fits.
+        seed: of the solvers' random starts.
+
+    Raises: ConfigError for anything else, or unless exactly one of `error` and `size` is given.
+    """
+
+    error: MaxError | float | None = None
+    size: MaxSize | float | None = None
+    prefer: Literal["size", "speed"] = "size"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.error is None) == (self.size is None):
+            both = "both" if self.error is not None else "neither"
+            raise ConfigError(f"An AutoConfig should have one of `error` and `size`. Found {both}.")
+        if self.error is not None and not isinstance(self.error, MaxError):
+            _check_fraction(self.error, "`error` of an AutoConfig, where it is not a MaxError,")
+        if self.size is not None and not isinstance(self.size, MaxSize):
+            _check_fraction(self.size, "`size` of an AutoConfig, where it is not a MaxSize,")
+        if self.prefer not in ("size", "speed"):
+            raise ConfigError(f"`prefer` should be 'size' or 'speed'. Found {self.prefer!r}.")
+        _check_seed(self.seed)
+
+    @property
+    def fraction(self) -> float | None:
+        """The `size` as a number."""
+        return self.size.fraction if isinstance(self.size, MaxSize) else self.size
+
+    def limit(self, calibrated: bool) -> MaxError | None:
+        """The `error` as a `MaxError`; a plain number's meaning depends on whether there are calibration rows."""
+        if self.error is None or isinstance(self.error, MaxError):
+            return self.error
+        return MaxError(self.error, on="output" if calibrated else "weight")
+
+
+LayerConfig: TypeAlias = CPConfig | TuckerConfig | DenseConfig
+"""What one layer is replaced by."""
+
+Config: TypeAlias = LayerConfig | AutoConfig

@@ -1,0 +1,128 @@
+"""Which Tucker ranks meet a target: an exact search over all triples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_never
+
+from ..config import Cost, MaxError, MaxSize, Quantize
+from ..errors import InfeasibleError
+from ._factors import relative
+from ._sizes import tucker_bytes, tucker_flops, tucker_parameters
+
+_SLAB = 2**20  # triples looked at together, at most
+_LEAST_SLAB = 2**12
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of the ranks of a weight (O, I, J), and what they cost."""
+
+    wanted: MaxError | MaxSize
+    shape: Triple
+    itemsize: int
+    quantize: Quantize | None
+    cost: Cost
+
+    def price(self, rank: Sequence[Any]) -> Any:
+        """What the target makes small; ranks may be broadcast tensors. Bytes for a `MaxSize`."""
+        match "bytes" if isinstance(self.wanted, MaxSize) else self.cost:
+            case "bytes":
+                return tucker_bytes(rank, self.shape, self.itemsize, self.quantize)
+            case "parameters":
+                return tucker_parameters(rank, self.shape)
+            case "flops":
+                return tucker_flops(rank, self.shape)
+            case never:
+                assert_never(never)
+
+    @property
+    def budget(self) -> float:
+        """Bytes that a `MaxSize` allows."""
+        assert isinstance(self.wanted, MaxSize)
+        out, in1, in2 = self.shape
+        return self.wanted.fraction * out * in1 * in2 * self.itemsize
+
+    def check_feasible(self) -> None:
+        """Raise InfeasibleError where not even the smallest ranks are within the budget."""
+        if not isinstance(self.wanted, MaxSize):
+            return
+        least = min(product(*({1, size} for size in self.shape)), key=self.price)  # a full rank may be the cheapest
+        if self.price(least) > self.budget:
+            raise InfeasibleError(
+                f"Rank {least} stores {self.price(least)} bytes. MaxSize({self.wanted.fraction:.4g}) of the "
+                f"weight's {int(self.budget / self.wanted.fraction)} bytes allows {int(self.budget)}."
+            )
+
+    def meets(self, rank: Triple, lost: float, total: float) -> bool:
+        """Whether ranks that lose this much of the squared norm are within the target."""
+        if isinstance(self.wanted, MaxError):
+            return relative(lost, total) <= self.wanted.error
+        return bool(self.price(rank) <= self.budget)
+
+    def key(self, rank: Triple, lost: float) -> tuple[float, float]:
+        """Smaller is better, among ranks that meet the target."""
+        price = float(self.price(rank))
+        return (price, lost) if isinstance(self.wanted, MaxError) else (lost, price)
+
+
+def best_block(
+    core: Tensor,  # (a, b, c), along each axis by descending singular value, as an HOSVD gives it
+    outside: float,  # squared norm of what the core does not hold
+    total: float,  # squared norm of the whole
+    target: Target,
+    absorbed: tuple[bool, bool, bool] | None = None,
+) -> tuple[tuple[float, float], Triple] | None:
+    """The best ranks whose leading block of the core meets the target, with their key; None where no block does.
+
+    `absorbed` says for each mode whether its rank must be its size in the weight, or below it; None leaves it open.
+
+    The bases are orthogonal, so the squared error of keeping the leading (r_o, r_i, r_j) block is exactly what lies
+    outside it: cumulative sums of squares give it for every triple. They are summed from the outside, all positive:
+    the total less what is inside would lose errors below 1e-8.
+    """
+    sizes = core.shape
+    rows = max(1, max(_LEAST_SLAB, min(_SLAB, core.numel() // 16)) // (sizes[1] * sizes[2]))
+    by_out = torch.stack([slab.double().square().sum() for slab in core])
+    beyond_out = _tail(by_out, 0)
+    inside = torch.zeros(sizes[1:], dtype=torch.float64, device=core.device)
+    axes = [torch.arange(1, size + 1, device=core.device) for size in sizes]
+    found: tuple[tuple[float, float], Triple] | None = None
+    for start in range(0, sizes[0], rows):
+        energy = core[start : start + rows].double().square().cumsum(0) + inside
+        inside = energy[-1].clone()
+        lost = _tail(energy.cumsum(1), 2)
+        lost += _tail(energy.sum(2), 1)[:, :, None]
+        lost += beyond_out[start : start + rows, None, None] + outside
+        out = axes[0][start : start + rows, None, None]
+        ranks = [out, axes[1][None, :, None], axes[2][None, None, :]]
+        price = target.price(ranks).double()
+        allowed = (
+            lost <= target.wanted.error**2 * total if isinstance(target.wanted, MaxError) else price <= target.budget
+        )
+        for rank, size, full in zip(ranks, target.shape, absorbed or (), strict=False):
+            allowed = allowed & ((rank == size) == full)
+        first, second = (price, lost / total) if isinstance(target.wanted, MaxError) else (lost, price)
+        first = torch.where(allowed, first, torch.inf)
+        least = first.min()
+        if not bool(least.isfinite()):
+            continue
+        best = int(torch.where(first == least, second, torch.inf).argmin())
+        a, b, c = (int(i) for i in torch.unravel_index(torch.tensor(best), lost.shape))
+        triple = (start + a + 1, b + 1, c + 1)
+        key = target.key(triple, float(lost[a, b, c]))
+        if found is None or key < found[0]:
+            found = key, triple
+    return found
+
+
+def _tail(tensor: Tensor, axis: int) -> Tensor:
+    """The sum of all entries after each, along an axis."""
+    sums = tensor.flip(axis).cumsum(axis).flip(axis)
+    return torch.cat([sums.narrow(axis, 1, sums.shape[axis] - 1), torch.zeros_like(sums.narrow(axis, 0, 1))], axis)

@@ -1,0 +1,304 @@
+"""What a layer sees, taken by hooks while the model runs: its inputs' moments, and a bounded sample of its rows."""
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import CompressionError
+from ..modules import Call, call, undisturbed
+
+MAX_ROWS = 8192
+FEWEST_ROWS = 32  # below which nothing is fitted to rows, and none are held out
+_HELD_OUT = 4  # one row in so many
+_CHUNK = 2**22  # elements that are widened to float64 at once
+
+
+@dataclass(frozen=True, eq=False)
+class LayerInputs:
+    """Rows that a layer was called with, and the moments of all of them.
+
+    Attributes:
+        input1: (n, I), a uniform random sample of all rows seen, n at most `max_rows`, in random order.
+        input2: (n, J), the rows that came with them.
+        rows_seen: how many rows there were.
+        calls: in how many calls.
+        moments: E[x1 x1ᵀ] (I, I), E[x2 x2ᵀ] (J, J) and E[x1 x2ᵀ] (I, J) over all rows, in float64.
+        gradient: E[g gᵀ] (O, O) of a loss's gradients by the layer's outputs, where a loss was given.
+    """
+
+    input1: Tensor
+    input2: Tensor
+    rows_seen: int
+    calls: int
+    moments: tuple[Tensor, Tensor, Tensor] | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def rows_per_call(self) -> int:
+        """The mean number of rows of a call, at least 1."""
+        return max(1, round(self.rows_seen / self.calls))
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are rows enough to fit to, and to hold some out."""
+        return len(self.input1) >= FEWEST_ROWS
+
+    @property
+    def _split(self) -> int:
+        return len(self.input1) - len(self.input1) // _HELD_OUT if self.is_enough else 0
+
+    @property
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """The rows to fit to: three quarters of the sample, or none of a tiny one."""
+        return self.input1[: self._split], self.input2[: self._split]
+
+    @property
+    def held_out(self) -> tuple[Tensor, Tensor]:
+        """The rows to measure on, which no fit may see: the others."""
+        return self.input1[self._split :], self.input2[self._split :]
+
+    @cached_property
+    def fit_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`moments` without the rows that are held out; where there are none, those of the rows to fit to."""
+        held1, held2 = (rows.double() for rows in self.held_out)
+        left = self.rows_seen - len(held1)
+        if self.moments is None or left <= 0:
+            rows = self.fit if self.is_enough else (self.input1, self.input2)
+            first, second = (value.double() / max(len(value), 1) ** 0.5 for value in rows)
+            return first.T @ first, second.T @ second, first.T @ second
+        pairs = ((held1, held1), (held2, held2), (held1, held2))
+        first, second, cross = (
+            (moment.to(x.device) * self.rows_seen - x.T @ y) / left
+            for moment, (x, y) in zip(self.moments, pairs, strict=True)
+        )
+        return first, second, cross
+
+
+class _Moments:
+    """Sums of products over a stream of rows, in float64 and in constant memory."""
+
+    def __init__(self) -> None:
+        self._sums: list[Tensor] | None = None
+        self._count = 0
+
+    def add(self, input1: Tensor, input2: Tensor) -> None:
+        first, second = input1.detach(), input2.detach()
+        parts = [_product_sum(first, first), _product_sum(second, second), _product_sum(first, second)]
+        self._count += first.shape[:-1].numel()
+        if self._sums is None:
+            self._sums = parts
+        else:
+            self._sums = [total + part.to(total) for total, part in zip(self._sums, parts, strict=True)]
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._sums is not None
+        first, second, cross = (total / max(self._count, 1) for total in self._sums)
+        return first, second, cross
+
+
+def _product_sum(first: Tensor, second: Tensor) -> Tensor:
+    """Σ x yᵀ over the rows of (..., a) and (..., b), in float64; dimensions that were expanded are not written out."""
+    factor = 1
+    for dim in reversed(range(first.dim() - 1)):
+        size = first.shape[dim]
+        repeated1, repeated2 = (size > 1 and value.stride(dim) == 0 for value in (first, second))
+        if not (repeated1 or repeated2):
+            continue
+        if repeated1 and repeated2:
+            factor *= size
+        # Σ_k x y_k = x Σ_k y_k
+        first = first.select(dim, 0) if repeated1 else first.sum(dim, dtype=torch.float64)
+        second = second.select(dim, 0) if repeated2 else second.sum(dim, dtype=torch.float64)
+    rows1, rows2 = first.reshape(-1, first.shape[-1]), second.reshape(-1, second.shape[-1])
+    step = max(1, _CHUNK // max(rows1.shape[1], rows2.shape[1], 1))
+    total = torch.zeros(rows1.shape[1], rows2.shape[1], dtype=torch.float64, device=rows1.device)
+    for part1, part2 in zip(rows1.split(step), rows2.split(step), strict=True):
+        total.addmm_(part1.double().T, part2.double())
+    return total.mul_(factor)
+
+
+class _Reservoir:
+    """A uniform sample of a stream of rows in constant memory: every row draws a key, the largest keys stay."""
+
+    def __init__(self, max_rows: int, seed: int) -> None:
+        self._max_rows = max_rows
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0)
+        self._rows: tuple[Tensor, Tensor] | None = None
+        self._moments = _Moments()
+        self.rows_seen = 0
+        self.calls = 0
+
+    def add(self, input1: Tensor, input2: Tensor) -> None:
+        if input1.dim() == 1:
+            input1, input2 = input1.unsqueeze(0), input2.unsqueeze(0)
+        leading = input1.shape[:-1]
+        count = leading.numel()
+        self._moments.add(input1, input2)
+        keys = torch.cat([self._keys, torch.rand(count, generator=self._generator)])
+        self.calls += 1
+        self.rows_seen += count
+        chosen = keys.topk(min(self._max_rows, len(keys))).indices
+        old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
+        # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
+        index = torch.unravel_index(new.to(input1.device), leading)
+        picked = [value.detach()[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
+        if self._rows is not None:
+            # rows may come from another device, where one module is called on several
+            picked = [
+                torch.cat([kept[old.to(kept.device)], new_rows.to(kept)])
+                for kept, new_rows in zip(self._rows, picked, strict=True)
+            ]
+        self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
+        self._rows = (picked[0], picked[1])
+
+    def result(self, name: str, gradient: Tensor | None) -> LayerInputs | None:
+        if self._rows is None or self.rows_seen == 0:
+            return None
+        moments = self._moments.result()
+        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+            bad = sum(int((~torch.isfinite(rows)).any(1).sum()) for rows in self._rows)
+            raise CompressionError(
+                f"The calibration inputs that reach layer {name or '(root)'!r} should be finite, and their squares in "
+                f"float64's range. Found NaN, infinity or larger values (in {bad} of {len(self._keys)} sampled rows)."
+            )
+        order = self._keys.argsort(descending=True)  # random: what is held out must not be the end of the stream
+        first, second = (rows[order.to(rows.device)] for rows in self._rows)
+        return LayerInputs(first, second, self.rows_seen, self.calls, moments, gradient)
+
+
+class _Gradients:
+    """E[g gᵀ] of a loss's gradients by a layer's outputs, taken at probes of zero that are added to these."""
+
+    def __init__(self) -> None:
+        self._probes: list[Tensor] = []
+        self._total: Tensor | None = None
+        self._rows = 0
+
+    def probed(self, output: Tensor) -> Tensor:
+        probe = torch.zeros_like(output, requires_grad=True)
+        self._probes.append(probe)
+        return output + probe
+
+    def take(self, loss: Tensor) -> None:
+        probes, self._probes = self._probes, []
+        for gradient in torch.autograd.grad(loss, probes, retain_graph=True, allow_unused=True) if probes else ():
+            if gradient is None or not bool(torch.isfinite(gradient).all()):
+                continue
+            part = _product_sum(gradient, gradient)
+            self._rows += gradient.shape[:-1].numel()
+            self._total = part if self._total is None else self._total + part.to(self._total)
+
+    def result(self) -> Tensor | None:
+        return None if self._total is None or not bool(self._total.any()) else self._total / max(self._rows, 1)
+
+
+def collect_inputs(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    forward_fn: Call | None = None,
+    loss_fn: Call | None = None,
+    max_rows: int = MAX_ROWS,
+    seed: int = 0,
+) -> dict[str, LayerInputs | None]:
+    """Run the model over `batches`; take the moments of the rows that reach each layer, and sample these.
+
+    The model runs in eval mode, without gradients but for `loss_fn`; training flags, buffers and the random state are
+    restored afterwards, whatever happens. A layer that is called several times, or under several names, sees the union.
+    Memory does not grow with the stream, and inputs that were expanded over pairs stay so.
+
+    Args:
+        model: the network; nothing of it is changed.
+        layers: two-input modules inside it, by a name of the caller's.
+        batches: an iterable of what the model takes: a tensor, or a tuple or dict of its arguments.
+        forward_fn: how to run it on a batch that is something else, for instance one with labels:
+            `lambda model, batch: model(batch[0])`.
+        loss_fn: instead, a scalar loss of model and batch, which may use labels: besides, the outer products of its
+            gradients by the layers' outputs are averaged. Parameters' own gradients are left alone.
+        max_rows: the most rows to keep for a layer.
+        seed: of the sample.
+
+    Returns:
+        For each name its `LayerInputs`, or None where no row reached the layer.
+
+    Raises:
+        CompressionError: there are no batches, the model fails on one, inputs are not finite, or a loss is no scalar.
+    """
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise CompressionError(
+            f"The model should be initialised before calibration, which would initialise it. Found {', '.join(lazy)} "
+            "without a shape: run the model once first."
+        )
+    reservoirs = {name: _Reservoir(max_rows, seed) for name in layers}
+    gradients = {name: _Gradients() for name in layers}
+    run = loss_fn or forward_fn or call
+    handles = []
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            bound = dict(zip(("input1", "input2"), args, strict=False)) | kwargs
+            input1, input2 = bound.get("input1"), bound.get("input2")
+            if isinstance(input1, Tensor) and isinstance(input2, Tensor) and input1.shape[:-1] == input2.shape[:-1]:
+                reservoirs[name].add(input1, input2)
+
+        return hook
+
+    def probe_for(name: str) -> Any:
+        return lambda module, args, output: gradients[name].probed(output)
+
+    count = 0
+    with undisturbed(model):
+        try:
+            for name, layer in layers.items():
+                handles.append(layer.register_forward_pre_hook(hook_for(name), with_kwargs=True))
+                if loss_fn is not None:
+                    handles.append(layer.register_forward_hook(probe_for(name)))
+            for count, batch in enumerate(batches, start=1):
+                try:
+                    with nullcontext() if loss_fn is None else torch.enable_grad():
+                        result = run(model, batch)
+                except Exception as error:
+                    raise CompressionError(
+                        f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
+                        "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments "
+                        "(or pass `forward_fn`, say `lambda model, batch: model(batch[0])` for batches with labels). "
+                        f"Found {_describe(batch)}."
+                    ) from error
+                if loss_fn is not None:
+                    loss = _checked_loss(result)
+                    for each in gradients.values():
+                        each.take(loss)
+        finally:
+            for handle in handles:
+                handle.remove()
+    if count == 0:
+        raise CompressionError("`calibration` should yield at least one batch. Found none.")
+    return {name: each.result(name, gradients[name].result()) for name, each in reservoirs.items()}
+
+
+def _checked_loss(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise CompressionError(f"`loss_fn` should return a differentiable scalar tensor. Found {found}.")
+    return loss
+
+
+def _describe(batch: Any) -> str:
+    match batch:
+        case Tensor():
+            return f"a tensor of shape {tuple(batch.shape)}"
+        case Mapping():
+            return "a dict of " + ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
+        case tuple() | list():
+            return f"a {type(batch).__name__} of " + ", ".join(_describe(value) for value in batch)
+        case _:
+            return type(batch).__name__

@@ -1,0 +1,335 @@
+"""Which layers a model has, which are selected, which cannot be replaced faithfully; and the swap itself."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..config import Config
+from ..errors import CompressionError, ConfigError, MatchError
+from ._base import CompressedBilinear
+from .adapters import AdaptedLayer, adapted_layer, unknown_forms
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+_HOOKS = {
+    "_forward_hooks": "forward hooks",
+    "_forward_pre_hooks": "forward pre-hooks (as torch.nn.utils.prune and weight_norm install)",
+    "_backward_hooks": "backward hooks",
+    "_backward_pre_hooks": "backward pre-hooks",
+    "_state_dict_hooks": "state_dict hooks",
+    "_state_dict_pre_hooks": "state_dict pre-hooks",
+    "_load_state_dict_pre_hooks": "load_state_dict pre-hooks",
+    "_load_state_dict_post_hooks": "load_state_dict post-hooks",
+}
+
+
+# what a subclass may define without behaving otherwise once it is built
+_HARMLESS = {
+    "__init__",
+    "__module__",
+    "__qualname__",
+    "__doc__",
+    "__annotations__",
+    "__annotate__",
+    "__annotate_func__",
+}
+_HARMLESS |= {"__annotations_cache__", "__constants__", "__firstlineno__", "__static_attributes__", "__orig_bases__"}
+_HARMLESS |= {"__parameters__", "__dict__", "__weakref__", "reset_parameters", "extra_repr", "__repr__"}
+
+
+@dataclass(frozen=True, eq=False)
+class FoundLayer:
+    """A bilinear layer and all the names under which the model has it, "" for the model itself.
+
+    Attributes:
+        layer: the `nn.Bilinear`; of a module of another form, one that has been made of its weight and bias.
+        adapted: how a module of another form carries it; None for an `nn.Bilinear`.
+    """
+
+    names: tuple[str, ...]
+    layer: nn.Bilinear
+    adapted: AdaptedLayer | None = None
+
+    @property
+    def label(self) -> str:
+        return self.names[0] or "(root)"
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the model under the names."""
+        return self.layer if self.adapted is None else self.adapted.module
+
+    @property
+    def form(self) -> str:
+        """The kind of that: "nn.Bilinear", or the name of its class."""
+        return "nn.Bilinear" if self.adapted is None else self.adapted.kind
+
+    @property
+    def rows(self) -> nn.Module:
+        """What is called with the layer's pairs of rows: of an adapted module, while it is observed."""
+        return self.layer if self.adapted is None else self.adapted.probe.rows
+
+    def current(self) -> nn.Bilinear:
+        """The layer as the model has it now."""
+        return self.layer if self.adapted is None else self.adapted.bilinear()
+
+
+def find(model: nn.Module) -> list[FoundLayer]:
+    """All `nn.Bilinear` layers, and modules that carry one in another form, in the model's order.
+
+    Each comes once, with all its names. Raises: ConfigError where a registered adapter does not fit its module.
+    """
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    inner: set[int] = set()  # the parts of compressed layers
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+        modules[id(module)] = module
+        if isinstance(module, CompressedBilinear):
+            inner.update(id(part) for part in module.modules())
+    found = []
+    for key, module in modules.items():
+        adapted = adapted_layer(module) if key not in inner and not isinstance(module, nn.Bilinear) else None
+        if adapted is not None:
+            inside = tuple(f"{name}." if name else "" for name in names[key])
+            held = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
+            adapted.elsewhere = tuple(name for name in held if not name.startswith(inside))
+            found.append(FoundLayer(tuple(names[key]), adapted.bilinear(), adapted))
+        elif isinstance(module, nn.Bilinear):
+            found.append(FoundLayer(tuple(names[key]), module))
+    return found
+
+
+def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
+    """The compressed layers by their first name, "" for the model itself; not those that are a part of another."""
+    found: dict[str, CompressedBilinear] = {}
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, CompressedBilinear) and id(module) not in inner:
+            found[name] = module
+            inner.update(id(part) for part in module.modules())
+    return found
+
+
+def select(
+    model: nn.Module,
+    configs: Mapping[str, Config],
+    include: str | Iterable[str],
+    exclude: str | Iterable[str],
+) -> list[tuple[FoundLayer, Config]]:
+    """The layers that are included, not excluded, and matched by a glob of `configs`, with their configs.
+
+    Raises: MatchError where a pattern matches nothing, or all of them together leave nothing.
+    """
+    found = find(model)
+    if not found:
+        top = [name or "(root)" for name in find_compressed(model)]
+        also = f" These are compressed already: {', '.join(top)}." if top else ""
+        like = "".join(f" {told}." for told in unknown_forms(model))
+        raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}{like}")
+    for module in model.modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel)):
+            raise CompressionError(
+                f"`model` should not be wrapped for parallel training. Found {type(module).__name__}: "
+                "compress its `.module` and wrap the result."
+            )
+    includes, excludes = patterns(include, "include"), patterns(exclude, "exclude")
+    for what, globs in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
+        for pattern in globs:
+            if not any(_matches(layer, (pattern,)) for layer in found):
+                like = "".join(f" {told}." for told in unknown_forms(model))
+                raise MatchError(
+                    f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.{like}"
+                )
+    chosen = []
+    for layer in found:
+        if _matches(layer, includes) and not _matches(layer, excludes):
+            config = next((config for pattern, config in configs.items() if _matches(layer, (pattern,))), None)
+            if config is not None:
+                chosen.append((layer, config))
+    if not chosen:
+        raise MatchError(
+            f"`include`, `exclude` and `config` should leave at least one nn.Bilinear. Found: {_listing(found)}."
+        )
+    return chosen
+
+
+def patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
+    """One glob or several as a tuple. Raises: ConfigError where one is no string."""
+    found = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in found:
+        if not isinstance(pattern, str):
+            raise ConfigError(f"`{what}` should be a glob or several. Found {pattern!r}.")
+    return found
+
+
+def _matches(found: FoundLayer, globs: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in found.names for pattern in globs)
+
+
+def _listing(found: Sequence[FoundLayer]) -> str:
+    shown = []
+    for layer in found:
+        names = " = ".join(name or "(root)" for name in layer.names)
+        shape = "lazy" if is_lazy(layer.layer) else "x".join(str(size) for size in layer.layer.weight.shape)
+        shown.append(f"{names} ({shape})")
+    return ", ".join(shown)
+
+
+def is_lazy(layer: nn.Bilinear) -> bool:
+    """Whether the weight has no shape yet."""
+    weight = layer._parameters.get("weight")
+    return weight is not None and bool(torch.nn.parameter.is_lazy(weight))
+
+
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter, by id, the full names under which distinct modules hold it."""
+    owners: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+    return owners
+
+
+def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
+    """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
+    layer = found.layer
+    if found.adapted is None:
+        reason = _other_behaviour(layer) or hooked(layer) or _tied([layer.weight], owners)
+    else:
+        weights = [found.module.get_parameter(name) for name in found.adapted.weights]
+        reason = found.adapted.objection() or next(filter(None, map(hooked, found.adapted.owners)), None)
+        reason = reason or _tied(weights, owners)
+    return reason or (_unfit_values(layer) if values else None)
+
+
+def _other_behaviour(layer: nn.Bilinear) -> str | None:
+    kind = type(layer)
+    if is_parametrized(layer):
+        return (
+            "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
+            "which bakes the parametrization into the weight"
+        )
+    for base in kind.__mro__[: kind.__mro__.index(nn.Bilinear)]:
+        own = [name for name in vars(base) if name not in _HARMLESS]
+        if own:
+            return f"its class {kind.__name__} has its own {own[0]}, which a replacement would not have"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance, which a replacement would not run"
+    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
+        extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
+        missing = {"weight", "bias"} - set(layer._parameters)
+        what = f"holds {', '.join(sorted(extra))}" if extra else f"has no parameter {', '.join(sorted(missing))}"
+        return f"it {what}: a plain nn.Bilinear has the parameters weight and bias and nothing else"
+    return None
+
+
+def hooked(layer: nn.Module) -> str | None:
+    """Which hooks a replacement of the layer would not run; None where it has none."""
+    for attribute, what in _HOOKS.items():
+        if getattr(layer, attribute, None):
+            return f"it has {what}, which a replacement would not run: remove them first"
+    for name, parameter in layer._parameters.items():
+        hooks = getattr(parameter, "_backward_hooks", None), getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if parameter is not None and any(hooks):
+            return f"its {name} has gradient hooks, which a replacement would not run: remove them first"
+    return None
+
+
+def _tied(weights: Sequence[Tensor], owners: Mapping[int, Sequence[str]]) -> str | None:
+    for weight in weights:
+        names = owners.get(id(weight), ())  # by id: the layer itself counts once
+        if len(names) > 1:
+            return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
+    return None
+
+
+def _unfit_values(layer: nn.Bilinear) -> str | None:
+    if is_lazy(layer):
+        return "its weight is not initialised yet: run the model once first"
+    for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is None:
+            continue
+        if tensor.is_meta:
+            return f"its {name} is on the meta device and has no values: load them first"
+        if tensor.dtype not in _DTYPES:
+            return f"its {name} is {tensor.dtype}: float32, float64, float16 or bfloat16 is required"
+        if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
+            found = type(tensor.data).__name__ if type(tensor.data) is not Tensor else str(tensor.layout)
+            return f"its {name} is a {found}: a plain dense tensor is required"
+        if not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            return f"its {name} has {bad} values that are NaN or infinite"
+    expected = (layer.out_features, layer.in1_features, layer.in2_features)
+    if tuple(layer.weight.shape) != expected or layer.weight.numel() == 0:
+        return f"its weight has shape {tuple(layer.weight.shape)}, where its features say {expected}, all at least 1"
+    if layer.bias is not None and tuple(layer.bias.shape) != expected[:1]:
+        return f"its bias has shape {tuple(layer.bias.shape)}, where {expected[:1]} is required"
+    return None
+
+
+def fingerprint(layer: nn.Bilinear) -> str:
+    """Of every bit of weight and bias, with their dtype and device."""
+    digest = hashlib.blake2b()
+    for tensor in (layer.weight, layer.bias):
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
+    """Where a module of the model holds the layer outside its registered submodules, in an attribute or a container."""
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute != "_modules" and _holds(value, layer, set()):
+                return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
+    return None
+
+
+def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
+    """Whether a value is the layer, or a container that holds it at any depth."""
+    if value is layer or getattr(value, "__self__", None) is layer:  # the latter of its methods
+        return True
+    if isinstance(value, partial):
+        return _holds([value.func, value.args, value.keywords], layer, seen)
+    if not isinstance(value, (dict, list, tuple, set, frozenset)) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+    return any(_holds(item, layer, seen) for item in items)
+
+
+def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
+    """Put modules in the places of others, which are given by id, under all their names; returns what undoes it.
+
+    All or nothing: a failure half way puts back what there was.
+    """
+    places = [
+        (parent, key, child)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child is not None and id(child) in new
+    ]
+
+    def undo() -> None:
+        for parent, key, child in places:
+            parent._modules[key] = child
+
+    try:
+        for parent, key, child in places:
+            parent._modules[key] = new[id(child)]
+    except BaseException:
+        undo()
+        raise
+    return undo

@@ -1,0 +1,117 @@
+"""What is known of a form, and the module that takes the place of one of that form."""
+
+import functools
+import types
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from .._base import CompressedBilinear
+
+Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+COMPRESSED = "compressed"  # the attribute of the new module that holds the layer
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """How a module carries a bilinear weight.
+
+    Attributes:
+        name: what a saved file calls the form.
+        to_weight: from the module to its weight (O, I, J), computed from its parameters by differentiable operations.
+        call: `call(module, layer, *args, **kwargs)` is what `module(*args, **kwargs)` was, with `layer` (a
+            `CompressedBilinear`) in place of the weight.
+        to_bias: from the module to its bias (O,), or None without one.
+        example: from the module to arguments of a call, to verify and time it without calibration data; or None.
+    """
+
+    name: str
+    to_weight: Callable[[Any], Tensor]
+    call: Callable[..., Any]
+    to_bias: Callable[[Any], Tensor | None] | None = None
+    example: Callable[[Any], Any] | None = None
+
+    def __deepcopy__(self, memo: Mapping[int, Any]) -> "Adapter":
+        return self
+
+
+class AdaptedBilinear(nn.Module):
+    """Mixed into the class of a module whose weight has been replaced: it is what it was, but for its weight.
+
+    Attributes:
+        compressed: the layer that holds the weight now.
+    """
+
+    compressed: CompressedBilinear
+    _adapter: Adapter
+    _gone: tuple[str, ...]
+
+    @property
+    def adapter_name(self) -> str:
+        """The form that was replaced."""
+        return self._adapter.name
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_gone", ()):
+            raise AttributeError(
+                f"`{name}` of this {type(self).__name__} has been replaced: `{COMPRESSED}` holds it now, and "
+                f"`{COMPRESSED}.to_dense()` gives the weight as (out, in1, in2)."
+            )
+        return super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        try:
+            return super().extra_repr()
+        except AttributeError:  # it may have shown its weight's shape
+            return ""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _blank, (type(self)._kind,), dict(self.__dict__)  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `kind` whose forward is its adapter's call."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self._adapter.call(self, self.compressed, *args, **kwargs)
+
+    own = {"forward": forward, "_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return types.new_class(f"Compressed{kind.__name__}", (AdaptedBilinear, kind), {}, lambda names: names.update(own))
+
+
+def _blank(kind: type[nn.Module]) -> nn.Module:
+    adapted = _adapted_class(kind)  # type: ignore[arg-type]
+    new: nn.Module = adapted.__new__(adapted)
+    return new
+
+
+def rebuilt(shell: nn.Module, adapter: Adapter, gone: Collection[str], layer: CompressedBilinear) -> nn.Module:
+    """`shell`, which is changed, as the module whose parts `gone` are in `layer`."""
+    shell.__class__ = _adapted_class(type(shell))  # type: ignore[arg-type]  # a class can be hashed
+    shell.__dict__ |= {"_adapter": adapter, "_gone": tuple(sorted(gone))}
+    shell.register_module(COMPRESSED, layer)
+    return shell
+
+
+def without(module: nn.Module, parameters: Collection[str]) -> tuple[nn.Module, set[str]]:
+    """A module that shares all with `module` but these parameters, which it lacks; and the attributes it lacks."""
+    new = type(module).__new__(type(module))
+    new.__dict__.update(module.__dict__)
+    new._parameters = {name: value for name, value in module._parameters.items() if name not in parameters}
+    new._buffers, new._modules = dict(module._buffers), dict(module._modules)
+    gone = set(parameters) & set(module._parameters)
+    for name, child in module._modules.items():
+        own = {key.removeprefix(f"{name}.") for key in parameters if key.startswith(f"{name}.")}
+        if child is None or not own:
+            continue
+        if own >= {key for key, _ in child.named_parameters(remove_duplicate=False)} and not list(child.buffers()):
+            del new._modules[name]  # nothing of it is left
+            gone.add(name)
+        else:
+            new._modules[name], _ = without(child, own)
+    return new, gone

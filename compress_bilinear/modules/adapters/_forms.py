@@ -1,0 +1,145 @@
+"""Forms that are known by structure: how two inputs, a stored weight and an output hang together."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from .._base import CompressedBilinear
+from ._adapter import Adapter
+
+Ones: TypeAlias = Literal["none", "first", "last"]
+Mode: TypeAlias = Literal["rows", "pairs", "blocks"]
+
+_TIMED_ROWS, _TIMED_BATCH = 256, (8, 32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to evaluate y_o = x1ᵀ W_o x2 with a weight of one parameter.
+
+    Attributes:
+        parameter: the weight's name in the module; `bias` that of the bias (O,), or None.
+        axes: which letter each axis of the stored weight is, say "oij"; for the flat weight of an `nn.Linear`, "o(ij)",
+            "o(ji)" or, in blocks, "o(kij)".
+        sizes: (I, J) of the whole inputs, ones included.
+        ones: where a 1 is added to each input.
+        mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks.
+        blocks: K.
+        output: "o" for rows and blocks; the order of an output's last axes for pairs, say "oxy"; without an o where it
+            has size 1 and is squeezed away ("1" where nothing is left).
+        leading: dimensions of inputs that the module is known to take; `dims` are their numbers, the last included.
+            They are no part of the name.
+    """
+
+    parameter: str
+    bias: str | None
+    axes: str
+    sizes: tuple[int, int]
+    ones: tuple[Ones, Ones] = ("none", "none")
+    mode: Mode = "rows"
+    blocks: int = 1
+    output: str = "o"
+    leading: tuple[tuple[int, ...], tuple[int, ...]] = ((3,), (3,))
+    dims: tuple[int, ...] = (1, 2, 3)
+
+    @property
+    def name(self) -> str:
+        """What a file calls it: equal for equal forms of whatever size."""
+        ones = "".join(f", 1 {place} in input{k}" for k, place in enumerate(self.ones, 1) if place != "none")
+        blocks = f" of {self.sizes[1]}" if self.mode == "blocks" else ""
+        return f"{self.mode}{blocks} {self.axes} -> {self.output}{ones}"
+
+    def adapter(self) -> Adapter:
+        return Adapter(self.name, self.to_weight, self.call, self.to_bias if self.bias else None, self.example)
+
+    def to_weight(self, module: nn.Module) -> Tensor:
+        """(O, I, J), a view."""
+        stored = module.get_parameter(self.parameter)
+        match self.axes:
+            case "o(ij)" | "o(kij)":
+                return stored.unflatten(1, (-1, self.sizes[1]))
+            case "o(ji)":
+                return stored.unflatten(1, (self.sizes[1], self.sizes[0])).mT
+            case letters:
+                return stored.permute(*(letters.index(letter) for letter in "oij"))
+
+    def to_bias(self, module: nn.Module) -> Tensor | None:
+        """(O,)."""
+        return None if self.bias is None else module.get_parameter(self.bias)
+
+    def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:
+        """What the module's forward does, with `layer`.
+
+        Raises: InputError for inputs of other numbers of dimensions than have been compared.
+        """
+        if not {input1.dim(), input2.dim()} <= set(self.dims):
+            dims = " or ".join(map(str, self.dims))
+            raise InputError(
+                f"The inputs should have {dims} dimensions, as this form was recognised by. "
+                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+            )
+        input1, input2 = _with_one(input1, self.ones[0]), _with_one(input2, self.ones[1])
+        match self.mode:
+            case "rows":
+                if input1.shape[:-1] != input2.shape[:-1]:  # an einsum with "..." or a product broadcasts
+                    leading = torch.broadcast_shapes(input1.shape[:-1], input2.shape[:-1])
+                    input1, input2 = input1.expand(*leading, -1), input2.expand(*leading, -1)
+                output = layer(input1, input2)
+            case "blocks" if (input1.shape[-1], input2.shape[-1]) == self.sizes:
+                output = layer(input1, input2)  # one block of input2 for all of input1, as broadcasting allows
+            case "blocks":
+                shape = (self.blocks, self.sizes[1])
+                output = layer.blockwise(input1.unflatten(-1, shape), input2.unflatten(-1, shape))
+            case "pairs":
+                output = layer.pairwise(input1, input2)
+        return arranged(output, self.output)
+
+    def example(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """Random inputs: 256 rows, or a batch of 8 with 32 each."""
+        leading = (_TIMED_ROWS,) if len(self.leading[0]) == 1 else _TIMED_BATCH
+        return inputs(self, leading, leading)
+
+
+def inputs(
+    form: Form, leading1: tuple[int, ...], leading2: tuple[int, ...], dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Seeded random inputs of a form, without their ones."""
+    generator = torch.Generator().manual_seed(0)
+    both = []
+    for leading, size, ones in zip((leading1, leading2), input_sizes(form), form.ones, strict=True):
+        both.append(torch.randn(*leading, size - (ones != "none"), generator=generator, dtype=dtype))
+    return both[0], both[1]
+
+
+def input_sizes(form: Form) -> tuple[int, int]:
+    """The sizes of the whole inputs: of all blocks together."""
+    size1, size2 = form.sizes
+    return (form.blocks * size2, form.blocks * size2) if form.mode == "blocks" else (size1, size2)
+
+
+def arranged(
+    output: Tensor,  # (..., O), or (..., L1, L2, O)
+    order: str,
+) -> Tensor:
+    """An output in a form's order."""
+    if order in ("1", "xy", "yx"):
+        output = output.squeeze(-1)
+        return output.mT if order == "yx" else output
+    count = len(order)
+    if order in ("o", "xyo"):
+        return output
+    leading = range(output.dim() - count)
+    return output.permute(*leading, *(output.dim() - count + "xyo".index(letter) for letter in order))
+
+
+def _with_one(value: Tensor, ones: Ones) -> Tensor:
+    match ones:
+        case "none":
+            return value
+        case "last":
+            return torch.cat([value, torch.ones_like(value[..., :1])], -1)
+        case "first":
+            return torch.cat([torch.ones_like(value[..., :1]), value], -1)

@@ -1,0 +1,90 @@
+"""The forms that users register, and which adapter a module has."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from ...errors import ConfigError
+from .._base import CompressedBilinear
+from ._adapter import AdaptedBilinear, Adapter
+from ._carried import AdaptedLayer
+from ._recognition import recognise
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_REGISTERED: dict[type[nn.Module], Adapter] = {}
+
+
+def register_adapter(
+    kind: type[_Module],
+    *,
+    to_weight: Callable[[_Module], Tensor],
+    call: Callable[..., Any],
+    to_bias: Callable[[_Module], Tensor | None] | None = None,
+    example: Callable[[_Module], Any] | None = None,
+) -> None:
+    """Say how modules of a class carry a bilinear weight, so that `plan`, `compress` and `load` treat them as layers.
+
+    A replacement is of the same class, with all the module's other parts, but without the parameters of `to_weight`
+    and `to_bias`; in their place its attribute `compressed` holds a `CPBilinear`, `TuckerBilinear` or `DenseBilinear`.
+    Before anything is replaced, the module's own forward and `call` around the exact weight are compared in float64,
+    on the first calibration batch or on `example`; where they differ the layer is kept, and the report says how.
+
+    Args:
+        kind: the class itself; its subclasses, which may do otherwise, are registered by themselves. Registering a
+            class again replaces what was said before.
+        to_weight: from a module to its weight (O, I, J), by differentiable operations on its parameters: these are
+            what is replaced.
+        call: `call(module, layer, *args, **kwargs)` gives what `module(*args, **kwargs)` gave. `layer` has no more
+            than the weight and the bias: `layer(x1, x2)` evaluates rows, `layer.pairwise(x1, x2)` all pairs,
+            `layer.blockwise(x1, x2)` a sum over blocks and `layer.indexed(x1, index)` a one-hot second input. It must
+            not touch what was replaced.
+        to_bias: from a module to its bias (O,), or None where it has none.
+        example: from a module to the arguments of a call (a tensor, a tuple, or a dict of keywords); needed where there
+            is no calibration data.
+
+    Raises: ConfigError where an argument is of another type.
+    """
+    if not isinstance(kind, type) or not issubclass(kind, nn.Module) or issubclass(kind, (nn.Bilinear, *_OURS)):
+        raise ConfigError(f"`kind` should be a class of nn.Module, other than nn.Bilinear. Found {kind!r}.")
+    optional = {"to_bias": to_bias, "example": example}
+    for what, value in ({"to_weight": to_weight, "call": call} | optional).items():
+        if not callable(value) and (value is not None or what not in optional):
+            raise ConfigError(f"`{what}` should be a function. Found {value!r}.")
+    _REGISTERED[kind] = Adapter(kind.__name__, to_weight, call, to_bias, example)
+
+
+_OURS = (CompressedBilinear, AdaptedBilinear)
+
+
+def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
+    """The module with its adapter, where its class is registered or its form is known by structure.
+
+    Raises: ConfigError where a registered adapter does not fit the module.
+    """
+    if isinstance(module, _OURS):
+        return None
+    kind = type(module).__mro__[1] if is_parametrized(module) else type(module)
+    adapter = _REGISTERED.get(kind)
+    if adapter is None:
+        form = recognise(module)
+        adapter = None if form is None else form.adapter()
+    return None if adapter is None else AdaptedLayer(module, adapter)
+
+
+def unknown_forms(model: nn.Module) -> list[str]:
+    """Modules that look like a bilinear layer of another form, which none of the known ones reproduces."""
+    told = []
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Bilinear, *_OURS)) or type(module).__module__.partition(".")[0] == "torch":
+            continue
+        three = [key for key, value in module._parameters.items() if value is not None and not is_lazy(value)]
+        three = [key for key in three if module.get_parameter(key).dim() == 3]
+        if three and adapted_layer(module) is None:
+            told.append(
+                f"{name or '(root)'} ({type(module).__name__}) has a three-dimensional `{three[0]}`, but its forward "
+                "is no form that is known by structure: see register_adapter"
+            )
+    return told

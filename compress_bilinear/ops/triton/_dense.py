@@ -1,0 +1,144 @@
+"""Fused dense bilinear: y_no = Σ_ij x1_ni W_oij x2_nj, never N x O x J, and the gradient of W, never N x I x J.
+
+For each i the rows of x2, times column i of x1, are multiplied with the slice W[:, i, :] on tensor cores and summed in
+float32. The inputs' gradients are the same form with the weight's axes in another order, so the same kernel.
+"""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._tiles import (
+    FEW,
+    OPTIONS,
+    exact,
+    load_scales,
+    load_tile,
+    multiply,
+    precision,
+    scale_layout,
+    shares,
+    store_tile,
+    tile,
+    times,
+)
+
+
+@triton.jit
+def dense_forward(
+    x1, x2, weight, scale, y,
+    rows, width1, width2, outputs, part,
+    x1_row, x1_column, x2_row, x2_column, w_out, w_in1, w_in2, s_out, s_in1, s_in2, b_out, b_in1, b_in2, y_part, y_row,
+    SCALED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """A block of rows by a block of outputs, of the share `part` of the sum over i."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o = tl.program_id(1) * BO + tl.arange(0, BO)
+    split = tl.program_id(2)
+    total = tl.zeros((BN, BO), tl.float32)
+    wide = tl.full([], 0, tl.int64)  # makes what is added to it 64 bits wide, whatever it is specialised to
+    first = split * part
+    last = tl.minimum(first + part, width1)
+    for start in range(0, width2, BJ):
+        j = start + tl.arange(0, BJ)
+        right = load_tile(x2, n, rows, x2_row, j, width2, x2_column)
+        for i in range(first, last):
+            offset = n.to(tl.int64) * x1_row + (wide + i) * x1_column
+            column = tl.load(x1 + offset, mask=n < rows, other=0.0)
+            part_weight = load_tile(weight + (wide + i) * w_in1, j, width2, w_in2, o, outputs, w_out)
+            if SCALED:
+                step = load_scales(
+                    scale + (wide + i // b_in1) * s_in1, j, width2, s_in2, b_in2, o, outputs, s_out, b_out
+                )
+                part_weight = (part_weight.to(tl.float32) * step).to(right.dtype)
+            total = multiply(times(right, column[:, None]), part_weight, total, PRECISION)
+    store_tile(y + split.to(tl.int64) * y_part, total, n, rows, y_row, o, outputs, 1)
+
+
+@triton.jit
+def dense_weight_gradient(
+    dy, x1, x2, dw,
+    rows, width1, width2, tiles1,
+    dy_row, dy_column, x1_row, x1_column, x2_row, x2_column,
+    PRECISION: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
+):  # fmt: skip
+    """Σ_n dy_no x1_ni x2_nj for one o, a block of i and a block of j."""
+    o = (tl.program_id(0) // tiles1).to(tl.int64)
+    i = (tl.program_id(0) % tiles1) * BI + tl.arange(0, BI)
+    j = tl.program_id(1) * BJ + tl.arange(0, BJ)
+    total = tl.zeros((BI, BJ), tl.float32)
+    for start in range(0, rows, BN):
+        n = start + tl.arange(0, BN)
+        left = load_tile(x1, i, width1, x1_column, n, rows, x1_row)
+        gradient = tl.load(dy + n.to(tl.int64) * dy_row + o * dy_column, mask=n < rows, other=0.0)
+        right = load_tile(x2, n, rows, x2_row, j, width2, x2_column)
+        total = multiply(times(left, gradient[None, :]), right, total, PRECISION)
+    store_tile(dw + o * width1 * width2, total, i, width1, width2, j, width2, 1)
+
+
+@cache
+def dense_tiles(
+    rows: int, width2: int, outputs: int, bits: int, exact: bool, scaled: bool, aligned: bool
+) -> dict[str, int]:
+    """Block sizes and warps of the forward.
+
+    Args:
+        aligned: whether rows of x2 and of the weight begin at multiples of 16 entries, else loads take registers.
+    """
+    most = 32 if exact else (64 if bits == 32 or scaled else 128)  # scales take registers too
+    blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
+    blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
+    warps = 4 if exact or (scaled and blocks["BN"] == 16) else 8
+    return blocks | {"num_warps": warps, "num_stages": 3} | OPTIONS
+
+
+@cache
+def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
+    """Block sizes and warps of the weight's gradient."""
+    most = 32 if exact else 64
+    return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2} | OPTIONS
+
+
+def launch_dense(
+    x1: Tensor,  # (N, I)
+    x2: Tensor,  # (N, J)
+    weight: Tensor,  # (O, I, J), floating or int8
+    scale: Tensor | None = None,  # one for each block of entries, or of all along an axis
+) -> Tensor:  # (N, O)
+    """All outputs; the wider input is summed over inside the products."""
+    if x1.shape[1] > x2.shape[1]:
+        x1, x2, weight, scale = x2, x1, weight.mT, None if scale is None else scale.mT
+    rows, (outputs, width1, width2) = x1.shape[0], weight.shape
+    aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x2.stride(), *weight.stride()))
+    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None, aligned)
+    programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
+    part, splits = shares(width1, programs, FEW)
+    dtype = x1.dtype if splits == 1 else torch.float32
+    y = torch.empty(splits, rows, outputs, dtype=dtype, device=x1.device)
+    dense_forward[triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]), splits](
+        x1, x2, weight, scale, y, rows, width1, width2, outputs, part,
+        *x1.stride(), *x2.stride(), *weight.stride(),
+        *scale_layout(scale, weight), rows * outputs, outputs,
+        SCALED=scale is not None, PRECISION=precision(x1.dtype), **blocks,
+    )  # fmt: skip
+    return y[0] if splits == 1 else y.sum(0).to(x1.dtype)
+
+
+def launch_weight_gradient(
+    dy: Tensor,  # (N, O)
+    x1: Tensor,  # (N, I)
+    x2: Tensor,  # (N, J)
+) -> Tensor:  # (O, I, J)
+    """Σ_n dy_no x1_ni x2_nj."""
+    rows, outputs, width1, width2 = *dy.shape, x1.shape[1], x2.shape[1]
+    dw = torch.empty(outputs, width1, width2, dtype=x1.dtype, device=x1.device)
+    blocks = gradient_tiles(width1, width2, exact(x1))
+    tiles1 = triton.cdiv(width1, blocks["BI"])
+    dense_weight_gradient[outputs * tiles1, triton.cdiv(width2, blocks["BJ"])](
+        dy, x1, x2, dw, rows, width1, width2, tiles1, *dy.stride(), *x1.stride(), *x2.stride(),
+        PRECISION=precision(x1.dtype), **blocks,
+    )  # fmt: skip
+    return dw

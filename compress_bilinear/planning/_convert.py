@@ -1,0 +1,150 @@
+"""Compressed layers in another storage format: floating point to be fine-tuned, or fewer bits; and how they compute."""
+
+import copy
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..config import Quantize, check_quantize
+from ..errors import CompressionError, ConfigError, MatchError
+from ..fitting import ComputeAsked, ComputeChoice, check_compute, choose_compute, random_rows
+from ..modules import CompressedBilinear, find_compressed, hooked, stored_as, swap
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool = False) -> _Model:
+    """Store the quantized layers in floating point, as parameters that can be fine-tuned.
+
+    They have the same function, up to rounding in `dtype`, and take inputs of that dtype alone, as plain layers do.
+    Afterwards `cb.quantize(model)` rounds them again.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        dtype: of the factors. None takes that of each layer's bias; without one, of the model's first floating
+            parameter; without one, float32.
+        inplace: False leaves the model as it is and returns a copy.
+
+    Returns:
+        The model, its quantized layers in floating point. New factors require gradients; a bias keeps its flag.
+
+    Raises:
+        MatchError: no layer is quantized; the message lists what there is.
+        ConfigError: `dtype` is not floating.
+        CompressionError: a layer has hooks or wrapped inner layers, which would be lost; or `inplace=True` where the
+            model is itself the layer. The model is left exactly as it was.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"`dtype` should be a floating torch.dtype or None. Found {dtype!r}.")
+    first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+    def convert(layer: CompressedBilinear) -> CompressedBilinear:
+        bias = layer.bias
+        kept = bias.dtype if isinstance(bias, torch.Tensor) else first
+        return stored_as(layer, None, dtype or kept)
+
+    return _converted(model, lambda layer: layer.quantize is not None, "that is quantized", convert, inplace)
+
+
+def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
+    """Store compressed layers that are in floating point in 16, 8 or 4 bits: the way back from `dequantize`.
+
+    It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold, value by value. For an `nn.Bilinear`, see
+    `compress`, which also fits factors to how others were rounded, and measures what that costs.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        quantize: the storage format, "bf16", "int8" or "nf4".
+        inplace: False leaves the model as it is and returns a copy.
+
+    Raises:
+        MatchError: no compressed layer is in floating point; the message lists what there is.
+        ConfigError: another `quantize`.
+        CompressionError: as for `dequantize`; or factors are not finite.
+    """
+    check_quantize(quantize)
+    if quantize is None:
+        raise ConfigError("`quantize` should name a storage format. Found None: `dequantize` gives floating point.")
+
+    def convert(layer: CompressedBilinear) -> CompressedBilinear:
+        return stored_as(layer, quantize, torch.float64)
+
+    return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
+
+
+def set_compute(
+    model: nn.Module,
+    compute: ComputeAsked = "fastest",
+    *,
+    rows: int = 64,
+    dtype: torch.dtype | None = None,
+) -> dict[str, ComputeChoice]:
+    """Choose how the quantized layers of a model compute, in place. Values do not change; `save` keeps the modes.
+
+    Args:
+        model: any module; a compressed layer itself too.
+        compute: a mode for each layer that has it (see `CompressedBilinear.set_compute`); others compute on the fly.
+            "fastest" times every mode of each layer side by side, without gradients, and leaves "on_the_fly" only for
+            one that is faster beyond the spread: its upper quartile below the other's lower one.
+        rows: of a timed call.
+        dtype: of the inputs, which resident weights are for. None takes each layer's bias's; without one, float32.
+
+    Returns:
+        For each layer's name what was chosen, with bytes and latencies.
+
+    Raises:
+        MatchError: no layer is quantized; the message lists what there is.
+        ConfigError: another `compute`, no positive number of rows, or a mode that none of the layers has.
+    """
+    check_compute(compute)
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise ConfigError(f"`rows` should be a positive int. Found {rows!r}.")
+    found = find_compressed(model)
+    layers = {name: layer for name, layer in found.items() if layer.quantize is not None}
+    if not layers:
+        there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
+        raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
+    if compute != "fastest":
+        refused = [layer.refused_compute(compute) for layer in layers.values()]
+        if None not in refused:
+            reasons = "; ".join(dict.fromkeys(filter(None, refused)))
+            raise ConfigError(f"A layer should have the mode {compute!r}. Found none: {reasons}.")
+    choices = {}
+    for name, layer in layers.items():
+        bias = layer.bias
+        wanted = dtype or (bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)
+        inputs = random_rows(layer, rows, next(layer.buffers()).device, wanted)
+        choices[name] = choose_compute(layer, compute, inputs, timed=False)
+    return choices
+
+
+def _converted(
+    model: _Model,
+    wanted: Callable[[CompressedBilinear], bool],
+    what: str,
+    convert: Callable[[CompressedBilinear], CompressedBilinear],
+    inplace: bool,
+) -> _Model:
+    layers = find_compressed(model)
+    names = [name for name, layer in layers.items() if wanted(layer)]
+    if not names:
+        there = ", ".join(f"{name or '(root)'} ({layer.method}, {layer.quantize})" for name, layer in layers.items())
+        raise MatchError(f"The model should contain a compressed layer {what}. Found {there or 'no compressed layer'}.")
+    if inplace and names == [""]:
+        raise CompressionError(
+            "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
+            f"{type(model).__name__}: use what `inplace=False` returns."
+        )
+    for name in names:
+        reason = hooked(layers[name])
+        if reason is not None:
+            raise CompressionError(f"Layer {name or '(root)'!r} cannot be stored otherwise: {reason}.")
+    target = model if inplace else copy.deepcopy(model)
+    found = find_compressed(target)
+    new = {id(found[name]): convert(found[name]) for name in names}
+    if names == [""]:
+        return new[id(target)]  # type: ignore[return-value]
+    swap(target, new)
+    return target

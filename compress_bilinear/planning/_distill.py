@@ -1,0 +1,342 @@
+"""Replacements trained a little, without labels: the compressed network is to give the original network's outputs.
+
+The factors of all CP and Tucker replacements move together, by Adam (Kingma and Ba, 2015) on the squared error of the
+network's outputs (knowledge distillation: Hinton, Vinyals, Dean, 2015), through the rounding of their storage format
+(straight-through gradients: Bengio, Léonard, Courville, 2013). What comes of it is kept only where the stored network's
+error falls on batches that were not trained on.
+"""
+
+import bisect
+import copy
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..config import Quantize
+from ..decomposition import Progress, stored_columns, stored_core
+from ..errors import CompressionError, ConfigError
+from ..modules import (
+    AdaptedLayer,
+    Call,
+    CompressedBilinear,
+    CPBilinear,
+    DenseBilinear,
+    TuckerBilinear,
+    call,
+    stored_as,
+    undisturbed,
+)
+
+DEFAULT_SECONDS = 60.0
+_MOST_BATCHES = 256
+_MOST_BYTES = 2**28  # of the batches and of the network's outputs for them
+_HELD_OUT = 4  # one batch in so many
+_RATE = 1e-2  # of a parameter's root mean square, at first
+_CHECKS = 12  # of the error on held-out batches
+
+
+class BatchSample:
+    """A uniform sample of a stream's batches, of bounded bytes, taken while something else consumes the stream."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._kept: list[tuple[float, Any]] = []
+        self._held = 0  # bytes of those
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches."""
+        for batch in batches:
+            key = float(torch.rand((), generator=self._generator))
+            bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
+            self._held += _bytes(batch)
+            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > _MOST_BYTES):
+                self._held -= _bytes(self._kept.pop()[1])
+            yield batch
+
+    @property
+    def batches(self) -> list[Any]:
+        """In random order."""
+        return [batch for _, batch in self._kept]
+
+
+@dataclass(frozen=True, eq=False)
+class Refined:
+    """New replacements, by the ids of the layers that they are for, and the network's error before and after."""
+
+    modules: dict[int, CompressedBilinear]
+    before: float
+    after: float
+
+
+def check_refinable(
+    model: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Any], forward_fn: Call | None = None
+) -> None:
+    """Run the model on one batch, and see that `refine` could match its outputs.
+
+    Args:
+        layers: those that are to be replaced.
+        batches, forward_fn: as in `refine`.
+
+    Raises: as `refine`.
+    """
+    if len(batches) < 2:
+        raise ConfigError(
+            "`refine='network'` needs at least two calibration batches, one of them to measure on. "
+            f"Found {len(batches)}."
+        )
+    probes: list[Tensor] = []
+
+    def probed(module: nn.Module, args: object, output: object) -> object:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        probes.append(torch.zeros_like(output, requires_grad=True))
+        return output + probes[-1]
+
+    handles = [layer.register_forward_hook(probed) for layer in layers]
+    try:
+        with undisturbed(model), torch.enable_grad():
+            outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
+            found = [output.sum() for output in outputs if output.requires_grad]
+            if not probes:
+                return  # no layer was reached by this batch, which says nothing of the others
+            gradients = torch.autograd.grad(found, probes, allow_unused=True) if found else ()
+            if all(gradient is None for gradient in gradients):
+                raise _not_differentiable()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refine(
+    model: nn.Module,
+    replacements: Mapping[int, CompressedBilinear],
+    batches: Sequence[Any],
+    *,
+    trained_bias: Iterable[int] = (),
+    adapted: Mapping[int, AdaptedLayer] = MappingProxyType({}),
+    forward_fn: Call | None = None,
+    seconds: float = DEFAULT_SECONDS,
+    progress: Progress | None = None,
+    accept: Callable[[Mapping[int, CompressedBilinear]], bool] = lambda found: True,
+) -> Refined:
+    """Fit replacements to the outputs of the whole network.
+
+    Args:
+        model: the original, which is left as it is; it runs in eval mode.
+        replacements: for `nn.Bilinear` layers of it, by id. Dense ones stay as they are.
+        batches: what the model takes, without labels; a quarter of them is held out.
+        adapted: the modules of other forms that carry layers, by the layer's id.
+        trained_bias: ids of the layers whose replacement's bias is its own, and is trained too.
+        forward_fn: as in `calibration.collect_inputs`.
+        seconds: for all of it.
+        progress: as in `decomposition.cp`, with the error on held-out batches.
+        accept: whether new replacements, by id, will do; asked of those that lower the error.
+
+    Returns:
+        The replacements in their storage formats, refined, or as they were where that is no better; and the relative
+        error of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
+
+    Raises:
+        ConfigError: there are not two batches; see `check_refinable`, which tells before anything is solved.
+        CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
+            cannot be copied.
+    """
+    begun = time.perf_counter()
+    run = forward_fn or call
+    trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
+    with undisturbed(model):
+        wanted = [_outputs(_ran(run, model, batch)) for batch in batches]
+    held_out = max(1, len(batches) // _HELD_OUT)
+    data = list(zip(batches, wanted, strict=True))
+    fit, held = data[held_out:], data[:held_out]
+    stored = _student(model, replacements, adapted)
+    before = _error(stored, run, held)
+    if not trained or not 0 < before < math.inf:
+        return Refined(dict(replacements), before, before)
+    dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
+    dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+    floating = {key: _trainable(module, dtypes[key]) for key, module in trained.items()}
+    student = _student(model, {**replacements, **floating}, adapted)
+    parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
+    biases = [floating[key].bias for key in trained_bias if key in floating]
+    parameters += [bias for bias in biases if isinstance(bias, nn.Parameter)]
+    best, least = dict(replacements), before
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(0)
+        groups = [{"params": [p], "lr": _RATE * _rms(p), "rate": _RATE * _rms(p)} for p in parameters]
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        norm = _norm(target for _, targets in fit for target in targets) / math.sqrt(len(fit))
+        checks = 1
+        while (done := (time.perf_counter() - begun) / seconds) < 1:
+            for number in torch.randperm(len(fit)).tolist():
+                done = min((time.perf_counter() - begun) / seconds, 1.0)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
+                batch, targets = fit[number]
+                found = _outputs(run(student, batch))
+                loss = sum(((f - t) / max(norm, 1e-30)).square().sum() for f, t in zip(found, targets, strict=True))
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    raise _not_differentiable()
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter.grad = gradient
+                optimizer.step()
+                if done >= checks / _CHECKS:
+                    break
+            if done >= checks / _CHECKS:
+                checks = int(done * _CHECKS) + 1
+                now = {key: _restored(module, trained[key]) for key, module in floating.items()}
+                error = _error(_student(model, {**replacements, **now}, adapted), run, held)
+                if error < least and accept(now):
+                    best, least = {**replacements, **now}, error
+                if progress is not None:
+                    progress(min(done, 1.0), least)
+    return Refined(best, before, least)
+
+
+def _student(
+    model: nn.Module, modules: Mapping[int, CompressedBilinear], adapted: Mapping[int, AdaptedLayer]
+) -> nn.Module:
+    """A copy of the network in eval mode, in which these modules, not copies, are in the places of layers."""
+    memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
+    try:
+        for key in modules.keys() & adapted.keys():
+            memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CompressionError(
+            f"The model could not be copied to be refined ({type(error).__name__}: {error})."
+        ) from error
+    for parameter in copied.parameters():
+        if not any(parameter is own for module in modules.values() for own in module.parameters()):
+            parameter.requires_grad_(False)
+    return copied.eval()
+
+
+def _ran(run: Call, model: nn.Module, batch: Any) -> Any:
+    try:
+        return run(model, batch)
+    except Exception as error:
+        raise CompressionError(
+            f"The model failed on a calibration batch that `refine='network'` runs it on: {type(error).__name__}: "
+            f"{error}\nPass `forward_fn`, say `lambda model, batch: model(batch[0])`, for batches with labels: a "
+            "`loss_fn` does not say what the outputs are."
+        ) from error
+
+
+def _widened(module: CompressedBilinear) -> CompressedBilinear:
+    """A copy in floating point, of float32 at least."""
+    return stored_as(copy.deepcopy(module), None, torch.promote_types(module.weight_dtype, torch.float32))
+
+
+def _trainable(module: CompressedBilinear, dtype: torch.dtype) -> CompressedBilinear:
+    """Its factors as parameters, which are rounded as its format does whenever they are used; for inputs of `dtype`."""
+    new = _widened(module)
+    own = new.weight_dtype
+    if dtype != own:
+        new.register_forward_pre_hook(lambda _, inputs: tuple(value.to(own) for value in inputs))
+        new.register_forward_hook(lambda _, inputs, output: output.to(dtype))
+    if module.quantize is None:
+        return new
+    for name in ("out_proj", "in1_proj", "in2_proj"):
+        linear = getattr(new, name)
+        if isinstance(linear, nn.Linear):
+            rounding = _Rounded(module.quantize, 0 if name == "out_proj" else 1)
+            parametrize.register_parametrization(linear, "weight", rounding)
+    if isinstance(new, TuckerBilinear):
+        assert isinstance(new.core, DenseBilinear)
+        parametrize.register_parametrization(new.core, "weight", _Rounded(module.quantize, None))
+    return new
+
+
+class _Rounded(nn.Module):
+    """What is stored of a factor, or of a core where `mode` is None; the gradient passes straight through."""
+
+    def __init__(self, quantize: Quantize, mode: int | None) -> None:
+        super().__init__()
+        self._quantize, self._mode = quantize, mode
+
+    def forward(self, weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self._mode is None:
+                rounded = stored_core(weight, self._quantize)
+            else:
+                factor = weight.T if self._mode else weight
+                values, scale = stored_columns(factor, self._mode, self._quantize)
+                rounded = (values * scale).T if self._mode else values * scale
+        return weight + (rounded.to(weight.dtype) - weight).detach()
+
+
+def _restored(module: CompressedBilinear, like: CompressedBilinear) -> CompressedBilinear:
+    """In the storage format, dtype and compute mode of the replacement that it was made of."""
+    plain = _widened(like)
+    # by name: parametrizations cannot be removed from a copy, whose class is that of the module it was made of
+    state = {name.replace(".parametrizations.weight.original", ".weight"): v for name, v in module.state_dict().items()}
+    plain.load_state_dict(state)
+    new = stored_as(plain, like.quantize, like.weight_dtype)
+    bias, old = plain.bias, like.bias
+    if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):
+        new.set_bias(nn.Parameter(bias.detach().to(old.dtype), old.requires_grad))
+    if new.quantize is not None:  # it is compared with `like`, and accepted, as it will compute
+        new.set_compute(like.compute)
+    return new
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    """The floating tensors in what a network returns, in order."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [tensor for item in value.values() for tensor in _outputs(item)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for item in value for tensor in _outputs(item)]
+    return []
+
+
+def _checked(outputs: list[Tensor]) -> list[Tensor]:
+    if not outputs:
+        raise CompressionError("The model should return a floating tensor, or a tuple or dict that has one.")
+    return outputs
+
+
+def _not_differentiable() -> CompressionError:
+    return CompressionError(
+        "The model's outputs should be differentiable by those of its bilinear layers, for `refine='network'`. "
+        "Found outputs without gradients: is it run under no_grad, or detached?"
+    )
+
+
+def _error(student: nn.Module, run: Call, data: Sequence[tuple[Any, list[Tensor]]]) -> float:
+    """‖f − f̂‖/‖f‖ over batches, in float64; infinite where it is no number."""
+    lost = total = 0.0
+    with torch.no_grad():
+        for batch, targets in data:
+            _checked(targets)
+            found = _outputs(run(student, batch))
+            lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in zip(found, targets, strict=True)))
+            total = math.hypot(total, _norm(targets))
+    error = lost / total if total else 0.0
+    return error if math.isfinite(error) else math.inf
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.hypot(*(float(tensor.double().norm()) for tensor in tensors))
+
+
+def _rms(parameter: Tensor) -> float:
+    return float(parameter.detach().double().square().mean().sqrt()) or 1e-3
+
+
+def _bytes(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return batch.numel() * batch.element_size()
+    if isinstance(batch, Mapping):
+        return sum(_bytes(item) for item in batch.values())
+    return sum(_bytes(item) for item in batch) if isinstance(batch, (tuple, list)) else 0

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from support import low_rank
+
+from compress_bilinear.decomposition import _hosvd as _subspace
+from compress_bilinear.decomposition._hosvd import start
+from compress_bilinear.decomposition._source import Source
+
+CASES = [
+    ((9, 40, 37), (4, 8, 8)),
+    ((9, 40, 37), (9, 8, 8)),  # one mode stays as it is
+    ((40, 9, 37), (8, 4, 9)),
+    ((37, 40, 9), (8, 8, 4)),
+    ((3, 40, 37), (3, 19, 18)),  # as many columns as the size, with those to spare
+    ((2, 40, 37), (1, 15, 15)),  # more than the other modes can span
+]
+
+
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def energy(source, sizes):
+    return float(start(source, sizes, generator())[1].double().square().sum())
+
+
+@pytest.mark.parametrize(("shape", "sizes"), CASES, ids=str)
+@pytest.mark.parametrize("kind", ["noise", "deficient", "zero"])
+def test_sketched_bases_are_orthonormal_and_their_core_is_the_projection(monkeypatch, shape, sizes, kind):
+    monkeypatch.setattr(_subspace, "_LARGE", 1)
+    weight = low_rank(shape, 3, noise=0.5 if kind == "noise" else 0.0) * (kind != "zero")
+    source = Source(weight)
+    basis, core = start(source, sizes, generator())
+    assert core.shape == sizes
+    for u, size, kept in zip(basis, shape, sizes, strict=True):
+        assert (u is None) == (size == kept)
+        if u is not None:
+            torch.testing.assert_close(u.T @ u, torch.eye(kept, dtype=u.dtype), rtol=0, atol=1e-10)
+    torch.testing.assert_close(core, source.project(basis), rtol=0, atol=1e-9 * max(1.0, float(weight.norm())))
+
+
+@pytest.mark.parametrize(("shape", "sizes"), CASES[:4], ids=str)
+def test_a_sketch_keeps_nearly_what_the_hosvd_keeps(monkeypatch, shape, sizes):
+    source = Source(low_rank(shape, 30, noise=0.5))
+    exact = energy(source, sizes)
+    monkeypatch.setattr(_subspace, "_LARGE", 1)
+    assert 0.85 * exact < energy(source, sizes) < 1.05 * exact  # the HOSVD is not optimal either
+
+
+def test_a_sketch_is_the_same_for_the_same_seed(monkeypatch):
+    monkeypatch.setattr(_subspace, "_LARGE", 1)
+    source = Source(low_rank((9, 40, 37), 30))
+    first, second = (start(source, (4, 8, 8), generator())[1] for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,464 @@
+import json
+import pickle
+import stat
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support import assert_same_state, bilinear, low_rank, state_of
+from torch import Tensor, nn
+
+import compress_bilinear as cb
+from compress_bilinear.errors import CheckpointError
+from compress_bilinear.files import _container as tensor_file
+
+IN1, IN2, OUT = 9, 8, 7
+
+CONFIGS = {
+    "cp": cb.CPConfig(rank=2),
+    "cp int8": cb.CPConfig(rank=2, quantize="int8"),
+    "tucker": cb.TuckerConfig(rank=(2, 3, 2)),
+    "tucker int8": cb.TuckerConfig(rank=(2, 3, 2), quantize="int8"),
+    "tucker near full": cb.TuckerConfig(rank=(6, 3, 7)),
+    "tucker near full int8": cb.TuckerConfig(rank=(5, 7, 2), quantize="int8"),
+    "dense": cb.DenseConfig(),
+    "dense int8": cb.DenseConfig(quantize="int8"),
+    "dense bf16": cb.DenseConfig(quantize="bf16"),
+    "tucker near full bf16": cb.TuckerConfig(rank=(5, 7, 2), quantize="bf16"),
+}
+
+
+class Net(nn.Module):
+    """Shared and plain bilinear layers, tied parameters, and other kinds of modules and buffers."""
+
+    def __init__(self, out: int = OUT, bias: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.rel = bilinear(IN1, IN2, out, bias=bias, seed=1)
+        self.one = self.other = bilinear(IN1, IN2, out, seed=2)
+        self.norm = nn.BatchNorm1d(out)
+        self.words = nn.Embedding(5, out)
+        self.logits = nn.Linear(out, 5, bias=False)
+        self.logits.weight = self.words.weight
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.to(dtype)
+
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self.logits(self.norm(self.rel(x1, x2) + self.one(x1, x2) + self.other(x1, x2)))
+
+
+def trained(**options) -> Net:
+    """A network whose every tensor differs from a fresh one's."""
+    model = Net(**options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(torch.rand(value.shape, generator=generator) if value.is_floating_point() else 17)
+        for seed, layer in enumerate((model.rel, model.one)):
+            layer.weight.copy_(low_rank(tuple(layer.weight.shape), 2, noise=0.1, seed=seed))
+    return model.eval()
+
+
+def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(6, size, generator=generator).to(dtype) for size in (IN1, IN2))
+
+
+def small(model: nn.Module, config: object, **options) -> nn.Module:
+    return cb.compress(model, config, measure_latency=False, force=True, **options)[0]
+
+
+def on_meta() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "small.safetensors"
+
+
+@cache
+def compressed(way: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A trained network with all its bilinear layers compressed in one way; not to be changed."""
+    return small(trained(dtype=dtype), CONFIGS[way])
+
+
+@cache
+def mixed() -> nn.Module:
+    """`rel` as Tucker and `one` = `other` as int8 CP; not to be changed."""
+    return small(trained(), {"rel": CONFIGS["tucker near full"], "*": CONFIGS["cp int8"]})
+
+
+@pytest.fixture
+def saved(path) -> Path:
+    """A file with `mixed()`."""
+    cb.save(mixed(), path)
+    return path
+
+
+def assert_same_file(found: Path, expected: Path) -> None:
+    """The same tensors and metadata; safetensors orders the metadata at random."""
+    (tensors, metadata), (others, other) = (tensor_file.read_safetensors(path) for path in (found, expected))
+    assert metadata == other
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(value, others[name]) for name, value in tensors.items())
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("fresh", [Net, on_meta], ids=["fresh", "meta"])
+    @pytest.mark.parametrize("way", CONFIGS)
+    def test_a_network_comes_back_bit_for_bit(self, path, way, fresh):
+        model = compressed(way)
+        cb.save(model, path)
+        target = fresh().eval()
+        loaded = cb.load(path, target)
+        assert loaded is target
+        assert_same_state(loaded, state_of(model))
+        assert not any(value.is_meta for value in loaded.state_dict().values())
+        assert torch.equal(loaded(*rows()), model(*rows()))
+        assert loaded.one is loaded.other
+        assert (type(loaded.rel), loaded.rel.rank, loaded.rel.quantize) == (
+            type(model.rel),
+            model.rel.rank,
+            model.rel.quantize,
+        )
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize("way", CONFIGS)
+    def test_a_layer_that_is_the_network_comes_back(self, path, way, device):
+        model = compressed(way).rel
+        cb.save(model, path)
+        loaded = cb.load(path, nn.Bilinear(IN1, IN2, OUT, device=device))
+        assert type(loaded) is type(model)
+        assert_same_state(loaded, state_of(model))
+        assert torch.equal(loaded(*rows()), model(*rows()))
+
+    @pytest.mark.parametrize("way", ["cp", "tucker int8", "dense int8"])
+    def test_bfloat16_networks_come_back(self, path, way):
+        model = compressed(way, torch.bfloat16)
+        cb.save(model, path)
+        loaded = cb.load(path, Net(dtype=torch.bfloat16).eval())
+        assert_same_state(loaded, state_of(model))
+        assert torch.equal(loaded(*rows(torch.bfloat16)), model(*rows(torch.bfloat16)))
+
+    def test_layers_without_bias_come_back(self, path):
+        model = small(trained(bias=False), CONFIGS["tucker"])
+        cb.save(model, path)
+        assert cb.load(path, Net(bias=False)).rel.bias is None
+
+    def test_partly_compressed_networks_come_back(self, path):
+        model = small(trained(), CONFIGS["cp"], include="rel")
+        cb.save(model, path)
+        loaded = cb.load(path, Net().eval())
+        assert isinstance(loaded.one, nn.Bilinear)
+        assert torch.equal(loaded(*rows()), model(*rows()))
+
+    def test_networks_without_replaced_layers_come_back(self, path):
+        cb.save(trained(), path)
+        assert_same_state(cb.load(path, Net()), state_of(trained()))
+
+    def test_what_is_loaded_can_be_saved_again(self, saved, tmp_path):
+        again = tmp_path / "again.safetensors"
+        cb.save(cb.load(saved, Net()), again)
+        assert_same_file(again, saved)
+
+    def test_shared_and_tied_tensors_are_stored_once(self, saved):
+        names = set(load_file(saved))
+        assert len({"words.weight", "logits.weight"} & names) == 1
+        assert not any(name.startswith("other.") for name in names)
+
+    def test_flags_are_those_of_the_fresh_network(self, saved):
+        model = Net()
+        model.rel.requires_grad_(False).eval()
+        loaded = cb.load(saved, model)
+        assert not any(parameter.requires_grad for parameter in loaded.rel.parameters())
+        assert not loaded.rel.core.training
+        assert loaded.one.training
+        assert loaded.one.bias.requires_grad
+
+    def test_what_is_loaded_trains(self, saved):
+        loaded = cb.load(saved, Net())
+        loaded(*rows()).sum().backward()
+        assert all(parameter.grad is not None for parameter in loaded.rel.parameters())
+
+    @pytest.mark.parametrize("fresh", [Net, on_meta], ids=["fresh", "meta"])
+    def test_tied_parameters_stay_tied(self, saved, fresh):
+        loaded = cb.load(saved, fresh())
+        assert loaded.words.weight is loaded.logits.weight
+
+    def test_a_bias_that_is_tied_elsewhere_stays_tied(self, path):
+        def net() -> nn.Module:
+            model = nn.ModuleDict({"rel": bilinear(IN1, IN2, OUT), "head": nn.Linear(3, OUT)})
+            model["head"].bias = model["rel"].bias
+            return model
+
+        cb.save(small(net(), CONFIGS["tucker"]), path)
+        loaded = cb.load(path, net())
+        assert loaded["rel"].bias is loaded["head"].bias
+
+    def test_views_into_one_storage_are_saved_apart(self, path):
+        model = nn.Module()
+        model.register_buffer("whole", torch.arange(12.0).view(3, 4))
+        model.register_buffer("column", model.whole[:, 1])
+        model.register_buffer("row", model.whole[1])
+        model.register_buffer("spread", torch.ones(1).expand(5))
+        cb.save(model, path)
+        found = load_file(path)
+        assert found["column"].tolist() == [1, 5, 9]
+        assert found["row"].tolist() == [4, 5, 6, 7]
+        assert found["spread"].tolist() == [1] * 5
+        assert torch.equal(found["whole"], model.whole)
+
+
+def edited(change: Callable[[dict, dict], None], signed: bool) -> Callable[[Path], None]:
+    """Change the description and the tensors of a file; `signed` also renews the digest, as a forger would."""
+
+    def rewrite(path: Path) -> None:
+        tensors, metadata = tensor_file.read_safetensors(path)
+        description = json.loads(metadata[tensor_file.METADATA_KEY])
+        change(description, tensors)
+        text = json.dumps(description, sort_keys=True)
+        metadata[tensor_file.METADATA_KEY] = text
+        if signed:
+            metadata["digest"] = tensor_file._digest(text, tensors)
+        save_file(tensors, path, metadata)
+
+    return rewrite
+
+
+def layer_with(**changes) -> Callable[[dict, dict], None]:
+    return lambda description, tensors: description["layers"][0].update(changes)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def rename(description, tensors) -> None:
+    tensors["rel.core.weights"] = tensors.pop("rel.core.weight")
+
+
+def cast(description, tensors) -> None:
+    tensors["rel.core.weight"] = tensors["rel.core.weight"].double()
+
+
+def cast_scale(description, tensors) -> None:
+    tensors["one.out_proj.sigma"] = tensors["one.out_proj.sigma"].double()
+
+
+def cast_index(description, tensors) -> None:
+    tensors["rel.out_proj.index"] = tensors["rel.out_proj.index"].long()
+
+
+DAMAGE = {
+    "missing": (Path.unlink, "should be a file. Found none"),
+    "empty": (lambda path: path.write_bytes(b""), "should be a whole safetensors file"),
+    "garbage": (lambda path: path.write_bytes(b"garbage " * 99), "should be a whole safetensors file"),
+    "truncated header": (lambda path: path.write_bytes(path.read_bytes()[:99]), "should be a whole safetensors file"),
+    "truncated data": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "should be a whole safetensors file"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "should be a whole safetensors file"),
+    "pickle": (lambda path: torch.save(Net(), path), "should be a whole safetensors file"),
+    "foreign": (lambda path: save_file({"a": torch.ones(2)}, path), "safetensors without its description"),
+    "flipped byte": (flip, "damaged or edited"),
+    "edited description": (edited(layer_with(rank=[2, 2, 2]), False), "damaged or edited"),
+    "edited tensor": (edited(lambda d, t: t["rel.core.weight"].zero_(), False), "damaged or edited"),
+    "version": (edited(lambda d, t: d.update(version=1), True), "format version 4. Found 1"),
+    "no version": (edited(lambda d, t: d.pop("version"), True), "damaged or edited"),
+    "no layers": (edited(lambda d, t: d.pop("layers"), True), "damaged or edited"),
+    "unknown field": (edited(layer_with(colour="red"), True), "damaged or edited"),
+    "no name": (edited(layer_with(names=[]), True), "Found"),
+    "unknown method": (edited(layer_with(method="tt"), True), "'cp', 'tucker' or 'dense'. Found 'tt'"),
+    "unknown format": (edited(layer_with(quantize="int4"), True), "not valid"),
+    "forged rank": (edited(layer_with(rank=[99, 2, 2]), True), "not valid"),
+    "forged size": (edited(layer_with(in1_features=2**62), True), "`in1_features` of layer 'rel' should be"),
+    "missing tensor": (edited(lambda d, t: t.pop("rel.core.weight"), True), "missing core.weight"),
+    "renamed tensor": (edited(rename, True), "missing core.weight; unexpected core.weights"),
+    "reshaped tensor": (edited(lambda d, t: t.update({"norm.bias": torch.ones(1)}), True), "'norm.bias' should be"),
+    "mixed dtypes": (edited(cast, True), "the dtype of its layer"),
+    "other scale": (edited(cast_scale, True), "dtype torch.float32"),
+    "other index": (edited(cast_index, True), "dtype torch.int32"),
+    "repeated index": (edited(lambda d, t: t["rel.out_proj.index"].zero_(), True), "each of 0..6 once"),
+    "extra tensor": (edited(lambda d, t: t.update(extra=torch.ones(1)), True), "unexpected extra"),
+}
+
+
+def without_head() -> Net:
+    model = Net()
+    del model.norm
+    return model
+
+
+def unshared() -> Net:
+    model = Net()
+    model.other = nn.Bilinear(IN1, IN2, OUT)
+    return model
+
+
+def hooked() -> Net:
+    model = Net()
+    model.rel.register_forward_hook(lambda *args: None)
+    return model
+
+
+OTHER_NETWORKS = {
+    "another kind": (lambda: nn.Linear(3, 3), "'rel' should be an nn.Bilinear .* Found no such layer"),
+    "other sizes": (lambda: Net(out=OUT + 1), "`out_features` of layer 'rel' should be 7. Found 8"),
+    "no bias": (lambda: Net(bias=False), "`bias` of layer 'rel' should be True. Found False"),
+    "float64": (lambda: Net(dtype=torch.float64), "should be torch.float64, as the network's are. Found torch.float32"),
+    "compressed": (lambda: small(Net(), CONFIGS["tucker"]), "Found a TuckerBilinear"),
+    "without a part": (without_head, "unexpected norm.bias"),
+    "unshared": (unshared, "should be shared under the names one, other. Found it under one"),
+    "hooked": (hooked, "should be a plain nn.Bilinear. Found that it has forward hooks"),
+}
+
+
+class TestFailures:
+    def refuse(self, path: Path, model: nn.Module, problem: str) -> None:
+        before, parts, random = state_of(model), dict(model.named_modules()), torch.get_rng_state()
+        with pytest.raises(CheckpointError, match=problem):
+            cb.load(path, model)
+        assert_same_state(model, before)
+        assert dict(model.named_modules()) == parts
+        assert torch.equal(torch.get_rng_state(), random)
+
+    @pytest.mark.parametrize("case", DAMAGE)
+    def test_a_damaged_file_is_refused_and_the_model_untouched(self, saved, case):
+        damage, problem = DAMAGE[case]
+        damage(saved)
+        self.refuse(saved, Net(), problem)
+
+    @pytest.mark.parametrize("case", OTHER_NETWORKS)
+    def test_another_network_is_refused_and_untouched(self, saved, case):
+        make, problem = OTHER_NETWORKS[case]
+        self.refuse(saved, make(), problem)
+
+    def test_a_folder_is_refused(self, tmp_path):
+        self.refuse(tmp_path, Net(), "Found a folder")
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_filling_that_fails_half_way_is_undone(self, saved, device):
+        class Failing(Net):
+            def load_state_dict(self, *args, **options):
+                super().load_state_dict(*args, **options)
+                raise MemoryError("no room")
+
+        with torch.device(device):
+            model = Failing()
+        before, parts = state_of(model), dict(model.named_modules())
+        with pytest.raises(MemoryError):
+            cb.load(saved, model)
+        assert {value.device.type for value in model.state_dict().values()} == {device}
+        assert list(model.state_dict()) == list(before)
+        assert dict(model.named_modules()) == parts
+        if device == "cpu":
+            assert_same_state(model, before)
+
+    def test_nothing_is_ever_unpickled(self, saved, monkeypatch):
+        def refuse(*args, **options):
+            raise AssertionError("this would run code")
+
+        for module, name in [(torch, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")]:
+            monkeypatch.setattr(module, name, refuse)
+        assert isinstance(cb.load(saved, Net()).rel, cb.TuckerBilinear)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+
+class TestSaving:
+    def fail_half_way(self, monkeypatch, error) -> None:
+        def half(tensors, path, metadata):
+            Path(path).write_bytes(b"half of the n")
+            raise error
+
+        monkeypatch.setattr(tensor_file, "save_file", half)
+
+    @pytest.mark.parametrize(
+        ("error", "seen"),
+        [
+            (OSError("disk full"), OSError),
+            (RuntimeError("broken"), CheckpointError),
+            (KeyboardInterrupt(), KeyboardInterrupt),
+        ],
+    )
+    def test_a_failure_leaves_the_old_file(self, saved, monkeypatch, error, seen):
+        before = saved.read_bytes()
+        self.fail_half_way(monkeypatch, error)
+        with pytest.raises(seen):
+            cb.save(Net(), saved)
+        assert saved.read_bytes() == before
+        assert list(saved.parent.iterdir()) == [saved]
+
+    def test_the_file_is_as_readable_as_others(self, saved):
+        other = saved.parent / "other"
+        other.touch()
+        assert stat.S_IMODE(saved.stat().st_mode) == stat.S_IMODE(other.stat().st_mode)
+
+    def test_saving_changes_nothing(self, path):
+        model = compressed("tucker int8")
+        before = state_of(model)
+        cb.save(model, path)
+        assert_same_state(model, before)
+
+    def test_the_description_names_the_layers(self, saved):
+        assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read(saved)[1]] == [
+            (("rel",), "tucker", (6, 3, 7)),
+            (("one", "other"), "cp", 2),
+        ]
+
+    @pytest.mark.parametrize(
+        ("model", "problem"),
+        [
+            (on_meta, "Found a tensor without values"),
+            (lambda: nn.LazyLinear(3), "Found a tensor without values"),
+        ],
+        ids=["meta", "lazy"],
+    )
+    def test_a_state_without_values_is_refused(self, path, model, problem):
+        with pytest.raises(CheckpointError, match=problem):
+            cb.save(model(), path)
+        assert not path.exists()
+
+    @pytest.mark.parametrize(
+        "value",
+        [torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex128), torch.ones(2, dtype=torch.complex64).conj()],
+        ids=["sparse", "complex128", "conjugate view"],
+    )
+    def test_what_safetensors_cannot_hold_is_refused_or_kept_exactly(self, path, value):
+        def net(value: Tensor) -> nn.Module:
+            model = nn.Module()
+            model.register_buffer("value", value)
+            return model
+
+        try:
+            cb.save(net(value), path)
+        except CheckpointError:
+            assert not path.exists()
+        else:
+            assert torch.equal(cb.load(path, net(torch.zeros_like(value))).value, value)
+
+    def test_extra_state_is_refused(self, path):
+        class Extra(nn.Linear):
+            def get_extra_state(self):
+                return {"step": 3}
+
+        with pytest.raises(CheckpointError, match=r"'_extra_state' should be a tensor with values. Found a dict"):
+            cb.save(Extra(2, 2), path)
+
+    def test_a_layer_that_was_changed_from_the_inside_is_refused(self, path):
+        model = small(trained(), CONFIGS["tucker"])
+        model.rel.in1_proj = Wrapped(model.rel.in1_proj)
+        with pytest.raises(CheckpointError, match=r"Layer 'rel' should hold .* Found .*in1_proj.inner.weight"):
+            cb.save(model, path)
+
+    def test_a_folder_that_is_not_there_is_an_error(self, tmp_path):
+        with pytest.raises(cb.CompressionError, match="Found no folder"):
+            cb.save(Net(), tmp_path / "missing" / "file")

@@ -1,0 +1,92 @@
+"""State dicts are read from whatever file holds one, and nothing in a file is run."""
+
+import os
+from collections import OrderedDict
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support import bilinear
+from torch import nn
+
+from compress_bilinear.errors import CheckpointError
+from compress_bilinear.files import read_state
+
+STATE = nn.ModuleDict({"rel": bilinear(18, 17, 7), "other": bilinear(5, 4, 3, bias=False)}).state_dict()
+
+
+def same(state, expected) -> bool:
+    return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        dict,
+        OrderedDict,
+        lambda state: {"model": state},
+        lambda state: {"model": state, "epoch": 3, "args": {"lr": 0.1}},
+        lambda state: {"epoch": torch.tensor(3), "state_dict": state},
+        lambda state: {"optimizer": {"state": {}, "groups": []}, "net": state},
+    ],
+    ids=["bare", "ordered", "under model", "beside numbers", "beside a tensor", "beside an optimizer"],
+)
+def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(tmp_path, wrap):
+    torch.save(wrap(STATE), tmp_path / "net.pt")
+    assert same(read_state(tmp_path / "net.pt"), STATE)
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "net.bin", "net"])
+def test_safetensors_are_known_by_their_content(tmp_path, name):
+    save_file(STATE, tmp_path / name)
+    assert same(read_state(str(tmp_path / name)), STATE)
+
+
+def test_tensors_from_an_older_torch_format(tmp_path):
+    torch.save(STATE, tmp_path / "net.pth", _use_new_zipfile_serialization=False)
+    assert same(read_state(tmp_path / "net.pth"), STATE)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (nn.Linear(2, 2), "pickled Python objects, which are not loaded because that runs code"),
+        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "Found 2 under the keys 'a', 'b'"),
+        ({}, "should hold one state dict. Found 0"),
+        ({"epoch": 3}, "Found 0 under the keys 'epoch'"),
+        ([torch.ones(1)], "should hold a state dict. Found a list"),
+        (torch.ones(1), "should hold a state dict. Found a Tensor"),
+    ],
+    ids=["module", "two states", "empty", "no state", "list", "tensor"],
+)
+def test_what_is_no_state_is_refused(tmp_path, content, problem):
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=problem):
+        read_state(tmp_path / "net.pt")
+
+
+def test_code_in_a_file_is_never_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    torch.save({"model": STATE, "args": Evil()}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="which are not loaded because that runs code"):
+        read_state(tmp_path / "net.pt")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"hello", lambda data: data[: len(data) // 2]])
+def test_damaged_files_are_refused(tmp_path, name, damage):
+    path = tmp_path / name
+    torch.save(STATE, path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError):
+        read_state(path)
+
+
+@pytest.mark.parametrize(("name", "found"), [("missing.pt", "none"), ("", "a folder")])
+def test_what_is_no_file_is_refused(tmp_path, name, found):
+    with pytest.raises(CheckpointError, match=f"should be a file. Found {found}"):
+        read_state(tmp_path / name)

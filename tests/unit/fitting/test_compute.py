@@ -1,0 +1,295 @@
+"""How quantized layers compute: chosen by measurement, told in the report, kept in files."""
+
+import json
+
+import pytest
+import torch
+from quantized import made, rows
+from support import bilinear, command_line
+from torch import nn
+
+import compress_bilinear as cb
+from compress_bilinear.config import MaxError
+from compress_bilinear.errors import CheckpointError, ConfigError
+from compress_bilinear.fitting import (
+    Latency,
+    LayerInputs,
+    OutputError,
+    choose_compute,
+    misses,
+    resident_bytes,
+    seen_rows,
+    stored_bytes,
+)
+from compress_bilinear.fitting import _compute as computing
+from compress_bilinear.planning import _verdict as selection
+from compress_bilinear.quantization import _decode_bnb as _bitsandbytes
+from compress_bilinear.report import Report
+
+CONFIGS = {
+    "dense": cb.DenseConfig(quantize="int8"),
+    "cp": cb.CPConfig(rank=40, quantize="int8"),
+    "tucker": cb.TuckerConfig(rank=(7, 9, 8), quantize="int8"),
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rel = bilinear(24, 20, 12)
+
+    def forward(self, input1, input2):
+        return self.rel(input1, input2)
+
+
+def batches(count=12):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(32, 24, generator=generator), torch.randn(32, 20, generator=generator)) for _ in range(count)]
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Latencies as a test wants them, by mode, and how often they were asked for."""
+    known, asked = {}, []
+
+    def latencies(calls, device, seconds=1.0):
+        for call in calls.values():
+            call()
+        asked.append(list(calls))
+        return {mode: known.get(mode, Latency(9.0, 8.9, 9.1)) for mode in calls}
+
+    monkeypatch.setattr(computing, "latencies", latencies)
+    known["asked"] = asked
+    return known
+
+
+class TestChoice:
+    @pytest.mark.parametrize(
+        ("resident", "int8", "expected"),
+        [
+            ((9, 8, 10), (9, 8, 10), "on_the_fly"),  # within the spread
+            ((1, 1, 1), (2, 2, 2), "resident"),
+            ((2, 2, 2), (1, 1, 1), "int8"),
+            ((2, 1, 9.2), (3, 3, 3), "int8"),  # faster in the median, but not beyond the spread
+        ],
+    )
+    def test_the_fastest_beyond_the_spread_is_taken(self, timed, resident, int8, expected):
+        timed |= {"resident": Latency(*resident), "int8": Latency(*int8)}
+        layer, _ = made("cp", "int8")
+        choice = choose_compute(layer, "fastest", rows(layer))
+        assert choice.compute == layer.compute == expected
+        assert [one.mode for one in choice.modes if one.chosen] == [expected]
+        assert {one.mode: one.latency_ms for one in choice.modes} == {
+            "on_the_fly": 9,
+            "resident": resident[0],
+            "int8": int8[0],
+            "bitsandbytes": None,
+        }
+
+    def test_what_there_is_an_objection_to_is_not_taken_and_the_reason_is_told(self, timed):
+        timed |= {"int8": Latency(1, 1, 1), "resident": Latency(2, 2, 2)}
+        layer, _ = made("dense", "int8")
+        choice = choose_compute(
+            layer, "fastest", rows(layer), objection=lambda one: "no" if one.compute == "int8" else None
+        )
+        assert choice.compute == "resident"
+        refused = {one.mode: one.refused for one in choice.modes}
+        assert (refused["on_the_fly"], refused["resident"], refused["int8"]) == (None, None, "no")
+        assert "slower than torch" in refused["bitsandbytes"]
+
+    @pytest.mark.parametrize("asked", ["resident", "int8"])
+    def test_a_mode_that_is_given_is_taken_without_or_with_its_latency(self, timed, asked):
+        layer, _ = made("dense", "int8")
+        choice = choose_compute(layer, asked, rows(layer), timed=False)
+        assert (choice.compute, choice.latencies, timed["asked"]) == (asked, {}, [])
+        assert all(one.latency_ms is None for one in choice.modes)
+        assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "resident", "int8"}
+
+    @pytest.mark.parametrize(
+        ("bitsandbytes", "expected"), [((1, 1, 1), "bitsandbytes"), ((9, 8, 10), "on_the_fly")], ids=str
+    )
+    def test_bitsandbytes_is_taken_where_it_is_faster_and_changes_nothing(self, timed, bitsandbytes, expected):
+        timed |= {"bitsandbytes": Latency(*bitsandbytes)}
+        layer, _ = made("cp", "nf4")
+        choice = choose_compute(layer, "fastest", rows(layer))
+        assert choice.compute == layer.compute == expected
+        known = {one.mode: one for one in choice.modes}["bitsandbytes"]
+        assert (known.output_change, known.resident_bytes, known.refused) == (0, stored_bytes(layer), None)
+
+    @pytest.mark.parametrize(("asked", "told"), [("on_the_fly", False), ("bitsandbytes", True)])
+    def test_bitsandbytes_is_not_imported_for_what_does_not_want_it(self, monkeypatch, asked, told):
+        imported = []
+        monkeypatch.setattr(_bitsandbytes, "missing", lambda: imported.append(1) or "not here")
+        layer, _ = made("dense", "nf4")
+        choice = choose_compute(layer, asked, rows(layer), timed=False)
+        assert bool(imported) == told
+        assert choice.compute == "on_the_fly"
+        assert {one.mode: one.refused for one in choice.modes}.get("bitsandbytes") == ("not here" if told else None)
+
+    def test_what_each_mode_holds_and_changes(self):
+        layer, _ = made("dense", "int8")
+        known = {one.mode: one for one in choose_compute(layer, "fastest", rows(layer)).modes}
+        size, values = stored_bytes(layer), 19 * 30 * 23
+        held = {"on_the_fly": size, "resident": size + 4 * values, "int8": size}
+        assert {mode: one.resident_bytes for mode, one in known.items() if one.refused is None} == held
+        assert known["on_the_fly"].output_change == 0
+        assert known["resident"].output_change < 1e-6
+        assert 0.002 < known["int8"].output_change < 0.02
+
+    @pytest.mark.parametrize(("method", "quantize"), [("dense", "nf4"), ("cp", "nf4"), ("tucker", "nf4")])
+    def test_a_layer_without_the_mode_computes_on_the_fly_and_says_why(self, method, quantize):
+        layer, _ = made(method, quantize)
+        choice = choose_compute(layer, "int8", rows(layer))
+        assert choice.compute == "on_the_fly"
+        assert "four bits" in {one.mode: one for one in choice.modes}["int8"].refused
+        with pytest.raises(ConfigError, match="Found 'int8': its values have four bits"):
+            layer.set_compute("int8")
+
+    def test_a_tucker_of_which_nothing_but_the_core_is_left_has_no_integer_mode(self):
+        layer = cb.TuckerBilinear.from_bilinear(bilinear(5, 4, 3), (3, 5, 4), quantize="int8")
+        assert layer.computes == ("on_the_fly", "resident")
+        assert "none of its projections" in layer.refused_compute("int8")
+
+
+def test_rows_are_those_that_the_layer_saw_over_and_over():
+    layer = bilinear(3, 2, 4)
+    seen = LayerInputs(torch.arange(6.0).view(2, 3), torch.arange(4.0).view(2, 2), 2, 1)
+    first, second = seen_rows(layer, seen, 5)
+    assert first[:, 0].tolist() == [0, 3, 0, 3, 0]
+    assert second[:, 1].tolist() == [1, 3, 1, 3, 1]
+    assert [value.shape for value in seen_rows(layer, None, 5)] == [(5, 3), (5, 2)]
+
+
+def test_an_objection_is_about_the_outputs_of_rounded_inputs_alone():
+    layer = bilinear(24, 20, 12)
+    first, second = (torch.cat(values) for values in zip(*batches(), strict=True))
+    measured = OutputError(layer, LayerInputs(first, second, len(first), 12))
+    module = cb.DenseBilinear.from_bilinear(layer, quantize="int8")
+    error = measured.of(module)
+    objection = misses(MaxError(1.2 * error, on="output"), measured)
+    assert objection(module) is None
+    module.set_compute("int8")
+    assert "misses" in objection(module)
+    assert misses(MaxError(0.5, on="output"), measured)(module) is None
+    assert misses(MaxError(1.2 * error), measured)(module) is None
+
+
+class TestCompress:
+    @pytest.mark.parametrize("method", CONFIGS)
+    def test_the_report_is_of_the_mode_that_the_layer_has(self, method, monkeypatch, tmp_path):
+        computed = []
+        original = selection.time_replacement
+
+        def watched(layer, module, batch_size):
+            computed.append(module.compute)
+            return original(layer, module, batch_size, seconds=0.01)
+
+        monkeypatch.setattr(selection, "time_replacement", watched)
+        config, net = CONFIGS[method], Net()
+        small, report = cb.compress(net, config, calibration=batches(), compute="int8", force=True)
+        _, plain = cb.compress(net, config, calibration=batches(), force=True, measure_latency=False)
+        (layer,) = report.layers
+        assert computed == [layer.compute] == ["int8"]
+        assert small.rel.compute == "int8"
+        assert layer.resident_bytes == resident_bytes(small.rel)
+        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "resident", "int8", "bitsandbytes"}
+        assert layer.output_error != plain.layers[0].output_error  # rounded inputs count
+        assert plain.layers[0].compute_modes == ()
+        assert Report.from_json(report.to_json()) == report
+        assert "compute modes: on the fly (" in str(report).replace("\n", " ")
+        assert 'compute="int8"' in report.call
+        inputs = batches(1)[0]
+        cb.save(small, tmp_path / "small.safetensors")
+        again = cb.load(tmp_path / "small.safetensors", Net())
+        assert again.rel.compute == "int8"
+        assert torch.equal(again(*inputs), small(*inputs))
+
+    def test_the_fastest_of_each_layer(self, timed):
+        timed |= {"resident": Latency(1, 1, 1)}
+        net = nn.Sequential(bilinear(9, 8, 7), bilinear(9, 8, 7, seed=1))
+        configs = {"0": CONFIGS["dense"], "1": cb.DenseConfig()}
+        small, report = cb.compress(net, configs, compute="fastest", force=True)
+        assert [layer.compute for layer in report.layers] == ["resident", None]
+        assert small[0].compute == "resident"
+        assert small[0].weight.resident is not None
+        assert report.layers[0].bytes_after == stored_bytes(small[0]) < report.layers[0].resident_bytes
+
+    def test_rounded_inputs_that_miss_a_target_are_not_taken(self, timed):
+        timed |= {"int8": Latency(1, 1, 1)}
+        net = Net()
+        error = cb.plan(net, CONFIGS["dense"], calibration=batches()).report.layers[0].output_error
+        config = cb.AutoConfig(error=MaxError(1.1 * error, on="output"))
+        layer = cb.plan(net, config, calibration=batches(), compute="fastest").report.layers[0]
+        assert (layer.method, layer.quantize, layer.compute) == ("dense", "int8", "on_the_fly")
+        assert "misses" in {one.mode: one for one in layer.compute_modes}["int8"].refused
+
+    def test_refining_keeps_the_mode(self):
+        config = cb.CPConfig(rank=6, quantize="int8")
+        net = Net()
+        options = {"calibration": batches(), "compute": "int8", "refine": "network", "max_seconds": 2}
+        small, _ = cb.compress(net, config, **options)
+        assert small.rel.compute == "int8"
+        assert small.rel.in1_proj.integer
+
+    def test_what_was_chosen_to_meet_a_limit_does_not_miss_it_by_its_mode(self):
+        net, asked = Net(), {"calibration": batches(), "measure_latency": False}
+        dense = cb.plan(net, cb.DenseConfig(quantize="int8"), **asked).report.layers[0]
+        config = cb.AutoConfig(error=1.1 * dense.output_error)
+        (chosen,) = cb.plan(net, config, compute="int8", **asked).report.layers
+        assert chosen.decision == "replaced"
+        assert chosen.output_error <= 1.1 * dense.output_error
+        assert chosen.compute == "on_the_fly"
+        assert "misses" in {mode.mode: mode.refused for mode in chosen.compute_modes}["int8"]
+
+    @pytest.mark.parametrize(
+        ("config", "asked", "message"),
+        [
+            (CONFIGS["cp"], {"compute": "fast"}, "`compute` should be one of"),
+            (CONFIGS["cp"], {"compute": "fastest", "measure_latency": False}, "chosen by latencies"),
+            (cb.CPConfig(rank=3), {"compute": "resident"}, "needs a config with `quantize`"),
+        ],
+    )
+    def test_mistakes(self, config, asked, message):
+        with pytest.raises(ConfigError, match=message):
+            cb.plan(Net(), config, **asked)
+
+
+class TestFiles:
+    def test_resident_weights_are_made_anew_for_the_networks_dtype(self, tmp_path):
+        net = nn.Sequential(cb.CPBilinear.from_bilinear(bilinear(6, 5, 4, bias=False).half(), 2, quantize="int8"))
+        cb.set_compute(net, "resident", dtype=torch.float16)
+        cb.save(net, tmp_path / "net.safetensors")
+        again = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(6, 5, 4, bias=False).half()))
+        assert again[0].in1_proj.weight.resident.dtype == torch.float16
+        values = [value.half() for value in rows(again[0])]
+        assert torch.equal(again[0](*values), net[0](*values))
+
+    def test_a_file_of_bitsandbytes_mode_loads_where_it_cannot_be_used(self, tmp_path, monkeypatch):
+        net = nn.Sequential(cb.TuckerBilinear.from_bilinear(bilinear(9, 8, 7), (3, 4, 4), quantize="nf4"))
+        cb.set_compute(net, "bitsandbytes")
+        inputs = rows(net[0])
+        expected = net[0](*inputs)
+        cb.save(net, tmp_path / "net.safetensors")
+        again = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(9, 8, 7)))[0]
+        assert (again.compute, again.core.weight.backend) == ("bitsandbytes", "bitsandbytes")
+        assert torch.equal(again(*inputs), expected)
+        monkeypatch.setattr(_bitsandbytes, "missing", lambda: "bitsandbytes is not installed")
+        with pytest.warns(UserWarning, match="computes on the fly: bitsandbytes is not installed"):
+            plain = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(9, 8, 7)))[0]
+        assert (plain.compute, plain.core.weight.backend) == ("on_the_fly", "torch")
+        assert torch.equal(plain(*inputs), expected)
+
+    def test_a_description_with_a_mode_that_the_layer_lacks_is_an_error(self, tmp_path):
+        net = nn.Sequential(cb.DenseBilinear.from_bilinear(bilinear(6, 5, 4), quantize="nf4"))
+        net[0].compute = "int8"  # not by `set_compute`
+        cb.save(net, tmp_path / "net.safetensors")
+        with pytest.raises(CheckpointError, match=r"not valid.*four bits"):
+            cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(6, 5, 4)))
+
+    def test_the_command_line_writes_it(self, tmp_path, monkeypatch, capsys):
+        torch.save(Net().state_dict(), tmp_path / "net.pt")
+        target = str(tmp_path / "small.safetensors")
+        options = ["--method", "dense", "--quantize", "int8", "--compute", "int8", "--json", "--batch-size", "8", "-q"]
+        status, out, _ = command_line(monkeypatch, capsys, "compress", str(tmp_path / "net.pt"), "-o", target, *options)
+        assert (status, json.loads(out)["layers"][0]["compute"]) == (0, "int8")
+        assert cb.load(target, Net()).rel.compute == "int8"

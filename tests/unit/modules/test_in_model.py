@@ -1,0 +1,274 @@
+import re
+
+import pytest
+import torch
+from support import bilinear
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+from compress_bilinear.config import CPConfig, DenseConfig, TuckerConfig
+from compress_bilinear.errors import CompressionError, ConfigError, MatchError
+from compress_bilinear.modules import DenseBilinear, FoundLayer, find, plain_reference, reason_against, select
+from compress_bilinear.modules import _in_model as discovery
+
+CP, TUCKER, DENSE = CPConfig(rank=2), TuckerConfig(rank=(1, 1, 1)), DenseConfig()
+
+
+def network() -> nn.Module:
+    """Bilinear layers a, blocks.0, blocks.1, deep.b, with deep.again another name of a."""
+    model = nn.Module()
+    model.a = bilinear(4, 3, 2)
+    model.blocks = nn.ModuleList([bilinear(4, 3, 2), bilinear(5, 3, 2), nn.Linear(2, 2)])
+    model.deep = nn.ModuleDict({"b": bilinear(4, 3, 2), "again": model.a})
+    return model
+
+
+def chosen(configs=None, include="*", exclude=(), model=None) -> dict[str, object]:
+    return {found.label: config for found, config in select(model or network(), configs or {"*": CP}, include, exclude)}
+
+
+class TestFind:
+    def test_layers_come_in_the_models_order_with_all_their_names(self):
+        assert [found.names for found in find(network())] == [
+            ("a", "deep.again"),
+            ("blocks.0",),
+            ("blocks.1",),
+            ("deep.b",),
+        ]
+
+    def test_a_layer_itself_is_the_root(self):
+        layer = bilinear(4, 3, 2)
+        (found,) = find(layer)
+        assert (found.names, found.label, found.layer) == (("",), "(root)", layer)
+
+    def test_compressed_layers_are_not_found(self):
+        assert find(DenseBilinear.from_bilinear(bilinear(4, 3, 2))) == []
+
+
+class TestSelect:
+    @pytest.mark.parametrize(
+        ("include", "exclude", "expected"),
+        [
+            ("*", (), ["a", "blocks.0", "blocks.1", "deep.b"]),
+            ("blocks.*", (), ["blocks.0", "blocks.1"]),
+            (["a", "deep.b"], (), ["a", "deep.b"]),
+            (("deep.*",), (), ["a", "deep.b"]),  # a is deep.again too
+            ("*", "blocks.*", ["a", "deep.b"]),
+            ("*", ["deep.again"], ["blocks.0", "blocks.1", "deep.b"]),
+            ("*[0-9]", "*1", ["blocks.0"]),
+        ],
+    )
+    def test_globs_choose(self, include, exclude, expected):
+        assert list(chosen(include=include, exclude=exclude)) == expected
+
+    def test_globs_may_be_a_one_shot_iterator(self):
+        assert list(chosen(include=iter(["a", "blocks.0"]), exclude=iter(["a"]))) == ["blocks.0"]
+
+    def test_the_first_config_that_matches_holds(self):
+        found = chosen({"blocks.0": CP, "blocks.*": TUCKER, "*": DENSE})
+        assert found == {"a": DENSE, "blocks.0": CP, "blocks.1": TUCKER, "deep.b": DENSE}
+
+    def test_layers_without_a_config_are_left_out(self):
+        assert list(chosen({"deep.b": CP})) == ["deep.b"]
+
+    def test_the_root_is_matched_by_a_star(self):
+        assert list(chosen(model=bilinear(4, 3, 2))) == ["(root)"]
+
+    @pytest.mark.parametrize(
+        ("options", "what"),
+        [
+            ({"include": "rel.*"}, r"`include` pattern 'rel\.\*'"),
+            ({"include": ["*", "A"]}, "`include` pattern 'A'"),
+            ({"exclude": "nothing"}, "`exclude` pattern 'nothing'"),
+            ({"configs": {"*": CP, "decoder": CP}}, "`config` pattern 'decoder'"),
+            ({"exclude": "*"}, "should leave at least one"),
+            ({"configs": {"a": CP}, "include": "blocks.*"}, "should leave at least one"),
+        ],
+        ids=str,
+    )
+    def test_matching_nothing_lists_what_there_is(self, options, what):
+        listing = r".*Found: a = deep\.again \(2x4x3\), blocks\.0 \(2x4x3\), blocks\.1 \(2x5x3\), deep\.b \(2x4x3\)"
+        with pytest.raises(MatchError, match=what + listing):
+            chosen(**options)
+
+    @pytest.mark.parametrize("options", [{"include": [3]}, {"exclude": (None,)}])
+    def test_globs_are_strings(self, options):
+        with pytest.raises(ConfigError, match="should be a glob or several"):
+            chosen(**options)
+
+    def test_lazy_layers_are_listed_too(self):
+        model = network()
+        model.a.weight = nn.parameter.UninitializedParameter()
+        with pytest.raises(MatchError, match=r"a = deep\.again \(lazy\)"):
+            chosen(include="x", model=model)
+
+    def test_a_model_without_such_layers_is_an_error(self):
+        with pytest.raises(MatchError, match="Found none in Linear"):
+            chosen(model=nn.Linear(2, 2))
+
+    def test_a_compressed_model_is_told_so(self):
+        with pytest.raises(MatchError, match=r"compressed already: 0\."):
+            chosen(model=nn.Sequential(DenseBilinear.from_bilinear(bilinear(4, 3, 2))))
+
+    def test_parallel_wrappers_are_refused(self):
+        with pytest.raises(CompressionError, match=r"DataParallel: compress its `\.module`"):
+            chosen(model=nn.DataParallel(network()))
+
+
+class OwnForward(nn.Bilinear):
+    def forward(self, input1, input2):
+        return 2 * super().forward(input1, input2)
+
+
+class OwnCall(nn.Bilinear):
+    def __call__(self, *args):
+        return 2 * super().__call__(*args)
+
+
+class Renamed(nn.Bilinear):
+    """The same layer under another name."""
+
+
+class Marked(torch.Tensor):
+    """A tensor subclass."""
+
+
+def replaced_by(kind):
+    def change(layer):
+        layer.__class__ = kind
+
+    return change
+
+
+def weight_as(convert):
+    def change(layer):
+        layer.weight = nn.Parameter(convert(layer.weight.detach()), requires_grad=False)
+
+    return change
+
+
+def with_value(value, name="weight"):
+    def change(layer):
+        with torch.no_grad():
+            getattr(layer, name).view(-1)[1] = value
+
+    return change
+
+
+def twice(module, *args):
+    return None
+
+
+REFUSED = {
+    "own forward": (replaced_by(OwnForward), "OwnForward has its own forward"),
+    "own call": (replaced_by(OwnCall), "OwnCall has its own __call__"),
+    "instance forward": (lambda layer: setattr(layer, "forward", twice), "forward was replaced on the instance"),
+    "parametrized": (
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+        "parametrized: call .*remove_parametrizations",
+    ),
+    "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.5), "holds weight_mask, weight_orig"),
+    "extra buffer": (lambda layer: layer.register_buffer("mask", torch.ones(1)), "holds mask"),
+    "extra parameter": (lambda layer: setattr(layer, "gain", nn.Parameter(torch.ones(1))), "holds gain"),
+    "submodule": (lambda layer: layer.add_module("inner", nn.Identity()), "holds inner"),
+    "no bias entry": (lambda layer: delattr(layer, "bias"), "has no parameter bias"),
+    "forward hook": (lambda layer: layer.register_forward_hook(twice), "has forward hooks"),
+    "forward pre-hook": (lambda layer: layer.register_forward_pre_hook(twice), "has forward pre-hooks"),
+    "backward hook": (lambda layer: layer.register_full_backward_hook(twice), "has backward hooks"),
+    "backward pre-hook": (lambda layer: layer.register_full_backward_pre_hook(twice), "has backward pre-hooks"),
+    "state hook": (lambda layer: layer.register_state_dict_post_hook(twice), "has state_dict hooks"),
+    "state pre-hook": (lambda layer: layer.register_state_dict_pre_hook(twice), "has state_dict pre-hooks"),
+    "load pre-hook": (lambda layer: layer.register_load_state_dict_pre_hook(twice), "has load_state_dict pre-hooks"),
+    "load hook": (lambda layer: layer.register_load_state_dict_post_hook(twice), "has load_state_dict post-hooks"),
+    "gradient hook": (lambda layer: layer.weight.register_hook(twice), "its weight has gradient hooks"),
+    "bias gradient hook": (
+        lambda layer: layer.bias.register_post_accumulate_grad_hook(twice),
+        "its bias has gradient hooks",
+    ),
+    "lazy": (
+        lambda layer: setattr(layer, "weight", nn.parameter.UninitializedParameter()),
+        "not initialised yet: run the model once",
+    ),
+    "meta": (lambda layer: layer.to("meta"), "weight is on the meta device"),
+    "integer": (weight_as(lambda weight: weight.to(torch.int8)), "weight is torch.int8: float32, float64"),
+    "float8": (weight_as(lambda weight: weight.to(torch.float8_e4m3fn)), "weight is torch.float8_e4m3fn"),
+    "subclass": (weight_as(lambda weight: weight.as_subclass(Marked)), "weight is a Marked: a plain dense tensor"),
+    "sparse": (weight_as(lambda weight: weight.to_sparse()), "weight is a torch.sparse_coo"),
+    "nan": (with_value(torch.nan), "weight has 1 values that are NaN or infinite"),
+    "infinite": (with_value(-torch.inf), "weight has 1 values that are NaN or infinite"),
+    "infinite bias": (with_value(torch.inf, "bias"), "bias has 1 values that are NaN or infinite"),
+    "other shape": (weight_as(lambda weight: weight[:1]), r"weight has shape \(1, 4, 3\), where its features say \(2"),
+}
+
+
+class TestRefusal:
+    @pytest.mark.parametrize("case", REFUSED)
+    def test_what_a_replacement_would_change_is_refused(self, case):
+        change, reason = REFUSED[case]
+        layer = bilinear(4, 3, 2)
+        change(layer)
+        model = nn.ModuleDict({"rel": layer})
+        found = reason_against(FoundLayer(("rel",), layer), discovery.parameter_owners(model))
+        assert re.search(reason, found)
+
+    @pytest.mark.parametrize("owner", [nn.Linear(4, 3), bilinear(4, 3, 2, seed=1)], ids=["another kind", "same kind"])
+    def test_tied_weights_are_refused(self, owner):
+        layer = bilinear(4, 3, 2)
+        owner.weight = layer.weight
+        model = nn.ModuleDict({"rel": layer, "other": owner})
+        reason = reason_against(FoundLayer(("rel",), layer), discovery.parameter_owners(model))
+        assert reason.startswith("its weight is tied (rel.weight = other.weight)")
+
+    @pytest.mark.parametrize(
+        "layer",
+        [
+            bilinear(4, 3, 2),
+            bilinear(4, 3, 2, bias=False),
+            bilinear(1, 1, 1, dtype=torch.bfloat16),
+            Renamed(4, 3, 2),
+            bilinear(4, 3, 2).requires_grad_(False).eval(),
+        ],
+    )
+    def test_plain_layers_are_not(self, layer):
+        model = nn.ModuleDict({"rel": layer, "again": layer})  # two names are one owner
+        assert reason_against(FoundLayer(("rel", "again"), layer), discovery.parameter_owners(model)) is None
+
+    def test_tied_biases_are_not(self):
+        layer, other = bilinear(4, 3, 2), nn.Linear(2, 2)
+        other.bias = layer.bias
+        owners = discovery.parameter_owners(nn.ModuleDict({"rel": layer, "other": other}))
+        assert reason_against(FoundLayer(("rel",), layer), owners) is None
+
+    def test_values_can_be_left_out_of_account(self):
+        layer = bilinear(4, 3, 2).to("meta")
+        assert reason_against(FoundLayer(("rel",), layer), {}, values=False) is None
+
+
+class TestPlainReference:
+    @pytest.mark.parametrize(
+        "held",
+        [
+            lambda layer: [layer],
+            lambda layer: (1, layer),
+            lambda layer: {"it": layer},
+            lambda layer: {layer},
+            lambda layer: [[layer]],
+            lambda layer: {"all": [layer]},
+        ],
+        ids=["list", "tuple", "dict", "set", "list of lists", "dict of lists"],
+    )
+    def test_containers_that_hold_the_layer_are_found(self, held):
+        model = nn.Sequential(nn.Module())
+        model[0].rel = bilinear(4, 3, 2)
+        model[0].kept = held(model[0].rel)
+        assert plain_reference(model, model[0].rel) == "the attribute '0.kept'"
+
+    def test_an_attribute_is_found(self):
+        model = network()
+        object.__setattr__(model, "first", model.a)
+        assert plain_reference(model, model.a) == "the attribute 'first'"
+
+    def test_registered_submodules_are_none(self):
+        model = network()
+        model.numbers = [1, 2]
+        assert plain_reference(model, model.a) is None

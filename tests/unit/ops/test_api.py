@@ -1,0 +1,440 @@
+import itertools
+
+import pytest
+import torch
+from support import DTYPES, SHAPES, Memory, assert_matches_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compress_bilinear import ops
+from compress_bilinear.errors import InputError
+from compress_bilinear.ops import _api as _layers
+from compress_bilinear.ops import _choice, _cp, _gemm
+from compress_bilinear.quantization import QuantizedTensor, scale_grid
+
+RANK = (4, 5, 6)
+
+
+def normal(*shape, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def factors(kind, shape, dtype=torch.float64):
+    """The tensors of a layer of `shape` (I, J, O), its bias last."""
+    in1, in2, out = shape
+    if kind == "cp":
+        tensors = [normal(7, in1), normal(7, in2), normal(out, 7), normal(out)]
+    else:
+        tensors = [normal(RANK[1], in1), normal(RANK[2], in2), normal(*RANK), normal(out, RANK[0]), normal(out)]
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def reference(kind, pairs, x1, x2, *tensors):
+    name = ("pairwise_" if pairs else "bilinear_") + kind
+    in1, in2, *core, out, bias = tensors
+    return getattr(ops.reference, name)(x1, x2, *core, (out, in1.mT, in2.mT), bias)
+
+
+def call(kind, pairs, *args, **options):
+    return getattr(ops, ("pairwise_" if pairs else "bilinear_") + kind)(*args, **options)
+
+
+def inputs(pairs, shape, dtype=torch.float64):
+    leading = ((2, 3), (2, 5)) if pairs else ((2, 3), (2, 3))
+    return [normal(*lead, size).to(dtype) for lead, size in zip(leading, shape[:2], strict=True)]
+
+
+WAYS = [("cp", False, True), ("cp", False, False), ("cp", True, True), ("tucker", False, True), ("tucker", True, True)]
+
+
+@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)  # a CP of small products has a way of its own
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
+    tensors = [t.requires_grad_() for t in (*inputs(pairs, shape, dtype), *factors(kind, shape, dtype))]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    found, expected = call(kind, pairs, *tensors), reference(kind, pairs, *wide)
+    factor = 10 if dtype in (torch.float16, torch.bfloat16) else 1  # three roundings in a row
+    assert_matches_reference(found.detach(), expected.detach(), factor)
+    direction = normal(*found.shape).to(dtype)
+    ours = torch.autograd.grad(found, tensors, direction)
+    for gradient, exact in zip(ours, torch.autograd.grad(expected, wide, direction.double()), strict=True):
+        assert_matches_reference(gradient, exact, factor)
+    with torch.no_grad():
+        assert_matches_reference(call(kind, pairs, *tensors), expected.detach(), factor)
+
+
+@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)
+def test_first_and_second_derivatives(kind, pairs, short, monkeypatch):
+    if not short:
+        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
+    shape = (3, 2, 2)
+    tensors = [t.requires_grad_() for t in (*inputs(pairs, shape), *factors(kind, shape))]
+    assert torch.autograd.gradcheck(lambda *args: call(kind, pairs, *args), tensors)
+    assert torch.autograd.gradgradcheck(lambda *args: call(kind, pairs, *args), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("most", [1, 10, 40, 150, 500])  # elements: from single pairs to several of the batch
+@pytest.mark.parametrize(("leading", "length1", "length2"), [((), 13, 3), ((3,), 4, 5), ((2, 3), 3, 4), ((7,), 1, 1)])
+def test_pairs_in_blocks_are_the_same(leading, length1, length2, most, monkeypatch):
+    shape = (7, 5, 9)
+    input1, input2 = normal(*leading, length1, 7), normal(*leading, length2, 5)
+    tensors = [t.requires_grad_() for t in (input1, input2, *factors("cp", shape))]
+    whole = ops.pairwise_cp(*tensors)
+    for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
+        monkeypatch.setattr(_cp, name, most)
+    blocks = ops.pairwise_cp(*tensors)
+    assert_matches_reference(blocks.detach(), whole.detach())
+    with torch.no_grad():
+        assert_matches_reference(ops.pairwise_cp(*tensors), whole.detach())
+    for ours, exact in zip(*(torch.autograd.grad(y.sum(), tensors) for y in (blocks, whole)), strict=True):
+        assert_matches_reference(ours, exact)
+
+
+@pytest.mark.parametrize("leading", [(40,), (4, 10)])
+def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading, monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 2**12)
+    rank, length, out = 64, 12, 5
+    weights = [normal(*shape) for shape in ((rank, 9), (rank, 9), (out, rank), (out,))]
+    input1, input2 = normal(*leading, length, 9), normal(*leading, length, 9)
+    with Memory() as memory, torch.no_grad():
+        ops.pairwise_cp(input1, input2, *weights)
+    output = 40 * length**2 * out
+    assert memory.largest == output
+    assert memory.peak <= output + 5 * 2**12
+    assert memory.peak < 2 * 40 * length * rank  # both projections whole
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_more_outputs_than_components_are_held_little_more_than_once_or_twice(wanted, monkeypatch):
+    weights = [normal(*shape) for shape in ((4, 9), (4, 9), (64, 4), (64,))]
+    weights[0].requires_grad_(wanted)
+    input1, input2 = normal(6, 32, 9), normal(6, 32, 9)
+    output = 6 * 32**2 * 64
+    for most, copies in ((2**22, 1), (2**12, 2 if wanted else 1)):  # pieces are joined where a gradient is wanted
+        for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
+            monkeypatch.setattr(_cp, name, most)
+        with Memory() as memory, torch.set_grad_enabled(wanted):
+            ops.pairwise_cp(input1, input2, *weights)
+        assert output <= memory.peak < (copies + 0.3) * output
+
+
+class OnlyLinear(torch.Tensor):
+    """A weight with no operator but a linear layer's, as quantized ones are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, cls) else arg for arg in args]
+        if function is not torch.nn.functional.linear and "__get__" not in str(function):
+            raise NotImplementedError(str(function))
+        return function(*plain, **(kwargs or {}))
+
+
+def test_weights_of_another_type_need_no_more_than_linear_layers(monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 10)
+    input1, input2, *weights = *inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9))
+    exact = reference("cp", True, input1, input2, *weights)
+    others = [weight.as_subclass(OnlyLinear) for weight in weights[:3]]
+    with torch.no_grad():
+        assert_matches_reference(ops.pairwise_cp(input1, input2, *others, weights[3]), exact)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("most", [2**20, 10])
+def test_pairs_have_autocasts_dtype_with_and_without_a_gradient(most, enabled, monkeypatch):
+    monkeypatch.setattr(_cp, "_PAIR_BLOCK", most)
+    input1, input2, *weights = [t.float() for t in (*inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9)))]
+    for first in (input1, input1.double()):
+        with torch.set_grad_enabled(enabled), torch.autocast("cpu", dtype=torch.bfloat16):
+            wide = [t.double() if first.dtype == torch.float64 else t for t in (weights[0], weights[2])]
+            assert ops.pairwise_cp(first, input2, wide[0], weights[1], *weights[2:3]).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["cp", "tucker"])
+@pytest.mark.parametrize("pairs", [False, True])
+def test_graphs_export_compile_and_vmap(kind, pairs):
+    shape = (7, 5, 3)
+    tensors = (*inputs(pairs, shape), *factors(kind, shape))
+
+    class Layer(torch.nn.Module):
+        def forward(self, *args):
+            return call(kind, pairs, *args)
+
+    expected = reference(kind, pairs, *tensors)
+    compiled = torch.compile(Layer(), fullgraph=True, backend="aot_eager")
+    assert_matches_reference(compiled(*tensors), expected)
+    assert_matches_reference(torch.export.export(Layer(), tensors).module()(*tensors), expected)
+    x1, x2, *rest = tensors
+    mapped = torch.func.vmap(lambda x1, x2: call(kind, pairs, x1, x2, *rest))(x1, x2)
+    assert_matches_reference(mapped, expected)
+
+
+CASES = [(kind, pairs) for kind in ("dense", "cp", "tucker") for pairs in (False, True)]
+
+
+def operands_of(kind, pairs, shape, dtype=torch.float64):
+    in1, in2, out = shape
+    rest = [normal(out, in1, in2), normal(out)] if kind == "dense" else factors(kind, shape)
+    return [tensor.to(dtype) for tensor in (*inputs(pairs, shape), *rest)]
+
+
+@pytest.mark.parametrize("sizes", [(7, 5, 3), (37, 33, 70), (1100, 1000, 2)])  # few entries, more, and in blocks
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_autocast_has_its_way_as_with_a_matrix_product(kind, pairs, sizes):
+    tensors = operands_of(kind, pairs, sizes, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = call(kind, pairs, *tensors)
+        asked = call(kind, pairs, *tensors, backend="composed")
+    assert found.dtype == asked.dtype == torch.bfloat16
+    wide = [tensor.double() for tensor in tensors]
+    expected = call(kind, pairs, *wide)
+    assert_matches_reference(found, expected, 2)
+    assert_matches_reference(asked, expected, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(kind, pairs, *wide).dtype == torch.float64
+        assert call(kind, pairs, *(tensor.bfloat16() for tensor in tensors)).dtype == torch.bfloat16
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Lets no operator give a tensor of another device than meta, as one that is copied to a GPU would be."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        assert {t.device.type for t in tree_leaves(found) if isinstance(t, torch.Tensor)} <= {"meta"}, func
+        return found
+
+
+def stored_in_int8(kind, tensors):
+    """The operands with their weights in int8, as the layers hold them, and the option that has the scales."""
+    x1, x2, *rest, bias = tensors
+    values = [torch.zeros_like(t, dtype=torch.int8) for t in rest]
+    if kind == "cp":
+        return (x1, x2, *values, bias), {"sigma": torch.ones(len(rest[0]), device=x1.device)}
+    grid = torch.ones(1, 1, rest[-1 if kind == "dense" else 2].shape[2], device=x1.device)
+    return (x1, x2, *values, bias), {"scale": grid}
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("backend", [None, "composed", "triton"])
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, int8, monkeypatch):
+    # tensors without values: reading one, or a size that depends on one, would raise here, and on CUDA wait for it
+    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
+    arguments, options = stored_in_int8(kind, tensors) if int8 else (tensors, {})
+    if backend == "triton" and (kind, pairs) == ("dense", True):
+        return  # which has no kernel
+    with OnTheDevice():
+        found = call(kind, pairs, *arguments, backend=backend, **options)
+        wanted = [t for t in arguments if t.requires_grad]
+        gradients = torch.autograd.grad(found.sum(), wanted)
+    assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in wanted]
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, kind, pairs):
+        super().__init__()
+        self.kind, self.pairs = kind, pairs
+
+    def forward(self, *tensors):
+        return call(self.kind, self.pairs, *tensors)
+
+
+@pytest.mark.parametrize(("kind", "pairs"), CASES)
+def test_an_exported_graph_holds_for_other_numbers_of_rows(kind, pairs):
+    x1, x2, *rest = operands_of(kind, pairs, (7, 5, 3))
+    rows = torch.export.Dim("rows")
+    dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in rest))}
+    program = torch.export.export(Layer(kind, pairs), (x1, x2, *rest), dynamic_shapes=dynamic)
+    more = [torch.cat([x, x, x[:1]]) for x in (x1, x2)]
+    assert_matches_reference(program.module()(*more, *rest), call(kind, pairs, *more, *rest))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [("dense", False), ("cp", False), ("tucker", False), ("cp", True), ("tucker", True)]
+)
+def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, pairs, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(_choice, "seconds", lambda problem, backend: {"triton": 1.0, "composed": 2.0}[backend])
+    tensors = operands_of(kind, pairs, (64, 48, 32), torch.bfloat16)
+    rows = torch.export.Dim("rows")
+    dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in tensors[2:]))}
+    with FakeTensorMode():  # which knows a GPU's tensors without a GPU
+        fake = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for tensor in tensors)
+        program = torch.export.export(Layer(kind, pairs), fake, dynamic_shapes=dynamic)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert f"compress_bilinear.{kind}{'_pairs' * pairs}.default" in targets
+    assert pairs or not any("linear" in target.split(".")[1] for target in targets if target.startswith("aten"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "rank", "runs"),
+    [
+        ("cp", (50, 401, 401), (64,), "triton"),  # narrow: what is written and read decides
+        ("cp", (2000, 401, 401), (64,), "composed"),  # many outputs: the products that are taken again
+        ("tucker", (50, 401, 401), (32, 64, 32), "triton"),
+        ("tucker", (50, 401, 401), (128, 64, 512), "composed"),
+        ("tucker", (50, 401, 401), (129, 64, 16), "composed"),
+    ],
+)
+def test_pairs_that_want_a_gradient_take_the_path_of_fewer_bytes_until_its_products_cost_more(
+    kind, shape, rank, runs, monkeypatch
+):
+    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    options = {"pairs": True, "device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
+    found = ops.explain(kind, shape, rank, 250_000, gradient=True, **options)
+    assert found.backend == runs
+    assert ("backward" in found.runs) == (runs == "triton")
+    assert ("holds R_o up to 128" if rank[0] == 129 else "µs fused") in found.reason
+    forward = ops.explain(kind, shape, rank, 250_000, **options)
+    assert "backward" not in forward.runs
+
+
+def test_int8_factors_have_the_step_of_the_format():
+    shape = (7, 150, 9)
+    x1, x2 = inputs(False, shape, torch.float32)
+    in1, in2, core, out, bias = factors("tucker", shape, torch.float32)
+    stored = QuantizedTensor.empty(core.shape, scale_grid(core.shape)).requantized(core)
+    values = [(100 * t / t.abs().max()).to(torch.int8) for t in (in1, in2, out)]
+    wide = [value.double() / 128 for value in values]
+    found = ops.bilinear_tucker(x1, x2, *values[:2], stored.qdata, values[2], bias, scale=stored.scale)
+    exact = stored.dequantize(torch.float64)
+    expected = reference("tucker", False, x1.double(), x2.double(), *wide[:2], exact, wide[2], bias.double())
+    assert_matches_reference(found, expected)
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """Products of any size by oneDNN, whatever the processor."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr(_gemm, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(_gemm, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(_gemm, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("shape", [(5,), (2, 3), (1,)])
+def test_onednn_products_are_linear_maps(shape):
+    x, weight, bias = normal(*shape, 9).float(), normal(7, 9).float(), normal(7).float()
+    other = normal(*shape, 7).float()
+    for w in (weight, weight.T.contiguous().T, normal(9, 7).float().T):
+        assert _gemm.prefers_onednn(x, w)
+        exact = torch.nn.functional.linear(x.double(), w.double())
+        assert_matches_reference(ops.linear(x, w, bias), exact + bias.double())
+        kept = other.clone()
+        assert_matches_reference(ops.linear_times(x, w, other), exact * other.double())
+        assert torch.equal(other, kept)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_products_have_gradients_twice():
+    tensors = [normal(4, 5).float(), normal(3, 5).float(), normal(3).float()]
+    for wanted in ((0,), (1,), (2,), (0, 1, 2)):
+        ours, wide = ([t.clone() for t in tensors], [t.double() for t in tensors])
+        for index in wanted:
+            ours[index].requires_grad_(), wide[index].requires_grad_()
+        y, exact = ops.linear(*ours).pow(3).sum(), torch.nn.functional.linear(*wide).pow(3).sum()
+        first = torch.autograd.grad(y, [ours[i] for i in wanted], create_graph=True)
+        expected = torch.autograd.grad(exact, [wide[i] for i in wanted], create_graph=True)
+        for gradient, reference_ in zip(first, expected, strict=True):
+            assert_matches_reference(gradient.detach(), reference_.detach())
+        (second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in first), ours[wanted[0]])
+        (exact_second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in expected), wide[wanted[0]])
+        assert_matches_reference(second, exact_second)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("order", ops.ORDERS)
+def test_every_order_of_a_dense_layer_by_onednn(order):
+    tensors = [normal(33, 37), normal(33, 63), normal(17, 37, 63), normal(17)]
+    single = [t.float().requires_grad_() for t in tensors]
+    wide = [t.float().double().requires_grad_() for t in tensors]
+    expected = ops.reference.bilinear_dense(*wide)
+    found = ops.bilinear_dense(*single, order=order)
+    assert_matches_reference(found.detach(), expected.detach())
+    with torch.no_grad():
+        assert_matches_reference(ops.bilinear_dense(*single, order=order), expected.detach())
+        pairs = ops.pairwise_dense(single[0][:5], *single[1:])
+        assert_matches_reference(pairs, ops.reference.pairwise_dense(wide[0][:5], *wide[1:]).detach())
+    for ours, exact in zip(
+        *(torch.autograd.grad(y.sum(), t) for y, t in ((found, single), (expected, wide))), strict=True
+    ):
+        assert_matches_reference(ours, exact)
+
+
+@pytest.mark.usefixtures("onednn")
+def test_whoever_watches_operators_sees_those_of_torch():
+    x, weight = normal(4, 5).float(), normal(3, 5).float()
+    assert _gemm.prefers_onednn(x, weight)
+    with torch.autocast("cpu"):
+        assert not _gemm.prefers_onednn(x, weight)
+    assert torch.func.vmap(lambda row: ops.linear(row, weight))(x.unsqueeze(1)).shape == (4, 1, 3)
+    exported = torch.export.export(torch.nn.Linear(5, 3), (x,))
+    assert "mkldnn" not in str(exported.graph)
+
+
+def test_a_backend_that_cannot_run_is_an_error_with_the_reason():
+    tensors = (*inputs(False, (7, 5, 3)), *factors("cp", (7, 5, 3)))
+    with pytest.raises(InputError, match=r"None or one of .* Found 'cuda'\."):
+        ops.bilinear_cp(*tensors, backend="cuda")
+    with pytest.raises(InputError, match=r"inputs are on cpu|not installed"):
+        ops.bilinear_cp(*tensors, backend="triton")
+    assert_matches_reference(ops.bilinear_cp(*tensors, backend="composed"), ops.bilinear_cp(*tensors))
+
+
+@pytest.mark.parametrize(
+    "leading", [((2,), (3,)), ((1,), (3,)), ((3,), ()), ((1, 2), (2, 1)), ((5, 1), (1, 1)), ((2, 3), (3, 2))]
+)
+@pytest.mark.parametrize("kind", ["dense", "cp", "tucker"])
+@pytest.mark.parametrize("out", [1, 9])  # a small dense call has a way for each
+def test_inputs_of_other_leading_dimensions_are_an_error_and_never_broadcast(kind, leading, out):
+    shape = (7, 5, out)
+    x1, x2 = (normal(*lead, size) for lead, size in zip(leading, shape[:2], strict=True))
+    rest = (normal(out, 7, 5),) if kind == "dense" else factors(kind, shape)
+    with pytest.raises(InputError, match="same leading dimensions"):
+        call(kind, False, x1, x2, *rest)
+
+
+def test_sizes_whose_products_agree_are_not_taken_for_the_weights():
+    with pytest.raises(RuntimeError):  # 2 x 6 entries, as of 3 x 4
+        ops.bilinear_dense(normal(3, 2), normal(3, 6), normal(5, 3, 4))
+    for shape1, shape2 in itertools.permutations([(1, 8), (4, 2), (2, 4), (8,), (2, 2, 2)], 2):  # 8 entries each
+        with pytest.raises(InputError, match="same leading dimensions"):
+            ops.bilinear_dense(normal(*shape1), normal(*shape2), normal(5, 4, 4))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (3000,)], ids=str)
+def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast):
+    dtype = torch.float32 if autocast else torch.float16
+    x1, x2 = (torch.full((*leading, size), 300, dtype=dtype) for size in (4, 5))
+    weight = (1e-3 * normal(20, 4, 5)).to(dtype)
+    run = torch.compile(ops.bilinear_dense, fullgraph=True, backend="eager") if traced else ops.bilinear_dense
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = run(x1, x2, weight)
+    exact = ops.reference.bilinear_dense(x1.double(), x2.double(), weight.double())
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
+
+
+def problem(form, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):
+    return _choice.Problem(form, shape, rank, rows, False, torch.device("cuda"), dtype, bits)
+
+
+def test_the_model_prefers_fewer_launches_and_less_traffic():
+    few = problem("cp", (64,), 8)
+    assert _choice.seconds(few, "triton") < _choice.seconds(few, "composed")
+    narrow, wide = problem("dense", (), 4096, shape=(1, 512, 512)), problem("dense", (), 4096, shape=(128, 512, 512))
+    ratios = [_choice.seconds(p, "triton") / _choice.seconds(p, "composed") for p in (wide, narrow)]
+    assert ratios[0] < ratios[1]  # one output fills a sixteenth of a tile
+
+
+@pytest.mark.parametrize(("rank", "fits"), [((16, 500, 16), True), ((64, 9, 128), True), ((128, 9, 128), False)])
+def test_a_tucker_core_fits_one_kernel_up_to_its_registers(rank, fits):
+    assert _choice.fits_one_kernel(rank, False) == fits
