@@ -30,7 +30,7 @@ rank = [16, 32, 32]
 
 def test_plain_data_reads_back_as_the_same_configs():
     data = json.loads(json.dumps(config_text.plain(CONFIGS, OPTIONS)))
-    found = config_text.parse(data)
+    found = config_text.parse_recipe(data)
     assert (found.configs, found.options) == (CONFIGS, OPTIONS)
     assert list(found.configs) == list(CONFIGS)  # the first match holds
 
@@ -59,9 +59,9 @@ AUTO = {
 
 def test_the_automatic_choice_reads_back_too():
     data = json.loads(json.dumps(config_text.plain(AUTO, {})))
-    assert config_text.parse(data).configs == AUTO
+    assert config_text.parse_recipe(data).configs == AUTO
     assert data["layers"]["c"] == {"method": "auto", "max_error": 0.1, "on": "output"}
-    assert config_text.parse({"layers": {"*": {"method": "auto", "max_size": 0.5}}}).configs["*"].fraction == 0.5
+    assert config_text.parse_recipe({"layers": {"*": {"method": "auto", "max_size": 0.5}}}).configs["*"].fraction == 0.5
     for entry, problem in (
         ({"rank": 3}, "takes one of max_error, max_size. Found none"),
         ({"max_size": 0.5, "on": "output"}, "layers.a.on: unknown"),
@@ -70,7 +70,7 @@ def test_the_automatic_choice_reads_back_too():
         ({"max_error": 0.5, "prefer": "both"}, "layers.a.prefer: `prefer` should be 'size' or 'speed'"),
     ):
         with pytest.raises(cb.CompressionError, match=problem):
-            config_text.parse({"layers": {"a": {"method": "auto", **entry}}})
+            config_text.parse_recipe({"layers": {"a": {"method": "auto", **entry}}})
 
 
 def test_the_command_line_asks_for_the_automatic_choice():
@@ -92,11 +92,11 @@ def test_what_is_at_its_default_is_left_out():
 
 def test_toml_and_json_say_the_same(tmp_path):
     (tmp_path / "a.toml").write_text(TOML)
-    found = config_text.read(tmp_path / "a.toml")
+    found = config_text.read_recipe(tmp_path / "a.toml")
     assert found.configs == {"rel.*": cb.CPConfig(rank=64, quantize="int8"), "*": cb.TuckerConfig(rank=(16, 32, 32))}
     assert found.options == {"max_seconds": 60}
     (tmp_path / "a.json").write_text(json.dumps(config_text.plain(found.configs, found.options)))
-    assert config_text.read(tmp_path / "a.json") == found
+    assert config_text.read_recipe(tmp_path / "a.json") == found
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_mistake_is_told_with_its_path_in_the_file(tmp_path, data, problem):
     path = tmp_path / "wrong.json"
     path.write_text(json.dumps(data))
     with pytest.raises(cb.CompressionError) as raised:
-        config_text.read(path)
+        config_text.read_recipe(path)
     assert str(raised.value).startswith(f"{path}: {problem}")
 
 
@@ -158,4 +158,4 @@ def test_a_file_that_cannot_be_read_is_an_error(tmp_path, name, content, problem
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(cb.CompressionError, match=problem):
-        config_text.read(tmp_path / name)
+        config_text.read_recipe(tmp_path / name)

@@ -409,7 +409,7 @@ class TestSaving:
         assert_same_state(model, before)
 
     def test_the_description_names_the_layers(self, saved):
-        assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read(saved)[1]] == [
+        assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read_container(saved)[1]] == [
             (("rel",), "tucker", (6, 3, 7)),
             (("one", "other"), "cp", 2),
         ]

@@ -115,7 +115,7 @@ class TestCompressing:
     def test_it_is_what_compressing_the_network_gives(self, tmp_path, config):
         model = Net()
         _, state, descriptions = compressed(model.state_dict(), config=config)
-        tensor_file.write(state, descriptions, tmp_path / "small.safetensors")
+        tensor_file.write_container(state, descriptions, tmp_path / "small.safetensors")
         loaded = cb.load(tmp_path / "small.safetensors", Net())
         expected, report = cb.compress(model, config, measure_latency=False)
         assert same(loaded.state_dict(), expected.state_dict())
@@ -132,7 +132,7 @@ class TestCompressing:
     def test_a_bare_layer_is_the_root(self, tmp_path):
         layer = Net().rel
         _, state, descriptions = compressed(layer.state_dict())
-        tensor_file.write(state, descriptions, tmp_path / "small.safetensors")
+        tensor_file.write_container(state, descriptions, tmp_path / "small.safetensors")
         assert isinstance(cb.load(tmp_path / "small.safetensors", bilinear(IN1, IN2, OUT)), cb.TuckerBilinear)
 
     def test_a_layer_under_two_names_stays_shared(self, tmp_path):
@@ -144,7 +144,7 @@ class TestCompressing:
         planned, state, descriptions = compressed(Shared().state_dict())
         assert [layer.names for layer in descriptions] == [("one", "two")]
         assert len(planned.report.layers) == 1
-        tensor_file.write(state, descriptions, tmp_path / "small.safetensors")
+        tensor_file.write_container(state, descriptions, tmp_path / "small.safetensors")
         loaded = cb.load(tmp_path / "small.safetensors", Shared())
         assert loaded.one is loaded.two
 

@@ -163,7 +163,7 @@ def test_a_mistake_is_told_by_the_tensors_name(case):
     tensors, problem = MISTAKES[case]
     save_file(tensors, "wrong.safetensors")
     with pytest.raises(cb.CompressionError) as raised:
-        rows_file.read("wrong.safetensors", SHAPES, {"rel": "rel"})
+        rows_file.read_rows("wrong.safetensors", SHAPES, {"rel": "rel"})
     assert problem in str(raised.value)
 
 
@@ -201,5 +201,5 @@ def test_a_file_that_holds_no_rows_is_told_and_nothing_is_unpickled(tmp_path, fi
     packed[100:300] = bytes(200)
     (tmp_path / "damaged.npz").write_bytes(packed)
     with pytest.raises(cb.CompressionError) as raised:
-        rows_file.read(file, SHAPES, {"rel": "rel"})
+        rows_file.read_rows(file, SHAPES, {"rel": "rel"})
     assert problem in str(raised.value)
