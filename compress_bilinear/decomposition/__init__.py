@@ -8,6 +8,7 @@ from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import distance, rounded
+from ._search import Trial, best_within, smallest, tightened
 from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._spectra import spectra
 from ._stored import stored_columns, stored_core, stored_weight, unit_columns
@@ -22,7 +23,9 @@ __all__ = [
     "Metric",
     "Progress",
     "Rows",
+    "Trial",
     "TuckerDecomposition",
+    "best_within",
     "check_max_seconds",
     "check_tucker_rank",
     "check_weight",
@@ -37,10 +40,12 @@ __all__ = [
     "relative_error",
     "rounded",
     "row_slices",
+    "smallest",
     "spectra",
     "stored_columns",
     "stored_core",
     "stored_weight",
+    "tightened",
     "tucker",
     "tucker_bytes",
     "tucker_flops",

@@ -1,17 +1,24 @@
 """CP (Hitchcock, 1927; Carroll and Chang, 1970; Harshman, 1970) at a rank, to an error or within a size."""
 
+import math
 import warnings
 
+import torch
 from torch import Tensor
 
 from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
 from ..errors import AmplificationWarning, InfeasibleError
 from ._budget import Budget, Progress
-from ._cp_solve import AMPLIFICATION_LIMIT, as_result, solve
+from ._cp_solve import AMPLIFICATION_LIMIT, as_result, is_small, solve
 from ._factors import CPDecomposition
-from ._search import search
+from ._search import Trial, best_within, smallest
 from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
 from ._source import Source, full_precision
+
+_CLOSE = 1.03  # between a rank that meets an error and one that does not: closer costs more solves than it saves bytes
+_SHARE = 0.3  # of the time left, for one solve of a search
+_QUICK = 0.3  # effort of the solves of a search that begin from another's result
+_ENOUGH = 0.999  # of the error that is asked for, where these stop: the rest is for rounding
 
 
 def cp(
@@ -64,7 +71,7 @@ def cp(
     with full_precision(weight.device):
         source = Source(weight)
         if isinstance(rank, MaxError):
-            result = search(weight, source, rank, seed, quantize, budget)
+            result = _least_rank(weight, source, rank, seed, quantize, budget)
         else:
             result = as_result(weight, source, solve(source, rank, seed, budget, quantize=quantize).factors)
     if result.amplification > AMPLIFICATION_LIMIT:
@@ -88,3 +95,71 @@ def affordable(weight: Tensor, target: MaxSize, quantize: Quantize | None) -> in
             f"{int(budget)}."
         )
     return min(int(budget // each), most_rank(weight.shape))
+
+
+def _least_rank(
+    weight: Tensor, source: Source, target: MaxError, seed: int, quantize: Quantize | None, budget: Budget
+) -> CPDecomposition:
+    """The smallest rank found whose error, after rounding to the weight's dtype, meets the target."""
+    limit, itemsize = target.error, weight.element_size()
+    original = weight.numel() * itemsize
+    most = max(1, min((original - 1) // cp_bytes(1, weight.shape, itemsize, quantize), most_rank(weight.shape)))
+    least = _rank_floor(source, limit)
+    if least > most:
+        raise InfeasibleError(
+            f"A relative error of {limit:g} needs a CP rank of at least {least} (the rank of an unfolding to that "
+            f"error): {cp_bytes(least, weight.shape, itemsize, quantize)} bytes, where the weight has {original}."
+        )
+    solved: list[Trial[CPDecomposition]] = []
+
+    def attempt(size: float) -> tuple[CPDecomposition, float]:
+        rank, count = int(size), len(solved)
+        part = budget.child(_SHARE, (count / (count + 4), (count + 1) / (count + 5)))
+        near = best_within(solved, limit) or (solved[-1] if solved else None)
+        if near is None or is_small(source, rank):
+            factors = solve(source, rank, seed, part, quantize=quantize).factors
+        else:
+            assert near.result is not None
+            begin = _resized(source, near.result, rank, seed)
+            factors = solve(source, rank, seed, part, begin, _QUICK, _ENOUGH * limit, quantize).factors
+        result = as_result(weight, source, factors)
+        error = math.inf if result.error is None else result.error
+        solved.append(Trial(rank, error, result))
+        return result, error
+
+    trials = smallest(attempt, limit, least, most, close=_CLOSE, whole=True, budget=budget)
+    found = best_within(trials, limit)
+    if found is not None and found.result is not None:
+        return found.result
+    nearest = min(trials, key=lambda trial: trial.error)
+    if trials[-1].size == most:
+        raise InfeasibleError(
+            f"A relative error of {limit:g} needs a CP rank above {most}, the largest that is smaller than the "
+            f"weight's {original} bytes; the error there is {trials[-1].error:.4g}."
+        )
+    raise InfeasibleError(
+        f"No CP met a relative error of {limit:g} within {budget.max_seconds:g} s; the lowest was "
+        f"{nearest.error:.4g}, at rank {nearest.size}."
+    )
+
+
+def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> list[Tensor]:
+    """Its strongest components, and small random ones for what is missing; of the weight over its norm."""
+    kept = min(rank, near.rank)
+    weights = near.weights[:kept].double() * (source.scale / math.sqrt(source.total))
+    factors = [(factor[:, :kept].double() * weights.pow(1 / 3)) for factor in near.factors]
+    generator = torch.Generator().manual_seed(seed)
+    scale = float(weights.min().pow(1 / 3))
+    fresh = [torch.randn(len(f), rank - kept, generator=generator, dtype=torch.float64, device="cpu") for f in factors]
+    fresh = [f * (scale / f.norm(dim=0).clamp_min(1e-300)) for f in fresh]
+    return [torch.cat([f, g.to(f)], dim=1).to(source.dtype) for f, g in zip(factors, fresh, strict=True)]
+
+
+def _rank_floor(source: Source, limit: float) -> int:
+    """The largest over the modes of the matrix rank that the unfolding needs for the error: CP needs it too."""
+    floor = 1
+    for mode in range(3):
+        energy = torch.linalg.eigvalsh(source.gram(mode)).clamp_min(0)  # ascending, so tails are summed exactly
+        lost = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
+        floor = max(floor, int((lost > limit**2 * (1 + 1e-9) + 1e-15).sum()))
+    return floor

@@ -1,121 +1,129 @@
-"""The smallest CP rank for an error: growth until it is met, then a closing bracket, each solve begun from the last."""
+"""The search for the least size whose error is within a limit, and for the loosest target that rounding still meets.
+
+A size is whatever the caller varies: a CP rank, or a fraction of a layer's bytes. Errors fall about as a power of it.
+"""
 
 import math
 from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
-from ..config import MaxError, Quantize
-from ..errors import InfeasibleError
 from ._budget import Budget
-from ._cp_solve import as_result, is_small, solve
-from ._factors import CPDecomposition
-from ._sizes import cp_bytes, most_rank
-from ._source import Source
 
-_QUICK = 0.3  # effort of the solves that only tell where to look
-_ENOUGH = 0.999  # of the error asked for, to leave room for rounding
-_SHARE = 0.3  # of the time left, for one solve
+Result = TypeVar("Result")
+
+_GROWTH = 3.0  # between two sizes while only one side of the bracket is known: further, a power law guesses badly
+_INSIDE = 0.15  # of a bracket (in log size) that a step must cut off, so that a bad guess still shrinks it
 
 
-def search(
-    weight: Tensor, source: Source, target: MaxError, seed: int, quantize: Quantize | None, budget: Budget
-) -> CPDecomposition:
-    """The smallest rank found whose error, after rounding to the weight's dtype, meets the target.
+class Trial(NamedTuple, Generic[Result]):
+    """One size that was tried. `error` is infinite where there is no result."""
 
-    Ranks are bracketed to within 3%. The error falls about as a power of the rank, which tells where to look next.
+    size: float
+    error: float
+    result: Result | None
+
+
+def smallest(
+    attempt: Callable[[float], tuple[Result, float] | None],
+    limit: float,
+    low: float,
+    high: float,
+    *,
+    first: float | None = None,
+    close: float = 1.04,
+    whole: bool = False,
+    tries: int = 32,
+    budget: Budget | None = None,
+) -> list[Trial[Result]]:
+    """Close in on the least size in [low, high] whose error is at most `limit`; return all trials in their order.
+
+    Sizes grow or shrink from `first` until one meets the limit and one misses it. Then a power law through these two
+    says where the next lies. See `best_within` for the answer.
+
+    Args:
+        attempt: size -> (result, its error), or None where no result has this size.
+        first: where to begin; by default `low`.
+        close: the search ends once the least size that meets the limit is at most this times one that misses it.
+        whole: sizes are integers.
+        tries: at most so many attempts.
+        budget: after the first attempt, none begins once its time is up. Each attempt takes its own share of it.
     """
-    limit, itemsize = target.error, weight.element_size()
-    original = weight.numel() * itemsize
-    most = max(1, min((original - 1) // cp_bytes(1, weight.shape, itemsize, quantize), most_rank(weight.shape)))
-    low = _rank_floor(source, limit) - 1  # known to fail
-    if low >= most:
-        raise InfeasibleError(
-            f"A relative error of {limit:g} needs a CP rank of at least {low + 1} (the rank of an unfolding to that "
-            f"error): {cp_bytes(low + 1, weight.shape, itemsize, quantize)} bytes, where the weight has {original}."
-        )
-    attempt = _attempts(weight, source, seed, quantize, budget, _ENOUGH * limit)
-    rank, low_error = low + 1, 1.0
-    found = best = attempt(rank, None)
-    while found.error > limit:  # type: ignore[operator]
-        if found.error < best.error:  # type: ignore[operator]
-            best = found
-        if rank >= most:
-            raise InfeasibleError(
-                f"A relative error of {limit:g} needs a CP rank above {most}, the largest that is smaller than the "
-                f"weight's {original} bytes; the error there is {found.error:.4g}."
-            )
-        if budget.left() <= 0:
-            raise InfeasibleError(
-                f"No CP met a relative error of {limit:g} within {budget.max_seconds:g} s; the lowest was "
-                f"{best.error:.4g}, at rank {best.rank}."
-            )
-        low, low_error = rank, found.error or 0.0
-        rank = min(most, max(rank + 1, min(3 * rank, _guess(rank, low_error, limit))))
-        found = attempt(rank, found)
-    while found.rank - low > max(1, found.rank // 32) and budget.left() > 0:
-        rank = _between(low, low_error, found.rank, found.error or 0.0, limit)
-        trial = attempt(rank, found)
-        if trial.error <= limit:  # type: ignore[operator]
-            found = trial
+    trials: list[Trial[Result]] = []
+    misses: Trial[Result] | None = None
+    meets: Trial[Result] | None = None
+    size = min(max(low if first is None else first, low), high)
+    while len(trials) < tries and not (trials and budget is not None and budget.left() <= 0):
+        result, error = attempt(size) or (None, math.inf)
+        trial = Trial(size, error, result)
+        trials.append(trial)
+        if error <= limit:
+            meets = trial
         else:
-            low, low_error = rank, trial.error or 0.0
-    return found
-
-
-def _attempts(
-    weight: Tensor, source: Source, seed: int, quantize: Quantize | None, budget: Budget, enough: float
-) -> Callable[[int, CPDecomposition | None], CPDecomposition]:
-    """A solve at a rank, begun from a solution at another, or from scratch where that costs little."""
-    count = 0
-
-    def attempt(rank: int, near: CPDecomposition | None) -> CPDecomposition:
-        nonlocal count
-        begin, end = count / (count + 4), (count + 1) / (count + 5)
-        count += 1
-        seconds = _SHARE * max(budget.left(), 1e-3) if budget.limited else None
-        limited = Budget(seconds, lambda done, error: budget.report(begin + (end - begin) * done, error))
-        if near is None or is_small(source, rank):
-            solved = solve(source, rank, seed, limited, quantize=quantize)
+            misses = trial
+        if misses is None or meets is None:
+            if size == (high if meets is None else low):
+                break
+            least = max(close, 1.02) ** 2 ** min(len(trials), 6)  # longer steps, where short ones do not get across
+            size = min(max(_beyond(trial, limit, min(least, _GROWTH), whole), low), high)
+        elif meets.size <= close * misses.size or (whole and meets.size - misses.size <= 1):
+            break
         else:
-            solved = solve(source, rank, seed, limited, _resized(source, near, rank, seed), _QUICK, enough, quantize)
-        return as_result(weight, source, solved.factors)
-
-    return attempt
-
-
-def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> list[Tensor]:
-    """Its strongest components, and small random ones for what is missing; of the weight over its norm."""
-    kept = min(rank, near.rank)
-    weights = near.weights[:kept].double() * (source.scale / math.sqrt(source.total))
-    factors = [(factor[:, :kept].double() * weights.pow(1 / 3)) for factor in near.factors]
-    generator = torch.Generator().manual_seed(seed)
-    scale = float(weights.min().pow(1 / 3))
-    fresh = [torch.randn(len(f), rank - kept, generator=generator, dtype=torch.float64, device="cpu") for f in factors]
-    fresh = [f * (scale / f.norm(dim=0).clamp_min(1e-300)) for f in fresh]
-    return [torch.cat([f, g.to(f)], dim=1).to(source.dtype) for f, g in zip(factors, fresh, strict=True)]
+            size = _between(misses, meets, limit)
+            size = min(max(round(size), misses.size + 1), meets.size - 1) if whole else size
+    return trials
 
 
-def _guess(rank: int, error: float, limit: float) -> int:
-    """A rank that may meet the limit: beyond one point, the error is taken to fall with the square root of the rank."""
-    return math.ceil(rank * min(3.0, (error / limit) ** 2))
+def best_within(trials: list[Trial[Result]], limit: float) -> Trial[Result] | None:
+    """The trial of least size that meets the limit; None where none does."""
+    return min((trial for trial in trials if trial.error <= limit), key=lambda trial: trial.size, default=None)
 
 
-def _between(low: int, low_error: float, high: int, high_error: float, limit: float) -> int:
-    """Where a power law through the two points meets the limit, but well within them."""
-    margin = max(1, (high - low) // 5)
-    fall = math.log(low_error / high_error) if low_error > high_error > 0 else 0.0
-    part = math.log(low_error / limit) / fall if fall > 0 else 0.5
-    rank = round(low * (high / low) ** min(max(part, 0.0), 1.0)) if low > 0 else (low + high) // 2
-    return min(max(rank, low + margin), high - margin)
+def tightened(
+    attempt: Callable[[float], tuple[Result, float]],
+    limit: float,
+    *,
+    expected: float = 0.0,
+    step: float = 1e-12,
+    tries: int = 6,
+) -> tuple[Result, float]:
+    """Tighten a target until the error *after rounding* is at most `limit`; return the last result and its error.
+
+    The error may still be above the limit, where rounding alone costs that much. `attempt` takes a target, which its
+    result meets before rounding, and returns the result and its error after rounding. Truncation and rounding errors
+    add in quadrature, which says how much tighter the next target must be.
+
+    Args:
+        expected: the error that rounding will add, for the first target.
+        step: the least part by which a second target is tighter; for each further one it is a hundred times that.
+        tries: at most so many attempts.
+    """
+    target = math.sqrt(max(limit**2 - expected**2, 0.7 * limit**2))
+    for _ in range(tries):
+        result, error = attempt(target)
+        if error <= limit:
+            break
+        remaining = limit**2 - 1.1 * (error**2 - target**2)
+        target = max(min(math.sqrt(max(remaining, 0.0)), target * (1 - step)), limit / 2)
+        step = min(100 * step, 0.3)
+    return result, error
 
 
-def _rank_floor(source: Source, limit: float) -> int:
-    """The largest over the modes of the matrix rank that the unfolding needs for the error: CP needs it too."""
-    floor = 1
-    for mode in range(3):
-        energy = torch.linalg.eigvalsh(source.gram(mode)).clamp_min(0)  # ascending, so tails are summed exactly
-        lost = energy.cumsum(0) / energy.sum().clamp_min(1e-300)
-        floor = max(floor, int((lost > limit**2 * (1 + 1e-9) + 1e-15).sum()))
-    return floor
+def _beyond(trial: Trial[Any], limit: float, least: float, whole: bool) -> float:
+    """The next size towards the other side of the limit, if the error falls with the square root of the size.
+
+    It is larger or smaller by a factor of at least `least`.
+    """
+    ratio = (max(trial.error, 1e-300) / limit) ** 2
+    if trial.error > limit:
+        size = trial.size * min(max(ratio, least), _GROWTH)
+        return max(math.ceil(size), trial.size + 1) if whole else size
+    size = trial.size / min(max(1 / ratio, least), _GROWTH)
+    return min(math.floor(size), trial.size - 1) if whole else size
+
+
+def _between(misses: Trial[Any], meets: Trial[Any], limit: float) -> float:
+    """Where a power law through the two trials meets the limit, but well within them."""
+    part = 0.5
+    if misses.error < math.inf and meets.error > 0:
+        part = math.log(misses.error / limit) / math.log(misses.error / meets.error)
+    return misses.size * (meets.size / misses.size) ** min(max(part, _INSIDE), 1 - _INSIDE)
