@@ -22,17 +22,6 @@ def check_quantize(quantize: object) -> None:
         raise ConfigError(f"`quantize` should be None or one of {names}. Found {quantize!r}.")
 
 
-Cost: TypeAlias = Literal["bytes", "parameters", "flops"]
-"""What a Tucker `MaxError` can make small."""
-
-
-def check_cost(cost: object) -> None:
-    """Raise `ConfigError` unless `cost` is one of `Cost`."""
-    if cost not in get_args(Cost):
-        names = ", ".join(repr(name) for name in get_args(Cost))
-        raise ConfigError(f"`cost` should be one of {names}. Found {cost!r}.")
-
-
 def check_rank(rank: object, what: str = "`rank`") -> None:
     """Raise `ConfigError` unless `rank` is a positive int."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -133,7 +122,6 @@ class TuckerConfig:
     Args:
         rank: the triple (R_o, R_i, R_j) in the order of the weight's axes, or a target that chooses it.
         quantize: None keeps the layer's dtype; "bf16", "int8" and "nf4" store core and factors in 16, 8 or 4 bits.
-        cost: what a `MaxError` on the weight makes small: stored "bytes", "parameters" or "flops" of a forward.
         fit: as in `CPConfig`.
 
     A mode whose rank is its size is absorbed into the core: it has no factor.
@@ -143,7 +131,6 @@ class TuckerConfig:
 
     rank: TuckerRank
     quantize: Quantize | None = None
-    cost: Cost = "bytes"
     fit: Fit = "output"
 
     def __post_init__(self) -> None:
@@ -157,7 +144,6 @@ class TuckerConfig:
                 check_rank(value, f"`rank[{axis}]` of a TuckerConfig")
             object.__setattr__(self, "rank", tuple(self.rank))
         check_quantize(self.quantize)
-        check_cost(self.cost)
         check_fit(self.fit)
 
 

@@ -4,7 +4,7 @@ max_seconds = 60            # optional: include, exclude, batch_size, measure_la
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
 method = "cp"               # cp, tucker or dense
 rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
-quantize = "int8"           # optional, as are seed (cp) and cost (tucker)
+quantize = "int8"           # optional, as is seed (cp)
 """
 
 import json
@@ -123,6 +123,8 @@ _KEYS = ("method", *dict.fromkeys(name for kind in _KINDS.values() for name in _
 
 def _config(where: str, data: object) -> Config:
     found = dict(_table(data, where))
+    if found.pop("cost", "bytes") != "bytes":  # files of earlier versions may have it
+        raise ConfigError(f"{where}.cost: ranks are always chosen by stored bytes. Leave it out.")
     for name in found:  # before a key that is missing is asked for: this may be it
         if name not in _KEYS:
             raise ConfigError(f"{_path(where, name)}: unknown.{nearest(name, _KEYS)}")

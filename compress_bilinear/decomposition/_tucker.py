@@ -13,10 +13,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..config import Cost, MaxError, MaxSize, Quantize, TuckerRank, check_cost, check_quantize
+from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
 from ._budget import Budget, Progress
 from ._factors import Factors, TuckerDecomposition, relative
 from ._hosvd import start, truncated
+from ._search import tightened
 from ._sizes import check_tucker_rank, check_weight
 from ._source import Basis, Source, full_precision, gram, leading, mode_product, turned_
 from ._tucker_ranks import Target, Triple, best_block
@@ -30,7 +31,6 @@ _ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an 
 _FEW_SWEEPS = 4  # while ranks are still being chosen
 _NEAR = 1.05  # times the best first choice: HOOI is tried on those
 _ROUNDS = 4  # of widening the ranks and choosing again
-_ATTEMPTS = 6  # at a target that rounding to the weight's dtype made miss
 
 
 def tucker(
@@ -38,7 +38,6 @@ def tucker(
     rank: TuckerRank,
     *,
     quantize: Quantize | None = None,
-    cost: Cost = "bytes",
     max_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> TuckerDecomposition:
@@ -50,12 +49,10 @@ def tucker(
 
     Args:
         weight: (O, I, J), any floating dtype, on any device.
-        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the lowest cost with a relative error of at most e, after
+        rank: the triple (R_o, R_i, R_j); or `MaxError(e)`, the fewest bytes with a relative error of at most e, after
             the factors are rounded to the weight's dtype; or `MaxSize(f)`, the lowest error within f of the weight's
             bytes.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
-        cost: what a `MaxError` makes small: stored "bytes", "parameters", or "flops" of a forward. (`MaxSize` is
-            always of bytes.)
         max_seconds: time to refine in; the start, an HOSVD, is always completed. None refines to convergence.
         progress: called with the part done and the relative error so far.
 
@@ -71,11 +68,10 @@ def tucker(
     """
     check_weight(weight)
     check_quantize(quantize)
-    check_cost(cost)
     budget = Budget(max_seconds, progress)
     with full_precision(weight.device):
         if isinstance(rank, (MaxError, MaxSize)):
-            return _to_target(weight, rank, quantize, cost, budget)
+            return _to_target(weight, rank, quantize, budget)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
@@ -83,28 +79,24 @@ def tucker(
 
 
 def _to_target(
-    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, cost: Cost, budget: Budget
+    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, budget: Budget
 ) -> TuckerDecomposition:
     source = Source(weight)
     square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
 
-    def attempt(wanted: MaxError | MaxSize) -> tuple[TuckerDecomposition, float]:
-        aim = Target(wanted, source.shape, weight.element_size(), quantize, cost)
-        result = _result(weight, source, _chosen(source, square, aim, budget))
+    def attempt(wanted: MaxError | MaxSize) -> TuckerDecomposition:
+        aim = Target(wanted, source.shape, weight.element_size(), quantize)
+        return _result(weight, source, _chosen(source, square, aim, budget))
+
+    def within(error: float) -> tuple[TuckerDecomposition, float]:
+        result = attempt(MaxError(error))
         return result, result.error or 0.0
 
     if isinstance(target, MaxSize):
-        return attempt(target)[0]
-    wanted = target.error
-    for k in range(_ATTEMPTS):
-        result, error = attempt(MaxError(wanted))
-        if error <= target.error:
-            return result
-        # truncation and rounding errors add in quadrature
-        left = target.error**2 - 1.1 * (error**2 - wanted**2)
-        wanted = max(min(math.sqrt(max(left, 0.0)), wanted * (1 - 1e-12 * 100**k)), target.error / 2)
-    # the weight itself, all modes absorbed, has no rounding to suffer from
-    return _result(weight, source, (None, None, None))
+        return attempt(target)
+    result, error = tightened(within, target.error)  # the factors are rounded to the weight's dtype
+    # else the weight itself, all modes absorbed: nothing of it is rounded
+    return result if error <= target.error else _result(weight, source, (None, None, None))
 
 
 def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = None) -> TuckerDecomposition:

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import assert_never
 
-from ..config import Cost, MaxError, MaxSize, Quantize
+from ..config import MaxError, MaxSize, Quantize
 from ..errors import InfeasibleError
 from ._factors import relative
-from ._sizes import tucker_bytes, tucker_flops, tucker_parameters
+from ._sizes import tucker_bytes
 
 _SLAB = 2**20  # triples looked at together, at most
 _LEAST_SLAB = 2**12
@@ -28,19 +27,10 @@ class Target:
     shape: Triple
     itemsize: int
     quantize: Quantize | None
-    cost: Cost
 
     def price(self, rank: Sequence[Any]) -> Any:
-        """What the target makes small; ranks may be broadcast tensors. Bytes for a `MaxSize`."""
-        match "bytes" if isinstance(self.wanted, MaxSize) else self.cost:
-            case "bytes":
-                return tucker_bytes(rank, self.shape, self.itemsize, self.quantize)
-            case "parameters":
-                return tucker_parameters(rank, self.shape)
-            case "flops":
-                return tucker_flops(rank, self.shape)
-            case never:
-                assert_never(never)
+        """Bytes that are stored; ranks may be broadcast tensors."""
+        return tucker_bytes(rank, self.shape, self.itemsize, self.quantize)
 
     @property
     def budget(self) -> float:

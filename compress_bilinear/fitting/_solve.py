@@ -154,7 +154,7 @@ def _decompose(
             module = CPBilinear.from_decomposition(found, bias, quantize=config.quantize)
             return Candidate(module, *_errors(weight, cp, module, cp.amplification))
         case TuckerConfig():
-            tucker = decompose.tucker(weight, rank, cost=config.cost, **asked)  # type: ignore[arg-type]
+            tucker = decompose.tucker(weight, rank, **asked)  # type: ignore[arg-type]
             core = decompose.rounded(tucker, weight, config.quantize)
             module = TuckerBilinear.from_decomposition(core, bias, quantize=config.quantize)
             return Candidate(module, *_errors(weight, tucker, module, None))

@@ -11,7 +11,7 @@ CONFIGS = {
     "rel.*": cb.CPConfig(rank=64, quantize="int8", seed=3),
     "a b": cb.CPConfig(rank=cb.MaxError(0.05)),
     "head": cb.TuckerConfig(rank=(16, 32, 32)),
-    "*": cb.TuckerConfig(rank=cb.MaxSize(0.25), cost="flops"),
+    "*": cb.TuckerConfig(rank=cb.MaxSize(0.25), quantize="nf4"),
     "dense": cb.DenseConfig(quantize="int8"),
 }
 OPTIONS = {"include": ["rel.*", "head"], "batch_size": 64, "force": True, "max_seconds": 1.5}
@@ -55,6 +55,14 @@ AUTO = {
     "*": AutoConfig(size=0.25),
     "d": cb.CPConfig(rank=cb.MaxError(0.1, on="output"), fit="weight"),
 }
+
+
+def test_an_older_file_may_name_the_cost_that_always_holds_now():
+    table = {"method": "tucker", "max_error": 0.1}
+    old = config_text.parse_recipe({"layers": {"*": table | {"cost": "bytes"}}})
+    assert old == config_text.parse_recipe({"layers": {"*": table}})
+    with pytest.raises(cb.CompressionError, match="ranks are always chosen by stored bytes"):
+        config_text.parse_recipe({"layers": {"*": table | {"cost": "flops"}}})
 
 
 def test_the_automatic_choice_reads_back_too():

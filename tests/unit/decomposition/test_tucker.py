@@ -9,7 +9,7 @@ from support import DTYPES, TOLERANCES, low_rank
 
 from compress_bilinear import MaxError, MaxSize
 from compress_bilinear.decomposition import _hosvd as _subspace
-from compress_bilinear.decomposition import cp, tucker, tucker_bytes, tucker_flops, tucker_parameters
+from compress_bilinear.decomposition import cp, tucker, tucker_bytes, tucker_parameters
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)
@@ -253,23 +253,6 @@ def test_a_weight_that_is_a_tensor_train_becomes_one():
     found = tucker(torch.einsum("oa,aib,bj->oij", *cores), MaxError(1e-6))
     assert found.rank == (2, 6, 3)
     assert torch.equal(found.factors[1], torch.eye(6, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("cost", ["bytes", "parameters", "flops"])
-def test_the_cost_that_is_asked_for_is_the_lowest(cost):
-    weight = low_rank((30, 8, 16), 300)
-    costs = {"bytes": lambda r: tucker_bytes(r, weight.shape, 8, None)}
-    costs |= {
-        "parameters": lambda r: tucker_parameters(r, weight.shape),
-        "flops": lambda r: tucker_flops(r, weight.shape),
-    }
-    found = {other: tucker(weight, MaxError(0.5), cost=other).rank for other in costs}
-    assert costs[cost](found[cost]) == min(costs[cost](rank) for rank in found.values())
-
-
-def test_another_cost_is_an_error():
-    with pytest.raises(ConfigError, match=r"`cost` should be one of 'bytes', 'parameters', 'flops'\. Found 'time'\."):
-        tucker(NOISY, MaxError(0.5), cost="time")
 
 
 def st_hosvd(weight, error):
