@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from compress_bilinear.report import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Report, Spectrum
+from compress_bilinear.report import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Report, Spectrum
 
 NASTY = (
     "<script>alert(1)</script>",
@@ -47,11 +47,11 @@ def replaced(name: str = "rel", **changes: Any) -> LayerReport:
     """A layer with every figure that a report may have."""
     known: dict[str, Any] = {
         "name": name, "shape": (50, 100, 100), "method": "cp", "rank": 8, "quantize": "int8", "decision": "replaced",
-        "reason": AS_CONFIGURED, "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
+        "notes": (AS_CONFIGURED,), "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
         "truncation_error": 0.59, "quantization_error": 0.01, "resident_bytes": 12_000, "compute": "resident",
         "compute_modes": modes(),
         "params_before": 250_000, "params_after": 2000, "bytes_before": 1_000_000, "bytes_after": 9000,
-        "flops_before": 10**6, "flops_after": 10**4, "dense_order": "one_gemm", "batch_size": 64, "backend": "torch",
+        "flops_before": 10**6, "flops_after": 10**4, "dense_order": "one_gemm", "batch_size": 64,
         "latency_before_ms": 2.5, "latency_before_quartiles_ms": (2.3, 2.9), "speedup": 5.0, "amplification": 1.5,
         "latency_after_ms": 0.5, "latency_after_quartiles_ms": (0.4, 0.6), "speedup_vs_dense": 2.0, "front": front(),
         "latency_dense_ms": 1.0, "latency_dense_quartiles_ms": (0.9, 1.2), "spectra": spectra(50, 100, 100),
@@ -61,7 +61,12 @@ def replaced(name: str = "rel", **changes: Any) -> LayerReport:
 
 def kept(name: str = "kept", **changes: Any) -> LayerReport:
     """A layer that stayed, with the figures of what was turned down."""
-    own = {"decision": "kept", "reason": "it is not smaller", "bytes_after": 1_000_000, "front": ()}
+    own = {
+        "decision": "kept",
+        "notes": (Note("not_smaller", "it is not smaller"),),
+        "bytes_after": 1_000_000,
+        "front": (),
+    }
     return replaced(name, **own | {"speedup": 0.4, "speedup_vs_dense": 0.3, "latency_after_ms": 6.25} | changes)
 
 
@@ -77,6 +82,5 @@ def report(*layers: LayerReport, **changes: Any) -> Report:
             "torch": "2.13",
         },
         "config": {"layers": {"*": {"method": "cp", "rank": 8}}},
-        "call": "model, report = cb.compress(\n    model,\n    cb.CPConfig(rank=8),\n)",
     }
     return Report(layers=layers, **known | changes)

@@ -167,8 +167,7 @@ def compress(
         progress=False if quiet else None,
         **options,
     )
-    ours = () if calibration is None else ("calibration",)
-    made = replace(planned.report, **asked(configs, {"include": include or ("*",), **options}, ours))
+    made = replace(planned.report, config=asked(configs, {"include": include or ("*",), **options}))
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: write_container(new_state, described, temporary)))

@@ -21,12 +21,13 @@ from ..config import Config, CPConfig, DenseConfig, MaxSize, TuckerConfig
 from ..errors import CompressionError
 from ..files import load, save
 from ..planning import compress
-from ..report import LayerReport, Report, compact_table, error, size, speedup
+from ..report import LayerReport, Note, Report, compact_table, error, size, speedup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EPOCHS = 30
+_THE_ORIGINAL = Note("original", "the original")
 _BATCH = 64
 
 CONFIGS: dict[str, Config] = {
@@ -168,7 +169,7 @@ def _original(layer: LayerReport, before: float) -> Row:
         shape=layer.shape,
         method="nn.Bilinear",
         decision="kept",
-        reason="the original",
+        notes=(_THE_ORIGINAL,),
         weight_error=0.0,
         output_error=0.0,
         params_before=layer.params_before,
@@ -191,7 +192,7 @@ def table(rows: "Sequence[Row]") -> Table:
         layer = row.layer
         rank = layer.rank if layer.rank is not None else "–"
         out.add_row(
-            row.name if layer.decision == "replaced" or layer.reason == "the original" else f"{row.name} (kept)",
+            row.name if layer.decision == "replaced" or layer.notes == (_THE_ORIGINAL,) else f"{row.name} (kept)",
             ",".join(map(str, rank)) if isinstance(rank, tuple) else str(rank),
             size(layer.bytes_after),
             f"{layer.bytes_before / layer.bytes_after:.1f}x",

@@ -1,4 +1,4 @@
-"""Configs as text: what a TOML or JSON file says, the same as plain data, and in Python's spelling.
+"""Configs as text: what a TOML or JSON file says, and the same as plain data.
 
 max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, compute, force, max_seconds
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
@@ -10,8 +10,8 @@ quantize = "int8"           # optional, as is seed (cp)
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -182,13 +182,9 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
-def asked(configs: Mapping[str, Config], options: Mapping[str, Any], ours: Sequence[str] = ()) -> dict[str, Any]:
-    """`Report.config` and `Report.call`, without the arguments of `surgery.plan` that are at their defaults.
-
-    `ours` are the names of further arguments that were given, and that no text can hold: "calibration", say.
-    """
-    given = {name: value for name, value in options.items() if value != _DEFAULTS.get(name)}
-    return {"config": plain(configs, given), "call": spelled(configs, given, ours)}
+def asked(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
+    """`Report.config`: the recipe as plain data, without the arguments of `plan` that are at their defaults."""
+    return plain(configs, {name: value for name, value in options.items() if value != _DEFAULTS.get(name)})
 
 
 def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,28 +208,6 @@ def _entry(config: Config) -> dict[str, Any]:
         else:
             entry[name] = list(value) if isinstance(value, tuple) else value
     return entry
-
-
-def spelled(configs: Mapping[str, Config], options: Mapping[str, Any], ours: Sequence[str] = ()) -> str:
-    """The call in Python that asks for the same, line by line; `ours` as in `asked`."""
-    if list(configs) == ["*"]:
-        lines = [f"    {_value(configs['*'])},"]
-    else:
-        lines = ["    {", *(f"        {_value(glob)}: {_value(config)}," for glob, config in configs.items()), "    },"]
-    lines += [f"    {name}={'batches' if name == 'calibration' else name}," for name in ours]
-    lines += [f"    {name}={_value(value)}," for name, value in options.items()]
-    return "\n".join(["model, report = cb.compress(", "    model,", *lines, ")"])
-
-
-def _value(value: object) -> str:
-    if is_dataclass(value):
-        whole = [f"{name}={_value(inner)}" for name, inner in _given(value)]
-        return f"cb.{type(value).__name__}({', '.join(whole)})"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, Sequence):
-        return f"({', '.join(_value(inner) for inner in value)}{',' if len(value) == 1 else ''})"
-    return repr(value)
 
 
 def _given(config: Any) -> list[tuple[str, Any]]:

@@ -261,9 +261,7 @@ def plan(
         "compute": compute,
     }
     options_given |= {"force": force, "max_seconds": max_seconds, "refine": refine}
-    ours = {"calibration": calibration, "forward_fn": forward_fn, "loss_fn": loss_fn, "evaluate": evaluate}
-    told = asked(configs, options_given, [name for name, value in ours.items() if value is not None])
-    return Plan(model, entries, replace(_report(model, entries), **told), evaluate)
+    return Plan(model, entries, replace(_report(model, entries), config=asked(configs, options_given)), evaluate)
 
 
 def compress(

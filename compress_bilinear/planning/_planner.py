@@ -28,12 +28,12 @@ from ..fitting import (
     weight_error,
 )
 from ..modules import Call, CompressedBilinear, CPBilinear, DenseBilinear, FoundLayer
-from ..report import AS_CONFIGURED
+from ..report import AS_CONFIGURED, Note
 from ._allocate import allocate, best_within
 from ._baselines import front, renewed
 from ._distill import refine
 from ._progress import ProgressBars
-from ._verdict import CANCELLING, Decision, cancelling, compared, judge, keep
+from ._verdict import Decision, cancelling, judge, keep
 
 _DEFAULT_ROWS = 256
 _MOST_ROWS = 2**15
@@ -151,21 +151,20 @@ class Planner:
             module, decision = found.modules[key].train(request.found.layer.training), self.decisions[k]
             known: dict[str, Any] = {}
             if module is not before:
-                told = f"refined: the network's error on held-out batches fell from {found.before:.3g} to "
-                told += f"{found.after:.3g}"
+                fell = f"fell from {found.before:.3g} to {found.after:.3g}"
+                note = Note("refined", f"refined: the network's error on held-out batches {fell}")
                 if module.quantize is not None:
                     module.set_compute(before.compute, request.found.layer.weight.dtype)
                 known = self._known_again(request.found, module)
-                for name in ("front", "compared"):
-                    points = getattr(decision.report, name)
-                    known[name] = renewed(points, known["weight_error"], known["output_error"])
+                known["front"] = renewed(decision.report.front, known["weight_error"], known["output_error"])
             elif isinstance(module, DenseBilinear):
-                told = "not refined, for it is dense"
+                note = Note("not_refined", "not refined, for it is dense")
             else:
-                told = f"not refined: the network's error on held-out batches did not fall from {found.before:.3g}"
-            parts = [part for part in decision.report.reason.split("; ") if not part.startswith(CANCELLING)]
-            parts += cancelling(known.get("amplification", decision.report.amplification))
-            known["reason"] = "; ".join([*(part for part in parts if part != AS_CONFIGURED), told])
+                why = f"the network's error on held-out batches did not fall from {found.before:.3g}"
+                note = Note("not_refined", f"not refined: {why}")
+            before_it = [one for one in decision.report.notes if one != AS_CONFIGURED and one.code != "cancelling"]
+            cancels = cancelling(known.get("amplification", decision.report.amplification))
+            known["notes"] = (*before_it, *cancels, note)
             report = replace(decision.report, **known)
             self.decisions[k] = replace(decision, replacement=module, report=report)
         return self.decisions
@@ -196,7 +195,7 @@ class Planner:
         """For a layer that is still to be chosen for, that it is kept."""
         found, wanted = request.found, request.config
         if request.refusal is not None:
-            return keep(found, wanted, request.refusal)
+            return keep(found, wanted, Note("not_replaceable", request.refusal))
         fitting = self._fitting(found)
         try:
             if found.adapted is not None:
@@ -204,22 +203,21 @@ class Planner:
             with self._seconds.share(found.layer) as share:
                 if isinstance(wanted, AutoConfig):
                     self._open.append(_Open(number, request, *self._tried(number, found, wanted, fitting, share)))
-                    return keep(found, wanted, "")
+                    return keep(found, wanted, AS_CONFIGURED)
                 progress = self._progress(number, found.label)
                 candidate = solve(found.layer, wanted, share, progress, fitting)
         except ConfigError as error:
             misfit = ConfigError(str(error).replace("the weight", f"layer {found.label!r}"))
             self._misfits.append((wanted, misfit))
-            return keep(found, wanted, str(misfit))
+            return keep(found, wanted, Note("misfit", str(misfit)))
         except CompressionError as error:
-            return keep(found, wanted, str(error))
+            return keep(found, wanted, Note("infeasible", str(error)))
         self._misfits.append((wanted, None))
         measured = self._measured(found)
         candidate = self._computing(found, wanted, candidate, measured)
-        decision = judge(
+        return judge(
             found, wanted, candidate, measured, self._unreached(found), self._time_rows(found), self._options.force
         )
-        return compared(decision, found.layer, candidate, measured)
 
     def _computing(self, found: FoundLayer, config: Config, candidate: Candidate, on: OutputError | None) -> Candidate:
         """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that."""
@@ -305,7 +303,7 @@ class Planner:
                 chosen = allocate(fronts, int((config.fraction or 0) * before), config.prefer)
         except InfeasibleError as error:
             for each in layers:
-                self._record(each, keep(each.request.found, config, str(error)), each.options[0])
+                self._record(each, keep(each.request.found, config, Note("infeasible", str(error))), each.options[0])
             return
         for each in layers:
             self._settle(each, chosen[each.request.found.label], limit)
@@ -318,7 +316,8 @@ class Planner:
         if option.fitted is None or option.config is None:
             what = "faster" if isinstance(config, AutoConfig) and config.prefer == "speed" else "smaller"
             why = f"no {what} replacement meets the target" if limit else "the size allows to keep it"
-            decision = keep(found, config, f"{why} of {len(each.options) - 1} that were tried")
+            note = Note("out_of_reach" if limit else "within_size", f"{why} of {len(each.options) - 1} that were tried")
+            decision = keep(found, config, note)
         else:
             candidate = as_candidate(found.layer, option.fitted)
             rows, unreached = self._time_rows(found), self._unreached(found)

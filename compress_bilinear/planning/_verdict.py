@@ -14,17 +14,13 @@ from ..fitting import (
     OutputError,
     Timing,
     parameter_count,
-    point,
     stored_bytes,
     time_adapted,
     time_replacement,
     weight_error,
 )
 from ..modules import CompressedBilinear, FoundLayer, is_lazy
-from ..report import AS_CONFIGURED, LayerReport, Spectrum
-from ._baselines import beside
-
-CANCELLING = "its components cancel"
+from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,43 +32,45 @@ class Decision:
     own_bias: bool = False
 
 
-def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> str | None:
+def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> Note | None:
     """Why a candidate is worse than the layer it would replace, or None: it must work, be smaller, and meet its target.
 
     An exact dense layer has the same bytes; whether it is faster is for `slowness` to say, after measuring.
     """
     if not math.isfinite(candidate.weight_error):
-        return f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
+        why = f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
+        return Note("not_finite", why)
     lost, what = candidate.weight_error, "weight"
     if candidate.output_error is not None:
         lost, what = candidate.output_error, "outputs"
     if not lost < 1:
-        return f"it keeps nothing of the {what}: their error is {lost:.3g}"
+        return Note("keeps_nothing", f"it keeps nothing of the {what}: their error is {lost:.3g}")
     if isinstance(config, DenseConfig) and config.quantize is None:
         return None
     before, after = stored_bytes(layer), stored_bytes(candidate.module)
     if after >= before:
-        return f"it is not smaller: it would store {after} bytes, the layer has {before}"
+        return Note("not_smaller", f"it is not smaller: it would store {after} bytes, the layer has {before}")
     rank = None if isinstance(config, DenseConfig) else config.rank
     if isinstance(rank, MaxError):
         found = candidate.weight_error if rank.on == "weight" else candidate.output_error
         if found is not None and found > rank.error:
-            return f"its {rank.on} error {found:.4g} misses the target {rank.error:g}"
+            return Note("misses_target", f"its {rank.on} error {found:.4g} misses the target {rank.error:g}")
     if isinstance(rank, MaxSize) and after > rank.fraction * before:
-        return f"its {after} bytes miss the target of {rank.fraction:g} x {before}"
+        return Note("misses_target", f"its {after} bytes miss the target of {rank.fraction:g} x {before}")
     return None
 
 
-def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> str | None:
+def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> Note | None:
     """Why an exact dense layer is not worth making, or None: it must be faster beyond the spread of the blocks."""
     if timing is None:
-        return "whether it is faster has not been measured"
+        return Note("not_faster", "whether it is faster has not been measured")
     if timing.after.upper < timing.before.lower:
         return None
-    return (
+    return Note(
+        "not_faster",
         "it is not faster here beyond the spread: "
         f"{timing.after.median:.3g} ms (upper quartile {timing.after.upper:.3g}), "
-        f"{form} {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})"
+        f"{form} {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})",
     )
 
 
@@ -112,18 +110,18 @@ def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
     return known
 
 
-def keep(found: FoundLayer, config: Config, reason: str, **known: Any) -> Decision:
+def keep(found: FoundLayer, config: Config, note: Note, **known: Any) -> Decision:
     """The record of a layer that stays as it is; `known` are the figures of a candidate that was turned down."""
     basics = _basics(found, config)
     same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
-    return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "reason": reason, **known}))
+    return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "notes": (note,), **known}))
 
 
-def cancelling(amplification: float | None) -> list[str]:
+def cancelling(amplification: float | None) -> list[Note]:
     """What is to be said of a CP whose components cancel; nothing of others."""
     if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
         return []
-    return [f"{CANCELLING} (amplification {amplification:.2g})"]
+    return [Note("cancelling", f"its components cancel (amplification {amplification:.2g})")]
 
 
 def judge(
@@ -153,7 +151,7 @@ def judge(
     against = objection(layer, candidate, config)
     found_error = known.get("output_error")
     if against is None and found_error is not None and not math.isfinite(found_error):
-        against = f"its outputs leave the range of {_dtype(layer)} on the calibration rows"
+        against = Note("not_finite", f"its outputs leave the range of {_dtype(layer)} on the calibration rows")
     if against is not None and not force:
         return keep(found, config, against, **known)
     timing = None
@@ -165,27 +163,19 @@ def judge(
         against = slowness(timing, found.form)
         if against is not None and not force:
             return keep(found, config, against, **known, **_timing(timing))
-    reason = AS_CONFIGURED if against is None else f"forced, although {against}"
-    reasons = [reason]
+    notes = [AS_CONFIGURED if against is None else Note("forced", f"forced, although {against.text}")]
     if timing is not None and timing.speedup < 1:
-        reasons.append(f"slower here than {found.form} ({timing.speedup:.2f}x)")
-    reasons += cancelling(candidate.amplification)
+        notes.append(Note("slower", f"slower here than {found.form} ({timing.speedup:.2f}x)"))
+    notes += cancelling(candidate.amplification)
     if candidate.note is not None:
-        reasons.append(candidate.note)
+        notes.append(Note("fitted_to_weight", candidate.note))
     if unreached:
-        reasons.append("no calibration row reached it, so its output error is unknown")
-    known |= {"decision": "replaced", "reason": "; ".join(reasons), "backend": "torch"}
+        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
+    known |= {"decision": "replaced", "notes": tuple(notes)}
     known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
     known |= {"flops_after": module.flops_per_row} | _timing(timing)
     report = LayerReport(**(_basics(found, config) | known))
     return Decision(module, report, candidate.own_bias)
-
-
-def compared(decision: Decision, layer: nn.Bilinear, candidate: Candidate, measured: OutputError | None) -> Decision:
-    """The decision, whose record tells what its candidate stands beside."""
-    replaced, known = decision.replacement is not None, decision.report
-    one = point(candidate.module, known.weight_error, known.output_error, chosen=replaced)
-    return replace(decision, report=replace(known, compared=beside(layer, one, candidate.tried, measured)))
 
 
 def _timing(timing: Timing | None) -> dict[str, Any]:
@@ -218,5 +208,6 @@ def compare_layers(
             wanted = TuckerConfig(rank=triple, quantize=module.quantize)
     candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
     decision = judge(FoundLayer((name,), layer), wanted, candidate, measured, False, batch_size, True)
-    report = compared(decision, layer, candidate, measured).report
-    return replace(report, reason=report.reason.removeprefix("forced, although "))  # it is there already
+    against = objection(layer, candidate, wanted)  # it is there already, so it was not forced
+    notes = tuple(against if note.code == "forced" and against is not None else note for note in decision.report.notes)
+    return replace(decision.report, notes=notes)

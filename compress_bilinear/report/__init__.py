@@ -1,7 +1,17 @@
 """The report as data, and its renderers."""
 
 from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures
-from ._data import AS_CONFIGURED, SCHEMA_VERSION, ComputeMode, FrontPoint, LayerReport, Report, Spectrum, numeric_fields
+from ._data import (
+    AS_CONFIGURED,
+    SCHEMA_VERSION,
+    ComputeMode,
+    FrontPoint,
+    LayerReport,
+    Note,
+    Report,
+    Spectrum,
+    numeric_fields,
+)
 from ._format import error, printable, size, size_change, speedup
 from ._terminal import compact_table, render_text
 
@@ -14,6 +24,7 @@ __all__ = [
     "FrontPoint",
     "LayerReport",
     "Limit",
+    "Note",
     "Panel",
     "Report",
     "Spectrum",

@@ -13,12 +13,30 @@ from .._atomic import written_atomically
 from ..errors import CompressionError
 from ._read import check, record
 
-SCHEMA_VERSION = 2
-
-AS_CONFIGURED = "as configured"  # the reason of a replacement with nothing more to say
+SCHEMA_VERSION = 3
 
 Rank: TypeAlias = int | tuple[int, int, int] | None
 Quartiles: TypeAlias = tuple[float | None, float | None]  # None where it was not finite
+
+
+@dataclass(frozen=True)
+class Note:
+    """One fact about what was decided for a layer.
+
+    Attributes:
+        code: names the kind of fact, for programs: "as_configured", "forced", "slower", "cancelling",
+            "fitted_to_weight", "unreached", "refined", "not_refined"; of a kept layer "not_replaceable", "not_finite",
+            "keeps_nothing", "not_smaller", "misses_target", "not_faster", "infeasible", "misfit", "out_of_reach",
+            "within_size". "text" has no kind: it was read from a report of an older schema.
+        text: the same for people; part of a sentence, without a full stop.
+    """
+
+    code: str
+    text: str
+
+
+AS_CONFIGURED = Note("as_configured", "as configured")
+"""The note of a replacement with nothing more to say."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,8 @@ class LayerReport:
         shape: (O, I, J).
         method: "dense", "cp" or "tucker": what was asked for. `rank` is what it came to, None for dense or unsolved.
         quantize: None, "bf16", "int8" or "nf4".
-        decision: "replaced" or "kept"; `reason` says why.
+        decision: "replaced" or "kept".
+        notes: why, and what else is to be said of it; `reason` joins their texts.
         weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
             was turned down. None where nothing was solved.
         truncation_error, quantization_error: the parts of `weight_error` of a quantized layer: of the decomposition in
@@ -110,11 +129,8 @@ class LayerReport:
         speedup: against `nn.Bilinear`; `speedup_vs_dense`: against the fastest exact dense evaluation. Below 1 the
             replacement is slower.
         batch_size: rows in a timed call.
-        backend: which code evaluates the replacement.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
-        front: the replacements that were considered, by bytes; empty where the config left no choice.
-        compared: where it left none, what the replacement stands beside, by bytes: the layer itself, its weight in 8
-            bits, and what a search for the rank tried. Empty where nothing was solved.
+        front: all candidates that were evaluated, by bytes; empty where the config left no choice.
         spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved or a mode is too long.
     """
 
@@ -125,7 +141,7 @@ class LayerReport:
     rank: Rank = None
     quantize: str | None = None
     decision: Literal["replaced", "kept"]
-    reason: str
+    notes: tuple[Note, ...]
     weight_error: float | None = None
     truncation_error: float | None = None
     quantization_error: float | None = None
@@ -150,17 +166,24 @@ class LayerReport:
     speedup: float | None = None
     speedup_vs_dense: float | None = None
     batch_size: int | None = None
-    backend: str | None = None
     amplification: float | None = None
     form: str = "nn.Bilinear"
     front: tuple[FrontPoint, ...] = ()
-    compared: tuple[FrontPoint, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
 
     @property
     def label(self) -> str:
         """The name to show: a root layer has none."""
         return self.name or "(root)"
+
+    @property
+    def reason(self) -> str:
+        """The texts of the notes, with "; " between them."""
+        return "; ".join(note.text for note in self.notes)
+
+    def has(self, code: str) -> bool:
+        """Whether a note has this code."""
+        return any(note.code == code for note in self.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +195,7 @@ class Report:
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
         environment: device, dtype, threads and versions that the figures hold for.
         metric_before, metric_after: the caller's own task metric of the whole model; None where none was given.
-        config: what was asked, as a configuration file has it (`config_text.read`); empty where it is not known.
-        call: the same in Python.
+        config: the recipe, as a recipe file has it (`config.parse_recipe`); empty where it is not known.
     """
 
     layers: tuple[LayerReport, ...]
@@ -183,7 +205,6 @@ class Report:
     metric_before: float | None = None
     metric_after: float | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
-    call: str = ""
 
     def __str__(self) -> str:
         from ._terminal import render_text
@@ -200,8 +221,7 @@ class Report:
             "metric_before": self.metric_before,
             "metric_after": self.metric_after,
             "config": self.config,
-            "call": self.call,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "layers": [dataclasses.asdict(layer) | {"reason": layer.reason} for layer in self.layers],
         }
         plain: dict[str, Any] = _plain(body)
         return plain
@@ -212,13 +232,14 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Report":
-        """The inverse of `to_dict()`.
+        """The inverse of `to_dict()`; dicts of older schemas are read too.
 
-        Raises: CompressionError for another schema version, or where a field is missing, unknown, or not of its type.
+        Raises: CompressionError for a newer schema version, or where a field is missing, unknown, or not of its type.
         """
         found = data.get("schema_version") if isinstance(data, Mapping) else None
-        if found != SCHEMA_VERSION:
-            raise CompressionError(f"`schema_version` of a report should be {SCHEMA_VERSION}. Found {found!r}.")
+        if found not in range(1, SCHEMA_VERSION + 1) or isinstance(found, bool):
+            raise CompressionError(f"`schema_version` of a report should be at most {SCHEMA_VERSION}. Found {found!r}.")
+        data = _current(data)
         known = {"schema_version", *(one.name for one in dataclasses.fields(cls))}
         if data.keys() != known:
             parts = [f"no {', '.join(sorted(known - data.keys()))}"] if known - data.keys() else []
@@ -235,7 +256,6 @@ class Report:
                 raise CompressionError(f"`{name}` of a report should be an object. Found {data[name]!r}.")
         for name, value in data["environment"].items():
             check(value, str | int, f"`environment.{name}` of a report")
-        check(data["call"], str, "`call` of a report")
         if not isinstance(data["layers"], (list, tuple)):
             raise CompressionError(f"`layers` of a report should be a list. Found {data['layers']!r}.")
         layers = tuple(_layer(layer, k) for k, layer in enumerate(data["layers"]))
@@ -293,11 +313,33 @@ def numeric_fields() -> tuple[str, ...]:
     return tuple(name for name, kind in kinds.items() if kind & {int, float} and kind <= {int, float, type(None)})
 
 
+def _current(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A report's dict in the present schema: "reason" is left out, of which `notes` are the source."""
+    old = data["schema_version"] < SCHEMA_VERSION
+    found: dict[str, Any] = ({"metric_before": None, "metric_after": None, "config": {}} if old else {}) | dict(data)
+    if old:
+        found.pop("call", None)
+    if isinstance(found.get("layers"), (list, tuple)):
+        found["layers"] = [
+            _current_layer(layer, old) if isinstance(layer, Mapping) else layer for layer in data["layers"]
+        ]
+    return found
+
+
+def _current_layer(layer: Mapping[str, Any], old: bool) -> dict[str, Any]:
+    if not old:
+        return {key: value for key, value in layer.items() if key != "reason"}
+    kept = {key: value for key, value in layer.items() if key not in ("backend", "compared", "reason")}
+    reason = layer.get("reason")
+    note = AS_CONFIGURED if reason == AS_CONFIGURED.text else Note("text", reason)  # type: ignore[arg-type]
+    return kept | {"notes": [dataclasses.asdict(note)]}
+
+
 def _layer(entry: Any, number: int) -> LayerReport:
     named = isinstance(entry, Mapping) and isinstance(entry.get("name"), str)
     what = f"layer {entry['name'] or '(root)'!r}" if named else f"layer {number}"
     inner: dict[str, tuple[object, ...]] = {}
-    kinds = {"front": FrontPoint, "compared": FrontPoint, "spectra": Spectrum, "compute_modes": ComputeMode}
+    kinds = {"notes": Note, "front": FrontPoint, "spectra": Spectrum, "compute_modes": ComputeMode}
     for name, kind in kinds.items():
         if isinstance(entry, Mapping) and isinstance(entry.get(name), (list, tuple)):
             inner[name] = tuple(record(kind, one, f"{name}[{k}] of {what}") for k, one in enumerate(entry[name]))

@@ -83,7 +83,7 @@ def speedup(value: float | None) -> str:
 
 def notes(report: Report) -> list[str]:
     """A line for each layer with something to say, then the model's bytes, the timing and the environment."""
-    told = [layer for layer in report.layers if layer.reason != AS_CONFIGURED]
+    told = [layer for layer in report.layers if layer.notes != (AS_CONFIGURED,)]
     lines = [f"{layer.label}: {layer.decision}: {layer.reason}" for layer in told]
     for layer in report.layers:
         if layer.form != "nn.Bilinear":

@@ -23,6 +23,5 @@ def held(layer: LayerReport) -> LayerReport:
         latency_after_quartiles_ms=layer.latency_before_quartiles_ms,
         speedup=1.0,
         speedup_vs_dense=dense / before if dense is not None and before else None,
-        backend=None,
         amplification=None,
     )

@@ -15,9 +15,9 @@ _MOST_BYTES = 1_950_000  # of a page, plots included
 _OPEN = 3  # layers up to which all are open
 _MOST_DETAILS = 300
 _NAMED = 5  # layers that a warning names
-_UNTOLD = {"name", "aliases", "shape", "reason", "front", "compared", "spectra"}  # fields that are shown elsewhere
+_UNTOLD = {"name", "aliases", "shape", "notes", "front", "spectra"}  # fields that are shown elsewhere
 _FRONT_KEY = (("cp", "CP"), ("tucker", "Tucker"), ("dense", "dense"), ("keep", "kept"))
-_FRONT_TITLES = ("Considered, by bytes and error", "Beside the layer itself, 8 bits, and what else was tried")
+_FRONT_TITLE = "Considered, by bytes and error"
 _KEYS = {
     "front": (*_FRONT_KEY, ("hollow", "8 bits or fewer"), ("ring", "chosen")),
     "spectra": (("l1", "out"), ("l2", "in1"), ("l3", "in2")),
@@ -40,8 +40,7 @@ def render_html(report: Report) -> str:
         "columns": [{"label": label, "number": number} for label, number in _COLUMNS],
         "rows": [_row(k, layer, k in set(told)) for k, layer in enumerate(report.layers)],
         "reading": _READING,
-        "call": report.call,
-        "config": json.dumps(dict(report.config), indent=2, ensure_ascii=False),
+        "config": json.dumps(dict(report.config), indent=2, ensure_ascii=False) if report.config else "",
         "environment": list(report.environment.items()),
     }
     details = {k: _details(k, report.layers[k], len(report.layers) <= _OPEN) for k in told}
@@ -120,7 +119,7 @@ def _warnings(report: Report) -> list[str]:
         for layer in replaced
         if layer.speedup_vs_dense is not None and layer.speedup_vs_dense < 0.995 and layer not in slower
     ]
-    forced = [layer for layer in replaced if layer.reason.startswith("forced")]
+    forced = [layer for layer in replaced if layer.has("forced")]
     return [
         f"{text}: {_listed(layers)}"
         for text, layers in (
@@ -188,7 +187,7 @@ def _details(number: int, layer: LayerReport, opened: bool) -> dict[str, Any]:
         "number": number,
         "name": ", ".join([layer.label, *(alias or "(root)" for alias in layer.aliases)]),
         "what": method(layer) if kept else f"{method(layer)}, {change}",
-        "reason": reason.replace(f": {AS_CONFIGURED}.", f" {AS_CONFIGURED}."),
+        "reason": reason.replace(f": {AS_CONFIGURED.text}.", f" {AS_CONFIGURED.text}."),
         "open": opened,
         "plots": [],
         "figures": [
@@ -215,7 +214,7 @@ def _figure(value: object) -> str:
 
 def _plots(layer: LayerReport) -> list[dict[str, Any]]:
     found: list[tuple[str, str, Plot | None]] = [
-        (_FRONT_TITLES[not layer.front], "front", front_plot(layer)),
+        (_FRONT_TITLE, "front", front_plot(layer)),
         ("" if not layer.spectra else spectra_title(layer), "spectra", spectra_plot(layer)),
         (f"Latency of {layer.batch_size} rows, with quartiles", "latency", latency_plot(layer)),
     ]

@@ -77,7 +77,7 @@ def _whole(quartiles: Quartiles | None) -> tuple[float, float] | None:
 
 def front(layer: LayerReport) -> tuple[str, list[tuple[FrontPoint, float]]]:
     """What there is to plot error over bytes of, and of what the error is: of what is known of more points."""
-    points = [point for point in layer.front or layer.compared if point.bytes > 0]
+    points = [point for point in layer.front if point.bytes > 0]
     by_output = [(one, one.output_error) for one in points if one.output_error is not None]
     by_weight = [(one, one.weight_error) for one in points if one.weight_error is not None]
     kind, known = ("output", by_output) if len(by_output) >= len(by_weight) else ("weight", by_weight)
@@ -85,7 +85,7 @@ def front(layer: LayerReport) -> tuple[str, list[tuple[FrontPoint, float]]]:
 
 
 def front_plot(layer: LayerReport) -> Plot | None:
-    """Error over bytes of what was considered, or else of what there is to compare; None of fewer than two points."""
+    """Error over bytes of what was considered; None of fewer than two points."""
     kind, known = front(layer)
     if len(known) < 2:
         return None
@@ -122,9 +122,8 @@ def front_plot(layer: LayerReport) -> Plot | None:
     told = "none of them was chosen"
     if chosen is not None:
         told = f"the chosen one is {named(chosen[0])} with {size(chosen[0].bytes)} and {kind} {error(chosen[1])}"
-    what = "replacements that were considered" if layer.front else "ways to store the layer"
-    words = f"{kind.capitalize()} over bytes of {len(known)} {what}; {told}."
-    missing = len(layer.front or layer.compared) - len(known)
+    words = f"{kind.capitalize()} over bytes of {len(known)} replacements that were considered; {told}."
+    missing = len(layer.front) - len(known)
     return Plot(_drawn(draw), words + (f" Of {missing} more the {kind} is not known." if missing else ""))
 
 

@@ -160,8 +160,7 @@ class TestCompress:
         Path("again.json").write_text(json.dumps(made["config"]))
         _, second, _ = run("compress", "net.pt", *TO, "--config", "again.json", "--json")
         assert json.loads(second)["layers"] == made["layers"]
-        assert json.loads(second)["call"] == made["call"]
-        assert 'include=("rel",)' in made["call"]
+        assert made["config"]["include"] == ["rel"]
 
     def test_an_html_report_is_written_with_the_checkpoint(self, run):
         assert run("compress", "net.pt", *TO, *REL, "--report", "report.html")[0] == 0

@@ -22,6 +22,7 @@ from compress_bilinear.fitting import _solve as solving
 from compress_bilinear.modules import CPBilinear, DenseBilinear, FoundLayer, TuckerBilinear
 from compress_bilinear.planning import _verdict as selection
 from compress_bilinear.planning import judge, keep, objection, slowness
+from compress_bilinear.report import AS_CONFIGURED, Note
 
 TUCKER = TuckerConfig(rank=(3, 4, 4))
 
@@ -153,22 +154,22 @@ class TestObjection:
     def test_smaller_is_the_least(self, config, reason):
         layer = planted()
         against = objection(layer, solve(layer, config), config)
-        assert (against is None) if reason is None else (reason in against)
+        assert (against is None) if reason is None else (reason in against.text)
 
     def test_targets_must_be_met(self):
         layer = planted()
         candidate = solve(layer, TUCKER)
         error, size = candidate.weight_error, stored_bytes(candidate.module) / stored_bytes(layer)
         assert objection(layer, candidate, TuckerConfig(rank=MaxError(error))) is None
-        assert "misses the target" in objection(layer, candidate, TuckerConfig(rank=MaxError(0.99 * error)))
+        assert "misses the target" in objection(layer, candidate, TuckerConfig(rank=MaxError(0.99 * error))).text
         assert objection(layer, candidate, TuckerConfig(rank=MaxSize(size))) is None
-        assert "miss the target" in objection(layer, candidate, TuckerConfig(rank=MaxSize(0.99 * size)))
+        assert "miss the target" in objection(layer, candidate, TuckerConfig(rank=MaxSize(0.99 * size))).text
 
     @pytest.mark.parametrize("error", [math.nan, math.inf])
     def test_factors_must_be_in_range(self, error):
         layer = planted(dtype=torch.float16)
         broken = Candidate(solve(layer, DenseConfig()).module, error, None)
-        assert "range of float16" in objection(layer, broken, DenseConfig())
+        assert "range of float16" in objection(layer, broken, DenseConfig()).text
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ class TestObjection:
     ids=["faster", "slower", "within the spread", "unmeasured"],
 )
 def test_an_exact_layer_must_be_faster_beyond_the_spread(measured, reason):
-    assert (slowness(measured) is None) if reason is None else (reason in slowness(measured))
+    assert (slowness(measured) is None) if reason is None else (reason in slowness(measured).text)
 
 
 class TestJudge:
@@ -204,7 +205,7 @@ class TestJudge:
         inputs = LayerInputs(torch.randn(9, 12), torch.randn(9, 10), 9, 3)
         decision = judged(layer, TUCKER, time_rows=7, measured=OutputError(layer, inputs))
         report, module = decision.report, decision.replacement
-        assert (report.decision, report.reason, report.backend) == ("replaced", "as configured", "torch")
+        assert (report.decision, report.notes) == ("replaced", (AS_CONFIGURED,))
         assert (report.name, report.aliases, report.shape) == ("rel", ("again",), (8, 12, 10))
         assert (report.method, report.rank, report.quantize) == ("tucker", (3, 4, 4), None)
         assert (report.params_before, report.bytes_before) == (968, 4 * 968)
@@ -278,7 +279,7 @@ class TestJudge:
 
 @pytest.mark.parametrize("config", [CPConfig(rank=2, quantize="int8"), TUCKER, DenseConfig()], ids=str)
 def test_kept_layers_stay_what_they_were(config):
-    report = keep(FoundLayer(("",), planted()), config, "because").report
+    report = keep(FoundLayer(("",), planted()), config, Note("text", "because")).report
     assert (report.label, report.decision, report.reason) == ("(root)", "kept", "because")
     assert (report.params_after, report.bytes_after) == (report.params_before, report.bytes_before) == (968, 3872)
     assert report.quantize == config.quantize
@@ -287,5 +288,5 @@ def test_kept_layers_stay_what_they_were(config):
 def test_a_layer_without_a_shape_can_be_kept():
     layer = planted()
     layer.weight = nn.parameter.UninitializedParameter()
-    report = keep(FoundLayer(("rel",), layer), TUCKER, "lazy").report
+    report = keep(FoundLayer(("rel",), layer), TUCKER, Note("text", "lazy")).report
     assert (report.shape, report.bytes_before, report.flops_before, report.flops_after) == (None, 0, None, None)
