@@ -1,4 +1,4 @@
-"""One thread: the tests' tensors are small, and on a busy machine threads that wait for each other cost most of it."""
+"""Settings of every test run, and the fixtures that tests of several rooms use."""
 
 import os
 
@@ -6,8 +6,33 @@ import pytest
 import torch
 from support import Run, command_line
 
+# one thread: the tests' tensors are small, and on a busy machine threads that wait for each other cost most of the time
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
+# files, or functions of them, with single tests of several seconds: started first, so that none of them runs alone at the end
+LONGEST = (
+    "test_triton.py",
+    "test_benchmarks.py",
+    "test_docs.py",
+    "test_public_forms.py",
+    "test_planner.py",
+    "test_compute.py::TestCompress",
+    "test_demo.py",
+    "test_bitsandbytes.py::TestImport",
+    "test_fit.py",
+    "test_latency_benchmark.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start with the longest tests; the others stay in their order."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.nodeid.rpartition("/")[2]
+        return next((at for at, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
+
+    items.sort(key=place)
 
 
 @pytest.fixture

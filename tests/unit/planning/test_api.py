@@ -351,7 +351,7 @@ class TestFailures:
     @pytest.mark.parametrize("at", [1, 3])
     @pytest.mark.parametrize(
         ("module", "name"),
-        [(planning, "solve"), (planning, "judge"), (surgery.discovery, "fingerprint"), (surgery, "_ready")],
+        [(planning, "solve"), (planning, "judge"), (surgery, "fingerprint"), (surgery, "_ready")],
     )
     def test_a_failure_anywhere_leaves_the_model_as_it_was(self, net, inplace, monkeypatch, module, name, at):
         before, parts = state_of(net), dict(net.named_modules())
