@@ -10,7 +10,7 @@ from support import Run, command_line
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
-# files, or functions of them, with single tests of several seconds: started first, so that none of them runs alone at the end
+# files, or functions of them, with tests of several seconds: started first, so that none of them runs alone at the end
 LONGEST = (
     "test_triton.py",
     "test_benchmarks.py",
