@@ -74,7 +74,7 @@ def rooms_imported(path: Path) -> set[str]:
 
 
 def test_the_top_level_holds_ten_rooms_and_two_files():
-    entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("_")} | {"_atomic.py"} - {"py.typed"}
+    entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")} - {"py.typed"}
     assert entries == {room for room in HEIGHT if (PACKAGE / room).is_dir()} | {"errors.py", "_atomic.py"}
     assert len(entries) <= 12
     assert len(FLOORS) <= 7

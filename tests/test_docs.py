@@ -26,6 +26,13 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 SET_UP = re.compile(r"^python3 -m venv ", flags=re.MULTILINE)
 
 
+LIMIT = re.compile(r"(max_seconds=|--max-seconds )\d+")
+# with a limit of a second for what is solved; as printed in the slow tests
+hurried_and_as_printed = pytest.mark.parametrize(
+    "limit", [r"\g<1>1", pytest.param(r"\g<0>", marks=pytest.mark.slow)], ids=["hurried", "as printed"]
+)
+
+
 def fences(language: str) -> list[str]:
     return [body for found, body in FENCES if found == language]
 
@@ -35,11 +42,12 @@ def test_every_fence_is_of_a_kind_that_is_tested() -> None:
     assert {language for language, _ in FENCES} == {"bash", "python", "text"}
 
 
-def test_python_fences_run_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@hurried_and_as_printed
+def test_python_fences_run_one_after_another(limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for body in fences("python"):
-        exec(body, names)
+        exec(LIMIT.sub(limit, body), names)
     report, again, small = names["report"], names["again"], names["small"]
     assert isinstance(report, cb.Report)
     assert report.layers[0].decision == "replaced"
@@ -56,17 +64,24 @@ def test_set_up_is_two_commands_and_ci_runs_them_as_they_stand() -> None:
     assert "grep -E '^python3 -m venv ' README.md" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_command_line_fences_run(tmp_path: Path) -> None:
-    torch.save({"fusion.weight": torch.randn(24, 24, 24), "fusion.bias": torch.zeros(24)}, tmp_path / "model.pt")
-    lines = [line for body in fences("bash") if not SET_UP.match(body) for line in body.strip().splitlines()]
-    assert lines
-    for line in lines:
+@hurried_and_as_printed
+def test_command_line_fences_run(limit: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fusion.weight": torch.randn(24, 24, 24), "fusion.bias": torch.zeros(24)}, "model.pt")
+    bodies = [body for body in fences("bash") if not SET_UP.match(body)]
+    assert bodies
+    for body in bodies:
+        run_lines(LIMIT.sub(limit, body), run)
+    assert Path("small.safetensors").exists()
+
+
+def run_lines(body: str, run: Run) -> None:
+    """Run each line of a fence, a call of the command line, in this process."""
+    for line in body.strip().splitlines():
         program, *arguments = shlex.split(line)
         assert program == "compress-bilinear"
-        command = [sys.executable, "-m", "compress_bilinear", *arguments]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "small.safetensors").exists()
+        status, _, error = run(*arguments)
+        assert (status, error) == (0, ""), line
 
 
 def test_the_table_has_the_demos_rows_and_columns() -> None:
@@ -88,9 +103,10 @@ def fences_of(path: Path) -> list[tuple[str, str]]:
     return found
 
 
+@hurried_and_as_printed
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_fences_of_a_page_run_one_after_another(
-    path: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, limit: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_registry, "_REGISTERED", {})
@@ -100,12 +116,9 @@ def test_fences_of_a_page_run_one_after_another(
         torch.manual_seed(0)
         for language, body in fences_of(path):
             if language == "python":
-                exec(body, names)
-            for line in body.strip().splitlines() if language == "bash" else ():
-                program, *arguments = shlex.split(line)
-                assert program == "compress-bilinear"
-                status, _, told = run(*arguments)
-                assert (status, told) == (0, "")
+                exec(LIMIT.sub(limit, body), names)
+            elif language == "bash":
+                run_lines(LIMIT.sub(limit, body), run)
 
 
 def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> None:
@@ -166,19 +179,21 @@ def test_the_site_switches_between_light_and_dark_and_fits_a_telephone(site: Pat
             assert opened.value("document.documentElement.scrollWidth") <= 400, page.name
 
 
-# what some examples need beyond the `test` extra; and a warning of the exporter's own
+# what some examples need beyond the `test` extra
 NEEDED = {
     "lora_peft": ["peft"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "relation_fine_tuning": ["pykeen"],
 }
 SHORTER = {"relation_fine_tuning": {"epochs": 2, "seconds": 1, "size": 4}}  # as it stands it trains for a minute
+BY_DEFAULT = {"bilinear_attention", "export", "lora_peft"}  # the others are slow tests
 EXAMPLES = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.filterwarnings("ignore::FutureWarning")])
+    pytest.param(path, id=path.stem, marks=[] if path.stem in BY_DEFAULT else [pytest.mark.slow])
     for path in sorted((ROOT / "examples").glob("*.py"))
 ]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # the exporter's own
 @pytest.mark.parametrize("path", EXAMPLES)
 def test_example_replaces_its_layer(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in NEEDED.get(path.stem, []):

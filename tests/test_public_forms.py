@@ -7,8 +7,12 @@ import pytest
 import compress_bilinear as cb
 from benchmarks import public_forms
 
+BY_DEFAULT = ("grouped bilinear", "outer-product fusion")  # the others are slow tests
 
-@pytest.mark.parametrize("name", public_forms.NETWORKS)
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in public_forms.NETWORKS]
+)
 def test_the_metric_survives_4x(name, tmp_path):
     if name == "RESCAL" and find_spec("pykeen") is None:
         pytest.skip("the Kinships triples come with PyKEEN: pip install 'compress-bilinear[bench]'")
