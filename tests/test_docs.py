@@ -26,7 +26,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 SET_UP = re.compile(r"^python3 -m venv ", flags=re.MULTILINE)
 
 
-LIMIT = re.compile(r"(max_seconds=|--max-seconds )\d+")
+LIMIT = re.compile(r"(max_seconds ?= ?|--max-seconds )\d+")
 # with a limit of a second for what is solved; as printed in the slow tests
 hurried_and_as_printed = pytest.mark.parametrize(
     "limit", [r"\g<1>1", pytest.param(r"\g<0>", marks=pytest.mark.slow)], ids=["hurried", "as printed"]

@@ -232,6 +232,13 @@ class TestCompress:
         assert (folder / "small.safetensors").read_text() == "old"
 
 
+def test_an_already_compressed_file_is_refused(run, tmp_path):
+    model = cb.compress(Net(), cb.DenseConfig(quantize="int8"), measure_latency=False)[0]
+    cb.save(model, tmp_path / "small.safetensors")
+    args = ("compress", str(tmp_path / "small.safetensors"), "-o", str(tmp_path / "out"), "--max-size", "0.5")
+    assert_refused(run, tmp_path, args, "compressed already")
+
+
 class TestInspect:
     @pytest.mark.parametrize("source", ["net.safetensors", "net.pt", "wrapped.pt"])
     def test_it_lists_what_may_be_bilinear(self, run, source):

@@ -51,6 +51,17 @@ def test_a_cp_rank_is_a_positive_int_or_a_target(rank):
     assert str(caught.value).endswith(f"Found {rank!r}.")
 
 
+def test_a_rank_beyond_all_sizes_is_an_error():
+    with pytest.raises(ConfigError, match=r"below 2\*\*31"):
+        CPConfig(rank=10**30)
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, -1, 2**70, True])
+def test_a_seed_is_a_natural_number_of_64_bits(seed):
+    with pytest.raises(ConfigError, match="`seed` should be"):
+        CPConfig(rank=2, seed=seed)
+
+
 @pytest.mark.parametrize("rank", [5, None, (1, 2), (1, 2, 3, 4), "123"])
 def test_a_tucker_rank_is_a_triple_or_a_target(rank):
     with pytest.raises(ConfigError, match="triple") as caught:

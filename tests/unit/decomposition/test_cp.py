@@ -367,6 +367,31 @@ def test_the_penalty_is_what_rounding_to_the_format_is_expected_to_add():
     assert rounded(nf4, weight, "nf4").error < rounded(plain, weight, "nf4").error
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "scale"), [((6, 5, 7), torch.float64, 1e-310), ((50, 45, 40), torch.float32, 1e-41)]
+)
+def test_subnormal_weights_have_a_finite_error(shape, dtype, scale):
+    assert math.isfinite(cp((low_rank(shape, 2) * scale).to(dtype), 2).error)
+
+
+def test_a_default_device_does_not_matter():
+    weight = low_rank((6, 7, 8), 30)
+    expected = cp(weight, 3).error
+    with torch.device("meta"):
+        assert cp(weight, 3).error == pytest.approx(expected)
+
+
+def test_autocast_does_not_matter():
+    weight = low_rank((50, 45, 40), 5, noise=0.01).float()
+    expected = cp(weight, 5).error
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cp(weight, 5).error == pytest.approx(expected, rel=1e-3)
+
+
+def test_more_time_is_never_much_worse_for_an_exact_weight():
+    assert cp(low_rank((60, 70, 80), 10).float(), 10, max_seconds=20).error < 1e-5
+
+
 def test_an_exact_cp_is_found_for_every_format():
     weight = low_rank((9, 8, 7), 3)
     assert cp(weight, 3, quantize="nf4").error < 1e-8

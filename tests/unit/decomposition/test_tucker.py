@@ -300,6 +300,44 @@ def test_a_time_limit_returns_the_start_at_least_and_still_meets_the_target():
     assert tucker(weight, MaxError(0.5), max_seconds=1e-9).error <= 0.5
 
 
+@pytest.mark.parametrize("scale", [1e-7, 1e5, 1e7])
+def test_ranks_do_not_depend_on_the_scale_of_the_weight(scale):
+    noise = low_rank((40, 40, 40), 400)
+    weight = 1 + 0.3 * noise / noise.std()
+    expected = tucker(weight, MaxError(0.2))
+    found = tucker(weight * scale, MaxError(0.2))
+    assert (found.rank, found.error <= 0.2) == (expected.rank, True)
+
+
+@pytest.mark.parametrize("weight", [low_rank((10, 10, 10), 1), torch.zeros(10, 10, 10)], ids=["rank 1", "zero"])
+@pytest.mark.parametrize("rank", [(8, 2, 2), (2, 9, 3)], ids=str)
+def test_a_rank_beyond_the_weights_is_still_the_one_asked_for(weight, rank):
+    found = tucker(weight, rank)
+    assert found.rank == rank
+    for factor in found.factors:
+        torch.testing.assert_close(factor.T @ factor, torch.eye(factor.shape[1]).to(factor), rtol=0, atol=1e-6)
+
+
+def test_a_size_that_only_an_absorbed_mode_fits_is_feasible():
+    # (1, 1, 1) stores 21 numbers, (4, 1, 1) only 20
+    rank = tucker(low_rank((4, 8, 8), 50), MaxSize(20.5 / 256)).rank
+    assert tucker_parameters(rank, (4, 8, 8)) == 20
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "scale"), [((6, 5, 7), torch.float64, 1e-310), ((50, 45, 40), torch.float32, 1e-41)]
+)
+def test_subnormal_weights_have_a_finite_error(shape, dtype, scale):
+    assert math.isfinite(tucker((low_rank(shape, 2) * scale).to(dtype), (2, 2, 2)).error)
+
+
+def test_autocast_does_not_matter():
+    weight = low_rank((50, 45, 40), 5, noise=0.01).float()
+    expected = tucker(weight, (5, 5, 5)).error
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert tucker(weight, (5, 5, 5)).error == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("rank", [(3, 4, 5), MaxError(0.3)], ids=repr)
 def test_progress_never_goes_back_and_may_end_the_solve(rank):
     seen = []

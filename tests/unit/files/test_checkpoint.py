@@ -317,6 +317,34 @@ OTHER_NETWORKS = {
 }
 
 
+def test_an_expanded_buffer_is_refused_and_the_model_is_untouched(path):
+    def build():
+        model = Net()
+        model.register_buffer("expanded", torch.full((1,), float(torch.rand(()))).expand(4))
+        return model
+
+    cb.save(small(build(), CONFIGS["dense int8"]), path)
+    model = build()
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match="Found an expanded one"):
+        cb.load(path, model)
+    assert_same_state(model, before)
+    assert type(model.rel) is nn.Bilinear
+
+
+def test_a_bias_keeps_its_flag_where_the_weight_is_frozen(path):
+    cb.save(small(trained(), CONFIGS["dense int8"]), path)
+    model = Net()
+    model.rel.weight.requires_grad_(False)
+    assert cb.load(path, model).rel.bias.requires_grad
+
+
+def test_a_deeply_nested_description_is_a_clear_error(path):
+    save_file({"a": torch.ones(1)}, path, {"compress_bilinear": "[" * 100_000})
+    with pytest.raises(CheckpointError):
+        cb.load(path, Net())
+
+
 class TestFailures:
     def refuse(self, path: Path, model: nn.Module, problem: str) -> None:
         before, parts, random = state_of(model), dict(model.named_modules()), torch.get_rng_state()

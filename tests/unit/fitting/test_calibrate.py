@@ -221,6 +221,23 @@ def failing_batches():
 FAILING = {"left": pairs(2)[0], "right": pairs(2)[1], "fail": True}
 
 
+def test_a_stream_without_a_length_is_enough():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.ones(IN1), torch.ones(IN2))] * 4)
+
+    found = sample(lambda layer, *batch: layer(*batch), torch.utils.data.DataLoader(Stream(), batch_size=2))
+    assert found.rows_seen == 4
+
+
+def test_lazy_layers_are_not_initialised():
+    model = nn.Sequential()
+    model.rel, model.lazy = bilinear(IN1, IN2, OUT), nn.LazyLinear(3)
+    with pytest.raises(CompressionError, match="run the model once first"):
+        collect_inputs(model, {"rel": model.rel}, [torch.ones(1)])
+    assert isinstance(model.lazy, nn.LazyLinear)
+
+
 @pytest.mark.parametrize(
     ("batches", "error"),
     [

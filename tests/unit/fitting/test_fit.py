@@ -7,7 +7,7 @@ import compress_bilinear as cb
 from compress_bilinear import decomposition
 from compress_bilinear.decomposition import Budget
 from compress_bilinear.errors import CompressionError, ConfigError
-from compress_bilinear.fitting import Fitting, LayerInputs, OutputError, collect_inputs, stored_bytes
+from compress_bilinear.fitting import Fitting, LayerInputs, OutputError, collect_inputs, solve, stored_bytes
 
 IN1, IN2, OUT = 10, 8, 6
 CP, TUCKER = cb.CPConfig(rank=6), cb.TuckerConfig(rank=(3, 4, 4))
@@ -221,6 +221,13 @@ def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
         for rank in ranks:
             fitting.at(cb.TuckerConfig(rank=rank), rank, thorough=False)
         assert tried == expected
+
+
+def test_a_fit_of_several_attempts_has_one_progress():
+    seen = []
+    config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
+    solve(bilinear(20, 18, 12), config, None, lambda done, error: seen.append(done))
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("asked", [cb.DenseConfig(quantize="int8"), cb.AutoConfig(size=0.3)])

@@ -244,6 +244,23 @@ class TestRefusal:
         assert reason_against(FoundLayer(("rel",), layer), {}, values=False) is None
 
 
+def test_a_subclass_with_more_methods_is_refused():
+    class Scored(nn.Bilinear):
+        def score(self, x1, x2):
+            return self(x1, x2).sum()
+
+    layer = Scored(4, 3, 2)
+    assert "own score" in reason_against(FoundLayer(("rel",), layer), {})
+
+
+def test_a_subclass_with_a_constructor_of_its_own_is_not():
+    class Square(nn.Bilinear):
+        def __init__(self, size):
+            super().__init__(size, size, size)
+
+    assert reason_against(FoundLayer(("rel",), Square(4)), {}) is None
+
+
 class TestPlainReference:
     @pytest.mark.parametrize(
         "held",

@@ -8,12 +8,12 @@ import warnings
 
 import pytest
 import torch
-from support import DTYPES, SHAPES, assert_matches_reference, assert_same_state, bilinear, state_of
+from support import DTYPES, SHAPES, assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 from torch.nn.utils import prune
 
 from compress_bilinear import CPBilinear, DenseBilinear, TuckerBilinear
-from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
+from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, cp, tucker
 from compress_bilinear.errors import CompressionError, ConfigError, InputError
 from compress_bilinear.ops import _cp, _dense, reference
 
@@ -238,6 +238,39 @@ def test_the_dense_weight_by_rows_and_in_any_dtype(kind):
     parts = [layer.dense_rows(slice(start, start + 2), torch.float64).detach() for start in range(0, 5, 2)]
     assert_matches_reference(torch.cat(parts), whole)
     assert_matches_reference(layer.to_dense(torch.float32).detach(), whole)
+
+
+def test_every_class_is_made_from_a_layer_and_from_a_decomposition():
+    layer = bilinear(12, 10, 8, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(low_rank((8, 12, 10), 3))
+    values = normal(5, 12), normal(5, 10, seed=1)
+    of_rank_3, tucker_of_rank_3 = cp(layer.weight, 3), tucker(layer.weight, (3, 3, 3))
+    for module in (
+        CPBilinear.from_bilinear(layer, 3),
+        TuckerBilinear.from_bilinear(layer, (3, 3, 3)),
+        DenseBilinear.from_bilinear(layer),
+        CPBilinear.from_decomposition(of_rank_3, layer.bias),
+        TuckerBilinear.from_decomposition(tucker_of_rank_3, layer.bias),
+        DenseBilinear.from_decomposition(of_rank_3, layer.bias),
+        DenseBilinear.from_decomposition(tucker_of_rank_3, layer.bias),
+    ):
+        # the solver stops at about 1e-7
+        assert_matches_reference(module(*values).detach(), layer(*values).detach(), factor=1e6)
+
+
+def test_factors_are_read_as_the_reference_ops_define_them():
+    values, bias = (normal(5, 12), normal(5, 10, seed=1)), normal(8, seed=2)
+    found = cp(low_rank((8, 12, 10), 3), 3)
+    scaled = (found.factors[0] * found.weights, *found.factors[1:])
+    assert_matches_reference(
+        CPBilinear.from_decomposition(found, bias)(*values), reference.bilinear_cp(*values, scaled, bias)
+    )
+    core = tucker(low_rank((8, 12, 10), 3), (2, 3, 2))
+    assert_matches_reference(
+        TuckerBilinear.from_decomposition(core, bias)(*values),
+        reference.bilinear_tucker(*values, core.core, core.factors, bias),
+    )
 
 
 @for_kinds()

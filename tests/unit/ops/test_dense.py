@@ -4,6 +4,7 @@ from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
+from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _dense, _gemm, _small
 from compress_bilinear.quantization import dequantize, quantize_int8
 
@@ -169,6 +170,16 @@ def test_any_leading_dimensions(order, leading):
         ops.reference.bilinear_dense,
         operands((5, 4, 3), leading, requires_grad=True),
     )
+
+
+def test_rows_of_other_leading_dimensions_are_an_input_error():
+    with pytest.raises(InputError, match="same leading dimensions"):
+        ops.bilinear_dense(torch.ones(2, 3, 3), torch.ones(3, 2, 2), torch.ones(4, 3, 2))
+
+
+def test_another_order_is_an_input_error():
+    with pytest.raises(InputError, match="`order`"):
+        ops.bilinear_dense(torch.ones(3), torch.ones(2), torch.ones(4, 3, 2), order="zz")
 
 
 @pytest.mark.usefixtures("blocks")

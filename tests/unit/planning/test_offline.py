@@ -110,6 +110,15 @@ class TestCandidates:
             choose({"a.weight": torch.ones(2, 2)}, ["*"])
 
 
+def test_the_report_of_a_file_does_not_speak_of_force(tmp_path):
+    model = Net()
+    large, _ = cb.compress(model, {"rel": cb.CPConfig(rank=60)}, force=True, measure_latency=False)
+    cb.save(large, tmp_path / "large.safetensors")
+    torch.save(model.state_dict(), tmp_path / "net.pt")
+    (layer,) = compare(tmp_path / "net.pt", tmp_path / "large.safetensors").layers
+    assert layer.reason.startswith("it is not smaller")
+
+
 class TestCompressing:
     @pytest.mark.parametrize("config", [TUCKER, cb.CPConfig(rank=2, quantize="int8"), cb.DenseConfig(quantize="int8")])
     def test_it_is_what_compressing_the_network_gives(self, tmp_path, config):

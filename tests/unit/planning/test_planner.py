@@ -195,6 +195,13 @@ def test_what_is_a_little_behind_or_behind_what_is_larger_goes_on():
     assert found["tucker", "nf4"] == 3
 
 
+def test_an_int8_error_is_met_within_a_time_limit():
+    config = cb.CPConfig(rank=cb.MaxError(0.9), quantize="int8")
+    report = cb.compress(bilinear(30, 30, 20), config, max_seconds=60, measure_latency=False)[1].layers[0]
+    assert report.decision == "replaced"
+    assert report.weight_error <= 0.9
+
+
 def test_more_bits_are_tried_at_every_size_where_rounding_is_all_that_is_lost():
     # of a weight of low rank: a CP in few bits is as large as it can be at every size, and bf16 rounds more coarsely
     lost = {"int8": {"cp": 1e-4, "tucker": 6e-3}, "nf4": {"cp": 0.01, "tucker": 0.1}, "bf16": 2e-3, None: 1e-7}

@@ -5,6 +5,7 @@ import torch
 from support import assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 
+import compress_bilinear as cb
 from compress_bilinear.config import CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from compress_bilinear.errors import ConfigError, InfeasibleError
 from compress_bilinear.fitting import (
@@ -283,6 +284,44 @@ def test_kept_layers_stay_what_they_were(config):
     assert (report.label, report.decision, report.reason) == ("(root)", "kept", "because")
     assert (report.params_after, report.bytes_after) == (report.params_before, report.bytes_before) == (968, 3872)
     assert report.quantize == config.quantize
+
+
+def compressed(layer, config, **options):
+    """The report of compressing one layer."""
+    return cb.compress(layer, config, measure_latency=False, **options)[1].layers[0]
+
+
+def test_a_replacement_whose_outputs_overflow_is_not_made():
+    layer = nn.Bilinear(32, 32, 512, bias=False, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.fill_(512**-0.5 / 32)
+    rows = torch.full((4, 32), 60.0, dtype=torch.float16)
+    assert bool(torch.isfinite(layer(rows, rows)).all())
+    report = compressed(layer, CPConfig(rank=1), calibration=[(rows, rows)])
+    assert report.decision == "kept"
+    assert "range of float16" in report.reason
+
+
+def test_rows_of_zeros_leave_the_output_error_unknown():
+    rows = torch.zeros(4, 12), torch.zeros(4, 10)
+    assert compressed(bilinear(12, 10, 8), CPConfig(rank=2), calibration=[rows]).output_error is None
+
+
+def test_a_weight_that_rounds_to_nothing_is_kept():
+    layer = bilinear(12, 10, 8, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(1e-200)
+    report = compressed(layer, DenseConfig(quantize="int8"))
+    assert report.decision == "kept"
+    assert "keeps nothing" in report.reason
+
+
+@pytest.mark.parametrize("config", [DenseConfig(), TuckerConfig(rank=(4, 5, 6))], ids=["dense", "absorbed"])
+def test_measuring_a_float64_layer_leaves_its_weight_alone(config):
+    layer = bilinear(5, 6, 4, dtype=torch.float64)
+    new, report = cb.compress(layer, config, force=True, measure_latency=False)
+    torch.testing.assert_close(new.to_dense().detach(), layer.weight.detach(), rtol=0, atol=0)
+    assert report.layers[0].weight_error == 0
 
 
 def test_a_layer_without_a_shape_can_be_kept():
