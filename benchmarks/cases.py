@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress_bilinear import ops
-from compress_bilinear.quantization import QuantizedTensor, scale_grid
+from compress_bilinear.quantization import FORMATS, QuantizedTensor
 
 _WHOLE_MOST = 2**27  # elements of an intermediate that is held whole
 _OUTER_MOST = 2**26
@@ -132,8 +132,7 @@ def _weights(case: Case, dtype: torch.dtype, device: torch.device) -> _Weights:
         normal(case.out, r_out),
         bias,
     )
-    empty = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).to(device)
-    return _Weights((weight, bias), empty.requantized(weight), cp, tucker)
+    return _Weights((weight, bias), FORMATS["int8"].encode(weight, "weight"), cp, tucker)
 
 
 def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Contestant]:
@@ -180,7 +179,7 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     def int8(x1: Tensor, x2: Tensor, bias: Tensor) -> Tensor:
         return calls["dense"](x1, x2, held.int8.qdata, bias, scale=held.int8.scale)
 
-    exact_int8 = _by_outputs(einsum, case, lambda part: held.int8.rows(part, torch.float64), bias)
+    exact_int8 = _by_outputs(einsum, case, lambda part: held.int8.decode(torch.float64, part), bias)
     assert held.int8.scale is not None
     read = (*inputs, held.int8.qdata, held.int8.scale, bias)
     found["dense int8"] = Contestant(

@@ -15,8 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from compress_bilinear.fitting import latencies
-from compress_bilinear.quantization import NF4Tensor, dequantize, dequantize_nf4, quantize_blocks, scale_grid
-from compress_bilinear.quantization._decode_bnb import int8_values, nf4_values
+from compress_bilinear.quantization import FORMATS, QuantizedTensor
 
 SIZES = ((24, 16, 64), (1, 100, 1000), (1, 768, 768), (4, 256, 1024))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,23 +26,16 @@ Decoders = dict[str, Callable[[], Tensor]]
 def decoders(shape: tuple[int, int, int], dtype: torch.dtype) -> Iterator[tuple[str, Decoders]]:
     """For each format, how torch and bitsandbytes read the same stored tensor."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    count, coded = values.numel(), NF4Tensor.coded(values)
-    qdata, scale = quantize_blocks(values, scale_grid(shape))
-    block = shape[2] // scale.shape[2]
-    yield (
-        "nf4",
-        {
-            "torch": lambda: dequantize_nf4(coded.qdata, coded.scale, 0, count, dtype),
-            "bitsandbytes": lambda: nf4_values(coded.qdata, coded.scale, 0, count, dtype),
-        },
-    )
-    yield (
-        "int8",
-        {
-            "torch": lambda: dequantize(qdata, scale, dtype),
-            "bitsandbytes": lambda: int8_values(qdata, scale, block, dtype),
-        },
-    )
+    for name in ("nf4", "int8"):
+        yield name, _decoders(FORMATS[name].encode(values, "weight"), dtype)
+
+
+def _decoders(stored: QuantizedTensor, dtype: torch.dtype) -> Decoders:
+    everything = slice(None)
+    return {
+        "torch": lambda: stored.format.decode(stored, everything, dtype),
+        "bitsandbytes": lambda: stored.format.decode_by_bitsandbytes(stored, everything, dtype),
+    }
 
 
 def main() -> None:

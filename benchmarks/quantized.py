@@ -9,7 +9,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from importlib import import_module
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from compress_bilinear.config import Compute, Quantize
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, rounded, tucker
 from compress_bilinear.modules import CompressedBilinear, CPBilinear, DenseBilinear, QuantizedLinear, TuckerBilinear
-from compress_bilinear.quantization import LEVELS, QuantizedTensor, scale_count
+from compress_bilinear.quantization import FORMATS, LEVELS, Buffer, Int8, Layout, QuantizedTensor
 
 Source = Tensor | CPDecomposition | TuckerDecomposition
 """A dense weight (O, I, J) or a decomposition of one."""
@@ -64,10 +64,20 @@ def per_tensor(layer: CompressedBilinear) -> CompressedBilinear:
     return new
 
 
+class _PerTensor(Int8):
+    """int8 with one scale for a whole tensor."""
+
+    def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
+        return Buffer(tuple(shape), torch.int8), Buffer((1,) * len(shape), torch.float32)
+
+    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        scale = (tensor.abs().max() / LEVELS).float()
+        qdata = (tensor / scale.where(scale > 0, 1.0)).round().to(torch.int8)
+        return qdata, scale.view([1] * tensor.dim())
+
+
 def _one_scale(weight: Tensor) -> QuantizedTensor:
-    scale = (weight.abs().max() / LEVELS).float()
-    qdata = (weight / scale.where(scale > 0, 1.0)).round().to(torch.int8)
-    return QuantizedTensor(qdata, scale.view([1] * weight.dim()))
+    return _PerTensor().encode(weight, "weight")
 
 
 def torchao(layer: CompressedBilinear) -> CompressedBilinear:
@@ -163,8 +173,7 @@ def with_core(weight: Tensor, fraction: float, bits: int) -> tuple[TuckerDecompo
     kept = turned.square().cumsum(0).cumsum(1).cumsum(2)
     ranks = torch.meshgrid(*(torch.arange(1, size + 1) for size in shape), indexing="ij")
     out, in1, in2 = ranks
-    scales = 2 * scale_count(out, torch.maximum(in1, in2), torch.minimum(in1, in2))
-    size = out * in1 * in2 + scales if bits == 8 else 2 * out * in1 * in2
+    size = FORMATS["int8" if bits == 8 else "bf16"].nbytes((out, in1, in2), "weight")
     fits = torch.ones_like(out, dtype=torch.bool)
     for rank, dimension in zip(ranks, shape, strict=True):
         size = size + dimension * rank * (rank != dimension)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Quantize
+from ..quantization import FORMATS
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._budget import Budget
 from ._exact import finish, measured_exactly
@@ -29,8 +30,6 @@ _LEVELS = (0.5, 0.75, 1.0)  # of the core's sizes; starts are tried on the first
 _LEVEL_SWEEPS = (30, 30, 40)
 _LEVEL_TIMES = (0.08, 0.28, 0.7)  # of the time budget, when each ends; the rest is for the whole tensor
 _PENALTIES = (_FIRST_PENALTY, 2e-2, 4e-3, PENALTY, PENALTY)  # where each begins and the last ends
-# about the squared relative error of factors in each format, where components do not cancel (`benchmarks.quantization`)
-_ROUNDED_PENALTY: dict[Quantize | None, float] = {"nf4": 1e-2}
 _HURRIED = 0.8  # of a time budget, until the penalty has fallen
 _STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
 _MOST_STARTS = 24
@@ -112,7 +111,7 @@ def solve(
             budget.prepared(_closing_seconds(source, rank))
     tensor, scale = source.permuted(order)
     best = begun if settled else _on_whole(tensor, scale, begun, budget, effort, enough, zero)
-    penalty = _ROUNDED_PENALTY.get(quantize, PENALTY)
+    penalty = PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
     if penalty > PENALTY and best.residual > _EXACT:  # an exact CP is one in any format
         sweeps = max(1, round(effort * _SWEEPS))
         stage = Stage(sweeps, reserve=0.2, enough=enough**2, first=penalty, last=penalty, span=(0.9, 1.0))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import Quantize
+from ..quantization import FORMATS
 from ._factors import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
 from ._interpolation import is_interpolated
 from ._metric import PLAIN, Metric
@@ -22,8 +23,6 @@ from ._stored import stored_columns, stored_core, unit_columns
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
-# squared relative error that rounding the factors that are left will add: what a ridge should discourage
-_RIDGE = {"int8": 1e-4, "nf4": 1e-2}
 _LEAST_RIDGE = 1e-9
 _CYCLES = 4  # of rounding each factor anew
 _GAIN = 0.998  # of the error, below which another cycle is worth its time
@@ -35,14 +34,14 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
     Args:
         found: the decomposition in floating point.
         weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
-        quantize: the format; with None, and with "bf16", whose rounding hardly counts, it is `found` itself.
+        quantize: the format; with None, and with 16 bits, whose rounding hardly counts, it is `found` itself.
         metric: that in which the error counts.
 
     Returns:
         In float32, or float64 for such a weight. The layer that is made of it stores these very values (but for a
         Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
     """
-    if quantize is None or quantize == "bf16":
+    if quantize is None or not FORMATS[quantize].coarse:
         return found
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):
@@ -68,7 +67,8 @@ def distance(
 
 
 def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metric: Metric) -> CPDecomposition:
-    source, ridge = Source(weight), _RIDGE[quantize]
+    source = Source(weight)
+    ridge = FORMATS[quantize].error ** 2  # what rounding the factors that are left will add
     factors = [factor.detach().double() for factor in found.factors]
     factors[0] = factors[0] * (found.weights.double() * source.scale)
     plain = [stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]

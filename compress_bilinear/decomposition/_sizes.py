@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config import Quantize, check_rank
 from ..errors import CompressionError, ConfigError
-from ..quantization import SCALE_DTYPE, nf4_bytes, scale_count
+from ..quantization import FORMATS
 from ._factors import MODES, peak
 from ._interpolation import is_interpolated
 
@@ -57,16 +57,13 @@ def check_cp_rank(rank: object, shape: Sequence[int]) -> None:
         )
 
 
-def value_bytes(count: Any, quantize: Quantize) -> Any:
-    """Bytes of `count` quantized values, without int8's scales; counts may be tensors."""
-    return {"bf16": 2 * count, "int8": count, "nf4": nf4_bytes(count)}[quantize]
-
-
 def cp_bytes(rank: int, shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> int:
     """Bytes of the factors as `CPBilinear` stores them, without bias. Quantized, it has a float32 sigma (R,)."""
     if quantize is None:
         return rank * sum(shape) * itemsize
-    return sum(value_bytes(rank * size, quantize) for size in shape) + SIGMA_BYTES * rank
+    out, in1, in2 = shape
+    factors = ((out, rank), (rank, in1), (rank, in2))
+    return int(sum(FORMATS[quantize].nbytes(factor, "factor") for factor in factors)) + SIGMA_BYTES * rank
 
 
 def tucker_parameters(rank: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -84,19 +81,21 @@ def _factor_numbers(rank: Sequence[Any], shape: Sequence[int]) -> Any:
 def tucker_bytes(rank: Sequence[Any], shape: Sequence[int], itemsize: int, quantize: Quantize | None) -> Any:
     """Bytes of core and factors as `TuckerBilinear` stores them, without bias; ranks may be broadcast tensors.
 
-    An interpolative factor has an index for each of its rows; quantized, its coefficients have a float32 scale for
-    each of its others. Other projections have none: scales are those of the core's blocks.
+    An interpolative factor has an int32 index for each of its rows, and its coefficients have scales of their own. The
+    scales of other factors are in the core.
     """
-    extra = sum((d * INDEX_BYTES) * is_interpolated(r, d) * (r != d) for r, d in zip(rank, shape, strict=True))
-    numbers = [r * (d - r * is_interpolated(r, d)) for r, d in zip(rank, shape, strict=True)]
-    core = rank[0] * rank[1] * rank[2]
+    index = sum((d * INDEX_BYTES) * is_interpolated(r, d) * (r != d) for r, d in zip(rank, shape, strict=True))
     if quantize is None:
-        return (core + sum(numbers)) * itemsize + extra
-    if quantize != "int8":
-        return sum(value_bytes(count, quantize) for count in (core, *numbers)) + extra
-    scales = SCALE_DTYPE.itemsize * scale_count(rank[0], _most(rank[1], rank[2]), _least(rank[1], rank[2]))
-    extra = extra + sum(SIGMA_BYTES * (d - r) * is_interpolated(r, d) for r, d in zip(rank, shape, strict=True))
-    return core + sum(numbers) + scales + extra
+        return tucker_parameters(rank, shape) * itemsize + index
+    form = FORMATS[quantize]
+    total = form.nbytes(rank, "weight") + index
+    for mode, (r, d) in enumerate(zip(rank, shape, strict=True)):
+        if mode == 0:
+            whole, rest = form.nbytes((d, r), "factor"), form.nbytes((d - r, r), "rows")
+        else:
+            whole, rest = form.nbytes((r, d), "factor"), form.nbytes((r, d - r), "columns")
+        total = total + _choose(is_interpolated(r, d), rest * (r != d), whole)
+    return total
 
 
 def tucker_flops(rank: Sequence[Any], shape: Sequence[int]) -> Any:
@@ -112,5 +111,5 @@ def _least(first: Any, second: Any) -> Any:
     return torch.minimum(first, second) if isinstance(first, Tensor) else min(first, second)
 
 
-def _most(first: Any, second: Any) -> Any:
-    return torch.maximum(first, second) if isinstance(first, Tensor) else max(first, second)
+def _choose(condition: Any, first: Any, second: Any) -> Any:
+    return torch.where(condition, first, second) if isinstance(condition, Tensor) else first if condition else second

@@ -2,23 +2,9 @@
 
 import torch
 from torch import Tensor
-from typing_extensions import assert_never
 
 from ..config import Quantize
-from ..quantization import (
-    BLOCK,
-    LEVELS,
-    NF4_CODE,
-    UNIT,
-    BF16Tensor,
-    dequantize,
-    dequantize_nf4,
-    expanded,
-    quantize_blocks,
-    quantize_nf4,
-    quantize_unit,
-    scale_grid,
-)
+from ..quantization import FORMATS, LEVELS, UNIT, Format
 from ._budget import Budget
 from ._factors import row_slices
 from ._metric import Metric
@@ -40,15 +26,7 @@ def unit_columns(
 
 def stored_core(core: Tensor, quantize: Quantize) -> Tensor:
     """A core (R_o, R_i, R_j) as a layer stores it; float64."""
-    match quantize:
-        case "bf16":
-            return _halved(core)
-        case "int8":
-            return dequantize(*quantize_blocks(core, scale_grid(core.shape)), torch.float64)
-        case "nf4":
-            return _coded(core)[0]
-        case _:
-            assert_never(quantize)
+    return FORMATS[quantize].round_to(core, "weight")
 
 
 def stored_columns(
@@ -65,16 +43,14 @@ def stored_columns(
     Hoefler, Alistarh, 2023; the nearest plane algorithm of Babai, 1986). Components that cancel gain most.
     """
     unit, scale = unit_columns(factor)
-    if quantize == "bf16":  # so fine that nothing has to be taken back
-        return _halved(unit), scale
-    matrix = unit if mode == 0 else unit.T
-    if quantize == "int8":
-        plain, steps = dequantize(quantize_unit(matrix), None, torch.float64), torch.full_like(matrix, UNIT * LEVELS)
-    else:
-        plain, steps = _coded(matrix)
+    form = FORMATS[quantize]
+    stored = form.encode(unit if mode == 0 else unit.T, "factor")
+    plain, peaks = stored.decode(torch.float64), form.peaks(stored, slice(None))
     if mode != 0:
-        plain, steps = plain.T, steps.T
-    return (plain if gram is None else _fed_back(unit, scale, plain, steps, gram, quantize)), scale
+        plain, peaks = plain.T, None if peaks is None else peaks.T
+    if gram is None or peaks is None:
+        return plain, scale
+    return _fed_back(unit, scale, plain, peaks, gram, form), scale
 
 
 def stored_weight(
@@ -90,8 +66,10 @@ def stored_weight(
     formed. Of a weight with more than 2¹⁴ products of inputs, errors are taken back along in1 alone. Outputs for which
     the budget leaves no time are rounded value by value.
     """
-    if quantize == "bf16":
-        return _halved(weight).to(weight.dtype)
+    form = FORMATS[quantize]
+    stored = form.encode(weight, "weight")
+    if form.peaks(stored, slice(0, 0)) is None:
+        return stored.decode(weight.dtype)
     upper1, upper2 = (_upper(None if root is None else root @ root, _INPUT_DAMPING) for root in metric.roots[1:])
     sizes = weight.shape[1:]
     neither = upper1 is None and upper2 is None
@@ -103,14 +81,15 @@ def stored_weight(
     result = torch.empty_like(weight, memory_format=torch.contiguous_format)
     budget = budget or Budget()
     for rows in row_slices(weight.shape):
-        plain, steps = _outputs(weight, rows, quantize)
+        plain, peaks = stored.decode(torch.float64, rows), form.peaks(stored, rows)
+        assert peaks is not None
         result[rows] = plain.to(result.dtype)
         if neither or budget.left() <= 0:
             continue
         budget.report(rows.start / len(weight), 1.0)
         # (I, J, ·): what is rounded at once lies together
-        wanted, codes, size = (part.double().permute(1, 2, 0).contiguous() for part in (weight[rows], plain, steps))
-        del plain, steps
+        wanted, codes, size = (part.double().permute(1, 2, 0).contiguous() for part in (weight[rows], plain, peaks))
+        del plain, peaks
         found = torch.empty_like(wanted)
         for start in range(0, len(wanted), _TOGETHER):
             if budget.left() <= 0:
@@ -120,9 +99,9 @@ def stored_weight(
             for i in range(start, end):
                 row = wanted[i]
                 if one_by_one:
-                    found[i] = _row_fed_back(row.clone(), codes[i], size[i], upper2, quantize)
+                    found[i] = _row_fed_back(row.clone(), codes[i], size[i], upper2, form)
                 else:
-                    found[i] = _kept_largest(row, codes[i], size[i], quantize)
+                    found[i] = _kept_largest(row, codes[i], size[i], form)
                 lost[i - start] = (row - found[i]) / upper1[i, i]
                 wanted[i + 1 : end].flatten(1).addr_(upper1[i, i + 1 : end], lost[i - start].flatten(), alpha=-1)
             # all that follow at once: a pass over them for each would take most of the time
@@ -132,40 +111,17 @@ def stored_weight(
     return result
 
 
-def _outputs(weight: Tensor, rows: slice, quantize: Quantize) -> tuple[Tensor, Tensor]:
-    """Some outputs of a weight in int8 or NF4, (·, I, J), and the largest magnitude of each value's block."""
-    if quantize == "int8":
-        return _blocks(weight[rows])
-    width = weight.shape[1:].numel()
-    first, last = rows.start * width, rows.stop * width
-    begin = first // BLOCK * BLOCK  # of the block that the first value is in
-    plain, steps = _coded(weight.flatten()[begin : -(-last // BLOCK) * BLOCK])
-    inside = slice(first - begin, last - begin)
-    return plain[inside].unflatten(0, (-1, *weight.shape[1:])), steps[inside].unflatten(0, (-1, *weight.shape[1:]))
-
-
-def _row_fed_back(row: Tensor, plain: Tensor, steps: Tensor, upper: Tensor, quantize: Quantize) -> Tensor:  # (J, ·)
+def _row_fed_back(row: Tensor, plain: Tensor, peaks: Tensor, upper: Tensor, form: Format) -> Tensor:  # (J, ·)
     for j, wanted in enumerate(row):
-        value = _kept_largest(wanted, plain[j], steps[j], quantize)
+        value = _kept_largest(wanted, plain[j], peaks[j], form)
         row[j + 1 :].addr_(upper[j, j + 1 :], (wanted - value) / upper[j, j], alpha=-1)
         row[j] = value
     return row
 
 
-def _kept_largest(wanted: Tensor, plain: Tensor, steps: Tensor, quantize: Quantize) -> Tensor:
-    """Nearest values; but the largest entries stay so: their codes are what makes a scale the scale."""
-    return torch.where(plain.abs() >= steps, plain, _nearest(wanted, steps, quantize))
-
-
-def _halved(values: Tensor) -> Tensor:
-    return BF16Tensor.coded(values).dequantize(torch.float64)
-
-
-def _blocks(values: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 with its blocks' scales, and the largest magnitude of each value's block."""
-    qdata, scale = quantize_blocks(values, scale_grid(values.shape))
-    steps = expanded(scale.double() * LEVELS, values.shape).expand(values.shape)
-    return dequantize(qdata, scale, torch.float64), steps
+def _kept_largest(wanted: Tensor, plain: Tensor, peaks: Tensor, form: Format) -> Tensor:
+    """Nearest values, but the largest entry of each block as it was encoded: its scale is derived from it."""
+    return torch.where(plain.abs() >= peaks, plain, form.nearest(wanted, peaks))
 
 
 def _upper(system: Tensor | None, damping: float = _DAMPING) -> Tensor | None:
@@ -180,15 +136,8 @@ def _upper(system: Tensor | None, damping: float = _DAMPING) -> Tensor | None:
     return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
 
 
-def _coded(values: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 of a tensor, and the magnitude of each value's block."""
-    qdata, scale = quantize_nf4(values)
-    steps = scale.double().repeat_interleave(BLOCK)[: values.numel()].view(values.shape)
-    return dequantize_nf4(qdata, scale, 0, values.numel(), torch.float64).view(values.shape), steps
-
-
 def _fed_back(
-    unit: Tensor, scale: Tensor, plain: Tensor, steps: Tensor, gram: Tensor, quantize: Quantize
+    unit: Tensor, scale: Tensor, plain: Tensor, peaks: Tensor, gram: Tensor, form: Format
 ) -> Tensor:  # (d, R)
     upper = _upper(gram * scale * scale[:, None])
     if upper is None:
@@ -196,16 +145,8 @@ def _fed_back(
     found, result = unit.clone(), plain.clone()
     for column in range(unit.shape[1]):
         wanted = found[:, column]
-        value = _kept_largest(wanted, plain[:, column], steps[:, column], quantize)
+        value = _kept_largest(wanted, plain[:, column], peaks[:, column], form)
         result[:, column] = value
         error = (wanted - value) / upper[column, column]
         found[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])
     return result
-
-
-def _nearest(values: Tensor, steps: Tensor, quantize: Quantize) -> Tensor:
-    relative = values / steps.where(steps > 0, 1.0)
-    if quantize == "int8":
-        return (relative * LEVELS).round().clamp(-LEVELS, LEVELS) / LEVELS * steps
-    code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
-    return code[torch.bucketize(relative, (code[1:] + code[:-1]) / 2)] * steps

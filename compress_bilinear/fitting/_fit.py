@@ -20,6 +20,7 @@ from ..config import CPConfig, CPRank, DenseConfig, LayerConfig, MaxError, MaxSi
 from ..decomposition import Budget, CPDecomposition, Metric, TuckerDecomposition
 from ..errors import AmplificationWarning, CompressionError, ConfigError, InfeasibleError
 from ..modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from ..quantization import FORMATS
 from ._calibrate import LayerInputs
 from ._measure import OutputError, stored_bytes, weight_error
 
@@ -283,7 +284,7 @@ class Fitting:
         """
         parts = self._unwhitened(found)
         plain = self._stored(config, parts, way)
-        if config.quantize is None or config.quantize == "bf16":
+        if config.quantize is None or not FORMATS[config.quantize].coarse:
             return plain
         fitted = _rounded_to(found.to_tensor() if target is None else target, parts, config.quantize, self.metric)
         fits = (plain, replace(self._stored(config, fitted, way), decomposition=parts))

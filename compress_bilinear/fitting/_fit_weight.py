@@ -13,13 +13,13 @@ from ..config import CPConfig, DenseConfig, MaxError, Quantize, TuckerConfig
 from ..decomposition import Budget
 from ..errors import InfeasibleError
 from ..modules import CompressedBilinear
+from ..quantization import FORMATS
 from ._calibrate import LayerInputs
 from ._fit import Fitted, Fitting, Rank
 from ._measure import weight_error
 
 _ATTEMPTS = 4  # at a target that rounding made miss
-# relative error of rounded factors that do not cancel; four bits cost so much that the first attempt tells more
-_ROUNDING: dict[Quantize, float] = {"bf16": 0.003, "int8": 0.011, "nf4": 0.011}
+_MOST_ROUNDING = 0.011  # that the first attempt allows for: four bits cost so much that it tells more
 _Found = TypeVar("_Found")
 
 
@@ -32,7 +32,7 @@ def within_after_rounding(
     """
     target = limit
     if quantize is not None:
-        target = math.sqrt(max(target**2 - _ROUNDING[quantize] ** 2, 0.7 * target**2))
+        target = math.sqrt(max(target**2 - min(_MOST_ROUNDING, FORMATS[quantize].error) ** 2, 0.7 * target**2))
     for _ in range(_ATTEMPTS):
         found, error = attempt(MaxError(target))
         if error <= limit:

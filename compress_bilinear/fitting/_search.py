@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from .. import ops
 from ..config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
 from ..decomposition import Progress
 from ..errors import CompressionError, InfeasibleError
+from ..quantization import FORMATS
 from ._candidate import Option
 from ._fit import Fitted, Fitting
 from ._fit_weight import WeightFitting
@@ -35,7 +37,6 @@ _BEHIND = 1.6  # times the least error at a size
 class Chooser:
     """Tries replacements for one layer, and remembers them in `options`; keeping the layer is the first."""
 
-    _few: tuple[Quantize, ...] = ("int8", "nf4")  # the formats of few bits, which nearly always win
     _many: tuple[Quantize | None, ...]
 
     def __init__(
@@ -50,8 +51,10 @@ class Chooser:
         """`exact` has the unrounded dense layer compete too, which is for speed."""
         self.layer, self.fitting = layer, fitting
         self._seconds, self._progress, self._seed, self._exact = seconds, progress, seed, exact
-        # a layer in half precision has 16 bits already
-        self._many = ("bf16", None) if layer.weight.element_size() > 2 else (None,)
+        # formats of few bits nearly always win; a layer in half precision has 16 bits already
+        self._few = tuple(name for name in get_args(Quantize) if FORMATS[name].coarse)
+        fewer = (n for n in get_args(Quantize) if 8 < FORMATS[n].bits < 8 * layer.weight.element_size())
+        self._many = (*fewer, None)
         self._found: dict[tuple[LayerConfig, float], Fitted | None] = {}
         self._begun = time.perf_counter()
         self._span = (0.0, 1.0)
@@ -257,7 +260,7 @@ class Chooser:
     def _numbers(self, config: CPConfig | TuckerConfig) -> float:
         """How many numbers the layer's bytes would hold, for each of the weight's; scales are left out."""
         size = self.layer.weight.element_size()
-        return {None: 1.0, "bf16": size / 2, "int8": size, "nf4": 2.0 * size}[config.quantize]
+        return 1.0 if config.quantize is None else 8 * size / FORMATS[config.quantize].bits
 
     def _add(self, wanted: LayerConfig, found: Fitted) -> None:
         size, flops = stored_bytes(found.module), found.module.flops_per_row

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import Quantize
 from ..errors import CompressionError, InputError
+from ..quantization import FORMATS
 from ._autocast import autocast_enabled
 from ._compute import ComputeModes
 
@@ -141,7 +142,7 @@ class CompressedBilinear(ComputeModes):
         rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
         shape = (self.out_features, self.in1_features, self.in2_features)
         of = dtype or self.weight_dtype
-        bits = {None: 8 * of.itemsize, "bf16": 16}.get(self.quantize, 8)
+        bits = 8 * of.itemsize if self.quantize is None else max(8, FORMATS[self.quantize].bits)
         return str(
             ops.explain(
                 self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, obstacle=reason

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..config import Compute, Quantize
 from ..errors import ConfigError
-from ..quantization import QuantizedTensor
+from ..quantization import FORMATS, QuantizedTensor
 
 
 class ComputeModes(nn.Module):
@@ -42,13 +42,13 @@ class ComputeModes(nn.Module):
         if self.quantize is None:
             return "the layer is in floating point"
         if compute == "bitsandbytes":
-            reasons = [part.refused_bitsandbytes() for part in self._stored()]
+            reasons = [part.reason_against_bitsandbytes() for part in self._stored()]
             return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
         if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
             return None
-        if self.quantize != "int8":
-            bits = {"bf16": "sixteen", "nf4": "four"}[self.quantize]
-            return f"its values have {bits} bits, and only those of eight are multiplied as integers"
+        if not FORMATS[self.quantize].integers:
+            bits = FORMATS[self.quantize].bits
+            return f"its values have {bits} bits, in {self.quantize}, and only int8 is multiplied as integers"
         return "none of its projections is in int8 without scales of its own"
 
     def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:

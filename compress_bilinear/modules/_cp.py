@@ -57,7 +57,7 @@ class CPBilinear(ProjectedBilinear):
         self._rank = rank
         self.in1_proj = make_linear(in1_features, rank, False, quantize, device, dtype)
         self.in2_proj = make_linear(in2_features, rank, False, quantize, device, dtype)
-        self.out_proj = make_linear(rank, out_features, bias, quantize, device, dtype, "input")
+        self.out_proj = make_linear(rank, out_features, bias, quantize, device, dtype, scaled=True)
 
     @property
     def rank(self) -> int:

@@ -1,16 +1,16 @@
 """`DenseBilinear`: the weight itself, exact or in 16, 8 or 4 bits, evaluated in the best order."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, assert_never
+from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
-from ..quantization import BF16Tensor, NF4Tensor, QuantizedTensor, scale_grid
+from ..quantization import FORMATS, QuantizedTensor
 from ._autocast import autocast_dtype, autocast_enabled, without_autocast
 from ._base import CompressedBilinear
 from ._int8_matmul import int8_bilinear
@@ -20,10 +20,10 @@ from ._linear import row_parts
 class DenseBilinear(CompressedBilinear):
     """`nn.Bilinear` with the same weight, summed in the order that suits its shape, in bounded memory.
 
-    Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With "int8" the weight is a
-    `QuantizedTensor`, a module (`to_dense()` gives the tensor), with one bfloat16 scale for each output and each row
-    along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`); with "nf4" it is
-    an `NF4Tensor`, with "bf16" a `BF16Tensor`. Inputs may then have any floating dtype, and beside inputs and output
+    Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With it the weight is a
+    `QuantizedTensor`, a module (`to_dense()` gives the tensor); an int8 weight has one bfloat16 scale for each output
+    and each row along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`).
+    Inputs may then have any floating dtype, and beside inputs and output
     a forward holds at most 2²⁰ de-quantized values (or one output's), and a block of T (see `ops`). For a backward,
     inputs and at most one block of T are kept, but no de-quantized values: those are read again, part by part.
 
@@ -61,7 +61,7 @@ class DenseBilinear(CompressedBilinear):
         if quantize is None:
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
-            self.weight = _empty(shape, quantize, device)
+            self.weight = FORMATS[quantize].zeros(shape, "weight", device)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
@@ -71,7 +71,7 @@ class DenseBilinear(CompressedBilinear):
     @property
     def takes_int8(self) -> bool:
         """Whether `integer` may be set: the weight is int8."""
-        return self.quantize == "int8"
+        return isinstance(self.weight, QuantizedTensor) and self.weight.is_int8
 
     def reset_parameters(self) -> None:
         """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""
@@ -112,7 +112,7 @@ class DenseBilinear(CompressedBilinear):
         if quantize is None:
             new.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
         else:
-            new.weight = _empty(weight.shape, quantize, "meta").requantized(weight)
+            new.weight = FORMATS[quantize].encode(weight, "weight")
         if bias is not None:
             new.bias = nn.Parameter(bias.detach().clone())
         return new
@@ -123,7 +123,7 @@ class DenseBilinear(CompressedBilinear):
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         if isinstance(self.weight, QuantizedTensor):
-            return self.weight.rows(rows, dtype)
+            return self.weight.decode(dtype, rows)
         return self.weight[rows].to(dtype)
 
     def _first_weight(self) -> Tensor | None:
@@ -183,7 +183,7 @@ class DenseBilinear(CompressedBilinear):
             parts = list(row_parts(stored))
 
             def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
-                return evaluate(input1, input2, stored.rows(rows, input1.dtype))
+                return evaluate(input1, input2, stored.decode(input1.dtype, rows))
 
             run = ops.block_runner(True, input1, input2)  # a part's values do not wait for a backward
             pieces = [run(outputs, input1, input2, rows) for rows in parts]
@@ -216,7 +216,7 @@ class DenseBilinear(CompressedBilinear):
         weight = self.weight
         if isinstance(weight, nn.Parameter) or (weight.resident is not None and weight.resident.dtype == flat.dtype):
             return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        return ops.stored_linear(flat, lambda dtype: weight.rows(rows, dtype).flatten(1), *weight.buffers())
+        return ops.stored_linear(flat, lambda dtype: weight.decode(dtype, rows).flatten(1), *weight.buffers())
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, _, _, _ = self._operands(input1, input2)
@@ -242,15 +242,3 @@ class DenseBilinear(CompressedBilinear):
 
     def _row_parts(self) -> list[slice]:
         return list(row_parts(self.weight)) if isinstance(self.weight, QuantizedTensor) else [slice(None)]
-
-
-def _empty(shape: Sequence[int], quantize: Quantize, device: torch.device | str | None) -> QuantizedTensor:
-    match quantize:
-        case "bf16":
-            return BF16Tensor.zeros(shape, device)
-        case "nf4":
-            return NF4Tensor.zeros(shape, device)
-        case "int8":
-            return QuantizedTensor.empty(shape, scale_grid(shape), device)
-        case _:
-            assert_never(quantize)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal, TypeAlias, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize
-from ..quantization import BF16Tensor, NF4Tensor, QuantizedTensor, restore_dtypes
+from ..quantization import FORMATS, Layout, QuantizedTensor, restore_dtypes
 from ._autocast import autocast_dtype, without_autocast
 from ._base import block_rows
 from ._int8_matmul import int8_linear
@@ -19,9 +19,6 @@ CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four
 _TRACED_PARTS = 16
 
 _Kind = TypeVar("_Kind", bound=nn.Module)
-
-Scales: TypeAlias = Literal["none", "input", "rows"]
-"""What scales an int8 matrix has: none, one for each input component (`sigma`), or one for each row or column."""
 
 
 class QuantizedLinear(nn.Module):
@@ -131,7 +128,7 @@ def quantized_linear(
     tracing = ops.is_tracing()
     recorded = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
     if len(parts) <= 1 and (tracing or not recorded):
-        return ops.linear(input, weight.dequantize(input.dtype), bias)
+        return ops.linear(input, weight.decode(input.dtype), bias)
     if recorded or tracing:
         pieces = [_linear_part(input, weight, rows) for rows in parts]
         output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
@@ -144,8 +141,8 @@ def quantized_linear(
 
 def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
     if weight.resident is not None and weight.resident.dtype == input.dtype:
-        return ops.linear(input, weight.rows(rows, input.dtype))
-    return ops.stored_linear(input, lambda dtype: weight.rows(rows, dtype), *weight.buffers())
+        return ops.linear(input, weight.decode(input.dtype, rows))
+    return ops.stored_linear(input, lambda dtype: weight.decode(dtype, rows), *weight.buffers())
 
 
 def make_linear(
@@ -155,31 +152,19 @@ def make_linear(
     quantize: Quantize | None,
     device: torch.device | str | None,
     dtype: torch.dtype | None,
-    scales: Scales = "none",
-    component: int = 0,
+    layout: Layout = "factor",
+    scaled: bool = False,
 ) -> nn.Module:
     """An `nn.Linear`, or a zeroed `QuantizedLinear`.
 
     Args:
-        scales: of an int8 matrix; "input" gives one in 4 or 16 bits a sigma too.
-        component: with "rows", the axis along which each index has a float32 scale.
+        layout: of a quantized matrix.
+        scaled: whether a quantized layer has a `sigma`.
     """
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-    shape, sigma = (out_features, in_features), None
-    weight: QuantizedTensor
-    if quantize == "bf16":
-        weight = BF16Tensor.zeros(shape, device)
-    elif quantize == "nf4":
-        weight = NF4Tensor.zeros(shape, device)
-    elif scales == "rows":
-        grid = [1, 1]
-        grid[component] = shape[component]
-        weight = QuantizedTensor.empty(shape, grid, device, torch.float32)
-    else:
-        weight = QuantizedTensor.empty(shape, None, device)
-    if scales == "input":
-        sigma = torch.zeros(in_features, device=device)
+    weight = FORMATS[quantize].zeros((out_features, in_features), layout, device)
+    sigma = torch.zeros(in_features, device=device) if scaled else None
     return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype), sigma)
 
 
@@ -192,7 +177,7 @@ def _zero_bias(
 def fill_linear(linear: nn.Module, weight: Tensor) -> None:
     """Store a weight (out_features, in_features), quantizing it where the layer is quantized."""
     if isinstance(linear, QuantizedLinear):
-        linear.weight = linear.weight.requantized(weight)
+        linear.weight = linear.weight.encode(weight)
     else:
         # a Parameter of its own, which shares no storage with the decomposition
         linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
@@ -207,8 +192,8 @@ def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
         return weight.to  # type: ignore[return-value]
     sigma = getattr(linear, "sigma", None)
     if not isinstance(sigma, Tensor):
-        return weight.dequantize
-    return lambda dtype: (weight.dequantize(torch.promote_types(dtype, torch.float32)) * sigma).to(dtype)
+        return weight.decode
+    return lambda dtype: (weight.decode(torch.promote_types(dtype, torch.float32)) * sigma).to(dtype)
 
 
 class AddBias(nn.Module):
@@ -258,8 +243,8 @@ class InterpolativeLinear(nn.Module):
         size, rank = max(in_features, out_features), min(in_features, out_features)
         self.register_buffer("index", torch.arange(size, dtype=torch.int32, device=device))
         ends = (rank, size - rank) if self.widening else (size - rank, rank)
-        # a scale for each of the others, which are fewer than the kept
-        self.rest = make_linear(*ends, False, quantize, device, dtype, "rows", 0 if self.widening else 1)
+        # scales for each of the others, which are fewer than the kept
+        self.rest = make_linear(*ends, False, quantize, device, dtype, "rows" if self.widening else "columns")
         self.register_parameter("bias", _zero_bias(out_features, bias, device, dtype))
 
     @property

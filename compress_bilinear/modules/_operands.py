@@ -66,7 +66,7 @@ def obstacle(parts: dict[str, nn.Module], device: torch.device) -> str | None:
             if device.type == "cpu":
                 return "quantized factors are de-quantized part by part"
             if not weight.is_int8:
-                return f"the fused kernels read int8, not {weight.extra_repr().split(',')[0]}"
+                return f"the fused kernels read int8, not {weight.format.name}"
             if weight.resident is not None or weight.backend != "torch" or getattr(layer, "integer", False):
                 return f"`{name}` computes in another way than from its int8 values"
         if weight is not None:

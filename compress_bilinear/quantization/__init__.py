@@ -1,7 +1,7 @@
-"""16-, 8- and 4-bit storage: plain buffers, integers with floating scales, and what they stand for."""
+"""How numbers are stored: a format is a class, and `FORMATS` the table of them."""
 
-from ._bf16 import BF16Tensor
 from ._decode_bnb import missing
+from ._formats import FORMATS, Bf16, Int8, Nf4
 from ._int8 import (
     LEVELS,
     SCALE_DTYPE,
@@ -11,31 +11,33 @@ from ._int8 import (
     quantize_blocks,
     quantize_int8,
     quantize_unit,
-    scale_count,
     scale_grid,
 )
-from ._nf4 import BLOCK, NF4_CODE, dequantize_nf4, nf4_bytes, quantize_nf4
-from ._tensor import NF4Tensor, QuantizedTensor, restore_dtypes
+from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
+from ._tensor import Buffer, Format, Layout, QuantizedTensor, restore_dtypes
 
 __all__ = [
     "BLOCK",
+    "FORMATS",
     "LEVELS",
     "NF4_CODE",
     "SCALE_DTYPE",
     "UNIT",
-    "BF16Tensor",
-    "NF4Tensor",
+    "Bf16",
+    "Buffer",
+    "Format",
+    "Int8",
+    "Layout",
+    "Nf4",
     "QuantizedTensor",
+    "decode_nf4",
     "dequantize",
-    "dequantize_nf4",
+    "encode_nf4",
     "expanded",
     "missing",
-    "nf4_bytes",
     "quantize_blocks",
     "quantize_int8",
-    "quantize_nf4",
     "quantize_unit",
     "restore_dtypes",
-    "scale_count",
     "scale_grid",
 ]

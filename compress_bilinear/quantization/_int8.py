@@ -1,19 +1,17 @@
 """int8 values with scales: for each slice along an axis, for each block of a weight, or none where a caller has one.
 
 The scheme is linear, symmetric absmax quantization, that of bitsandbytes' `int8_vectorwise_quant` (Dettmers et al.,
-LLM.int8(), 2022), on any axis or block. The pure-torch code here defines it; `backend="bitsandbytes"` runs theirs.
+LLM.int8(), 2022), on any axis or block.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CompressionError
-
-Backend: TypeAlias = Literal["torch", "bitsandbytes"]
 
 LEVELS = 127  # symmetric: -128 is not used, as in bitsandbytes
 UNIT = 2.0**-7  # the step of values without a scale: a power of two, so that float16 and bfloat16 hold them exactly
@@ -26,16 +24,12 @@ _CHUNK = 2**19  # values in float64 at once
 def quantize_int8(
     tensor: Tensor,  # (...), floating, finite
     dim: int,
-    *,
-    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Round a tensor to int8 with one float32 scale for each slice along `dim`.
 
     Args:
         tensor: any floating tensor.
         dim: the axis that shares a scale.
-        backend: "torch" is the reference and works everywhere; "bitsandbytes" calls its `int8_vectorwise_quant`
-            (on CUDA that rounds the tensor to float16 first).
 
     Returns:
         `qdata` int8 with the tensor's shape, and `scale` float32 with size 1 in `dim`, so that
@@ -45,10 +39,6 @@ def quantize_int8(
         CompressionError: the tensor is not floating or not finite, or its values leave float32's range.
     """
     values = checked(tensor)
-    if backend == "bitsandbytes":
-        from ._decode_bnb import vectorwise
-
-        return vectorwise(values, dim)
     grid = [1 if axis == dim % values.dim() else size for axis, size in enumerate(values.shape)]
     return _rounded(values, grid, torch.float32)
 
@@ -56,15 +46,11 @@ def quantize_int8(
 def quantize_blocks(
     tensor: Tensor,  # (...), floating, finite
     grid: Sequence[int],
-    *,
-    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Round a tensor to int8 with one bfloat16 scale for each block of it.
 
     Args:
         grid: the number of blocks along each axis; a block has ⌈size / number⌉ consecutive entries, the last the rest.
-        backend: "bitsandbytes" calls its `quantize_blockwise` with the linear map of codes; its blocks are flat, so it
-            takes a grid of ones but for the last axis, whose number must divide it, and a one-axis tensor (n,).
 
     Returns:
         `qdata` int8 with the tensor's shape, and `scale` bfloat16 of shape `grid`.
@@ -77,10 +63,6 @@ def quantize_blocks(
             raise CompressionError(
                 f"`grid[{axis}]` should cut {size} entries into blocks without an empty one. Found {count}."
             )
-    if backend == "bitsandbytes":
-        from ._decode_bnb import blockwise
-
-        return blockwise(values, grid)
     return _rounded(values, grid, SCALE_DTYPE)
 
 
@@ -91,25 +73,22 @@ def quantize_unit(
     return (checked(tensor).double() / UNIT).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
 
 
-def scale_grid(shape: Sequence[int]) -> tuple[int, int, int]:
-    """The blocks of a weight (O, I, J): each lies in a row along the longer input axis, of at most 128 entries.
+def scale_grid(shape: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """The numbers of blocks of a weight (O, I, J) along its axes; sizes may be broadcast tensors.
 
-    Rows of fewer than 32 entries share a scale with their neighbours of the same output.
+    Each block lies in a row along the longer input axis and has at most 128 entries. Rows of fewer than 32 entries
+    share a scale with their neighbours of the same output.
     """
     out, in1, in2 = shape
-    along, across = _blocks(max(in1, in2), min(in1, in2))
-    return (out, across, along) if in2 >= in1 else (out, along, across)
+    return out, _block_count(in1, in2, in1 > in2), _block_count(in2, in1, in2 >= in1)
 
 
-def scale_count(out: Any, longer: Any, shorter: Any) -> Any:
-    """How many scales that is; sizes may be broadcast tensors."""
-    along, across = _blocks(longer, shorter)
-    return out * along * across
-
-
-def _blocks(longer: Any, shorter: Any) -> tuple[Any, Any]:
-    rows = -(-_LEAST_BLOCK // longer)  # that share a scale
-    return -(-longer // _MOST_BLOCK), -(-shorter // rows)
+def _block_count(size: Any, other: Any, is_longer: Any) -> Any:
+    """Blocks along one input axis; along the shorter one, a block has ⌈32 / longer⌉ rows."""
+    along, across = -(-size // _MOST_BLOCK), -(-size // -(-_LEAST_BLOCK // other))
+    if isinstance(is_longer, Tensor):
+        return torch.where(is_longer, along, across)
+    return along if is_longer else across
 
 
 def checked(tensor: Tensor) -> Tensor:

@@ -2,18 +2,17 @@
 
 The tensor is flattened, and two values share a byte, the first in its high bits: the layout and the code of
 bitsandbytes' `quantize_4bit`, whose decoding of tensors that are not flat is wrong on some CPUs. The pure-torch code
-here defines it and is exact everywhere; `backend="bitsandbytes"` runs theirs.
+here defines it and is exact everywhere.
 
 Source: Dettmers et al., "QLoRA: Efficient finetuning of quantized LLMs" (2023).
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._int8 import SCALE_DTYPE, Backend, checked
+from ._int8 import SCALE_DTYPE, checked
 
 BLOCK = 64  # values that share a magnitude
 _CHUNK = 2**18  # values that are coded at once
@@ -38,33 +37,22 @@ NF4_CODE = (
 )
 
 
-def nf4_bytes(count: Any) -> Any:
-    """Bytes of `count` values with the magnitudes of their blocks; counts may be tensors."""
-    return -(-count // 2) + SCALE_DTYPE.itemsize * -(-count // BLOCK)
-
-
-def quantize_nf4(
+def encode_nf4(
     tensor: Tensor,  # (...), floating, finite
     *,
     scale_dtype: torch.dtype = SCALE_DTYPE,
-    backend: Backend = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Code a tensor's values, flattened, in blocks of 64.
+    """Round each value to its nearest code times the largest magnitude in its block of 64, in flattened order.
 
     Args:
-        scale_dtype: of the magnitudes. Those of bitsandbytes are float32; values are coded relative to what is stored.
-        backend: "bitsandbytes" calls its `quantize_4bit`, whose magnitudes are float32 first.
+        scale_dtype: of the magnitudes. Those of bitsandbytes are float32; codes are relative to what is stored.
 
     Returns:
         `qdata` uint8 (⌈n/2⌉,) and `scale` (⌈n/64⌉,), the largest magnitude in each block.
 
-    Raises: as `quantize_int8`.
+    Raises: CompressionError where the tensor is not floating or not finite in float32.
     """
     values = checked(tensor).flatten()
-    if backend == "bitsandbytes":
-        from ._decode_bnb import nf4
-
-        return nf4(values, scale_dtype)
     count = len(values)
     qdata = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
     scale = torch.empty(-(-count // BLOCK), dtype=scale_dtype, device=values.device)
@@ -89,7 +77,7 @@ def _representable(peak: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.isinf(rounded), torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
-def dequantize_nf4(
+def decode_nf4(
     qdata: Tensor,  # (⌈n/2⌉,)
     scale: Tensor,  # (⌈n/64⌉,)
     start: int,
@@ -100,7 +88,9 @@ def dequantize_nf4(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     first, last = start // BLOCK, -(-stop // BLOCK)  # whole blocks
     packed = qdata[first * BLOCK // 2 : min(last * BLOCK // 2, len(qdata))]
-    if is_watched():  # nothing that was made before is to be in the graph, and not all exporters reinterpret bits
+    if (
+        is_traced_or_transformed()
+    ):  # nothing that was made before is to be in the graph, and not all exporters reinterpret bits
         index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
         values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device).index_select(0, index.int())
     else:
@@ -122,7 +112,7 @@ def _pairs(device: torch.device, wide: torch.dtype) -> Tensor:
         return both.view(torch.int64 if wide == torch.float32 else torch.complex128).flatten()
 
 
-def is_watched() -> bool:
+def is_traced_or_transformed() -> bool:
     """Whether operators are recorded or transformed: by tracing, torch.func or a dispatch mode."""
     return (
         torch.compiler.is_compiling()

@@ -5,7 +5,7 @@ from torch import nn
 
 from compress_bilinear.modules import QuantizedLinear
 from compress_bilinear.modules._linear import fill_linear, linear_weight, make_linear
-from compress_bilinear.quantization import QuantizedTensor, dequantize
+from compress_bilinear.quantization import FORMATS, dequantize
 
 
 def normal(*shape, dtype=torch.float32):
@@ -13,7 +13,8 @@ def normal(*shape, dtype=torch.float32):
 
 
 def example(dim=1, bias=True):
-    return QuantizedLinear(QuantizedTensor.quantize(normal(5, 9), dim), nn.Parameter(normal(5)) if bias else None)
+    weight = FORMATS["int8"].encode(normal(5, 9), ("columns", "rows")[dim])
+    return QuantizedLinear(weight, nn.Parameter(normal(5)) if bias else None)
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (4,), (2, 3)])
@@ -44,14 +45,14 @@ def test_it_has_the_attributes_of_a_linear_layer():
     assert sorted(example().state_dict()) == ["bias", "weight.qdata", "weight.scale"]
 
 
-@pytest.mark.parametrize(("component", "scales"), [(0, (5, 1)), (1, (1, 9))])
-def test_an_int8_layer_may_have_a_scale_for_each_component(component, scales):
-    made = make_linear(9, 5, True, "int8", None, torch.bfloat16, "rows", component)
+@pytest.mark.parametrize(("layout", "scales"), [("rows", (5, 1)), ("columns", (1, 9))])
+def test_an_int8_layer_may_have_a_scale_for_each_component(layout, scales):
+    made = make_linear(9, 5, True, "int8", None, torch.bfloat16, layout)
     assert tuple(made.weight.scale.shape) == scales
     assert made.bias.dtype == torch.bfloat16
     fill_linear(made, normal(5, 9))
     assert tuple(made.weight.scale.shape) == scales
-    assert float((made.weight.dequantize() - normal(5, 9)).abs().max()) < 0.02
+    assert float((made.weight.decode() - normal(5, 9)).abs().max()) < 0.02
 
 
 def test_without_a_format_it_is_an_ordinary_linear_layer_with_memory_of_its_own():
@@ -70,7 +71,7 @@ def test_without_a_format_it_is_an_ordinary_linear_layer_with_memory_of_its_own(
 def test_the_weight_is_read_in_the_dtype_that_is_asked_for(quantize):
     made = make_linear(9, 5, False, quantize, None, torch.float32)
     fill_linear(made, normal(5, 9) / 4)
-    stored = made.weight if quantize is None else made.weight.dequantize(torch.float64)
+    stored = made.weight if quantize is None else made.weight.decode(torch.float64)
     for dtype in DTYPES:
         read = linear_weight(made)(dtype)
         assert read.dtype == dtype

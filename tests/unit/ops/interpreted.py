@@ -20,7 +20,7 @@ from compress_bilinear.ops.triton import _dense as _triton_dense
 from compress_bilinear.ops.triton import _operators as _dispatch
 from compress_bilinear.ops.triton import _pair_operators as _dispatch_pairs
 from compress_bilinear.ops.triton import _tucker_pairs as _triton_tucker_pairs
-from compress_bilinear.quantization import QuantizedTensor, dequantize, quantize_int8, scale_grid
+from compress_bilinear.quantization import FORMATS, dequantize, quantize_int8
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
@@ -165,7 +165,7 @@ def test_one_kernel_and_several_programs_sum_the_same_dense_layer(monkeypatch):
 def test_int8_dense(layout, dtype):
     x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 200, 5), dtype)
     if layout == "blocks":
-        stored = QuantizedTensor.empty(weight.shape, scale_grid(weight.shape)).requantized(weight)
+        stored = FORMATS["int8"].encode(weight, "weight")
         qdata, scale = stored.qdata, stored.scale
     else:
         qdata, scale = quantize_int8(weight, layout)
@@ -208,9 +208,9 @@ def test_int8_cp_and_its_pairs(out, dtype):
 @pytest.mark.parametrize("rank", [(5, 18, 20), (5, 20, 18), (129, 3, 4)])  # scales along either axis; its core alone
 def test_int8_tucker_and_its_pairs(rank, dtype):
     x1, x2, *factors, bias = operands("tucker", SIZES[0], torch.float32, rank)
-    core = QuantizedTensor.empty(rank, scale_grid(rank)).requantized(factors.pop(2))
+    core = FORMATS["int8"].encode(factors.pop(2), "weight")
     (in1, w1), (in2, w2), (out, u) = map(unit_factor, factors)
-    g = core.dequantize(torch.float64)
+    g = core.decode(torch.float64)
     inputs = leaves([x1.to(dtype), x2.to(dtype)])
     wide, bias = wide_of(inputs), bias.to(dtype)
     values = (in1, in2, framed(core.qdata), out)

@@ -11,7 +11,7 @@ from compress_bilinear import ops
 from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _api as _layers
 from compress_bilinear.ops import _choice, _cp, _gemm
-from compress_bilinear.quantization import QuantizedTensor, scale_grid
+from compress_bilinear.quantization import FORMATS
 
 RANK = (4, 5, 6)
 
@@ -298,11 +298,11 @@ def test_int8_factors_have_the_step_of_the_format():
     shape = (7, 150, 9)
     x1, x2 = inputs(False, shape, torch.float32)
     in1, in2, core, out, bias = factors("tucker", shape, torch.float32)
-    stored = QuantizedTensor.empty(core.shape, scale_grid(core.shape)).requantized(core)
+    stored = FORMATS["int8"].encode(core, "weight")
     values = [(100 * t / t.abs().max()).to(torch.int8) for t in (in1, in2, out)]
     wide = [value.double() / 128 for value in values]
     found = ops.bilinear_tucker(x1, x2, *values[:2], stored.qdata, values[2], bias, scale=stored.scale)
-    exact = stored.dequantize(torch.float64)
+    exact = stored.decode(torch.float64)
     expected = reference("tucker", False, x1.double(), x2.double(), *wide[:2], exact, wide[2], bias.double())
     assert_matches_reference(found, expected)
 

@@ -5,7 +5,7 @@ import torch
 from support import assert_matches_reference
 
 from compress_bilinear import ops
-from compress_bilinear.quantization import QuantizedTensor, scale_grid
+from compress_bilinear.quantization import FORMATS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -53,8 +53,7 @@ def in_int8(kind, tensors):
         sigma = torch.stack([factor.float().abs().max() for factor in rest]).prod().expand(30).contiguous()
         return [x1, x2, *map(unit_values, rest), bias], {"sigma": sigma}
     index = 0 if kind == "dense" else 2
-    stored = QuantizedTensor.empty(rest[index].shape, scale_grid(rest[index].shape)).to("cuda")
-    stored = stored.requantized(rest[index])
+    stored = FORMATS["int8"].encode(rest[index], "weight")
     values = [stored.qdata if at == index else unit_values(factor) for at, factor in enumerate(rest)]
     return [x1, x2, *values, bias], {"scale": stored.scale}
 

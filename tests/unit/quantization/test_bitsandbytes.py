@@ -10,25 +10,25 @@ import sys
 
 import pytest
 import torch
+from bitsandbytes_quantizers import bitsandbytes_blocks, bitsandbytes_int8, bitsandbytes_nf4
 from quantized import made, rows
 from support import bilinear
 
 import compress_bilinear as cb
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.quantization import (
+    FORMATS,
     LEVELS,
-    BF16Tensor,
-    NF4Tensor,
-    QuantizedTensor,
+    _formats,
+    _tensor,
+    decode_nf4,
     dequantize,
-    dequantize_nf4,
+    encode_nf4,
     expanded,
     quantize_blocks,
     quantize_int8,
-    quantize_nf4,
     scale_grid,
 )
-from compress_bilinear.quantization import _decode_bnb as _bitsandbytes
 from compress_bilinear.quantization._decode_bnb import int8_values, nf4_values
 
 for_devices = pytest.mark.parametrize(
@@ -51,33 +51,32 @@ def normal(*shape, seed=0):
 @pytest.mark.parametrize(("shape", "dim"), [((33, 65), 1), ((33, 65), 0), ((5, 7, 9), 1), ((97, 148), -1)])
 def test_vectorwise_int8_is_ours_within_what_float16_rounds(device, shape, dim):
     tensor = normal(*shape).to(device)
-    ours, theirs = quantize_int8(tensor, dim), quantize_int8(tensor, dim, backend="bitsandbytes")
-    assert theirs[0].device.type == theirs[1].device.type == device
+    ours, found = quantize_int8(tensor, dim), bitsandbytes_int8(tensor, dim)
+    assert ours[0].device.type == ours[1].device.type == device
     if device == "cpu":
-        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        assert all(torch.equal(one, other) for one, other in zip(ours, found, strict=True))
     step = float(ours[1].max())
-    assert float((dequantize(*ours, torch.float32) - dequantize(*theirs, torch.float32)).abs().max()) <= 1.1 * step
+    assert float((dequantize(*ours, torch.float32) - dequantize(*found, torch.float32)).abs().max()) <= 1.1 * step
 
 
 @for_devices
 def test_blockwise_with_the_linear_map_is_ours_but_for_ties(device):
     tensor = normal(6, 256).to(device)
-    theirs, ours = quantize_blocks(tensor, (6, 4), backend="bitsandbytes"), quantize_blocks(tensor, (6, 4))
-    assert int((theirs[0].int() - ours[0].int()).abs().max()) <= 1
-    error = (dequantize(*theirs, torch.float32) - tensor).abs()
-    assert bool((error <= 0.503 * expanded(theirs[1], tensor.shape).float()).all())
+    found, ours = bitsandbytes_blocks(tensor, (6, 4)), quantize_blocks(tensor, (6, 4))
+    assert int((found[0].int() - ours[0].int()).abs().max()) <= 1
+    error = (dequantize(*found, torch.float32) - tensor).abs()
+    assert bool((error <= 0.503 * expanded(found[1], tensor.shape).float()).all())  # at near ties
 
 
 @for_devices
 @pytest.mark.parametrize("shape", [*WRONG, (1,), (65,), (101, 101)], ids=str)
 def test_nf4_is_ours_at_the_shapes_that_their_own_decoding_gets_wrong(device, shape):
     tensor = normal(*shape).to(device)
-    ours = quantize_nf4(tensor, scale_dtype=torch.float32)
-    theirs = quantize_nf4(tensor, scale_dtype=torch.float32, backend="bitsandbytes")
-    count = tensor.numel()
-    apart = [int((one.int() - other.int()).abs().gt(0).sum()) for one, other in zip(ours[:1], theirs[:1], strict=True)]
-    assert max(apart) == 0 if device == "cpu" else max(apart) <= 1 + count // 1000  # a tie may fall either way
-    exact = dequantize_nf4(*ours, 0, count, torch.float32)
+    ours, found = encode_nf4(tensor, scale_dtype=torch.float32), bitsandbytes_nf4(tensor)
+    count, apart = tensor.numel(), int((ours[0] != found[0]).sum())
+    assert apart == 0 if device == "cpu" else apart <= 1 + count // 1000  # a tie may fall either way
+    assert torch.equal(ours[1], found[1])
+    exact = decode_nf4(*ours, 0, count, torch.float32)
     torch.testing.assert_close(nf4_values(*ours, 0, count, torch.float32), exact, rtol=1e-6, atol=0)
     assert float((exact.view(shape) - tensor).norm() / tensor.norm()) < 0.12
 
@@ -138,12 +137,12 @@ class TestDecoding:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("shape", [*WRONG, (1,), (65,), (101, 101), (5, 7, 33), (3, 64)], ids=str)
     def test_nf4_of_any_rows_is_ours(self, device, dtype, shape):
-        tensor = NF4Tensor.coded(1e3 * normal(*shape)).to(device)
+        tensor = FORMATS["nf4"].encode(1e3 * normal(*shape), "factor").to(device)
         parts = [slice(None), slice(0, 1), slice(shape[0] - 1, None), slice(shape[0] // 3, shape[0] // 2), slice(0, 0)]
-        exact = [tensor.rows(part, dtype) for part in parts]
+        exact = [tensor.decode(dtype, part) for part in parts]
         assert tensor.use_bitsandbytes(True) is None
         for part, expected in zip(parts, exact, strict=True):
-            found = tensor.rows(part, dtype)
+            found = tensor.decode(dtype, part)
             assert (found.shape, found.device.type) == (expected.shape, device)
             eps = torch.finfo(dtype).eps
             torch.testing.assert_close(found, expected, rtol=0 if device == "cpu" else eps, atol=0)
@@ -182,20 +181,20 @@ class TestDecoding:
     @pytest.mark.parametrize(
         ("tensor", "reason"),
         [
-            (BF16Tensor.coded(normal(4, 64)), "not coded"),
-            (QuantizedTensor(torch.ones(4, 64, dtype=torch.int8)), "no scales of blocks"),
-            (QuantizedTensor.quantize(normal(4, 64), 1), "slower than torch does on cpu"),
-            (NF4Tensor.zeros((4, 64), "meta"), "are on meta"),
+            (FORMATS["bf16"].zeros((4, 64), "factor"), "no kernels for bf16"),
+            (FORMATS["int8"].zeros((4, 64), "factor"), "no scales of blocks"),
+            (FORMATS["int8"].zeros((4, 64), "rows"), "slower than torch does on cpu"),
+            (FORMATS["nf4"].zeros((4, 64), "factor", "meta"), "are on meta"),
         ],
     )
     def test_what_it_is_not_for_is_said_and_not_tried(self, tensor, reason, monkeypatch):
-        monkeypatch.setattr(_bitsandbytes, "missing", lambda: pytest.fail("bitsandbytes was asked for"))
+        monkeypatch.setattr(_tensor, "missing", lambda: pytest.fail("bitsandbytes was asked for"))
         assert reason in tensor.use_bitsandbytes(True)
         assert tensor.backend == "torch"
 
     @pytest.mark.parametrize("wrong", [lambda *args: 1.01 * nf4_values(*args), lambda *args: 1 / 0])
     def test_a_layer_that_is_decoded_wrongly_does_not_get_it(self, wrong, monkeypatch):
-        monkeypatch.setattr(_bitsandbytes, "nf4_values", wrong)
+        monkeypatch.setattr(_formats, "nf4_values", wrong)
         layer = cb.DenseBilinear.from_weight(normal(3, 8, 9), quantize="nf4")
         assert "bitsandbytes" not in layer.computes
         with pytest.raises(ConfigError, match=r"bitsandbytes (decodes it wrongly|cannot decode it: division by zero)"):
@@ -214,9 +213,9 @@ class TestDecoding:
         def flushed(*args):
             return nf4_values(*args) * (args[-1] != torch.float16)
 
-        monkeypatch.setattr(_bitsandbytes, "nf4_values", flushed)
-        tensor = NF4Tensor.coded(4e-5 * torch.rand(3, 64, generator=torch.Generator().manual_seed(0)))
-        assert "wrongly to torch.float16" in tensor.refused_bitsandbytes()
+        monkeypatch.setattr(_formats, "nf4_values", flushed)
+        tensor = FORMATS["nf4"].encode(4e-5 * torch.rand(3, 64, generator=torch.Generator().manual_seed(0)), "factor")
+        assert "wrongly to torch.float16" in tensor.reason_against_bitsandbytes()
 
 
 class TestImport:
@@ -245,24 +244,24 @@ class TestImport:
     def test_one_that_fails_is_told_alike_each_time(self, interpreter, module, error, told):
         code = f"""
 import sys
-from compress_bilinear.quantization import NF4Tensor
+from compress_bilinear.quantization import FORMATS
 class Finder:
     def find_spec(name, path=None, target=None):
         if name == {module!r}:
             raise {error}
 sys.meta_path.insert(0, Finder)
-tensor = NF4Tensor.zeros((4, 64))
-print({{tensor.refused_bitsandbytes() for _ in range(3)}})
+tensor = FORMATS["nf4"].zeros((4, 64), "factor")
+print({{tensor.reason_against_bitsandbytes() for _ in range(3)}})
 """
         assert interpreter(code) == str({f"bitsandbytes {told}"})
 
     def test_threads_wait_for_the_whole_of_it(self, interpreter):
         code = """
 import logging, threading
-from compress_bilinear.quantization import NF4Tensor, _bitsandbytes
+from compress_bilinear.quantization import FORMATS
 found = []
 start = threading.Barrier(4)
-def ask(): start.wait(); found.append(NF4Tensor.zeros((4, 64)).refused_bitsandbytes())
+def ask(): start.wait(); found.append(FORMATS["nf4"].zeros((4, 64), "factor").reason_against_bitsandbytes())
 threads = [threading.Thread(target=ask) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -285,7 +284,7 @@ class TestLayers:
             made.append(args)
             return nf4_values(*args)
 
-        monkeypatch.setattr(_bitsandbytes, "nf4_values", counted)
+        monkeypatch.setattr(_formats, "nf4_values", counted)
         return made
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)

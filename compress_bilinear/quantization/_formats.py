@@ -1,0 +1,163 @@
+"""The storage formats: a class and a row of the table each."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError
+from ._decode_bnb import int8_values, nf4_values
+from ._int8 import (
+    LEVELS,
+    SCALE_DTYPE,
+    UNIT,
+    checked,
+    dequantize,
+    expanded,
+    quantize_blocks,
+    quantize_int8,
+    quantize_unit,
+    scale_grid,
+)
+from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
+from ._tensor import Buffer, Format, Layout, QuantizedTensor
+
+_BITSANDBYTES_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of int8 that it decodes on CUDA
+
+
+class Bf16(Format):
+    """bfloat16 for layers that compute in another dtype: float32's range in half its bytes, without scales."""
+
+    name, bits, error = "bf16", 16, 0.003
+
+    def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
+        return Buffer(tuple(shape), torch.bfloat16), None
+
+    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        values = checked(tensor).to(torch.bfloat16)
+        if not bool(torch.isfinite(values).all()):
+            raise CompressionError("`tensor` should be within bfloat16's range. Found values beyond.")
+        return values, None
+
+    def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        return stored.qdata[rows].to(dtype)
+
+
+class Int8(Format):
+    """Integers from -127 to 127 and a scale: of a weight for each block of at most 128, of a factor none."""
+
+    name, bits, error, integers = "int8", 8, 0.01, True
+
+    def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
+        scale = None
+        match layout:
+            case "weight":
+                scale = Buffer(scale_grid(shape), SCALE_DTYPE)
+            case "rows":
+                scale = Buffer((shape[0], 1), torch.float32)
+            case "columns":
+                scale = Buffer((1, shape[1]), torch.float32)
+        return Buffer(tuple(shape), torch.int8), scale
+
+    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        match layout:
+            case "weight":
+                return quantize_blocks(tensor, scale_grid(tensor.shape))
+            case "factor":
+                return quantize_unit(tensor), None
+            case "rows" | "columns":
+                return quantize_int8(tensor, 1 if layout == "rows" else 0)
+
+    def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        return dequantize(stored.qdata[rows], _scale_rows(stored, rows), dtype)
+
+    def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
+        shape, scale = stored.qdata[rows].shape, _scale_rows(stored, rows)
+        if scale is None:
+            return torch.full(shape, UNIT * LEVELS, dtype=torch.float64, device=stored.device)
+        return expanded(scale.double() * LEVELS, shape).expand(shape)
+
+    def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
+        relative = values / peaks.where(peaks > 0, 1.0)
+        return (relative * LEVELS).round().clamp(-LEVELS, LEVELS) / LEVELS * peaks
+
+    def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
+        if stored.scale is None:
+            return "its int8 values have no scales of blocks, which bitsandbytes' kernels read"
+        if stored.device.type != "cuda":
+            return f"bitsandbytes' kernels decode int8 slower than torch does on {stored.device.type}"
+        if _flat_block(stored.shape, stored.scale.shape) not in _BITSANDBYTES_BLOCKS:
+            return "bitsandbytes' kernels take blocks of 64, 128, ..., 4096 consecutive entries. Found others"
+        return None
+
+    def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        scale = _scale_rows(stored, rows)
+        assert scale is not None
+        block = _flat_block(stored.shape, stored.scale.shape)  # type: ignore[union-attr]
+        assert block is not None
+        return int8_values(stored.qdata[rows], scale, block, dtype)
+
+
+class Nf4(Format):
+    """Four bits: the index of a quantile of the normal distribution, times the largest magnitude of each 64 values."""
+
+    name, bits, error = "nf4", 4, 0.1
+
+    def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
+        count = math.prod(shape)
+        return Buffer((-(-count // 2),), torch.uint8), Buffer((-(-count // BLOCK),), SCALE_DTYPE)
+
+    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        return encode_nf4(tensor)
+
+    def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        start, stop = _flat_range(stored, rows)
+        assert stored.scale is not None
+        return decode_nf4(stored.qdata, stored.scale, start, stop, dtype).view(-1, *stored.shape[1:])
+
+    def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
+        start, stop = _flat_range(stored, rows)
+        assert stored.scale is not None
+        first = start // BLOCK
+        magnitudes = stored.scale[first : -(-stop // BLOCK)].double().repeat_interleave(BLOCK)
+        return magnitudes[start - first * BLOCK : stop - first * BLOCK].view(-1, *stored.shape[1:])
+
+    def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
+        code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
+        relative = values / peaks.where(peaks > 0, 1.0)
+        return code[torch.bucketize(relative, (code[1:] + code[:-1]) / 2)] * peaks
+
+    def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
+        if stored.device.type in ("cpu", "cuda"):
+            return None
+        return f"bitsandbytes' kernels are for CPUs and CUDA, and the values are on {stored.device.type}"
+
+    def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        assert stored.scale is not None
+        return nf4_values(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype).view(-1, *stored.shape[1:])
+
+
+FORMATS: dict[str, Format] = {form.name: form for form in (Bf16(), Int8(), Nf4())}
+"""The storage formats by the names that `quantize=` takes."""
+
+
+def _scale_rows(stored: QuantizedTensor, rows: slice) -> Tensor | None:
+    return stored.scale if stored.scale is None or stored.scale.shape[0] == 1 else stored.scale[rows]
+
+
+def _flat_range(stored: QuantizedTensor, rows: slice) -> tuple[int, int]:
+    """Where a slice along the first axis begins and ends in the flattened tensor."""
+    begin, end, _ = rows.indices(stored.shape[0])
+    row = math.prod(stored.shape[1:])
+    return begin * row, max(begin, end) * row
+
+
+def _flat_block(shape: Sequence[int], grid: Sequence[int]) -> int | None:
+    """How many consecutive entries share a scale; None where the entries of a block are not, or blocks differ."""
+    axis = max((axis for axis, count in enumerate(grid) if count > 1), default=0)
+    size, count = shape[axis], grid[axis]
+    if tuple(grid[:axis]) != tuple(shape[:axis]) or size % count:
+        return None
+    return math.prod(shape[axis + 1 :]) * (size // count)
