@@ -1,7 +1,6 @@
-"""A benchmark's rows side by side: a row a case, a column a contestant, the best marked.
+"""A benchmark's rows in a table: a row a case, a column a contestant, the best marked.
 
 python -m benchmarks.comparison                                   # results/latency_cpu.csv, as a table
-python -m benchmarks.comparison results/latency_cpu.csv -o latency.html   # or .md, .csv
 python -m benchmarks.comparison results/solvers_cpu.csv --figure error --figure seconds --row case --row method
 """
 
@@ -11,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compress_bilinear._atomic import written_atomically
 from compress_bilinear.report import Comparison, Panel, better
 
 RESULTS = Path(__file__).parent / "results"
@@ -59,13 +57,12 @@ def _number(value: object) -> float | None:
 
 
 def main() -> None:
-    """Print or write the comparison."""
+    """Print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", nargs="?", type=Path, default=RESULTS / "latency_cpu.csv")
     parser.add_argument("--figure", action="append", help="a column of numbers; median_ms where none is given")
     parser.add_argument("--row", action="append", help="a column that names the rows; case where none is given")
     parser.add_argument("--column", action="append", help="one that names the columns; contestant where none is given")
-    parser.add_argument("-o", "--output", type=Path, help="a .html, .md or .csv file")
     options = parser.parse_args()
     with open(options.results, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -73,15 +70,7 @@ def main() -> None:
     missing = [key for keys in wanted for key in keys if key not in rows[0]]
     if missing:
         parser.error(f"columns should be among {', '.join(rows[0])}. Found {', '.join(missing)}.")
-    together = compared(rows, *wanted)
-    if options.output is None:
-        print(together)
-        return
-    writers = {".html": together.to_html, ".md": together.to_markdown, ".csv": together.to_csv}
-    if options.output.suffix not in writers:
-        parser.error(f"--output should end in {', '.join(writers)}. Found {options.output}.")
-    with written_atomically(options.output) as temporary:
-        temporary.write_text(writers[options.output.suffix](), encoding="utf-8")
+    print(compared(rows, *wanted))
 
 
 if __name__ == "__main__":

@@ -145,14 +145,10 @@ def test_the_quick_large_layer_benchmark_shows_that_calibration_helps_on_unseen_
         assert float(calibrated["peak_memory_x"]) > 0
 
 
-@pytest.mark.parametrize(
-    ("suffix", "start"), [("html", "<!DOCTYPE html>"), ("md", "### median"), ("csv", "figure,layer,")]
-)
-def test_results_are_set_side_by_side(tmp_path, monkeypatch, suffix, start):
-    path = tmp_path / f"latency.{suffix}"
-    monkeypatch.setattr(sys, "argv", ["comparison", "-o", str(path)])
+def test_results_are_printed_as_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["comparison"])
     comparison.main()
-    assert path.read_text(encoding="utf-8").startswith(start)
+    assert capsys.readouterr().out.startswith("median_ms (lower is better, * marks the best)")
 
 
 def test_a_benchmarks_rows_become_a_comparison():

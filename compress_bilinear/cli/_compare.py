@@ -26,8 +26,7 @@ from ._shared import (
     write_together,
 )
 
-_Side = Literal["table", "markdown", "html", "csv", "json"]
-_SIDES: dict[str, _Side] = {".md": "markdown", ".html": "html", ".csv": "csv", ".json": "json"}
+_Side = Literal["table", "json"]
 
 
 @click.command(
@@ -78,8 +77,8 @@ def report(
 @click.command(
     epilog=examples(
         "compare cp.json tucker.json",
-        "compare cp.json tucker.json --figure output_error --figure bytes_after --format csv",
-        "compare *.json -o comparison.html",
+        "compare cp.json tucker.json --figure output_error --figure bytes_after --format json",
+        "compare *.json -o comparison.json",
         "compare new.json --quiet --fail-above output_error=0.05 --fail-below speedup=1.2",
     )
     + f"\n\nFIELD is one of {', '.join(numeric_fields())}."
@@ -89,11 +88,11 @@ def report(
 @click.option(
     "--format",
     "style",
-    type=click.Choice(["table", *_SIDES.values()]),
+    type=click.Choice(["table", "json"]),
     default="table",
     show_default=True,
 )
-@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .md, .html, .csv or .json.")
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead, as .json.")
 @click.option(
     "--fail-above", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has more, or none."
 )
@@ -118,12 +117,12 @@ def compare(
     """
     limits = [*(Limit.parse(text, True) for text in fail_above), *(Limit.parse(text, False) for text in fail_below)]
     if output is not None:
-        if output.suffix not in _SIDES:
-            raise ConfigError(f"--output should end in .md, .html, .csv or .json. Found {str(output)!r}.")
+        if output.suffix != ".json":
+            raise ConfigError(f"--output should end in .json. Found {str(output)!r}.")
         if output.resolve() in {file.resolve() for file in files}:
             raise ConfigError("--output should be another file than the reports. Found the same as one of them.")
         check_targets(output)
-        style = _SIDES[output.suffix]
+        style = "json"
     reports = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
     together = side_by_side(reports, figures)
     if output is not None:
@@ -161,14 +160,4 @@ def _names(files: tuple[Path, ...]) -> list[str]:
 
 
 def _rendered(comparison: Comparison, style: _Side) -> str:
-    match style:
-        case "table":
-            return str(comparison)
-        case "markdown":
-            return comparison.to_markdown()
-        case "html":
-            return comparison.to_html()
-        case "csv":
-            return comparison.to_csv()
-        case "json":
-            return json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
+    return str(comparison) if style == "table" else json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)

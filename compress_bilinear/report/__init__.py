@@ -1,19 +1,9 @@
-"""The report as data, and its renderers."""
+"""What was done, as data and as pages."""
 
 from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures
-from ._data import (
-    AS_CONFIGURED,
-    SCHEMA_VERSION,
-    ComputeMode,
-    FrontPoint,
-    LayerReport,
-    Note,
-    Report,
-    Spectrum,
-    numeric_fields,
-)
-from ._format import error, printable, size, size_change, speedup
-from ._terminal import compact_table, render_text
+from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Spectrum, numeric_fields
+from ._report import SCHEMA_VERSION, Report
+from ._text import compact_table, error, printable, render_text, size, size_change, speedup
 
 __all__ = [
     "AS_CONFIGURED",

@@ -1,25 +1,22 @@
-"""Runs side by side: for each figure a row a layer and a column a run, the best marked."""
+"""Several reports in one table: a row for each layer and a column for each run, the best figures marked."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from rich.table import Table
+from rich.text import Text
+
 from ..errors import CompressionError, nearest
-from ._data import LayerReport, Report, numeric_fields
-from ._format import error, size
-from ._held import held
+from ._data import LayerReport, ReportData, effective, numeric_fields
+from ._text import compact_table, error, printable, printed, size
 
 Better: TypeAlias = Literal["lower", "higher"] | None
 
 DEFAULT_FIELDS = ("bytes_after", "weight_error", "output_error", "latency_after_ms", "speedup", "speedup_vs_dense")
-_CLOSE = 1e-9  # relative difference of what counts as equally good
-_BETTER: tuple[tuple[Better, tuple[str, ...]], ...] = (
-    ("higher", ("speedup",)),
-    ("lower", ("error", "_after", "amplification", "latency", "resident")),
-)
+_CLOSE = 1e-9  # relative difference of figures that count as equally good
+_NAME_WIDTH = 18  # columns that a layer's name keeps, however many runs there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class Panel:
     """One figure of every row in every run.
 
     Attributes:
-        field: what it is.
+        field: the figure.
         better: which values are the best; None where none is.
         rows: their names.
         values: for each row one a run; None where it is not known.
@@ -41,7 +38,7 @@ class Panel:
     def best(self, row: int) -> tuple[bool, ...]:
         """Which runs are the best in a row; none where all are equal, or fewer than two are known."""
         known = [value for value in self.values[row] if value is not None and math.isfinite(value)]
-        none = tuple(False for _ in self.values[row])
+        none = (False,) * len(self.values[row])
         if self.better is None or len(known) < 2:
             return none
         target = min(known) if self.better == "lower" else max(known)
@@ -60,15 +57,29 @@ class Panel:
             return f"{value:.2f}x"
         return f"{value:,.0f}".replace(",", " ") if isinstance(value, int) else f"{value:.4g}"
 
+    def table(self, runs: Sequence[str]) -> Table:
+        """The figure in the terminal, the best with a star."""
+        table = compact_table("")
+        table.padding = (0, 1, 0, 0)
+        longest = max((len(printable(name)) for name in self.rows), default=0)
+        table.add_column("Layer", overflow="fold", min_width=min(longest, _NAME_WIDTH))
+        for run in runs:
+            table.add_column(Text(printable(run)), justify="right", overflow="fold")
+        for k, name in enumerate(self.rows):
+            marked = zip(self.values[k], self.best(k), strict=True)
+            figures = (self.text(value) + ("*" if best else " ") for value, best in marked)
+            table.add_row(Text(printable(name)), *(Text(figure) for figure in figures))
+        return table
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Several runs side by side, as `compare` gives it.
+    """Several runs compared, as `compare` gives it.
 
     Attributes:
         runs: their names, one a column.
         panels: one for each figure.
-        notes: what else is to be said.
+        notes: which layers were kept, and what makes the runs differ besides their configs.
     """
 
     runs: tuple[str, ...]
@@ -76,21 +87,11 @@ class Comparison:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        from ._terminal import render_comparison
-
-        return render_comparison(self)
-
-    def to_markdown(self) -> str:
-        """A table for each figure, the best in bold."""
-        from ._markdown import render_comparison
-
-        return render_comparison(self)
-
-    def to_html(self) -> str:
-        """A page of its own that needs no network; its tables sort."""
-        from ._comparison_html import render_comparison
-
-        return render_comparison(self)
+        parts: list[Table | Text] = []
+        for panel in self.panels:
+            better = "" if panel.better is None else f" ({panel.better} is better, * marks the best)"
+            parts += [Text(f"{panel.field}{better}"), panel.table(self.runs)]
+        return printed([*parts, *(Text(printable(note)) for note in self.notes)])
 
     def to_dict(self) -> dict[str, object]:
         """Plain dicts, lists, strings and numbers: for each figure its rows, their values and the marks of the best."""
@@ -106,33 +107,18 @@ class Comparison:
         ]
         return {"runs": list(self.runs), "figures": panels, "notes": list(self.notes)}
 
-    def to_csv(self) -> str:
-        """Columns: figure, layer, one for each run, and which are the best; numbers in full, unknown ones empty."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(("figure", "layer", *self.runs, "best"))
-        for panel in self.panels:
-            for k, row in enumerate(panel.rows):
-                best = ", ".join(run for run, mark in zip(self.runs, panel.best(k), strict=True) if mark)
-                values = ("" if value is None else repr(value) for value in panel.values[k])
-                writer.writerow((panel.field, row, *values, best))
-        return out.getvalue()
-
-
-def check_field(name: str, what: str) -> None:
-    """Raise CompressionError unless `name` is one of `numeric_fields()`."""
-    known = numeric_fields()
-    if name not in known:
-        raise CompressionError(f"{what} should name one of {', '.join(known)}. Found {name!r}.{nearest(name, known)}")
-
 
 def better(field: str) -> Better:
     """Which values of a figure are the best."""
-    return next((which for which, parts in _BETTER if any(part in field for part in parts)), None)
+    if "speedup" in field:
+        return "higher"
+    return (
+        "lower" if any(part in field for part in ("error", "_after", "amplification", "latency", "resident")) else None
+    )
 
 
-def compare(reports: Mapping[str, Report], figures: Sequence[str] = ()) -> Comparison:
-    """Set reports side by side, layer by layer, as the models hold them: a kept layer is exact, and as fast as it was.
+def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> Comparison:
+    """Compare reports layer by layer, as the models are afterwards: a kept layer is exact, and as fast as it was.
 
     Args:
         reports: by the names of the runs.
@@ -143,28 +129,24 @@ def compare(reports: Mapping[str, Report], figures: Sequence[str] = ()) -> Compa
     if not reports:
         raise CompressionError("A comparison needs at least one report. Found none.")
     for figure in figures:
-        check_field(figure, "A figure to compare")
-    layers = {run: {layer.label: held(layer) for layer in report.layers} for run, report in reports.items()}
-    names = tuple(dict.fromkeys(name for found in layers.values() for name in found))
+        _check_field(figure, "A figure to compare")
+    runs = {run: {layer.label: effective(layer) for layer in report.layers} for run, report in reports.items()}
+    names = tuple(dict.fromkeys(name for layers in runs.values() for name in layers))
 
     def panel(figure: str) -> Panel:
-        rows = [tuple(_value(found.get(name), figure) for found in layers.values()) for name in names]
+        rows = [tuple(_value(layers.get(name), figure) for layers in runs.values()) for name in names]
         return Panel(field=figure, better=better(figure), rows=names, values=tuple(rows))
 
-    def whole(figure: str, value: Callable[[Report], float | None], better: Better) -> Panel:
+    def whole(figure: str, value: Callable[[ReportData], float | None], better: Better) -> Panel:
         values = (tuple(value(report) for report in reports.values()),)
         return Panel(field=figure, better=better, rows=("whole model",), values=values)
 
     panels = [panel(figure) for figure in figures or DEFAULT_FIELDS]
     if not figures:
-        panels += [
-            whole("model_bytes_after", lambda report: report.model_bytes_after, "lower"),
-            whole(
-                "metric_after", lambda report: report.metric_after, None
-            ),  # which way is better, only its owner knows
-        ]
+        panels.append(whole("model_bytes_after", lambda report: report.model_bytes_after, "lower"))
+        panels.append(whole("metric_after", lambda report: report.metric_after, None))  # the user knows which is better
         panels = [one for one in panels if any(value is not None for row in one.values for value in row)]
-    return Comparison(runs=tuple(reports), panels=tuple(panels), notes=_notes(reports, layers))
+    return Comparison(runs=tuple(reports), panels=tuple(panels), notes=_notes(reports, runs))
 
 
 def _value(layer: LayerReport | None, figure: str) -> float | None:
@@ -172,17 +154,16 @@ def _value(layer: LayerReport | None, figure: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def _notes(reports: Mapping[str, Report], layers: Mapping[str, Mapping[str, LayerReport]]) -> tuple[str, ...]:
+def _notes(reports: Mapping[str, ReportData], runs: Mapping[str, Mapping[str, LayerReport]]) -> tuple[str, ...]:
     notes = []
-    for run, found in layers.items():
-        kept = [name for name, layer in found.items() if layer.decision == "kept"]
+    for run, layers in runs.items():
+        kept = [name for name, layer in layers.items() if layer.decision == "kept"]
         if kept:
             notes.append(f"{run}: kept as they were: {', '.join(kept)}")
-    rows = {layer.batch_size for found in layers.values() for layer in found.values() if layer.batch_size is not None}
+    rows = {layer.batch_size for layers in runs.values() for layer in layers.values() if layer.batch_size is not None}
     if len(rows) > 1:
         notes.append(f"Latencies are of calls of different numbers of rows: {', '.join(map(str, sorted(rows)))}.")
-    keys = ("device", "dtype", "processor", "threads", "torch")
-    for key in keys:
+    for key in ("device", "dtype", "processor", "threads", "torch"):
         values = {run: report.environment.get(key) for run, report in reports.items()}
         if len(set(values.values())) > 1:
             listed = ", ".join(f"{run} {value}" for run, value in values.items())
@@ -196,8 +177,8 @@ class Limit:
 
     Attributes:
         field: a numeric field of `LayerReport`.
-        bound: what it may come to.
-        above: whether more than that fails, or else less.
+        bound: the largest value that passes, or the smallest.
+        above: True fails above the bound, False below it.
     """
 
     field: str
@@ -211,7 +192,7 @@ class Limit:
         name, sign, number = text.partition("=")
         if not sign:
             raise CompressionError(f"{option} should be FIELD=NUMBER, say output_error=0.05. Found {text!r}.")
-        check_field(name.strip(), option)
+        _check_field(name.strip(), option)
         try:
             bound = float(number)
         except ValueError:
@@ -221,18 +202,22 @@ class Limit:
         return cls(field=name.strip(), bound=bound, above=above)
 
 
-def failures(reports: Mapping[str, Report], limits: Sequence[Limit]) -> list[str]:
-    """A line for each layer of each run that breaks a limit, as the model holds it; what is not known breaks it too."""
+def failures(reports: Mapping[str, ReportData], limits: Sequence[Limit]) -> list[str]:
+    """A line for each layer of each run that breaks a limit, in its effective figures; an unknown figure breaks it."""
     lines = []
     for run, report in reports.items():
-        for layer in map(held, report.layers):
+        for layer in map(effective, report.layers):
             for limit in limits:
-                value = _value(layer, limit.field)
-                side = "above" if limit.above else "below"
+                value, side = _value(layer, limit.field), "above" if limit.above else "below"
+                start = f"{run}: {layer.label}: {limit.field}"
                 if value is None:
-                    lines.append(
-                        f"{run}: {layer.label}: {limit.field} is not known, which counts as {side} {limit.bound:g}"
-                    )
+                    lines.append(f"{start} is not known, which counts as {side} {limit.bound:g}")
                 elif value > limit.bound if limit.above else value < limit.bound:
-                    lines.append(f"{run}: {layer.label}: {limit.field} {value:.4g} is {side} {limit.bound:g}")
+                    lines.append(f"{start} {value:.4g} is {side} {limit.bound:g}")
     return lines
+
+
+def _check_field(name: str, what: str) -> None:
+    known = numeric_fields()
+    if name not in known:
+        raise CompressionError(f"{what} should name one of {', '.join(known)}. Found {name!r}.{nearest(name, known)}")

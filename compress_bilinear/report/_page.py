@@ -3,7 +3,6 @@
 import base64
 import hashlib
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,20 @@ class Cell:
     detail: str = ""
     number: bool = False
     value: float | None = None
-    best: bool = False
     warns: bool = False
 
 
 def page(template: str, **context: Any) -> str:
-    """The template filled in; whatever is no `Markup` is escaped, and a name that is missing is an error."""
-    from markupsafe import Markup
-
-    style, script = (_TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the only script that may run
-    parts = {"style": Markup(style), "script": Markup(script), "script_digest": Markup(digest)}
-    text = _environment().get_template(template).render(**parts, **context)
-    return text.encode("utf-8", "replace").decode()  # a name may hold half a surrogate pair, which no file can
-
-
-def drawn(svg: str) -> str:
-    """A drawing of our own, which is not to be escaped."""
-    from markupsafe import Markup
-
-    return Markup(svg)
-
-
-@cache
-def _environment() -> Any:
+    """The template filled in. Text is escaped unless it is `Markup`; a name that is missing is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     loader = FileSystemLoader(_TEMPLATES)
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["dotted"] = lambda name: Markup(".<wbr>").join(name.split("."))  # where a long name may break
-    return environment
+    environment.filters["drawn"] = Markup  # an SVG of our own
+    style, script = (_TEMPLATES.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # the only script that may run
+    parts = {"style": Markup(style), "script": Markup(script), "script_digest": Markup(digest)}
+    text = environment.get_template(template).render(**parts, **context)
+    return text.encode("utf-8", "replace").decode()  # a name may hold half a surrogate pair, which no file can

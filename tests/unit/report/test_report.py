@@ -183,68 +183,49 @@ class TestJson:
     @pytest.mark.parametrize(
         ("change", "problem"),
         [
-            (lambda data: data.update(schema_version=4), "`schema_version` of a report should be at most 3. Found 4"),
+            (lambda data: data.update(schema_version=4), "should be an int from 1 to 3. Found 4"),
             (lambda data: data.pop("schema_version"), "Found None"),
-            (lambda data: data.pop("layers"), "layers"),
-            (lambda data: data.pop("environment"), "environment"),
-            (lambda data: data["layers"][0].pop("notes"), "notes"),
-            (lambda data: data["layers"][0].update(colour="red"), "colour"),
-            (lambda data: data.update(layers=[3]), "Found"),
-            (lambda data: data.pop("config"), "config"),
+            (lambda data: data.pop("layers"), "layers: is required"),
+            (lambda data: data["layers"][0].pop("notes"), "layers[0].notes: is required"),
+            (lambda data: data["layers"][0].update(byte_after=3), "layers[0].byte_after: unknown. Did you mean bytes_"),
+            (lambda data: data.update(layers=[3]), "layers[0]: Input should be an object. Found 3"),
+            (lambda data: data.update(layers=None), "layers: Input should be a valid array. Found None"),
             (
                 lambda data: data["layers"][0].update(bytes_after="few"),
-                "`bytes_after` of layer 'up_a' should be a whole",
+                "layers[0].bytes_after: Input should be a valid",
             ),
-            (lambda data: data["layers"][0].update(bytes_after=True), "a whole number, at least 0. Found True"),
-            (lambda data: data.update(metric_before=True), "`metric_before` of a report.* Found True"),
-            (lambda data: data["layers"][0].update(bytes_after=2.5), "a whole number, at least 0. Found 2.5"),
-            (
-                lambda data: data["layers"][0].update(speedup=-1),
-                "`speedup` of layer 'up_a' should be a number, at least",
-            ),
-            (
-                lambda data: data["layers"][0].update(weight_error=math.nan),
-                "`weight_error` of layer 'up_a'.* Found nan",
-            ),
+            (lambda data: data["layers"][0].update(bytes_after=True), "a valid integer. Found True"),
+            (lambda data: data["layers"][0].update(bytes_after=2.5), "a valid integer. Found 2.5"),
+            (lambda data: data["layers"][0].update(speedup=-1), "speedup: Input should be greater than or equal to 0"),
+            (lambda data: data["layers"][0].update(weight_error=math.nan), "a finite number. Found nan"),
             (lambda data: data["layers"][0].update(decision="left"), "'replaced' or 'kept'. Found 'left'"),
-            (lambda data: data["layers"][0].update(shape=[1, 2]), "a list, 3 of each a whole number.* or null. Found"),
+            (lambda data: data["layers"][0].update(shape=[1, 2]), "layers[0].shape[2]: is required"),
+            (lambda data: data["layers"][0].update(rank=[1, 2.5, 3]), "layers[0].rank[1]: Input should be a valid int"),
             (
                 lambda data: data["layers"][0].update(aliases=[3]),
-                "`aliases` of layer 'up_a' should be a list, each a str",
+                "layers[0].aliases[0]: Input should be a valid string",
             ),
-            (lambda data: data["layers"][0].update(front=3), "`front` of layer 'up_a' should be a list"),
-            (lambda data: front(data).update(bytes=None), "`bytes` of front.0. of layer 'up_a' .*Found None"),
-            (lambda data: front(data).update(bytes=-7), "`bytes` of front.0. of layer 'up_a' .* at least 0. Found -7"),
-            (
-                lambda data: front(data).update(output_error="x"),
-                "`output_error` of front.0. of layer 'up_a' .*Found 'x'",
-            ),
-            (lambda data: front(data).update(output_error=math.inf), "`output_error` of front.0..* Found inf"),
-            (lambda data: front(data).update(chosen=1), "should be true or false. Found 1"),
-            (lambda data: front(data).update(byte=1), "Found 'byte'. Did you mean bytes?"),
-            (
-                lambda data: spectrum(data).update(values=[math.nan] * 7),
-                "`values` of spectra.0..* a number, at least 0",
-            ),
-            (lambda data: spectrum(data).update(values=["a"] * 7), "`values` of spectra.0. .*each a number"),
+            (lambda data: front(data).update(bytes=None), "layers[0].front[0].bytes: Input should be a valid integer"),
+            (lambda data: front(data).update(output_error=math.inf), "front[0].output_error: Input should be a finite"),
+            (lambda data: front(data).update(chosen=1), "front[0].chosen: Input should be a valid boolean. Found 1"),
             (lambda data: spectrum(data)["values"].pop(), "one for each of `values`. Found 7 for 6 values"),
-            (lambda data: spectrum(data)["indices"].reverse(), "should rise from 1 at least"),
+            (lambda data: spectrum(data)["indices"].reverse(), "layers[0].spectra[0]: `indices` should rise from 1"),
             (lambda data: spectrum(data).update(indices=[], values=[]), "and there should be some"),
             (lambda data: spectrum(data)["indices"].__setitem__(0, 0), "should rise from 1 at least"),
-            (lambda data: data.update(metric_after="good"), "`metric_after` of a report should be a number"),
+            (lambda data: data.update(metric_after="good"), "metric_after: Input should be a valid number"),
+            (lambda data: data.update(metric_before=True), "metric_before: Input should be a valid number. Found True"),
             (
                 lambda data: data.update(model_bytes_after=-1),
-                "`model_bytes_after` of a report should be a whole number",
+                "model_bytes_after: Input should be greater than or equal",
             ),
-            (lambda data: data.update(environment=3), "`environment` of a report should be an object. Found 3"),
-            (lambda data: data["environment"].update(threads=[2]), "`environment.threads` of a report should be"),
-            (lambda data: data.update(layers=None), "`layers` of a report should be a list. Found None"),
+            (lambda data: data.update(environment=3), "environment: Input should be an object. Found 3"),
+            (lambda data: data["environment"].update({"a b": [2]}), 'environment."a b": Input should be a valid'),
         ],
     )
     def test_another_shape_is_an_error(self, report, change, problem):
         data = report.to_dict()
         change(data)
-        with pytest.raises(cb.CompressionError, match=problem):
+        with pytest.raises(cb.CompressionError, match=re.escape(problem)):
             Report.from_json(json.dumps(data))
 
     @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"report"'])
@@ -357,7 +338,7 @@ class TestNotes:
             compute="on_the_fly", resident_bytes=1500, truncation_error=0.5, quantization_error=0.25, quantize="int8"
         )
         text = str(holding(stored))
-        assert "computes on the fly, with 1.5 kB resident; weight error 0.5000 by truncation and 0.2500" in text
+        assert "computes on the fly, takes 1.5 kB in memory; weight error 0.5000 by truncation and 0.2500" in text
 
     def test_a_metric_is_told(self):
         report = dataclasses.replace(holding(layer()), metric_before=0.75, metric_after=0.5)

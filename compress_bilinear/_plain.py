@@ -1,0 +1,91 @@
+"""Read plain data, as JSON and TOML hold it, into dataclasses: pydantic checks it, strictly."""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from typing import Any, TypeVar
+
+from .errors import CompressionError, nearest
+
+_Record = TypeVar("_Record")
+
+STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+"""What a dataclass has as `__pydantic_config__` so that no key is ignored and no value is converted; it also holds for
+the dataclasses inside it."""
+
+
+def read_plain(
+    kind: type[_Record],
+    data: object,
+    error: type[CompressionError] = CompressionError,
+    keys: Iterable[str] = (),
+) -> _Record:
+    """The record that plain data describes.
+
+    Args:
+        kind: a dataclass with `STRICT`, or a type that is made of such.
+        data: dicts, lists, strings, numbers, truth values and None.
+        error: what to raise.
+        keys: those that there are; the message about an unknown key names the most similar of them.
+
+    Raises: `error` for a key that is missing or unknown, or a value of another type. The message starts with the place:
+        "layers[0].rank: Input should be a valid integer. Found 'many'."
+    """
+    from pydantic import ValidationError  # takes a quarter of a second: loaded where it is needed
+
+    try:
+        return _adapter(kind).validate_json(json.dumps(data, default=str))  # type: ignore[arg-type]  # a class is hashable
+    except ValidationError as problem:
+        raise error(_explained(problem.errors(include_url=False), data, keys)) from problem
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise error(f"The data should be as JSON holds it. Found: {problem}") from problem
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def _explained(problems: Sequence[Any], data: object, keys: Iterable[str]) -> str:
+    """One of pydantic's errors as a message: an unknown key first, for it may be a key that is missing, misspelt."""
+    one = max(problems, key=lambda one: (one["type"] == "unexpected_keyword_argument", len(one["loc"])))
+    loc, context = one["loc"], one.get("ctx", {})
+    place, message = path_of(loc, data), f"{one['msg']}. Found {reprlib.repr(one['input'])}."
+    match one["type"]:
+        case "missing":
+            place, message = _joined(place, loc[-1]), "is required. Found none."
+        case "unexpected_keyword_argument":
+            message = f"unknown.{nearest(loc[-1], keys)}"
+        case "union_tag_not_found":
+            place = _joined(place, context["discriminator"].strip("'"))
+            message = f"is required. Found only {', '.join(map(str, one['input']))}."
+        case "union_tag_invalid":
+            place = _joined(place, context["discriminator"].strip("'"))
+            message = f"should be one of {context['expected_tags']}. Found {context['tag']!r}."
+        case "value_error":
+            message = str(context["error"])
+    return f"{place}: {message}" if place else message
+
+
+def path_of(keys: Sequence[int | str], data: Any) -> str:
+    """A place in plain data, such as `layers."rel.*".rank[0]`, without the keys that the data does not have.
+
+    These are the names that pydantic gives to the members of a union.
+    """
+    place = ""
+    for key in keys:
+        index = isinstance(key, int) and isinstance(data, (list, tuple)) and key < len(data)
+        if index or (isinstance(data, Mapping) and key in data):
+            data, place = data[key], _joined(place, key)
+    return place
+
+
+def _joined(place: str, key: int | str) -> str:
+    if isinstance(key, int):
+        return f"{place}[{key}]"
+    bare = re.fullmatch(r"[A-Za-z0-9_-]+", key) is not None
+    return f"{place}.{key if bare else json.dumps(key, ensure_ascii=False)}".removeprefix(".")

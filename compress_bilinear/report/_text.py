@@ -1,0 +1,205 @@
+"""Figures as people read them, and the report as a table in the terminal and in Markdown."""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, ReportData
+
+COLUMNS = (
+    "Layer",
+    "Method",
+    "Weight\nerror",
+    "Output\nerror",
+    "Bytes",
+    "Latency",
+    "vs nn.\nBilinear",
+    "vs best\ndense",
+)
+_PIPED_WIDTH = 120
+_RUNNERS_UP = 3
+_SAME = 1e-4  # a relative change of the outputs that another order of additions explains
+
+
+def cells(layer: LayerReport) -> tuple[str, ...]:
+    """One row under `COLUMNS`."""
+    shape = "" if layer.shape is None else "\n" + "x".join(map(str, layer.shape))
+    latency = "–"
+    if layer.latency_before_ms is not None and layer.latency_after_ms is not None:
+        latency = f"{layer.latency_before_ms:.3g} → {layer.latency_after_ms:.3g} ms"
+    return (
+        layer.names + shape,
+        method(layer),
+        error(layer.weight_error),
+        error(layer.output_error),
+        size(layer.bytes_before) if layer.decision == "kept" else size_change(layer.bytes_before, layer.bytes_after),
+        latency,
+        speedup(layer.speedup),
+        speedup(layer.speedup_vs_dense),
+    )
+
+
+def method(layer: LayerReport) -> str:
+    """For instance "kept (cp)", "cp 64" or "tucker 8,16,16 int8"."""
+    return f"kept ({layer.method})" if layer.decision == "kept" else named(layer)
+
+
+def named(one: LayerReport | FrontPoint) -> str:
+    """For instance "cp 64 int8", also of a rejected candidate."""
+    rank = ",".join(map(str, one.rank)) if isinstance(one.rank, Sequence) else one.rank
+    return " ".join(str(part) for part in (one.method, rank, one.quantize) if part)
+
+
+def error(value: float | None) -> str:
+    """A relative error; "exact" where it is zero."""
+    if value is None:
+        return "–"
+    return "exact" if value == 0 else f"{value:.2g}" if value < 1e-3 else f"{value:.4f}"
+
+
+def size(count: int) -> str:
+    """Bytes in powers of 1000, three digits."""
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{count} B" if unit == "B" else f"{value:.3g} {unit}"
+
+
+def size_change(before: int, after: int) -> str:
+    """Bytes before and after, and how many times smaller."""
+    ratio = f" ({before / after:.3g}x)" if after else ""
+    return f"{size(before)} → {size(after)}{ratio}"
+
+
+def speedup(value: float | None) -> str:
+    """A factor; below 1 it says that the replacement is slower."""
+    if value is None:
+        return "–"
+    return f"{value:.2f}x" if value >= 0.995 else f"{value:.2f}x slower"
+
+
+def notes(report: ReportData) -> list[str]:
+    """A line for each layer with something to say, then the model's bytes, the timing and the environment."""
+    lines = []
+    for layer in report.layers:
+        if layer.notes != (AS_CONFIGURED,):
+            lines.append(f"{layer.label}: {layer.decision}: {layer.reason}")
+    for layer in report.layers:
+        if layer.form != "nn.Bilinear":
+            lines.append(f"{layer.label}: is a {layer.form}, whose own forward was measured as the layer before")
+    for layer in report.layers:
+        lines += [f"{layer.label}: {line}" for line in (*_storage(layer), *_runners_up(layer))]
+    if report.metric_before is not None and report.metric_after is not None:
+        lines.append(f"Your metric: {report.metric_before:.4f} before, {report.metric_after:.4f} after")
+    lines.append(f"Whole model: {size_change(report.model_bytes_before, report.model_bytes_after)}")
+    rows = sorted({layer.batch_size for layer in report.layers if layer.batch_size is not None})
+    if rows:
+        lines.append(
+            f"Latency: medians of calls of {', '.join(map(str, rows))} rows, without gradients. "
+            "“Best dense” is the fastest exact evaluation of the same weight."
+        )
+    lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
+    return lines
+
+
+def _storage(layer: LayerReport) -> list[str]:
+    """How a quantized layer computes, and how much of its weight error comes from rounding."""
+    if layer.decision == "kept" or layer.compute is None or layer.resident_bytes is None:
+        return []
+    by = "by " if layer.compute == "bitsandbytes" else ""
+    line = f"computes {by}{layer.compute.replace('_', ' ')}, takes {size(layer.resident_bytes)} in memory"
+    if layer.truncation_error is not None and layer.quantization_error is not None:
+        line += f"; weight error {error(layer.truncation_error)} by truncation and "
+        line += f"{error(layer.quantization_error)} by rounding"
+    modes = "; ".join(compute_mode(one) for one in layer.compute_modes)
+    return [line, f"compute modes: {modes}"] if modes else [line]
+
+
+def compute_mode(one: ComputeMode) -> str:
+    """For instance "int8 (0.5 ms, 12 kB in memory, changes outputs by 0.0066)"."""
+    facts = []
+    if one.latency_ms is not None:
+        facts.append(f"{one.latency_ms:.3g} ms")
+    if one.resident_bytes is not None:
+        facts.append(f"{size(one.resident_bytes)} in memory")
+    if one.output_change is not None and one.output_change > _SAME:
+        facts.append(f"changes outputs by {error(one.output_change)}")
+    if one.refused is not None:
+        facts.append(f"not taken: {one.refused}")
+    name = one.mode.replace("_", " ")
+    return f"{name} ({', '.join(facts)})" if facts else name
+
+
+def _runners_up(layer: LayerReport) -> list[str]:
+    """The best candidates of other methods and formats that are as small as the chosen one."""
+    chosen = next((point for point in layer.front if point.chosen), None)
+    if chosen is None:
+        return []
+
+    def lost(point: FrontPoint) -> float:
+        value = point.output_error if point.output_error is not None else point.weight_error
+        return math.inf if value is None else value
+
+    others: dict[tuple[str, str | None], FrontPoint] = {}
+    for point in sorted(layer.front, key=lambda one: (lost(one), one.bytes)):
+        kind = (point.method, point.quantize)
+        if point.bytes <= 1.05 * chosen.bytes and kind != (chosen.method, chosen.quantize):
+            others.setdefault(kind, point)
+    best = list(others.values())[:_RUNNERS_UP]
+    listed = ", ".join(f"{named(point)} ({error(lost(point))} in {size(point.bytes)})" for point in best)
+    return [f"chosen of {len(layer.front)}: {named(chosen)}; runners-up: {listed or 'none so small'}"]
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: a name must not move the cursor."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def compact_table(title: str) -> Table:
+    """An empty table of narrow columns: a report has many, a terminal often has room for 80 characters."""
+    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+
+
+def printed(parts: Sequence[RenderableType]) -> str:
+    """Tables and text as wide as the terminal, or 120 columns where there is none; no colour."""
+    terminal = Console()
+    width = terminal.width if terminal.is_terminal else _PIPED_WIDTH
+    output = io.StringIO()
+    console = Console(file=output, width=width, color_system=None, force_terminal=False)
+    for part in parts:
+        console.print(part)
+    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+
+
+def render_text(report: ReportData, title: str) -> str:
+    """The table of the layers, and the notes below it."""
+    table = compact_table(title)
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
+    for layer in report.layers:
+        table.add_row(*(Text(printable(cell)) for cell in cells(layer)))
+    return printed([table, *(Text(printable(note)) for note in notes(report))])
+
+
+def render_markdown(report: ReportData) -> str:
+    """A table with one row a layer, and the notes as a list."""
+    rows = [
+        [name.replace("\n", " ") for name in COLUMNS],
+        ["---"] * 2 + ["---:"] * (len(COLUMNS) - 2),
+        *([_escaped(cell) for cell in cells(layer)] for layer in report.layers),
+    ]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*table, "", *(f"- {_escaped(note)}" for note in notes(report))]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    text = text.replace("\n", " ").replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|_*`\[\]])", r"\\\1", text)
