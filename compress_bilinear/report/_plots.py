@@ -211,7 +211,7 @@ def _drawn(draw: Callable[[Any], None], salt: str, left: float = 0.16) -> str:
 
     own: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": ascii(salt), "text.parse_math": False}
     own |= {"text.color": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK}
-    own["axes.prop_cycle"] = matplotlib.cycler(color=[_INK])
+    own["axes.prop_cycle"] = f"cycler('color', ['{_INK}'])"
     own |= {"grid.color": _GRID, "grid.linewidth": 0.6, "axes.grid": True, "axes.axisbelow": True}
     own |= {f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")}
     with matplotlib.rc_context():
