@@ -1,58 +1,70 @@
-"""One way to replace a layer, with what it was measured to lose and to cost."""
+"""A candidate: one way to replace a layer, or to keep it, with what it was measured to lose and to cost."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import nn
 
 from .. import ops
 from ..config import LayerConfig
 from ..modules import CompressedBilinear
-from ..report import FrontPoint
-from ._fit import Fitted
+from ..report import ComputeMode, FrontPoint, Note
 from ._measure import stored_bytes
 
 
-@dataclass(frozen=True, eq=False)
-class Option:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Candidate:
     """One way to replace a layer, or to keep it.
 
     Attributes:
         config: what asks for exactly this; None keeps the layer.
-        fitted: the replacement; None keeps the layer.
+        module: what would take the layer's place; None keeps the layer.
         bytes, flops: everything that is stored, and the work for a row.
-        error: of the outputs on held-out rows; without calibration, of the weight.
+        error: relative error of the outputs on held-out rows, or of the weight; infinite where it is no number.
+        on_output: which of the two that is.
+        fitted_to: what the factors were fitted to in the end.
+        bias_corrected: whether the bias is no longer the layer's.
+        decomposition: the factors in floating point; None of a dense layer.
         latency: median milliseconds of a call; None where nothing was timed.
+        notes: what else the report should say of it.
+        compute_modes: what its compute mode was chosen by.
     """
 
     config: LayerConfig | None
-    fitted: Fitted | None
+    module: CompressedBilinear | None
     bytes: int
     flops: int
     error: float
+    on_output: bool = False
+    fitted_to: Literal["weight", "whitened", "rows"] = "weight"
+    bias_corrected: bool = False
+    decomposition: Any = None
     latency: float | None = None
+    notes: tuple[Note, ...] = ()
+    compute_modes: tuple[ComputeMode, ...] = ()
 
+    @classmethod
+    def of(cls, config: LayerConfig, module: CompressedBilinear, error: float, **known: Any) -> "Candidate":
+        """A replacement, with its sizes."""
+        sizes = {"bytes": stored_bytes(module), "flops": module.flops_per_row}
+        return cls(config=config, module=module, error=error, **sizes, **known)
 
-def point(
-    module: CompressedBilinear | nn.Bilinear,
-    weight: float | None,
-    output: float | None,
-    chosen: bool = False,
-    latency: float | None = None,
-) -> FrontPoint:
-    """A replacement, or the layer that is kept, with its errors and the median milliseconds of a call."""
-    if isinstance(module, nn.Bilinear):
-        method, rank, quantize = "keep", None, None
-        flops = ops.dense_flops((module.out_features, module.in1_features, module.in2_features))
-    else:
-        method, rank, quantize, flops = module.method, module.rank, module.quantize, module.flops_per_row
-    return FrontPoint(
-        method=method,
-        rank=rank,
-        quantize=quantize,
-        bytes=stored_bytes(module),
-        flops=flops,
-        weight_error=weight,
-        output_error=output,
-        latency_ms=latency,
-        chosen=chosen,
-    )
+    @classmethod
+    def kept(cls, layer: nn.Bilinear) -> "Candidate":
+        """The layer itself."""
+        flops = ops.dense_flops((layer.out_features, layer.in1_features, layer.in2_features))
+        return cls(config=None, module=None, bytes=stored_bytes(layer), flops=flops, error=0.0)
+
+    def point(self, on_output: bool, chosen: bool) -> FrontPoint:
+        """The candidate as the report's fronts have it; `on_output` says what the errors of the front are of."""
+        return FrontPoint(
+            method="keep" if self.module is None else self.module.method,
+            rank=None if self.module is None else self.module.rank,
+            quantize=None if self.module is None else self.module.quantize,
+            bytes=self.bytes,
+            flops=self.flops,
+            weight_error=None if on_output else self.error,
+            output_error=self.error if on_output else None,
+            latency_ms=self.latency,
+            chosen=chosen,
+        )

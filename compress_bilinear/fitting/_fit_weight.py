@@ -1,89 +1,144 @@
-"""Replacements fitted to the weight alone, where there are no inputs to fit to; and targets that count the rounding."""
+"""Candidates fitted to a layer's weight: what is done where there are no inputs to fit to."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, cast
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import decomposition as decompose
-from ..config import CPConfig, DenseConfig, MaxError, Quantize, TuckerConfig
+from ..config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
 from ..decomposition import Budget
 from ..errors import InfeasibleError
-from ..modules import CompressedBilinear
-from ..quantization import FORMATS
-from ._calibrate import LayerInputs
-from ._fit import Fitted, Fitting, Rank
+from ..modules import CompressedBilinear, DenseBilinear
+from ._candidate import Candidate
 from ._measure import weight_error
+from ._methods import Decomposition, Rank, method_of
 
 _ATTEMPTS = 4  # at a target that rounding made miss
-_MOST_ROUNDING = 0.011  # that the first attempt allows for: four bits cost so much that it tells more
-_Found = TypeVar("_Found")
+_ROUNDING = 0.011  # relative error of 8-bit factors; with fewer bits, the first attempt tells more than a guess
 
 
-def within_after_rounding(
-    attempt: Callable[[MaxError], tuple[_Found, float]], limit: float, quantize: Quantize | None, dtype: torch.dtype
-) -> _Found:
-    """What `attempt` finds for a target so tight that its error, with the rounding that the target knows not, fits.
+class WeightFitting:
+    """Makes candidates for one layer. Their `error` is that of the weight."""
 
-    Raises: InfeasibleError where rounding alone is more than `limit`, or where `attempt` does.
-    """
-    target = limit
-    if quantize is not None:
-        target = math.sqrt(max(target**2 - min(_MOST_ROUNDING, FORMATS[quantize].error) ** 2, 0.7 * target**2))
-    for _ in range(_ATTEMPTS):
-        found, error = attempt(MaxError(target))
-        if error <= limit:
-            return found
-        # truncation and rounding errors add in quadrature
-        rounding = max(error**2 - target**2, 0.0)
-        remaining = limit**2 - 1.1 * rounding
-        target = min(math.sqrt(remaining), 0.98 * target) if remaining > 0 else 0.7 * target
-    stored = quantize or str(dtype).removeprefix("torch.")
-    raise InfeasibleError(
-        f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at {error:.3g}."
-    )
-
-
-class WeightFitting(Fitting):
-    """The same without calibration rows: all is fitted to the weight, whose relative error is what counts."""
-
-    _calibrated = False
+    on_output = False
 
     def __init__(self, layer: nn.Bilinear) -> None:
-        nothing = layer.weight.detach()[0, :0].new_empty(0, 0)
-        super().__init__(layer, LayerInputs(nothing, nothing, 0, 1), fix_bias=False)
+        """`layer` is left as it is."""
+        self.layer = layer
 
-    def _best(self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget, thorough: bool) -> Fitted:
-        found = self._decomposed(self.layer.weight.detach(), config, rank, budget)
-        return replace(self._rounded(config, found), on_output=False)
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight (O, I, J), without its graph."""
+        return self.layer.weight.detach()
 
-    def within(
-        self,
-        config: CPConfig | TuckerConfig,
-        limit: float,
-        *,
-        seconds: float | None = None,
-        progress: decompose.Progress | None = None,
-    ) -> Fitted:
-        """The smallest replacement of this kind whose error is at most `limit`. Raises: InfeasibleError without one."""
+    def at(
+        self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True
+    ) -> Candidate:
+        """The best candidate of a rank or size that was found.
 
-        def attempt(target: MaxError) -> tuple[Fitted, float]:
-            share = None if seconds is None else seconds / 2
-            found = self.at(config, target, seconds=share, progress=progress)
-            return found, found.error
+        Args:
+            rank: instead of the config's own.
+            budget: time for all of it.
+            thorough: False leaves out the ways that did not help at other sizes of the same method and format.
 
-        return within_after_rounding(attempt, limit, config.quantize, self.layer.weight.dtype)
+        Raises:
+            ConfigError: the rank does not fit the layer.
+            InfeasibleError: no rank meets the target.
+            CompressionError: no factors are within the range of the layer's dtype.
+        """
+        found = self._solved(self.weight, config, rank, budget or Budget())
+        return self._rounded(config, found)
 
-    def assured(self, config: CPConfig | TuckerConfig, found: Fitted, **_: object) -> Fitted:
+    def within(self, config: CPConfig | TuckerConfig, limit: float, budget: Budget | None = None) -> Candidate:
+        """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
+
+        The solvers meet a target in floating point. Truncation and rounding errors add in quadrature, so the target is
+        tightened until the stored error fits too.
+
+        Raises: InfeasibleError where rounding alone is more than `limit`, or no rank that is smaller meets it.
+        """
+        budget, target = budget or Budget(), limit
+        if config.quantize is not None:
+            target = math.sqrt(max(limit**2 - _ROUNDING**2, 0.7 * limit**2))
+        for _ in range(_ATTEMPTS):
+            found = self.at(config, MaxError(target), budget.child(0.5))
+            if found.error <= limit:
+                return found
+            rounding = max(found.error**2 - target**2, 0.0)
+            left = limit**2 - 1.1 * rounding
+            target = min(math.sqrt(left), 0.98 * target) if left > 0 else 0.7 * target
+        stored = config.quantize or str(self.layer.weight.dtype).removeprefix("torch.")
+        raise InfeasibleError(
+            f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at "
+            f"{found.error:.3g}."
+        )
+
+    def dense(self, config: DenseConfig, budget: Budget | None = None) -> Candidate:
+        """The weight itself in the config's format."""
+        return self._stored(config, DenseBilinear.from_weight(self.weight, quantize=config.quantize))
+
+    def improved(
+        self, config: CPConfig | TuckerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
+    ) -> Candidate:
+        """What `at(thorough=False)` found, or a fit that it left out and that is as small and better."""
         return found
 
-    def dense(
-        self, config: DenseConfig, *, seconds: float | None = None, progress: decompose.Progress | None = None
-    ) -> Fitted:
-        return replace(super().dense(config, seconds=seconds, progress=progress), on_output=False)
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """What is found inside says nothing of what helps at other sizes."""
+        yield
+
+    def _solved(self, weight: Tensor, config: LayerConfig, rank: Rank, budget: Budget) -> Decomposition:
+        """The decomposition of the weight, or of what stands for it in another metric, in floating point."""
+        method = method_of(config)
+        assert method.solve is not None
+        if isinstance(rank, MaxSize) and config.quantize is not None:
+            # a whitened weight may be wider than the layer's, and the fraction is of the layer's bytes
+            rank = MaxSize(rank.fraction * self.layer.weight.element_size() / weight.element_size())
+        return method.solve(weight, rank, config, budget)
+
+    def _rounded(self, config: LayerConfig, found: Decomposition, correct_bias: bool = True) -> Candidate:
+        """A decomposition of the weight in the config's format, its parts rounded to fit each other."""
+        parts = method_of(config).round(found, self.weight, config.quantize)
+        return replace(self._layer_of(config, parts, correct_bias=correct_bias), decomposition=found)
+
+    def _layer_of(self, config: LayerConfig, parts: Decomposition, **known: Any) -> Candidate:
+        make = cast(Any, method_of(config).layer).from_decomposition
+        return self._stored(config, make(parts, quantize=config.quantize), decomposition=parts, **known)
+
+    def _stored(
+        self, config: LayerConfig, module: CompressedBilinear, correct_bias: bool = True, **known: Any
+    ) -> Candidate:
+        """The candidate of a module: with the layer's bias, measured."""
+        corrected = False
+        if self.layer.bias is not None:
+            bias = self.layer.bias.detach().clone()
+            if correct_bias:
+                bias, corrected = self._corrected(bias, module)
+            module.set_bias(nn.Parameter(bias))
+        error = self._error(module)
+        if not isinstance(config, DenseConfig):
+            config = replace(config, rank=module.rank)  # type: ignore[arg-type]
+        known = {"bias_corrected": corrected, "on_output": self.on_output, **known}
+        return Candidate.of(config, module, error if math.isfinite(error) else math.inf, **known)
+
+    def _corrected(self, bias: Tensor, module: CompressedBilinear) -> tuple[Tensor, bool]:
+        """The bias of a replacement, and whether it is another than the layer's."""
+        return bias, False
 
     def _error(self, module: CompressedBilinear) -> float:
-        return weight_error(self.layer.weight.detach(), module)
+        return weight_error(self.weight, module)
+
+
+def check_not_zero(layer: nn.Bilinear) -> None:
+    """Raise InfeasibleError where there is nothing to decompose."""
+    if not bool(layer.weight.detach().any()):
+        raise InfeasibleError("its weight is all zero: nothing to decompose, and zero factors would never train")
+
+
+def best(candidates: list[Candidate]) -> Candidate:
+    """The one of least error."""
+    return min(candidates, key=lambda candidate: candidate.error)

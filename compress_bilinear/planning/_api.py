@@ -1,54 +1,26 @@
-"""Find the layers, check and solve everything, then only swap."""
+"""`plan` and `compress`: check everything, solve and measure everything, then only swap."""
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from ..config import Config, asked, by_glob
-from ..decomposition import check_max_seconds
-from ..errors import CompressionError, ConfigError, InfeasibleError, StalePlanError
-from ..fitting import ComputeAsked, LayerInputs, check_asked, collect_inputs, environment, stored_bytes, task_metric
-from ..modules import (
-    Call,
-    CompressedBilinear,
-    FoundLayer,
-    fingerprint,
-    observing,
-    parameter_owners,
-    patterns,
-    plain_reference,
-    reason_against,
-    select,
-    swap,
-)
+from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, recipe
+from ..decomposition import Budget
+from ..errors import CompressionError, ConfigError, StalePlanError
+from ..fitting import Job, environment, stored_bytes, task_metric
+from ..modules import fingerprint, parameter_owners, plain_reference, reason_against, swap
 from ..report import FrontPoint, Report, render_text
-from ._distill import DEFAULT_SECONDS, BatchSample, check_refinable
-from ._planner import Options, Planner, Request, check_calibrated
+from ._distill import DEFAULT_SECONDS
+from ._planner import IMPROVE, calibrate, choose, distil_all, find_jobs, fit_all, judge_all
 from ._progress import ProgressBars
-from ._verdict import Decision
 
 _Model = TypeVar("_Model", bound=nn.Module)
-
-Evaluate: TypeAlias = Callable[[Any], float]
-"""The caller's own task metric of a model."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """One selected layer, what becomes of it, and, where it is replaced, the fingerprint of its weights."""
-
-    found: FoundLayer
-    decision: Decision
-    fingerprint: str = ""
-
-    @property
-    def replacement(self) -> CompressedBilinear | None:
-        return self.decision.replacement
 
 
 class Plan(Generic[_Model]):
@@ -57,17 +29,15 @@ class Plan(Generic[_Model]):
     `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
     """
 
-    def __init__(
-        self, model: _Model, entries: Sequence[_Entry], report: Report, evaluate: Evaluate | None = None
-    ) -> None:
+    def __init__(self, model: _Model, jobs: Sequence[Job], report: Report, evaluate: Evaluate | None = None) -> None:
         self.model = model
         self.report = report
-        self._entries = tuple(entries)
+        self._jobs = tuple(jobs)
         self._evaluate = evaluate
 
     @property
     def fronts(self) -> dict[str, tuple[FrontPoint, ...]]:
-        """For each layer by its name, the replacements that were considered, by bytes; of an `AutoConfig`."""
+        """For each layer of an `AutoConfig` by its name, the candidates that were tried, by bytes."""
         return {layer.label: layer.front for layer in self.report.layers if layer.front}
 
     def __str__(self) -> str:
@@ -88,241 +58,151 @@ class Plan(Generic[_Model]):
             StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
             CompressionError: the model cannot be copied; or `inplace=True` where the model itself is the layer.
         """
-        chosen = [entry for entry in self._entries if entry.replacement is not None]
+        replaced = [job for job in self._jobs if job.chosen is not None]
         owners = parameter_owners(self.model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
-        for entry in chosen:
-            _check_fresh(modules, entry, owners)
+        for job in replaced:
+            _check_fresh(modules, job, owners)
         before = None if self._evaluate is None else task_metric(self._evaluate, self.model)
-        if inplace:
-            undo = self._apply_inplace(chosen)
-            try:
-                return self.model, self._evaluated(before, self.model)
-            except BaseException:
-                undo()  # a metric that fails leaves the model as it was too
-                raise
+        if not inplace:
+            copied = self._copied(replaced)
+            return copied, self._evaluated(before, copied)
+        undo = self._apply_inplace(replaced)
+        try:
+            return self.model, self._evaluated(before, self.model)
+        except BaseException:
+            undo()  # a metric that fails leaves the model as it was too
+            raise
+
+    def _copied(self, replaced: Sequence[Job]) -> _Model:
+        """A copy of the model with the replacements."""
         memo: dict[int, Any] = {}
         try:
-            for entry in chosen:
+            for job in replaced:
                 # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
                 # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
-                bias = copy.deepcopy(entry.found.layer.bias, memo)
-                memo[id(entry.found.module)] = _ready(entry, bias, memo)
+                bias = copy.deepcopy(job.layer.bias, memo)
+                memo[id(job.found.module)] = _ready(job, bias, memo)
             copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(
                 f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
             ) from error
         there = dict(copied.named_modules(remove_duplicate=False))
-        for entry in chosen:
-            for name in entry.found.names:
-                if there.get(name) is not memo[id(entry.found.module)]:
+        for job in replaced:
+            for name in job.found.names:
+                if there.get(name) is not memo[id(job.found.module)]:
                     raise CompressionError(
                         f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                         "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
                     )
-        return copied, self._evaluated(before, copied)
+        return copied
 
     def _evaluated(self, before: float | None, compressed: _Model) -> Report:
         if self._evaluate is None:
             return self.report
         return replace(self.report, metric_before=before, metric_after=task_metric(self._evaluate, compressed))
 
-    def _apply_inplace(self, chosen: Sequence[_Entry]) -> Callable[[], None]:
-        for entry in chosen:
-            if "" in entry.found.names:
+    def _apply_inplace(self, replaced: Sequence[Job]) -> Callable[[], None]:
+        """Swap the replacements in; returns what undoes it."""
+        for job in replaced:
+            if "" in job.found.names:
                 raise CompressionError(
                     "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
                     f"{type(self.model).__name__}: use the model that `inplace=False` returns."
                 )
-            held = plain_reference(self.model, entry.found.module)
+            held = plain_reference(self.model, job.found.module)
             if held is not None:
                 raise CompressionError(
-                    f"`inplace=True` needs every reference to layer {entry.found.names[0]!r} to be a registered "
+                    f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "
                     f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
                 )
-        return swap(self.model, {id(e.found.module): _ready(e, e.found.layer.bias) for e in chosen})
+        return swap(self.model, {id(job.found.module): _ready(job, job.layer.bias) for job in replaced})
 
 
-def plan(
-    model: _Model,
-    config: Config | Mapping[str, Config],
-    *,
-    calibration: Iterable[Any] | None = None,
-    forward_fn: Call | None = None,
-    loss_fn: Call | None = None,
-    refine: Literal["network"] | None = None,
-    evaluate: Evaluate | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = (),
-    batch_size: int | None = None,
-    measure_latency: bool = True,
-    compute: ComputeAsked = "on_the_fly",
-    force: bool = False,
-    max_seconds: float | None = None,
-    progress: bool | None = None,
-) -> Plan[_Model]:
+def plan(model: _Model, config: Config | Mapping[str, Config | None], **options: Unpack[PlanOptions]) -> Plan[_Model]:
     """Solve and measure a replacement for each selected bilinear layer, without changing the model.
 
     These are the `nn.Bilinear` layers, and modules of another form that `register_adapter` describes or that are known
-    by structure: biaffine scorers, einsums, and a flat `nn.Linear` on a product.
-
-    A layer is selected by its name in the model (`model.named_modules()`), by shell globs in which "*" also matches
-    dots. A layer under several names is replaced once and stays shared. A layer that cannot be replaced faithfully
-    (own forward, hooks, parametrizations, tied, meta or non-finite weights), or whose replacement is not smaller or
-    misses its target, is kept, and the report says why.
+    by structure: biaffine scorers, einsums, and a flat `nn.Linear` on a product. A layer under several names is
+    replaced once and stays shared. A layer that cannot be replaced faithfully (own forward, hooks, parametrizations,
+    tied, meta or non-finite weights), or whose replacement is not smaller or misses its target, is kept, and the report
+    says why.
 
     Args:
         model: any module; an `nn.Bilinear` itself too.
-        config: one config for all selected layers, or a mapping from globs to configs of which the first match holds.
-        calibration: an iterable of what the model takes (a tensor, or a tuple or dict of its arguments), without
-            labels. With it factors are fitted to the layers' outputs (unless their config says otherwise), and the
-            report has output errors, on rows that reach each layer and that no fit has seen.
-        forward_fn: how to run the model on a batch that is something else, for instance one with labels:
-            `lambda model, batch: model(batch[0])`.
-        loss_fn: instead, a scalar loss of model and batch, which may use labels: layers are then fitted where it feels
-            their outputs most.
-        refine: "network" afterwards trains the factors of all replacements together, without labels, to give the
-            original network's outputs on calibration batches, for as long as `max_seconds` leaves, or a minute.
-        evaluate: your task metric of a model; the report of `apply` has it before and after.
-        include, exclude: a glob or several.
-        batch_size: rows in a timed call; None takes the mean of the calibration's calls, or 256.
-        measure_latency: False leaves latencies and speedups out, which saves a second or so for each layer.
-        compute: how quantized layers compute: see `set_compute`. "fastest" times the modes on rows that the layer saw,
-            or Gaussian ones. A layer without the mode computes on the fly. Latencies, speedups and output errors are
-            those of the mode; the report's `compute_modes` says what each would have given.
-        force: replace whatever the verdict; the report still says what was lost.
-        max_seconds: time for all decompositions together (half of it where `refine` takes the rest), shared by the
-            layers' sizes; each layer gets the best that was found in its share. With a limit, results depend on the
-            machine's speed. None is no limit.
-        progress: show a progress bar on stderr; None shows it on a terminal only.
+        config: one config for all layers, or a mapping from globs of layer names (`model.named_modules()`; "*" also
+            matches dots) to configs, of which the first match holds. None leaves the layers that it matches alone.
+        options: see `PlanOptions` for every keyword, with its default.
 
     Returns:
         A `Plan`.
 
     Raises:
-        MatchError: a pattern matches no `nn.Bilinear` layer; the message lists what there is.
-        ConfigError: a config is invalid, or its rank fits none of the layers that it is meant for.
+        MatchError: a glob matches no bilinear layer; the message lists what there is.
+        ConfigError: a config or an option is invalid, or a rank fits none of the layers that it is meant for.
         CompressionError: calibration yields no batch, or the model fails on one.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` should be an nn.Module. Found {type(model).__name__}.")
-    if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
-        raise ConfigError(f"`batch_size` should be a positive int or None. Found {batch_size!r}.")
-    check_max_seconds(max_seconds)
-    if refine not in (None, "network"):
-        raise ConfigError(f"`refine` should be None or 'network'. Found {refine!r}.")
-    if evaluate is not None and not callable(evaluate):
-        raise ConfigError(f"`evaluate` should be a function of a model. Found {evaluate!r}.")
-    for what, given in (("forward_fn", forward_fn), ("loss_fn", loss_fn), ("refine", refine)):
-        if given is not None and calibration is None:
-            raise ConfigError(f"`{what}` needs `calibration`, batches to run the model on. Found none.")
-    configs, include = by_glob(config), patterns(include, "include")
-    exclude = patterns(exclude, "exclude")
-    check_asked(compute, configs.values(), measure_latency)
-    selected = select(model, configs, include, exclude)
-    owners = parameter_owners(model)
-    requests = [Request(found, wanted, reason_against(found, owners)) for found, wanted in selected]
-    check_calibrated(requests, calibration is not None)
-    open_layers = {each.found.label: each.found for each in requests if each.refusal is None}
-    options = Options(
-        calibrated=calibration is not None,
-        batch_size=batch_size,
-        measure_latency=measure_latency,
-        compute=compute,
-        force=force,
-        max_seconds=max_seconds if refine is None or max_seconds is None else max_seconds / 2,
-    )
-    sample, begun = BatchSample(), time.perf_counter()
-    with ProgressBars(progress) as bars:
-        inputs: dict[str, LayerInputs | None] = {}
-        if calibration is not None and open_layers:
-            batches = bars.track(calibration, "Calibrating")
-            watched = batches if refine is None else sample.watch(batches)
-            with observing(found.adapted for found in open_layers.values()):
-                rows = {label: found.rows for label, found in open_layers.items()}
-                inputs = collect_inputs(model, rows, watched, forward_fn=forward_fn, loss_fn=loss_fn)
-        if refine is not None and open_layers:
-            check_refinable(model, [found.module for found in open_layers.values()], sample.batches, forward_fn)
-        planner = Planner(requests, inputs, owners, options, bars)
-        decisions = planner.run()
+    given, configs = completed(options), by_glob(config)
+    if given["compute"] != "on_the_fly" and not any(map(_may_quantize, configs.values())):
+        raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")
+    seconds, refine = given["max_seconds"], given["refine"]
+    jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
+    with ProgressBars(given["progress"]) as bars:
+        begun = time.perf_counter()
+        batches = calibrate(model, jobs, given, bars)
+        budget = Budget(seconds / 2 if seconds is not None and refine is not None else seconds)
+        automatic = any(isinstance(job.config, AutoConfig) for job in jobs)
+        searches = fit_all(jobs, given, budget.child(1 - IMPROVE) if automatic else budget, bars)
+        choose(jobs, searches, given, budget, bars)
+        judge_all(jobs, given)
         if refine is not None:
-            left = DEFAULT_SECONDS if max_seconds is None else max_seconds - (time.perf_counter() - begun)
-            decisions = planner.refined(model, sample.batches, forward_fn, left)
-    entries = []
-    for each, decision in zip(requests, decisions, strict=True):
-        seen = fingerprint(each.found.current()) if decision.replacement is not None else ""
-        entries.append(_Entry(each.found, decision, seen))
-    options_given: dict[str, Any] = {
-        "include": include,
-        "exclude": exclude,
-        "batch_size": batch_size,
-        "measure_latency": measure_latency,
-        "compute": compute,
-    }
-    options_given |= {"force": force, "max_seconds": max_seconds, "refine": refine}
-    return Plan(model, entries, replace(_report(model, entries), config=asked(configs, options_given)), evaluate)
+            left = DEFAULT_SECONDS if seconds is None else seconds - (time.perf_counter() - begun)
+            distil_all(model, jobs, batches, given, left, bars)
+    for job in jobs:
+        job.release()
+    return Plan(model, jobs, _report(model, jobs, recipe(configs, given)), given["evaluate"])
 
 
 def compress(
     model: _Model,
-    config: Config | Mapping[str, Config],
+    config: Config | Mapping[str, Config | None],
     *,
     inplace: bool = False,
-    calibration: Iterable[Any] | None = None,
-    forward_fn: Call | None = None,
-    loss_fn: Call | None = None,
-    refine: Literal["network"] | None = None,
-    evaluate: Evaluate | None = None,
-    include: str | Iterable[str] = "*",
-    exclude: str | Iterable[str] = (),
-    batch_size: int | None = None,
-    measure_latency: bool = True,
-    compute: ComputeAsked = "on_the_fly",
-    force: bool = False,
-    max_seconds: float | None = None,
-    progress: bool | None = None,
+    **options: Unpack[PlanOptions],
 ) -> tuple[_Model, Report]:
     """`plan(...)` and `apply(inplace)` in one call: returns the compressed model and the report.
 
     Arguments and errors are those of `plan` and `Plan.apply`. An error leaves the model exactly as it was.
     """
-    planned = plan(
-        model,
-        config,
-        calibration=calibration,
-        forward_fn=forward_fn,
-        loss_fn=loss_fn,
-        refine=refine,
-        evaluate=evaluate,
-        include=include,
-        exclude=exclude,
-        batch_size=batch_size,
-        measure_latency=measure_latency,
-        compute=compute,
-        force=force,
-        max_seconds=max_seconds,
-        progress=progress,
-    )
-    return planned.apply(inplace)
+    return plan(model, config, **options).apply(inplace)
 
 
-def _report(model: nn.Module, entries: Sequence[_Entry]) -> Report:
-    saved = sum(entry.decision.report.bytes_before - entry.decision.report.bytes_after for entry in entries)
+def _may_quantize(config: Config | None) -> bool:
+    return isinstance(config, AutoConfig) or getattr(config, "quantize", None) is not None
+
+
+def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any]) -> Report:
+    layers = tuple(job.report for job in jobs if job.report is not None)
     before = stored_bytes(model)
-    first = next((e.found.layer.weight for e in entries if e.replacement is not None), None)
-    device = first.device if first is not None else torch.device("cpu")
-    dtype = first.dtype if first is not None else torch.get_default_dtype()
+    first = next((job.layer.weight for job in jobs if job.chosen is not None), None)
     return Report(
-        layers=tuple(entry.decision.report for entry in entries),
+        layers=layers,
         model_bytes_before=before,
-        model_bytes_after=before - saved,
-        environment=environment(device, dtype),
+        model_bytes_after=before - sum(layer.bytes_before - layer.bytes_after for layer in layers),
+        environment=environment(
+            torch.device("cpu") if first is None else first.device,
+            torch.get_default_dtype() if first is None else first.dtype,
+        ),
+        config=config,
     )
 
 
-def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mapping[int, Sequence[str]]) -> None:
-    found = entry.found
+def _check_fresh(modules: Mapping[str, nn.Module], job: Job, owners: Mapping[int, Sequence[str]]) -> None:
+    """Raise StalePlanError unless the model has the layer that the job was planned for."""
+    found = job.found
     for name in found.names:
         if modules.get(name) is not found.module:
             raise StalePlanError(
@@ -331,26 +211,26 @@ def _check_fresh(modules: Mapping[str, nn.Module], entry: _Entry, owners: Mappin
             )
     reason = reason_against(found, owners)
     if reason is not None:
-        raise StalePlanError(f"Layer {found.label!r} can no longer be replaced: {reason}. Plan again.")
-    if fingerprint(found.current()) != entry.fingerprint:
+        raise StalePlanError(f"Layer {job.label!r} can no longer be replaced: {reason}. Plan again.")
+    if fingerprint(found.current()) != job.fingerprint:
         raise StalePlanError(
-            f"Layer {found.label!r} should have the weights that were planned for. Found that its weight or bias has "
+            f"Layer {job.label!r} should have the weights that were planned for. Found that its weight or bias has "
             "changed, or has moved to another device or dtype: plan again."
         )
 
 
-def _ready(entry: _Entry, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
+def _ready(job: Job, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy of the replacement with the layer's flags and this bias, which keeps its identity.
 
     Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
     """
-    if entry.replacement is None:
-        raise InfeasibleError(f"Layer {entry.found.label!r} has no replacement.")
-    new, layer = copy.deepcopy(entry.replacement), entry.found.layer
+    assert job.chosen is not None
+    new, layer = copy.deepcopy(job.chosen.module), job.layer
+    assert new is not None
     new.train(layer.training)
-    if entry.decision.own_bias and bias is not None and isinstance(new.bias, nn.Parameter):
-        bias = nn.Parameter(new.bias.detach().clone(), bias.requires_grad)  # it was corrected
+    if job.chosen.bias_corrected and bias is not None and isinstance(new.bias, nn.Parameter):
+        bias = nn.Parameter(new.bias.detach().clone(), bias.requires_grad)
     for parameter in new.parameters():
         parameter.requires_grad_(layer.weight.requires_grad)
     new.set_bias(bias)
-    return new if entry.found.adapted is None else entry.found.adapted.replaced(new, memo)
+    return new if job.found.adapted is None else job.found.adapted.replaced(new, memo)

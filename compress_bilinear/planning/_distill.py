@@ -6,7 +6,6 @@ network's outputs (knowledge distillation: Hinton, Vinyals, Dean, 2015), through
 error falls on batches that were not trained on.
 """
 
-import bisect
 import copy
 import math
 import time
@@ -22,69 +21,42 @@ from torch.nn.utils import parametrize
 from ..config import Quantize
 from ..decomposition import Progress, stored_columns, stored_core
 from ..errors import CompressionError, ConfigError
+from ..fitting import METHODS
 from ..modules import (
     AdaptedLayer,
     Call,
     CompressedBilinear,
-    CPBilinear,
     DenseBilinear,
-    TuckerBilinear,
     call,
     stored_as,
     undisturbed,
 )
 
 DEFAULT_SECONDS = 60.0
-_MOST_BATCHES = 256
-_MOST_BYTES = 2**28  # of the batches and of the network's outputs for them
 _HELD_OUT = 4  # one batch in so many
 _RATE = 1e-2  # of a parameter's root mean square, at first
 _CHECKS = 12  # of the error on held-out batches
 
 
-class BatchSample:
-    """A uniform sample of a stream's batches, of bounded bytes, taken while something else consumes the stream."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[tuple[float, Any]] = []
-        self._held = 0  # bytes of those
-
-    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The same batches."""
-        for batch in batches:
-            key = float(torch.rand((), generator=self._generator))
-            bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
-            self._held += _bytes(batch)
-            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > _MOST_BYTES):
-                self._held -= _bytes(self._kept.pop()[1])
-            yield batch
-
-    @property
-    def batches(self) -> list[Any]:
-        """In random order."""
-        return [batch for _, batch in self._kept]
-
-
 @dataclass(frozen=True, eq=False)
-class Refined:
-    """New replacements, by the ids of the layers that they are for, and the network's error before and after."""
+class Distilled:
+    """Distilled replacements, by the ids of the layers that they are for, and the network's error before and after."""
 
     modules: dict[int, CompressedBilinear]
     before: float
     after: float
 
 
-def check_refinable(
+def check_distillable(
     model: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Any], forward_fn: Call | None = None
 ) -> None:
-    """Run the model on one batch, and see that `refine` could match its outputs.
+    """Run the model on one batch, and see that `distil` could match its outputs.
 
     Args:
         layers: those that are to be replaced.
-        batches, forward_fn: as in `refine`.
+        batches, forward_fn: as in `distil`.
 
-    Raises: as `refine`.
+    Raises: as `distil`.
     """
     if len(batches) < 2:
         raise ConfigError(
@@ -114,7 +86,7 @@ def check_refinable(
             handle.remove()
 
 
-def refine(
+def distil(
     model: nn.Module,
     replacements: Mapping[int, CompressedBilinear],
     batches: Sequence[Any],
@@ -125,80 +97,128 @@ def refine(
     seconds: float = DEFAULT_SECONDS,
     progress: Progress | None = None,
     accept: Callable[[Mapping[int, CompressedBilinear]], bool] = lambda found: True,
-) -> Refined:
+) -> Distilled:
     """Fit replacements to the outputs of the whole network.
 
     Args:
         model: the original, which is left as it is; it runs in eval mode.
         replacements: for `nn.Bilinear` layers of it, by id. Dense ones stay as they are.
         batches: what the model takes, without labels; a quarter of them is held out.
+        trained_bias: ids of the layers whose replacement's bias was corrected, and is trained too.
         adapted: the modules of other forms that carry layers, by the layer's id.
-        trained_bias: ids of the layers whose replacement's bias is its own, and is trained too.
-        forward_fn: as in `calibration.collect_inputs`.
+        forward_fn: as in `collect_inputs`.
         seconds: for all of it.
         progress: as in `decomposition.cp`, with the error on held-out batches.
         accept: whether new replacements, by id, will do; asked of those that lower the error.
 
     Returns:
-        The replacements in their storage formats, refined, or as they were where that is no better; and the relative
-        error of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
+        The replacements in their formats, distilled, or as they were where that is no better; and the relative error
+        of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
 
     Raises:
-        ConfigError: there are not two batches; see `check_refinable`, which tells before anything is solved.
+        ConfigError: there are not two batches; see `check_distillable`, which tells before anything is solved.
         CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
             cannot be copied.
     """
-    begun = time.perf_counter()
-    run = forward_fn or call
-    trained = {key: module for key, module in replacements.items() if isinstance(module, (CPBilinear, TuckerBilinear))}
+    begun, run = time.perf_counter(), forward_fn or call
     with undisturbed(model):
-        wanted = [_outputs(_ran(run, model, batch)) for batch in batches]
-    held_out = max(1, len(batches) // _HELD_OUT)
-    data = list(zip(batches, wanted, strict=True))
-    fit, held = data[held_out:], data[:held_out]
-    stored = _student(model, replacements, adapted)
-    before = _error(stored, run, held)
+        data = [(batch, _outputs(_ran(run, model, batch))) for batch in batches]
+    count = max(1, len(data) // _HELD_OUT)
+    network = _Network(model, replacements, adapted, run, held_out=data[:count])
+    before = network.error({})
+    trained = {key: each for key, each in replacements.items() if METHODS[each.method].solve is not None}
     if not trained or not 0 < before < math.inf:
-        return Refined(dict(replacements), before, before)
-    dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
-    dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
-    floating = {key: _trainable(module, dtypes[key]) for key, module in trained.items()}
-    student = _student(model, {**replacements, **floating}, adapted)
-    parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
-    biases = [floating[key].bias for key in trained_bias if key in floating]
-    parameters += [bias for bias in biases if isinstance(bias, nn.Parameter)]
+        return Distilled(dict(replacements), before, before)
+    floating = {key: _trainable(module, network.dtypes[key]) for key, module in trained.items()}
     best, least = dict(replacements), before
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        groups = [{"params": [p], "lr": _RATE * _rms(p), "rate": _RATE * _rms(p)} for p in parameters]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        norm = _norm(target for _, targets in fit for target in targets) / math.sqrt(len(fit))
-        checks = 1
-        while (done := (time.perf_counter() - begun) / seconds) < 1:
-            for number in torch.randperm(len(fit)).tolist():
-                done = min((time.perf_counter() - begun) / seconds, 1.0)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
-                batch, targets = fit[number]
-                found = _outputs(run(student, batch))
-                loss = sum(((f - t) / max(norm, 1e-30)).square().sum() for f, t in zip(found, targets, strict=True))
-                if not isinstance(loss, Tensor) or not loss.requires_grad:
-                    raise _not_differentiable()
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for parameter, gradient in zip(parameters, gradients, strict=True):
-                    parameter.grad = gradient
-                optimizer.step()
-                if done >= checks / _CHECKS:
-                    break
+        parameters = _parameters(floating, trained_bias)
+        for done in _trained(network.student(floating), parameters, data[count:], run, begun, seconds):
+            now = {key: _restored(module, trained[key]) for key, module in floating.items()}
+            error = network.error(now)
+            if error < least and accept(now):
+                best, least = {**replacements, **now}, error
+            if progress is not None:
+                progress(done, least)
+    return Distilled(best, before, least)
+
+
+class _Network:
+    """The original network, copies of it with replacements, and their errors on held-out batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replacements: Mapping[int, CompressedBilinear],
+        adapted: Mapping[int, AdaptedLayer],
+        run: Call,
+        held_out: Sequence[tuple[Any, list[Tensor]]],
+    ) -> None:
+        self._model, self._replacements, self._adapted = model, replacements, adapted
+        self._run, self._held_out = run, held_out
+        self.dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
+        self.dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+
+    def student(self, changed: Mapping[int, CompressedBilinear]) -> nn.Module:
+        """A copy of the network with the replacements, of which some are changed."""
+        return _student(self._model, {**self._replacements, **changed}, self._adapted)
+
+    def error(self, changed: Mapping[int, CompressedBilinear]) -> float:
+        """‖f − f̂‖/‖f‖ of that copy on the held-out batches."""
+        return _error(self.student(changed), self._run, self._held_out)
+
+
+def _parameters(floating: Mapping[int, CompressedBilinear], trained_bias: Iterable[int]) -> list[nn.Parameter]:
+    """What is trained: all factors, and the biases that were corrected."""
+    parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
+    biases = [floating[key].bias for key in trained_bias if key in floating]
+    return parameters + [bias for bias in biases if isinstance(bias, nn.Parameter)]
+
+
+def _trained(
+    student: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    data: Sequence[tuple[Any, list[Tensor]]],
+    run: Call,
+    begun: float,
+    seconds: float,
+) -> Iterator[float]:
+    """Train until the time is up; whenever the error should be checked, yield the part of the time that is gone."""
+    groups = [{"params": [p], "lr": _RATE * _rms(p), "rate": _RATE * _rms(p)} for p in parameters]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    norm = _norm(target for _, targets in data for target in targets) / math.sqrt(len(data))
+    checks = 1
+    while (done := (time.perf_counter() - begun) / seconds) < 1:
+        for number in torch.randperm(len(data)).tolist():
+            done = min((time.perf_counter() - begun) / seconds, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
+            _step(student, parameters, optimizer, data[number], run, max(norm, 1e-30))
             if done >= checks / _CHECKS:
-                checks = int(done * _CHECKS) + 1
-                now = {key: _restored(module, trained[key]) for key, module in floating.items()}
-                error = _error(_student(model, {**replacements, **now}, adapted), run, held)
-                if error < least and accept(now):
-                    best, least = {**replacements, **now}, error
-                if progress is not None:
-                    progress(min(done, 1.0), least)
-    return Refined(best, before, least)
+                break
+        if done >= checks / _CHECKS:
+            checks = int(done * _CHECKS) + 1
+            yield min(done, 1.0)
+
+
+def _step(
+    student: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    example: tuple[Any, list[Tensor]],
+    run: Call,
+    norm: float,
+) -> None:
+    """One step on one batch; other parameters' own gradients are left alone."""
+    batch, targets = example
+    loss = sum(((f - t) / norm).square().sum() for f, t in zip(_outputs(run(student, batch)), targets, strict=True))
+    if not isinstance(loss, Tensor) or not loss.requires_grad:
+        raise _not_differentiable()
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
 
 
 def _student(
@@ -212,7 +232,7 @@ def _student(
         copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise CompressionError(
-            f"The model could not be copied to be refined ({type(error).__name__}: {error})."
+            f"The model could not be copied to be distilled ({type(error).__name__}: {error})."
         ) from error
     for parameter in copied.parameters():
         if not any(parameter is own for module in modules.values() for own in module.parameters()):
@@ -246,13 +266,13 @@ def _trainable(module: CompressedBilinear, dtype: torch.dtype) -> CompressedBili
     if module.quantize is None:
         return new
     for name in ("out_proj", "in1_proj", "in2_proj"):
-        linear = getattr(new, name)
+        linear = getattr(new, name, None)
         if isinstance(linear, nn.Linear):
             rounding = _Rounded(module.quantize, 0 if name == "out_proj" else 1)
             parametrize.register_parametrization(linear, "weight", rounding)
-    if isinstance(new, TuckerBilinear):
-        assert isinstance(new.core, DenseBilinear)
-        parametrize.register_parametrization(new.core, "weight", _Rounded(module.quantize, None))
+    for core in new.children():
+        if isinstance(core, DenseBilinear):
+            parametrize.register_parametrization(core, "weight", _Rounded(module.quantize, None))
     return new
 
 
@@ -332,11 +352,3 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 
 def _rms(parameter: Tensor) -> float:
     return float(parameter.detach().double().square().mean().sqrt()) or 1e-3
-
-
-def _bytes(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.numel() * batch.element_size()
-    if isinstance(batch, Mapping):
-        return sum(_bytes(item) for item in batch.values())
-    return sum(_bytes(item) for item in batch) if isinstance(batch, (tuple, list)) else 0

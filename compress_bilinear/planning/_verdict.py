@@ -1,18 +1,22 @@
-"""Whether a replacement is worth making, and the record of that."""
+"""Whether a candidate is worth the replacement, and the record of that."""
 
 import math
-from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import decomposition as decompose
 from .. import ops
-from ..config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
+from ..config import LayerConfig, MaxError, MaxSize, PlanOptions
 from ..fitting import (
+    METHODS,
     Candidate,
+    Job,
     OutputError,
     Timing,
+    method_name,
     parameter_count,
     stored_bytes,
     time_adapted,
@@ -20,48 +24,90 @@ from ..fitting import (
     weight_error,
 )
 from ..modules import CompressedBilinear, FoundLayer, is_lazy
-from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
+from ..report import LayerReport, Note, Spectrum
+
+AS_CONFIGURED = Note("as_configured", "as configured")
 
 
-@dataclass(frozen=True, eq=False)
-class Decision:
-    """What becomes of a layer: its replacement, None where it is kept, the record of it, and whose the bias is."""
+def judge(job: Job, options: PlanOptions, made: bool = False) -> None:
+    """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
 
-    replacement: CompressedBilinear | None
-    report: LayerReport
-    own_bias: bool = False
-
-
-def objection(layer: nn.Bilinear, candidate: Candidate, config: LayerConfig) -> Note | None:
-    """Why a candidate is worse than the layer it would replace, or None: it must work, be smaller, and meet its target.
-
-    An exact dense layer has the same bytes; whether it is faster is for `slowness` to say, after measuring.
+    `options["force"]` makes the replacement whatever the reasons against it. `made` says that it has been made
+    already, so that nothing is forced.
     """
-    if not math.isfinite(candidate.weight_error):
-        why = f"its factors leave the range of {_dtype(layer)}: the weight error is {candidate.weight_error}"
-        return Note("not_finite", why)
-    lost, what = candidate.weight_error, "weight"
-    if candidate.output_error is not None:
-        lost, what = candidate.output_error, "outputs"
-    if not lost < 1:
-        return Note("keeps_nothing", f"it keeps nothing of the {what}: their error is {lost:.3g}")
-    if isinstance(config, DenseConfig) and config.quantize is None:
+    candidate = job.chosen
+    if job.reason is not None or candidate is None or candidate.module is None:
+        job.chosen = None
+        job.report = kept(job, job.reason or Note("not_replaceable", "it was not chosen"))
+        return
+    module, force = candidate.module.train(job.layer.training), options["force"]
+    known = _measured(job, candidate)
+    against = reason_against(job, candidate, known)
+    timing = None
+    if options["measure_latency"] and (against is None or force):
+        timing = _timed(job, module, options)
+    if against is None and _is_exact(candidate):
+        against = slowness(timing, job.found.form)
+    known |= _latencies(timing)
+    if against is not None and not force:
+        job.chosen, job.report = None, kept(job, against, **known)
+        return
+    known |= {"params_after": parameter_count(module), "bytes_after": candidate.bytes}
+    verdict = AS_CONFIGURED if against is None else against if made else _forced(against)
+    notes = (verdict, *_notes(job, candidate, timing, known["amplification"]))
+    known |= {"flops_after": module.flops_per_row, "notes": notes}
+    job.report = LayerReport(**(_basics(job, candidate.config) | known | {"decision": "replaced"}))
+
+
+def kept(job: Job, reason: Note, **known: Any) -> LayerReport:
+    """The record of a layer that stays as it is; `known` are the figures of a candidate that was turned down."""
+    tried = job.chosen.config if job.chosen is not None else None
+    basics = _basics(job, tried)
+    same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
+    return LayerReport(**{**basics, **same, "decision": "kept", "notes": (reason,), **known})
+
+
+def reason_against(job: Job, candidate: Candidate, known: dict[str, Any]) -> Note | None:
+    """Why a candidate is worse than the layer, or None: it has to work, be smaller, and meet its target.
+
+    An exact dense layer has the same bytes. Whether it is faster, `slowness` says after measuring.
+
+    Args:
+        known: the candidate's `weight_error` and, where there are rows, `output_error`.
+    """
+    dtype = str(job.layer.weight.dtype).removeprefix("torch.")
+    weight, output = known["weight_error"], known.get("output_error")
+    if not math.isfinite(weight):
+        return Note("not_finite", f"its factors leave the range of {dtype}: the weight error is {weight}")
+    if output is not None and not math.isfinite(output):
+        return Note("not_finite", f"its outputs leave the range of {dtype} on the calibration rows")
+    error, what = (output, "outputs") if candidate.on_output and output is not None else (weight, "weight")
+    if not error < 1:
+        return Note("keeps_nothing", f"it keeps nothing of the {what}: their error is {error:.3g}")
+    if _is_exact(candidate):
         return None
-    before, after = stored_bytes(layer), stored_bytes(candidate.module)
-    if after >= before:
-        return Note("not_smaller", f"it is not smaller: it would store {after} bytes, the layer has {before}")
-    rank = None if isinstance(config, DenseConfig) else config.rank
-    if isinstance(rank, MaxError):
-        found = candidate.weight_error if rank.on == "weight" else candidate.output_error
-        if found is not None and found > rank.error:
-            return Note("misses_target", f"its {rank.on} error {found:.4g} misses the target {rank.error:g}")
-    if isinstance(rank, MaxSize) and after > rank.fraction * before:
-        return Note("misses_target", f"its {after} bytes miss the target of {rank.fraction:g} x {before}")
+    before = stored_bytes(job.layer)
+    if candidate.bytes >= before:
+        text = f"it is not smaller: it would store {candidate.bytes} bytes, the layer has {before}"
+        return Note("not_smaller", text)
+    return _missed_target(job, candidate, weight, output)
+
+
+def _missed_target(job: Job, candidate: Candidate, weight: float, output: float | None) -> Note | None:
+    target = getattr(job.config, "rank", None)
+    if isinstance(target, MaxError):
+        error = weight if target.on == "weight" else output
+        if error is not None and error > target.error:
+            return Note("misses_target", f"its {target.on} error {error:.4g} misses the target {target.error:g}")
+    before = stored_bytes(job.layer)
+    if isinstance(target, MaxSize) and candidate.bytes > target.fraction * before:
+        text = f"its {candidate.bytes} bytes miss the target of {target.fraction:g} x {before}"
+        return Note("misses_target", text)
     return None
 
 
 def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> Note | None:
-    """Why an exact dense layer is not worth making, or None: it must be faster beyond the spread of the blocks."""
+    """Why an exact dense layer is not worth making, or None: it has to be faster beyond the spread of the blocks."""
     if timing is None:
         return Note("not_faster", "whether it is faster has not been measured")
     if timing.after.upper < timing.before.lower:
@@ -74,31 +120,90 @@ def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> Note | None:
     )
 
 
-def _dtype(layer: nn.Bilinear) -> str:
-    return str(layer.weight.dtype).removeprefix("torch.")
+def cancelling(amplification: float | None) -> tuple[Note, ...]:
+    """A note on a CP whose components cancel; none on others."""
+    if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
+        return ()
+    return (Note("cancelling", f"its components cancel (amplification {amplification:.2g})"),)
 
 
-def _method(config: Config) -> str:
-    match config:
-        case AutoConfig():
-            return "auto"
-        case CPConfig():
-            return "cp"
-        case TuckerConfig():
-            return "tucker"
-        case DenseConfig():
-            return "dense"
+def factor_errors(layer: nn.Bilinear, candidate: Candidate) -> dict[str, Any]:
+    """The report's figures on what the candidate stores, against the weight.
+
+    Of a quantized one also the parts of its error: of the decomposition in floating point, and how far what is stored
+    is from that, both relative to the weight's norm.
+    """
+    module, floating, weight = candidate.module, candidate.decomposition, layer.weight.detach()
+    assert module is not None
+    total = weight_error(weight, module)
+    known: dict[str, Any] = {"weight_error": total, "amplification": getattr(floating, "amplification", None)}
+    if module.quantize is None:
+        return known
+    known["compute"], known["compute_modes"] = module.compute, candidate.compute_modes
+    if METHODS[module.method].solve is None:
+        return known | {"truncation_error": 0.0, "quantization_error": total}
+    if floating is not None:
+        known["truncation_error"] = floating.relative_error(weight) if floating.error is None else floating.error
+        read = partial(module.dense_rows, dtype=torch.float64)
+        known["quantization_error"] = decompose.distance(weight, floating, read)
+    return known
 
 
-def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
-    """What is known of a layer before anything is solved."""
-    layer = found.layer
+def output_error(job: Job, candidate: Candidate) -> float | None:
+    """Of a candidate, on held-out rows; None without any, or where they say nothing."""
+    if job.held_out is None or job.held_out.says_nothing or candidate.module is None:
+        return None
+    return candidate.error if candidate.on_output else job.held_out.of(candidate.module)
+
+
+def _measured(job: Job, candidate: Candidate) -> dict[str, Any]:
+    """The figures of a candidate, but for its sizes and latencies."""
+    known = factor_errors(job.layer, candidate)
+    assert candidate.module is not None
+    known["rank"] = candidate.module.rank
+    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(job.layer.weight))
+    if job.held_out is not None:
+        known["output_error"] = output_error(job, candidate)
+        known["calibration_rows"] = job.held_out.rows
+    return known
+
+
+def _is_exact(candidate: Candidate) -> bool:
+    """Whether it stores the weight itself, every bit of it."""
+    module = candidate.module
+    return module is not None and module.quantize is None and METHODS[module.method].solve is None
+
+
+def _forced(against: Note) -> Note:
+    return Note("forced", f"forced, although {against.text}")
+
+
+def _notes(job: Job, candidate: Candidate, timing: Timing | None, amplification: float | None) -> list[Note]:
+    """What else there is to say of a replacement that is made."""
+    notes = []
+    if timing is not None and timing.speedup < 1:
+        notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
+    notes += [*cancelling(amplification), *candidate.notes]
+    if job.calibrated and job.inputs is None:
+        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
+    return notes
+
+
+def _timed(job: Job, module: CompressedBilinear, options: PlanOptions) -> Timing:
+    if job.found.adapted is not None:
+        return time_adapted(job.found.adapted, module)
+    return time_replacement(job.layer, module, job.rows(options["batch_size"]))
+
+
+def _basics(job: Job, config: LayerConfig | None) -> dict[str, Any]:
+    """What is known of a layer before anything is solved; `config` asks for what was chosen."""
+    layer, asked = job.layer, config or job.config
     known: dict[str, Any] = {
-        "name": found.names[0],
-        "aliases": tuple(found.names[1:]),
-        "method": _method(config),
-        "quantize": None if isinstance(config, AutoConfig) else config.quantize,
-        "form": found.form,
+        "name": job.found.names[0],
+        "aliases": tuple(job.found.names[1:]),
+        "method": method_name(asked),
+        "quantize": getattr(asked, "quantize", None),
+        "form": job.found.form,
         "shape": None,
         "params_before": 0,
         "bytes_before": 0,
@@ -110,75 +215,7 @@ def _basics(found: FoundLayer, config: Config) -> dict[str, Any]:
     return known
 
 
-def keep(found: FoundLayer, config: Config, note: Note, **known: Any) -> Decision:
-    """The record of a layer that stays as it is; `known` are the figures of a candidate that was turned down."""
-    basics = _basics(found, config)
-    same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
-    return Decision(None, LayerReport(**{**basics, **same, "decision": "kept", "notes": (note,), **known}))
-
-
-def cancelling(amplification: float | None) -> list[Note]:
-    """What is to be said of a CP whose components cancel; nothing of others."""
-    if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
-        return []
-    return [Note("cancelling", f"its components cancel (amplification {amplification:.2g})")]
-
-
-def judge(
-    found: FoundLayer,
-    config: LayerConfig,
-    candidate: Candidate,
-    measured: OutputError | None,
-    unreached: bool,
-    time_rows: int | None,
-    force: bool,
-) -> Decision:
-    """Measure a candidate and decide.
-
-    Args:
-        measured: the error on held-out rows, where there are any; `unreached` says that calibration found none.
-        time_rows: rows in a timed call; None measures no latency.
-        force: replace whatever speaks against it.
-    """
-    layer, module = found.layer, candidate.module.train(found.layer.training)
-    known: dict[str, Any] = {"rank": module.rank, "weight_error": candidate.weight_error}
-    known["amplification"] = candidate.amplification
-    known |= candidate.storage
-    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(layer.weight))
-    if measured is not None:
-        known["output_error"] = measured.of(module)
-        known["calibration_rows"] = measured.rows
-    against = objection(layer, candidate, config)
-    found_error = known.get("output_error")
-    if against is None and found_error is not None and not math.isfinite(found_error):
-        against = Note("not_finite", f"its outputs leave the range of {_dtype(layer)} on the calibration rows")
-    if against is not None and not force:
-        return keep(found, config, against, **known)
-    timing = None
-    if time_rows is not None and found.adapted is not None:
-        timing = time_adapted(found.adapted, module)
-    elif time_rows is not None:
-        timing = time_replacement(layer, module, time_rows)
-    if against is None and isinstance(config, DenseConfig) and config.quantize is None:
-        against = slowness(timing, found.form)
-        if against is not None and not force:
-            return keep(found, config, against, **known, **_timing(timing))
-    notes = [AS_CONFIGURED if against is None else Note("forced", f"forced, although {against.text}")]
-    if timing is not None and timing.speedup < 1:
-        notes.append(Note("slower", f"slower here than {found.form} ({timing.speedup:.2f}x)"))
-    notes += cancelling(candidate.amplification)
-    if candidate.note is not None:
-        notes.append(Note("fitted_to_weight", candidate.note))
-    if unreached:
-        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
-    known |= {"decision": "replaced", "notes": tuple(notes)}
-    known |= {"params_after": parameter_count(module), "bytes_after": stored_bytes(module)}
-    known |= {"flops_after": module.flops_per_row} | _timing(timing)
-    report = LayerReport(**(_basics(found, config) | known))
-    return Decision(module, report, candidate.own_bias)
-
-
-def _timing(timing: Timing | None) -> dict[str, Any]:
+def _latencies(timing: Timing | None) -> dict[str, Any]:
     if timing is None:
         return {}
     known: dict[str, Any] = {"speedup": timing.speedup, "speedup_vs_dense": timing.speedup_vs_dense}
@@ -195,19 +232,19 @@ def compare_layers(
     layer: nn.Bilinear,
     module: CompressedBilinear,
     batch_size: int | None,
-    measured: OutputError | None = None,
+    held_out: OutputError | None = None,
 ) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint; `measured` as in `judge`."""
-    wanted: LayerConfig
-    match module.rank:
-        case None:
-            wanted = DenseConfig(quantize=module.quantize)
-        case int(rank):
-            wanted = CPConfig(rank=rank, quantize=module.quantize)
-        case triple:
-            wanted = TuckerConfig(rank=triple, quantize=module.quantize)
-    candidate = Candidate(module, weight_error(layer.weight.detach(), module), None)
-    decision = judge(FoundLayer((name,), layer), wanted, candidate, measured, False, batch_size, True)
-    against = objection(layer, candidate, wanted)  # it is there already, so it was not forced
-    notes = tuple(against if note.code == "forced" and against is not None else note for note in decision.report.notes)
-    return replace(decision.report, notes=notes)
+    """The report on a replacement that has been made already, say in a checkpoint.
+
+    Args:
+        batch_size: rows of a timed call; None times nothing.
+        held_out: the error on held-out rows, where there are any.
+    """
+    config = METHODS[module.method].configure(module.rank, module.quantize, 0)
+    candidate = Candidate.of(config, module, math.nan)
+    job = Job(found=FoundLayer((name,), layer), config=config, chosen=candidate)
+    job.held_out = held_out
+    options: PlanOptions = {"measure_latency": batch_size is not None, "batch_size": batch_size, "force": True}
+    judge(job, options, made=True)
+    assert job.report is not None
+    return job.report

@@ -1,0 +1,123 @@
+"""The table of methods. A new method is one more row: everything that fits, searches and stores goes by it."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from .. import decomposition as decompose
+from ..config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, Quantize, TuckerConfig
+from ..decomposition import Budget, CPDecomposition, TuckerDecomposition
+from ..errors import AmplificationWarning
+from ..modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+
+Decomposition: TypeAlias = Any  # what a row's `solve` returns; it has rank, factors and to_tensor()
+Rank: TypeAlias = Any  # what a row's config takes: an int, a triple, a MaxSize or a MaxError
+
+
+def _no_bound(shape: Sequence[int], numbers: float) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to write a weight (O, I, J) with fewer numbers.
+
+    Attributes:
+        name: as `LayerReport.method` and the layer's `method` have it.
+        config: the class that asks for it.
+        layer: the class that computes with it; `layer.from_decomposition` makes one.
+        solve: (weight, rank, config, budget) -> decomposition. None where the weight itself is stored.
+        refit: (decomposition, rows, budget) -> decomposition with factors fitted to rows; see `decomposition.Rows`.
+        round: (decomposition, weight, format, metric) -> decomposition of values of that format.
+        unwhiten: (decomposition of a whitened weight, metric, dtype) -> decomposition of the weight.
+        check: raises ConfigError where (rank, shape, name of the layer) do not fit.
+        configure: (rank, format, seed) -> config.
+        slow: whether a search tries it only where quicker methods leave something to gain.
+        largest: (shape, numbers that a byte budget holds for each of the weight's) -> the largest fraction of the
+            weight's bytes at which the method is worth a try.
+    """
+
+    name: str
+    config: type[LayerConfig]
+    layer: type[CompressedBilinear]
+    solve: Callable[[Tensor, Rank, Any, Budget], Decomposition] | None = None
+    refit: Callable[[Decomposition, decompose.Rows, Budget], Decomposition] | None = None
+    round: Callable[..., Decomposition] = decompose.rounded
+    unwhiten: Callable[..., Decomposition] | None = None
+    check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
+    configure: Callable[[Rank, Quantize | None, int], LayerConfig]
+    slow: bool = False
+    largest: Callable[[Sequence[int], float], float] = _no_bound
+
+
+def _solve_tucker(weight: Tensor, rank: Rank, config: TuckerConfig, budget: Budget) -> TuckerDecomposition:
+    return decompose.tucker(weight, rank, quantize=config.quantize, **_limits(budget))
+
+
+def _solve_cp(weight: Tensor, rank: Rank, config: CPConfig, budget: Budget) -> CPDecomposition:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AmplificationWarning)  # the report says it, of what is stored
+        return decompose.cp(weight, rank, seed=config.seed, quantize=config.quantize, **_limits(budget))
+
+
+def _limits(budget: Budget) -> dict[str, Any]:
+    return {"max_seconds": budget.max_seconds if budget.limited else None, "progress": budget.report}
+
+
+def _check_tucker(rank: Rank, shape: Sequence[int], where: str) -> None:
+    if not isinstance(rank, (MaxError, MaxSize)):
+        decompose.check_tucker_rank(rank, shape, where)
+
+
+_MOST_COMPONENTS = 8  # components for each index of the longest mode; beyond it CP takes minutes and hardly shrinks
+
+
+def _largest_cp(shape: Sequence[int], numbers: float) -> float:
+    out, in1, in2 = shape
+    components = numbers * out * in1 * in2 / (sum(shape) * max(shape))
+    return _MOST_COMPONENTS / components
+
+
+METHODS: dict[str, Method] = {
+    "dense": Method(
+        name="dense",
+        config=DenseConfig,
+        layer=DenseBilinear,
+        configure=lambda rank, quantize, seed: DenseConfig(quantize=quantize),
+    ),
+    "tucker": Method(
+        name="tucker",
+        config=TuckerConfig,
+        layer=TuckerBilinear,
+        solve=_solve_tucker,
+        refit=decompose.refit_tucker,
+        unwhiten=decompose.unwhitened_tucker,
+        check=_check_tucker,
+        configure=lambda rank, quantize, seed: TuckerConfig(rank=rank or (1, 1, 1), quantize=quantize),
+    ),
+    "cp": Method(
+        name="cp",
+        config=CPConfig,
+        layer=CPBilinear,
+        solve=_solve_cp,
+        refit=decompose.refit_cp,
+        unwhiten=decompose.unwhitened_cp,
+        configure=lambda rank, quantize, seed: CPConfig(rank=rank or 1, quantize=quantize, seed=seed),
+        slow=True,
+        largest=_largest_cp,
+    ),
+}
+"""By name. Quick methods stand before slow ones: a search tries them in this order."""
+
+
+def method_of(config: Config) -> Method:
+    """The row of a config; an `AutoConfig` has none. Raises: KeyError."""
+    return next(row for row in METHODS.values() if type(config) is row.config)
+
+
+def method_name(config: Config) -> str:
+    """What `LayerReport.method` says before anything is chosen."""
+    return "auto" if isinstance(config, AutoConfig) else method_of(config).name
