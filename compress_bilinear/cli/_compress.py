@@ -10,6 +10,7 @@ import torch
 from click.core import ParameterSource
 
 from ..config import (
+    COMPUTE_CHOICES,
     METHODS,
     AutoConfig,
     Config,
@@ -22,12 +23,11 @@ from ..config import (
     Recipe,
     TuckerConfig,
     TuckerRank,
-    asked,
+    plain,
     read_recipe,
 )
 from ..errors import ConfigError
 from ..files import read_state, write_container
-from ..fitting import MODES
 from ..planning import _offline as state_dicts
 from ..report import size
 from ._shared import (
@@ -93,7 +93,9 @@ _OF_A_CONFIG = (
 )
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
-@click.option("--compute", type=click.Choice(MODES), help="How quantized layers compute.  [default: on_the_fly]")
+@click.option(
+    "--compute", type=click.Choice(COMPUTE_CHOICES), help="How quantized layers compute.  [default: on_the_fly]"
+)
 @click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan; write no checkpoint.")
@@ -167,7 +169,7 @@ def compress(
         progress=False if quiet else None,
         **options,
     )
-    made = replace(planned.report, config=asked(configs, {"include": include or ("*",), **options}))
+    made = replace(planned.report, config=plain(configs, options))
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: write_container(new_state, described, temporary)))
@@ -202,7 +204,7 @@ def _check_files(path: Path, output: Path | None, report: Path | None, rows: Pat
     check_targets(output, report)
 
 
-def _matching(recipe: Recipe, chosen: list[state_dicts.Candidate]) -> dict[str, Config]:
+def _matching(recipe: Recipe, chosen: list[state_dicts.Candidate]) -> dict[str, Config | None]:
     """The recipe's configs without the globs that --layers left nothing to match."""
     left = {glob: config for glob, config in recipe.configs.items() if state_dicts.matching(chosen, glob)}
     if not left:

@@ -16,27 +16,35 @@ from ._methods import (
     check_quantize,
     check_rank,
 )
-from ._recipe import METHODS, Recipe, asked, by_glob, parse_recipe, read_recipe
+from ._options import COMPUTE_CHOICES, ComputeAsked, Evaluate, PlanOptions, check_compute, completed, not_default
+from ._recipe import METHODS, Recipe, by_glob, parse_recipe, plain, read_recipe
 
 __all__ = [
+    "COMPUTE_CHOICES",
     "METHODS",
     "AutoConfig",
     "CPConfig",
     "CPRank",
     "Compute",
+    "ComputeAsked",
     "Config",
     "DenseConfig",
+    "Evaluate",
     "LayerConfig",
     "MaxError",
     "MaxSize",
+    "PlanOptions",
     "Quantize",
     "Recipe",
     "TuckerConfig",
     "TuckerRank",
-    "asked",
     "by_glob",
+    "check_compute",
     "check_quantize",
     "check_rank",
+    "completed",
+    "not_default",
     "parse_recipe",
+    "plain",
     "read_recipe",
 ]

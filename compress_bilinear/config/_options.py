@@ -54,13 +54,13 @@ class PlanOptions(TypedDict, total=False):
 
 _DEFAULTS: PlanOptions = {"measure_latency": True, "compute": "on_the_fly", "force": False}  # the others: None
 
-TEXT_OPTIONS: dict[str, type | tuple[type, ...]] = {
-    "batch_size": int,
-    "measure_latency": bool,
-    "compute": str,
-    "force": bool,
+TEXT_OPTIONS: dict[str, tuple[type, ...]] = {
+    "batch_size": (int,),
+    "measure_latency": (bool,),
+    "compute": (str,),
+    "force": (bool,),
     "max_seconds": (int, float),
-    "refine": str,
+    "refine": (str,),
 }
 """The options that a file can hold, and their types there."""
 

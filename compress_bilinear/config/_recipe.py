@@ -1,8 +1,8 @@
 """Configs as text: what a TOML or JSON file says, and the same as plain data.
 
-max_seconds = 60            # optional: include, exclude, batch_size, measure_latency, compute, force, max_seconds
+max_seconds = 60            # optional: batch_size, measure_latency, compute, force, max_seconds
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
-method = "cp"               # cp, tucker or dense
+method = "cp"               # cp, tucker, dense, auto, or keep to leave the layer alone
 rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
 quantize = "int8"           # optional, as is seed (cp)
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError, nearest
 from ._methods import AutoConfig, Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from ._options import TEXT_OPTIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -28,34 +29,16 @@ METHODS = tuple(_KINDS)
 """Their names, here and on the command line."""
 
 _TARGETS = {"max_error": ("error", MaxError), "max_size": ("size", MaxSize)}  # the field of an AutoConfig; the class
-OPTIONS: dict[str, tuple[type, ...]] = {
-    "include": (str, list),
-    "exclude": (str, list),
-    "batch_size": (int,),
-    "measure_latency": (bool,),
-    "compute": (str,),
-    "force": (bool,),
-    "max_seconds": (int, float),
-    "refine": (str,),
-}
-"""The arguments of `surgery.plan` that a file may give, and the types that they have there."""
-
-_DEFAULTS: dict[str, Any] = {
-    "include": ("*",),
-    "exclude": (),
-    "measure_latency": True,
-    "compute": "on_the_fly",
-    "force": False,
-}
 
 
-def by_glob(config: object) -> dict[str, Config]:
+def by_glob(config: object) -> dict[str, Config | None]:
     """Globs to configs; a single config holds for every name. Raises: ConfigError for anything else, or for none."""
     configs: dict[str, Any] = dict(config) if isinstance(config, Mapping) else {"*": config}
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
-        if not isinstance(pattern, str) or not isinstance(value, tuple(_KINDS.values())):
+        left = value is None and config is not None
+        if not isinstance(pattern, str) or not (left or isinstance(value, tuple(_KINDS.values()))):
             raise ConfigError(
                 "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
                 f"them. Found {pattern!r}: {value!r}."
@@ -67,7 +50,7 @@ def by_glob(config: object) -> dict[str, Config]:
 class Recipe:
     """What a file asks for: globs to configs, and arguments of `surgery.plan`."""
 
-    configs: Mapping[str, Config]
+    configs: Mapping[str, Config | None]
     options: Mapping[str, Any]
 
 
@@ -95,7 +78,8 @@ def read_recipe(path: Path) -> Recipe:
 def parse_recipe(data: object) -> Recipe:
     """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read`."""
     found = dict(_table(data, "the file"))
-    top = ("layers", *OPTIONS)
+    narrowing = {name: found.pop(name) for name in ("include", "exclude") if name in found}
+    top = ("layers", *TEXT_OPTIONS)
     for name in found:
         if name not in top:
             raise ConfigError(f"{_key(name)}: unknown.{nearest(name, top)} A file takes {', '.join(top)}.")
@@ -103,13 +87,25 @@ def parse_recipe(data: object) -> Recipe:
     if not layers:
         raise ConfigError('layers: should have at least one table, say [layers."*"]. Found none.')
     for name, value in found.items():
-        allowed = OPTIONS[name]
+        allowed = TEXT_OPTIONS[name]
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
             wanted = " or ".join(kind.__name__ for kind in allowed)
             raise ConfigError(f"{name}: should be of type {wanted}. Found {value!r}.")
         if isinstance(value, list) and not all(isinstance(one, str) for one in value):
             raise ConfigError(f"{name}: should hold strings. Found {value!r}.")
-    return Recipe(configs={glob: _config(_path("layers", glob), layers[glob]) for glob in layers}, options=found)
+    configs = {glob: _config(_path("layers", glob), layers[glob]) for glob in layers}
+    return Recipe(configs=_narrowed(configs, **narrowing), options=found)
+
+
+def _narrowed(configs: dict[str, Config | None], include: Any = (), exclude: Any = ()) -> dict[str, Config | None]:
+    """The same with `exclude` and `include` of files of earlier versions written as globs."""
+    include, exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
+    if include and include != ("*",):
+        if len(configs) != 1:
+            raise ConfigError('include: write its globs under [layers] instead, a table each. Found "include" there.')
+        (config,) = configs.values()
+        configs = dict.fromkeys(include, config)
+    return {**dict.fromkeys(exclude), **configs}
 
 
 def _names(kind: type[Config]) -> list[str]:
@@ -121,8 +117,10 @@ _KEYS = ("method", *dict.fromkeys(name for kind in _KINDS.values() for name in _
 """Of any method."""
 
 
-def _config(where: str, data: object) -> Config:
+def _config(where: str, data: object) -> Config | None:
     found = dict(_table(data, where))
+    if found == {"method": "keep"}:
+        return None
     if found.pop("cost", "bytes") != "bytes":  # files of earlier versions may have it
         raise ConfigError(f"{where}.cost: ranks are always chosen by stored bytes. Leave it out.")
     for name in found:  # before a key that is missing is asked for: this may be it
@@ -182,19 +180,16 @@ def _key(key: str) -> str:
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
-def asked(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`Report.config`: the recipe as plain data, without the arguments of `plan` that are at their defaults."""
-    return plain(configs, {name: value for name, value in options.items() if value != _DEFAULTS.get(name)})
-
-
-def plain(configs: Mapping[str, Config], options: Mapping[str, Any]) -> dict[str, Any]:
+def plain(configs: Mapping[str, Config | None], options: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `parse`: strings, numbers, lists and dicts, without what is left at its default."""
     layers = {glob: _entry(config) for glob, config in configs.items()}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
     return {"layers": layers, **listed}
 
 
-def _entry(config: Config) -> dict[str, Any]:
+def _entry(config: Config | None) -> dict[str, Any]:
+    if config is None:
+        return {"method": "keep"}
     entry: dict[str, Any] = {"method": next(name for name, kind in _KINDS.items() if isinstance(config, kind))}
     for name, value in _given(config):
         if isinstance(value, MaxError):

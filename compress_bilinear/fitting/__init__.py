@@ -1,69 +1,45 @@
 """One layer to candidates: calibrate, fit, round, measure."""
 
 from ._calibrate import FEWEST_ROWS, LayerInputs, collect_inputs
-from ._candidate import Option, point
-from ._compute import (
-    MODES,
-    ComputeAsked,
-    ComputeChoice,
-    check_asked,
-    check_compute,
-    choose_compute,
-    misses,
-    random_rows,
-    seen_rows,
-)
-from ._fit import Fitted, Fitting
+from ._candidate import Candidate
+from ._compute import ComputeChoice, choose_compute, reason_against_rounded_inputs
+from ._fit import fit, solve
+from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting
-from ._measure import (
-    Latency,
-    OutputError,
-    Timing,
-    environment,
-    latencies,
-    parameter_count,
-    resident_bytes,
-    stored_bytes,
-    task_metric,
-    time_adapted,
-    time_replacement,
-    weight_error,
-)
-from ._search import Chooser
-from ._solve import Candidate, as_candidate, solve
+from ._job import Job
+from ._latency import Latency, Timing, latencies, time_adapted, time_replacement, timing_inputs
+from ._measure import OutputError, environment, parameter_count, stored_bytes, task_metric, weight_error
+from ._methods import METHODS, Method, method_name, method_of
+from ._search import Search
 
 __all__ = [
     "FEWEST_ROWS",
-    "MODES",
+    "METHODS",
     "Candidate",
-    "Chooser",
-    "ComputeAsked",
     "ComputeChoice",
-    "Fitted",
-    "Fitting",
+    "Job",
     "Latency",
     "LayerInputs",
-    "Option",
+    "Method",
     "OutputError",
+    "OutputFitting",
+    "Search",
     "Timing",
     "WeightFitting",
-    "as_candidate",
-    "check_asked",
-    "check_compute",
     "choose_compute",
     "collect_inputs",
     "environment",
+    "fit",
     "latencies",
-    "misses",
+    "method_name",
+    "method_of",
     "parameter_count",
-    "point",
-    "random_rows",
-    "resident_bytes",
-    "seen_rows",
+    "reason_against_rounded_inputs",
     "solve",
     "stored_bytes",
     "task_metric",
     "time_adapted",
     "time_replacement",
+    "timing_inputs",
     "weight_error",
 ]

@@ -46,8 +46,8 @@ class Candidate:
     @classmethod
     def of(cls, config: LayerConfig, module: CompressedBilinear, error: float, **known: Any) -> "Candidate":
         """A replacement, with its sizes."""
-        sizes = {"bytes": stored_bytes(module), "flops": module.flops_per_row}
-        return cls(config=config, module=module, error=error, **sizes, **known)
+        size, flops = stored_bytes(module), module.flops_per_row
+        return cls(config=config, module=module, error=error, bytes=size, flops=flops, **known)
 
     @classmethod
     def kept(cls, layer: nn.Bilinear) -> "Candidate":

@@ -16,6 +16,7 @@ from ..config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, Tuck
 from ..decomposition import Budget, Metric
 from ..errors import CompressionError, ConfigError, InfeasibleError
 from ..modules import CompressedBilinear, DenseBilinear
+from ..quantization import FORMATS
 from ..report import Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
@@ -177,7 +178,7 @@ class OutputFitting(WeightFitting):
         assert method.unwhiten is not None
         parts = method.unwhiten(found, self.metric, self.layer.weight.dtype)
         plain = self._layer_of(config, parts, fitted_to=fitted_to)
-        if config.quantize is None or config.quantize == "bf16":
+        if config.quantize is None or not FORMATS[config.quantize].coarse:
             return plain
         rounded = method.round(parts, found.to_tensor() if target is None else target, config.quantize, self.metric)
         return best([plain, replace(self._layer_of(config, rounded, fitted_to=fitted_to), decomposition=parts)])

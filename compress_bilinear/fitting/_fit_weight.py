@@ -9,15 +9,15 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ..config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
-from ..decomposition import Budget
+from ..decomposition import Budget, tightened
 from ..errors import InfeasibleError
 from ..modules import CompressedBilinear, DenseBilinear
+from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._measure import weight_error
 from ._methods import Decomposition, Rank, method_of
 
-_ATTEMPTS = 4  # at a target that rounding made miss
-_ROUNDING = 0.011  # relative error of 8-bit factors; with fewer bits, the first attempt tells more than a guess
+_MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
 
 
 class WeightFitting:
@@ -55,25 +55,23 @@ class WeightFitting:
     def within(self, config: CPConfig | TuckerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
 
-        The solvers meet a target in floating point. Truncation and rounding errors add in quadrature, so the target is
-        tightened until the stored error fits too.
-
         Raises: InfeasibleError where rounding alone is more than `limit`, or no rank that is smaller meets it.
         """
-        budget, target = budget or Budget(), limit
-        if config.quantize is not None:
-            target = math.sqrt(max(limit**2 - _ROUNDING**2, 0.7 * limit**2))
-        for _ in range(_ATTEMPTS):
+        budget = budget or Budget()
+
+        def attempt(target: float) -> tuple[Candidate, float]:
             found = self.at(config, MaxError(target), budget.child(0.5))
-            if found.error <= limit:
-                return found
-            rounding = max(found.error**2 - target**2, 0.0)
-            left = limit**2 - 1.1 * rounding
-            target = min(math.sqrt(left), 0.98 * target) if left > 0 else 0.7 * target
+            return found, found.error
+
+        # four bits cost so much that a first attempt tells more than what is expected of the format
+        expected = 0.0 if config.quantize is None else min(_MOST_EXPECTED, FORMATS[config.quantize].error)
+        found, error = tightened(attempt, limit, expected=expected)
+        if error <= limit:
+            return found
         stored = config.quantize or str(self.layer.weight.dtype).removeprefix("torch.")
         raise InfeasibleError(
             f"A relative error of {limit:g} is out of reach of {stored} factors: rounding alone keeps it at "
-            f"{found.error:.3g}."
+            f"{error:.3g}."
         )
 
     def dense(self, config: DenseConfig, budget: Budget | None = None) -> Candidate:

@@ -32,7 +32,8 @@ def timing_inputs(
         seen: rows that the layer saw, which are taken over and over where they are too few; Gaussian ones without.
         like: a tensor of their device and dtype; by default the layer's weight.
     """
-    like = layer.weight if like is None else like
+    if like is None:
+        like = layer.weight if isinstance(layer.weight, Tensor) else next(layer.buffers())
     if seen is not None and len(seen.input1) > 0:
         index = torch.arange(rows, device=seen.input1.device) % len(seen.input1)
         first, second = (value[index] for value in (seen.input1, seen.input2))

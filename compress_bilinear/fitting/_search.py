@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from torch import nn
@@ -49,8 +50,8 @@ class Search:
         self._budget, self._seed, self._exact, self._nearly = budget or Budget(), seed, exact, nearly
         bits = 8 * layer.weight.element_size()
         # formats of few bits nearly always win; a layer in half precision has 16 bits already
-        self._few: tuple[Quantize, ...] = tuple(name for name, each in FORMATS.items() if each.bits <= 8)
-        wide = [name for name, each in FORMATS.items() if 8 < each.bits < bits]
+        self._few: tuple[Quantize, ...] = tuple(name for name in get_args(Quantize) if FORMATS[name].coarse)
+        wide = [name for name in get_args(Quantize) if 8 < FORMATS[name].bits < bits]
         self._many: tuple[Quantize | None, ...] = (*wide, None)
         self._quick = [row for row in METHODS.values() if row.solve is not None and not row.slow]
         self._slow = [row for row in METHODS.values() if row.solve is not None and row.slow]

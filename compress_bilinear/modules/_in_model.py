@@ -1,7 +1,7 @@
 """Which layers a model has, which are selected, which cannot be replaced faithfully; and the swap itself."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import Config
-from ..errors import CompressionError, ConfigError, MatchError
+from ..errors import CompressionError, MatchError
 from ._base import CompressedBilinear
 from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
@@ -118,15 +118,10 @@ def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
     return found
 
 
-def select(
-    model: nn.Module,
-    configs: Mapping[str, Config],
-    include: str | Iterable[str],
-    exclude: str | Iterable[str],
-) -> list[tuple[FoundLayer, Config]]:
-    """The layers that are included, not excluded, and matched by a glob of `configs`, with their configs.
+def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple[FoundLayer, Config]]:
+    """The layers that a glob of `configs` matches, each with the config of the first that does; None leaves it out.
 
-    Raises: MatchError where a pattern matches nothing, or all of them together leave nothing.
+    Raises: MatchError where a glob matches nothing, or all of them together leave nothing.
     """
     found = find(model)
     if not found:
@@ -140,38 +135,22 @@ def select(
                 f"`model` should not be wrapped for parallel training. Found {type(module).__name__}: "
                 "compress its `.module` and wrap the result."
             )
-    includes, excludes = patterns(include, "include"), patterns(exclude, "exclude")
-    for what, globs in (("include", includes), ("exclude", excludes), ("config", tuple(configs))):
-        for pattern in globs:
-            if not any(_matches(layer, (pattern,)) for layer in found):
-                like = "".join(f" {told}." for told in unknown_forms(model))
-                raise MatchError(
-                    f"`{what}` pattern {pattern!r} should match an nn.Bilinear. Found: {_listing(found)}.{like}"
-                )
+    for glob in configs:
+        if not any(_matches(layer, glob) for layer in found):
+            like = "".join(f" {told}." for told in unknown_forms(model))
+            raise MatchError(f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}.{like}")
     chosen = []
     for layer in found:
-        if _matches(layer, includes) and not _matches(layer, excludes):
-            config = next((config for pattern, config in configs.items() if _matches(layer, (pattern,))), None)
-            if config is not None:
-                chosen.append((layer, config))
+        config = next((config for glob, config in configs.items() if _matches(layer, glob)), None)
+        if config is not None:
+            chosen.append((layer, config))
     if not chosen:
-        raise MatchError(
-            f"`include`, `exclude` and `config` should leave at least one nn.Bilinear. Found: {_listing(found)}."
-        )
+        raise MatchError(f"`config` should be for at least one nn.Bilinear. Found: {_listing(found)}.")
     return chosen
 
 
-def patterns(value: str | Iterable[str], what: str) -> tuple[str, ...]:
-    """One glob or several as a tuple. Raises: ConfigError where one is no string."""
-    found = (value,) if isinstance(value, str) else tuple(value)
-    for pattern in found:
-        if not isinstance(pattern, str):
-            raise ConfigError(f"`{what}` should be a glob or several. Found {pattern!r}.")
-    return found
-
-
-def _matches(found: FoundLayer, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in found.names for pattern in globs)
+def _matches(found: FoundLayer, glob: str) -> bool:
+    return any(fnmatchcase(name, glob) for name in found.names)
 
 
 def _listing(found: Sequence[FoundLayer]) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, recipe
+from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, not_default, plain
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, StalePlanError
 from ..fitting import Job, environment, stored_bytes, task_metric
@@ -163,7 +163,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
             distil_all(model, jobs, batches, given, left, bars)
     for job in jobs:
         job.release()
-    return Plan(model, jobs, _report(model, jobs, recipe(configs, given)), given["evaluate"])
+    return Plan(model, jobs, _report(model, jobs, plain(configs, not_default(given))), given["evaluate"])
 
 
 def compress(

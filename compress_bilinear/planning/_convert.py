@@ -7,9 +7,9 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..config import Quantize, check_quantize
+from ..config import ComputeAsked, Quantize, check_compute, check_quantize
 from ..errors import CompressionError, ConfigError, MatchError
-from ..fitting import ComputeAsked, ComputeChoice, check_compute, choose_compute, random_rows
+from ..fitting import ComputeChoice, choose_compute, timing_inputs
 from ..modules import CompressedBilinear, find_compressed, hooked, stored_as, swap
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -115,8 +115,8 @@ def set_compute(
     for name, layer in layers.items():
         bias = layer.bias
         wanted = dtype or (bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)
-        inputs = random_rows(layer, rows, next(layer.buffers()).device, wanted)
-        choices[name] = choose_compute(layer, compute, inputs, timed=False)
+        like = torch.empty(0, device=next(layer.buffers()).device, dtype=wanted)
+        choices[name] = choose_compute(layer, compute, timing_inputs(layer, rows, like=like), timed=False)
     return choices
 
 

@@ -125,7 +125,7 @@ def matching(found: Sequence[Candidate], pattern: str) -> list[Candidate]:
 def compress_state(
     state: Mapping[str, Tensor],
     chosen: Sequence[Candidate],
-    config: Config | Mapping[str, Config],
+    config: Config | Mapping[str, Config | None],
     *,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,

@@ -272,8 +272,9 @@ def _errors_of_distilled(job: Job, candidate: Candidate) -> dict[str, Any]:
     assert job.report is not None
     known = {"weight_error": factor_errors(job.layer, candidate)["weight_error"]}
     known["output_error"] = output_error(job, candidate)
-    if hasattr(candidate.module, "to_decomposition"):
-        known["amplification"] = getattr(candidate.module.to_decomposition(), "amplification", None)
+    decomposition: Any = getattr(candidate.module, "to_decomposition", None)
+    if decomposition is not None:
+        known["amplification"] = getattr(decomposition(), "amplification", None)
     known |= {"truncation_error": None, "quantization_error": None}  # they are parts of the former error
     front = []
     for point in job.report.front:

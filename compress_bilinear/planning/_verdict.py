@@ -24,9 +24,7 @@ from ..fitting import (
     weight_error,
 )
 from ..modules import CompressedBilinear, FoundLayer, is_lazy
-from ..report import LayerReport, Note, Spectrum
-
-AS_CONFIGURED = Note("as_configured", "as configured")
+from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 
 def judge(job: Job, options: PlanOptions, made: bool = False) -> None:

@@ -170,7 +170,7 @@ class TestCompress:
     def test_options_are_the_configs(self, run, args, config):
         assert run("compress", "net.pt", *TO, *args, "--layers", "rel")[0] == 0
         loaded = cb.load("small.safetensors", Net())
-        expected, _ = cb.compress(trained(), config, include="rel", measure_latency=False)
+        expected, _ = cb.compress(trained(), {"rel": config}, measure_latency=False)
         assert loaded.rel.rank == expected.rel.rank
         assert torch.equal(loaded.rel.to_dense(), expected.rel.to_dense())
         assert isinstance(loaded.blocks[0], nn.Bilinear)
@@ -326,7 +326,7 @@ class TestReport:
 def test_the_demo_prints_its_table(run, monkeypatch):
     from compress_bilinear.cli import _demo as demo
 
-    layer = cb.plan(trained(), cb.TuckerConfig(rank=(2, 3, 3)), include="rel", measure_latency=False).report
+    layer = cb.plan(trained(), {"rel": cb.TuckerConfig(rank=(2, 3, 3))}, measure_latency=False).report
     folders = []
 
     def quick(folder, seed, progress):

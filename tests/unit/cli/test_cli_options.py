@@ -186,9 +186,7 @@ class TestCompress:
         assert found.model_bytes_before == selection.stored_bytes(net(dtype))
         loaded = cb.load("small.safetensors", net(dtype))
         assert {value.dtype for value in loaded.state_dict().values()} == {dtype}
-        expected, _ = cb.compress(
-            net().to(dtype), cb.TuckerConfig(rank=(2, 3, 3)), include="rel", measure_latency=False
-        )
+        expected, _ = cb.compress(net().to(dtype), {"rel": cb.TuckerConfig(rank=(2, 3, 3))}, measure_latency=False)
         assert torch.equal(loaded["rel"].to_dense(), expected["rel"].to_dense())
 
     def test_tied_weights_stay_tied_in_another_dtype(self):

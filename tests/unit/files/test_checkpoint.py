@@ -150,7 +150,7 @@ class TestRoundTrip:
         assert cb.load(path, Net(bias=False)).rel.bias is None
 
     def test_partly_compressed_networks_come_back(self, path):
-        model = small(trained(), CONFIGS["cp"], include="rel")
+        model = small(trained(), {"rel": CONFIGS["cp"]})
         cb.save(model, path)
         loaded = cb.load(path, Net().eval())
         assert isinstance(loaded.one, nn.Bilinear)

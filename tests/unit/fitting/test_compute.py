@@ -16,10 +16,9 @@ from compress_bilinear.fitting import (
     LayerInputs,
     OutputError,
     choose_compute,
-    misses,
-    resident_bytes,
-    seen_rows,
+    reason_against_rounded_inputs,
     stored_bytes,
+    timing_inputs,
 )
 from compress_bilinear.fitting import _compute as computing
 from compress_bilinear.planning import _verdict as selection
@@ -65,45 +64,40 @@ def timed(monkeypatch):
 
 class TestChoice:
     @pytest.mark.parametrize(
-        ("resident", "int8", "expected"),
+        ("int8", "expected"),
         [
-            ((9, 8, 10), (9, 8, 10), "on_the_fly"),  # within the spread
-            ((1, 1, 1), (2, 2, 2), "resident"),
-            ((2, 2, 2), (1, 1, 1), "int8"),
-            ((2, 1, 9.2), (3, 3, 3), "int8"),  # faster in the median, but not beyond the spread
+            ((9, 8, 10), "on_the_fly"),  # within the spread
+            ((2, 2, 2), "int8"),
+            ((2, 1, 9.2), "on_the_fly"),  # faster in the median, but not beyond the spread
         ],
     )
-    def test_the_fastest_beyond_the_spread_is_taken(self, timed, resident, int8, expected):
-        timed |= {"resident": Latency(*resident), "int8": Latency(*int8)}
+    def test_the_fastest_beyond_the_spread_is_taken(self, timed, int8, expected):
+        timed |= {"int8": Latency(*int8)}
         layer, _ = made("cp", "int8")
         choice = choose_compute(layer, "fastest", rows(layer))
         assert choice.compute == layer.compute == expected
         assert [one.mode for one in choice.modes if one.chosen] == [expected]
-        assert {one.mode: one.latency_ms for one in choice.modes} == {
-            "on_the_fly": 9,
-            "resident": resident[0],
-            "int8": int8[0],
-            "bitsandbytes": None,
-        }
+        latencies = {one.mode: one.latency_ms for one in choice.modes}
+        assert latencies == {"on_the_fly": 9, "int8": int8[0], "bitsandbytes": None}
 
-    def test_what_there_is_an_objection_to_is_not_taken_and_the_reason_is_told(self, timed):
-        timed |= {"int8": Latency(1, 1, 1), "resident": Latency(2, 2, 2)}
+    def test_a_mode_with_a_reason_against_it_is_not_taken(self, timed):
+        timed |= {"int8": Latency(1, 1, 1)}
         layer, _ = made("dense", "int8")
         choice = choose_compute(
-            layer, "fastest", rows(layer), objection=lambda one: "no" if one.compute == "int8" else None
+            layer, "fastest", rows(layer), reason_against=lambda one: "no" if one.compute == "int8" else None
         )
-        assert choice.compute == "resident"
+        assert choice.compute == "on_the_fly"
         refused = {one.mode: one.refused for one in choice.modes}
-        assert (refused["on_the_fly"], refused["resident"], refused["int8"]) == (None, None, "no")
+        assert (refused["on_the_fly"], refused["int8"]) == (None, "no")
         assert "slower than torch" in refused["bitsandbytes"]
 
-    @pytest.mark.parametrize("asked", ["resident", "int8"])
+    @pytest.mark.parametrize("asked", ["on_the_fly", "int8"])
     def test_a_mode_that_is_given_is_taken_without_or_with_its_latency(self, timed, asked):
         layer, _ = made("dense", "int8")
         choice = choose_compute(layer, asked, rows(layer), timed=False)
         assert (choice.compute, choice.latencies, timed["asked"]) == (asked, {}, [])
         assert all(one.latency_ms is None for one in choice.modes)
-        assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "resident", "int8"}
+        assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "int8"}
 
     @pytest.mark.parametrize(
         ("bitsandbytes", "expected"), [((1, 1, 1), "bitsandbytes"), ((9, 8, 10), "on_the_fly")], ids=str
@@ -114,7 +108,7 @@ class TestChoice:
         choice = choose_compute(layer, "fastest", rows(layer))
         assert choice.compute == layer.compute == expected
         known = {one.mode: one for one in choice.modes}["bitsandbytes"]
-        assert (known.output_change, known.resident_bytes, known.refused) == (0, stored_bytes(layer), None)
+        assert (known.output_change, known.refused) == (0, None)
 
     @pytest.mark.parametrize(("asked", "told"), [("on_the_fly", False), ("bitsandbytes", True)])
     def test_bitsandbytes_is_not_imported_for_what_does_not_want_it(self, monkeypatch, asked, told):
@@ -126,14 +120,10 @@ class TestChoice:
         assert choice.compute == "on_the_fly"
         assert {one.mode: one.refused for one in choice.modes}.get("bitsandbytes") == ("not here" if told else None)
 
-    def test_what_each_mode_holds_and_changes(self):
+    def test_what_each_mode_changes(self):
         layer, _ = made("dense", "int8")
         known = {one.mode: one for one in choose_compute(layer, "fastest", rows(layer)).modes}
-        size, values = stored_bytes(layer), 19 * 30 * 23
-        held = {"on_the_fly": size, "resident": size + 4 * values, "int8": size}
-        assert {mode: one.resident_bytes for mode, one in known.items() if one.refused is None} == held
         assert known["on_the_fly"].output_change == 0
-        assert known["resident"].output_change < 1e-6
         assert 0.002 < known["int8"].output_change < 0.02
 
     @pytest.mark.parametrize(("method", "quantize"), [("dense", "nf4"), ("cp", "nf4"), ("tucker", "nf4")])
@@ -147,31 +137,31 @@ class TestChoice:
 
     def test_a_tucker_of_which_nothing_but_the_core_is_left_has_no_integer_mode(self):
         layer = cb.TuckerBilinear.from_bilinear(bilinear(5, 4, 3), (3, 5, 4), quantize="int8")
-        assert layer.computes == ("on_the_fly", "resident")
+        assert layer.computes == ("on_the_fly",)
         assert "none of its projections" in layer.refused_compute("int8")
 
 
 def test_rows_are_those_that_the_layer_saw_over_and_over():
     layer = bilinear(3, 2, 4)
     seen = LayerInputs(torch.arange(6.0).view(2, 3), torch.arange(4.0).view(2, 2), 2, 1)
-    first, second = seen_rows(layer, seen, 5)
+    first, second = timing_inputs(layer, 5, seen)
     assert first[:, 0].tolist() == [0, 3, 0, 3, 0]
     assert second[:, 1].tolist() == [1, 3, 1, 3, 1]
-    assert [value.shape for value in seen_rows(layer, None, 5)] == [(5, 3), (5, 2)]
+    assert [value.shape for value in timing_inputs(layer, 5)] == [(5, 3), (5, 2)]
 
 
-def test_an_objection_is_about_the_outputs_of_rounded_inputs_alone():
+def test_the_reason_against_a_mode_is_about_the_outputs_of_rounded_inputs_alone():
     layer = bilinear(24, 20, 12)
     first, second = (torch.cat(values) for values in zip(*batches(), strict=True))
     measured = OutputError(layer, LayerInputs(first, second, len(first), 12))
     module = cb.DenseBilinear.from_bilinear(layer, quantize="int8")
     error = measured.of(module)
-    objection = misses(MaxError(1.2 * error, on="output"), measured)
-    assert objection(module) is None
+    reason_against = reason_against_rounded_inputs(MaxError(1.2 * error, on="output"), measured)
+    assert reason_against(module) is None
     module.set_compute("int8")
-    assert "misses" in objection(module)
-    assert misses(MaxError(0.5, on="output"), measured)(module) is None
-    assert misses(MaxError(1.2 * error), measured)(module) is None
+    assert "misses" in reason_against(module)
+    assert reason_against_rounded_inputs(MaxError(0.5, on="output"), measured)(module) is None
+    assert reason_against_rounded_inputs(MaxError(1.2 * error), measured)(module) is None
 
 
 class TestCompress:
@@ -191,8 +181,7 @@ class TestCompress:
         (layer,) = report.layers
         assert computed == [layer.compute] == ["int8"]
         assert small.rel.compute == "int8"
-        assert layer.resident_bytes == resident_bytes(small.rel)
-        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "resident", "int8", "bitsandbytes"}
+        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "int8", "bitsandbytes"}
         assert layer.output_error != plain.layers[0].output_error  # rounded inputs count
         assert plain.layers[0].compute_modes == ()
         assert Report.from_json(report.to_json()) == report
@@ -205,14 +194,13 @@ class TestCompress:
         assert torch.equal(again(*inputs), small(*inputs))
 
     def test_the_fastest_of_each_layer(self, timed):
-        timed |= {"resident": Latency(1, 1, 1)}
+        timed |= {"int8": Latency(1, 1, 1)}
         net = nn.Sequential(bilinear(9, 8, 7), bilinear(9, 8, 7, seed=1))
         configs = {"0": CONFIGS["dense"], "1": cb.DenseConfig()}
         small, report = cb.compress(net, configs, compute="fastest", force=True)
-        assert [layer.compute for layer in report.layers] == ["resident", None]
-        assert small[0].compute == "resident"
-        assert small[0].weight.resident is not None
-        assert report.layers[0].bytes_after == stored_bytes(small[0]) < report.layers[0].resident_bytes
+        assert [layer.compute for layer in report.layers] == ["int8", None]
+        assert small[0].compute == "int8"
+        assert report.layers[0].bytes_after == stored_bytes(small[0])
 
     def test_rounded_inputs_that_miss_a_target_are_not_taken(self, timed):
         timed |= {"int8": Latency(1, 1, 1)}
@@ -246,7 +234,8 @@ class TestCompress:
         [
             (CONFIGS["cp"], {"compute": "fast"}, "`compute` should be one of"),
             (CONFIGS["cp"], {"compute": "fastest", "measure_latency": False}, "chosen by latencies"),
-            (cb.CPConfig(rank=3), {"compute": "resident"}, "needs a config with `quantize`"),
+            (cb.CPConfig(rank=3), {"compute": "int8"}, "needs a config with `quantize`"),
+            (CONFIGS["cp"], {"compute": "resident"}, "no longer a mode: `cb.dequantize"),
         ],
     )
     def test_mistakes(self, config, asked, message):
@@ -255,15 +244,6 @@ class TestCompress:
 
 
 class TestFiles:
-    def test_resident_weights_are_made_anew_for_the_networks_dtype(self, tmp_path):
-        net = nn.Sequential(cb.CPBilinear.from_bilinear(bilinear(6, 5, 4, bias=False).half(), 2, quantize="int8"))
-        cb.set_compute(net, "resident", dtype=torch.float16)
-        cb.save(net, tmp_path / "net.safetensors")
-        again = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(6, 5, 4, bias=False).half()))
-        assert again[0].in1_proj.weight.resident.dtype == torch.float16
-        values = [value.half() for value in rows(again[0])]
-        assert torch.equal(again[0](*values), net[0](*values))
-
     def test_a_file_of_bitsandbytes_mode_loads_where_it_cannot_be_used(self, tmp_path, monkeypatch):
         net = nn.Sequential(cb.TuckerBilinear.from_bilinear(bilinear(9, 8, 7), (3, 4, 4), quantize="nf4"))
         cb.set_compute(net, "bitsandbytes")

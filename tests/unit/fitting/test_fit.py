@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from support import bilinear
@@ -7,7 +9,15 @@ import compress_bilinear as cb
 from compress_bilinear import decomposition
 from compress_bilinear.decomposition import Budget
 from compress_bilinear.errors import CompressionError, ConfigError
-from compress_bilinear.fitting import Fitting, LayerInputs, OutputError, collect_inputs, solve, stored_bytes
+from compress_bilinear.fitting import (
+    METHODS,
+    LayerInputs,
+    OutputError,
+    OutputFitting,
+    collect_inputs,
+    method_of,
+    stored_bytes,
+)
 
 IN1, IN2, OUT = 10, 8, 6
 CP, TUCKER = cb.CPConfig(rank=6), cb.TuckerConfig(rank=(3, 4, 4))
@@ -38,9 +48,9 @@ def fresh_error(layer: nn.Bilinear, module: nn.Module) -> float:
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_on_correlated_inputs_it_beats_the_weight_by_far_on_fresh_rows(config):
     layer = bilinear(IN1, IN2, OUT)
-    fitted = Fitting(layer, seen(layer, *rows(2000))).at(config, config.rank)
+    fitted = OutputFitting(layer, seen(layer, *rows(2000))).at(config, config.rank)
     plain = cb.compress(layer, config, measure_latency=False)[0]
-    assert fitted.way == "rows"
+    assert fitted.fitted_to == "rows"
     assert fresh_error(layer, fitted.module) < 0.7 * fresh_error(layer, plain)
 
 
@@ -64,8 +74,8 @@ def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
     before = layer.bias.detach().clone()
     first, second = (value.double() for value in rows(400))
     inputs = seen(layer, first, second)
-    fitted = Fitting(layer, inputs).dense(cb.DenseConfig(quantize="nf4"))
-    assert fitted.own_bias
+    fitted = OutputFitting(layer, inputs).dense(cb.DenseConfig(quantize="nf4"))
+    assert fitted.bias_corrected
     with torch.no_grad():
         lost = layer(*inputs.fit) - fitted.module(*inputs.fit)
     assert float(lost.mean(0).abs().max()) < 1e-5 * float(lost.std())  # nf4 computes in float32
@@ -77,7 +87,7 @@ def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
 @pytest.mark.parametrize("kind", [cb.DenseConfig, cb.CPConfig, cb.TuckerConfig])
 def test_what_rounding_costs_the_outputs_is_less_than_value_by_value_on_fresh_rows(kind, quantize):
     layer = bilinear(IN1, IN2, OUT)
-    fitting = Fitting(layer, seen(layer, *rows(2000)), fix_bias=False)
+    fitting = OutputFitting(layer, seen(layer, *rows(2000)), fix_bias=False)
     if kind is cb.DenseConfig:
         plain, floating = cb.DenseBilinear.from_bilinear(layer, quantize=quantize), 0.0
         fitted = fitting.dense(kind(quantize=quantize))
@@ -95,24 +105,24 @@ def test_what_rounding_costs_the_outputs_is_less_than_value_by_value_on_fresh_ro
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_a_bias_that_must_not_change_does_not(config):
     layer = bilinear(IN1, IN2, OUT)
-    fitted = Fitting(layer, seen(layer, *rows(400)), fix_bias=False).at(config, config.rank)
-    assert not fitted.own_bias
+    fitted = OutputFitting(layer, seen(layer, *rows(400)), fix_bias=False).at(config, config.rank)
+    assert not fitted.bias_corrected
     assert torch.equal(fitted.module.bias, layer.bias)
 
 
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_layers_without_bias_stay_so(config):
     layer = bilinear(IN1, IN2, OUT, bias=False)
-    fitted = Fitting(layer, seen(layer, *rows(400))).at(config, config.rank)
+    fitted = OutputFitting(layer, seen(layer, *rows(400))).at(config, config.rank)
     assert fitted.module.bias is None
-    assert not fitted.own_bias
+    assert not fitted.bias_corrected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("config", [CP, cb.TuckerConfig(rank=(OUT, 5, 7))], ids=["cp", "tucker"])
 def test_half_precision_layers_keep_their_dtype(dtype, config):
     layer = bilinear(IN1, IN2, OUT, dtype=dtype)
-    fitted = Fitting(layer, seen(layer, *(value.to(dtype) for value in rows(300)))).at(config, config.rank)
+    fitted = OutputFitting(layer, seen(layer, *(value.to(dtype) for value in rows(300)))).at(config, config.rank)
     assert {parameter.dtype for parameter in fitted.module.parameters()} == {dtype}
     assert fitted.error < 0.9
 
@@ -122,27 +132,30 @@ def test_half_precision_cores_stay_in_range_where_one_direction_of_the_inputs_do
     with torch.no_grad():
         layer.weight.mul_(100)
     first, second = ((100 * value.mean(1, keepdim=True) + value) / 100 for value in rows(300))
-    fitted = Fitting(layer, seen(layer, first.half(), second.half())).at(TUCKER, TUCKER.rank)
-    assert fitted.way == "rows"
+    fitted = OutputFitting(layer, seen(layer, first.half(), second.half())).at(TUCKER, TUCKER.rank)
+    assert fitted.fitted_to == "rows"
     assert fitted.error < 0.1
 
 
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 @pytest.mark.parametrize("thorough", [True, False])
 def test_factors_out_of_range_give_way_to_those_of_the_weight(config, thorough, monkeypatch):
-    def unwhitened(self, found):
+    def unwhiten(*_):
         raise CompressionError("`core` should be finite. Found NaN or infinity.")
 
     layer, batch = bilinear(IN1, IN2, OUT), rows(300)
-    expected = Fitting(layer, seen(layer, *batch))._decomposed(layer.weight, config, config.rank, Budget()).to_tensor()
-    monkeypatch.setattr(Fitting, "_unwhitened", unwhitened)
-    fitted = Fitting(layer, seen(layer, *batch)).at(config, config.rank, thorough=thorough)
-    assert fitted.way == "weight"
+    expected = (
+        OutputFitting(layer, seen(layer, *batch))._solved(layer.weight, config, config.rank, Budget()).to_tensor()
+    )
+    method = method_of(config)
+    monkeypatch.setitem(METHODS, method.name, replace(method, unwhiten=unwhiten))
+    fitted = OutputFitting(layer, seen(layer, *batch)).at(config, config.rank, thorough=thorough)
+    assert fitted.fitted_to == "weight"
     torch.testing.assert_close(fitted.module.to_dense(), expected)
     (told,) = cb.plan(layer, config, calibration=[batch], measure_latency=False).report.layers
     assert "fitted to the weight, for factors fitted to the outputs leave the range" in told.reason
     with pytest.raises(ConfigError):  # a rank that does not fit is another matter
-        Fitting(layer, seen(layer, *batch)).at(config, 10**6 if config is CP else (OUT + 1, 1, 1))
+        OutputFitting(layer, seen(layer, *batch)).at(config, 10**6 if config is CP else (OUT + 1, 1, 1))
 
 
 @pytest.mark.parametrize("make", ["constant", "zero", "rank one"])
@@ -155,7 +168,7 @@ def test_inputs_that_say_little_give_finite_replacements(make, config):
         first = first * 0
     else:
         first = first[:, :1] * torch.ones(IN1)
-    fitted = Fitting(layer, seen(layer, first, second)).at(config, config.rank)
+    fitted = OutputFitting(layer, seen(layer, first, second)).at(config, config.rank)
     assert bool(torch.isfinite(fitted.module.to_dense()).all())
     if make != "zero":
         assert fitted.error < (1e-3 if make == "constant" else 0.7)
@@ -164,9 +177,9 @@ def test_inputs_that_say_little_give_finite_replacements(make, config):
 def test_autocast_does_not_matter():
     layer, batch = bilinear(IN1, IN2, OUT), rows(300)
     inputs = seen(layer, *batch)
-    expected = Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error
+    expected = OutputFitting(layer, inputs).at(TUCKER, TUCKER.rank).error
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Fitting(layer, inputs).at(TUCKER, TUCKER.rank).error == pytest.approx(expected, rel=1e-3)
+        assert OutputFitting(layer, inputs).at(TUCKER, TUCKER.rank).error == pytest.approx(expected, rel=1e-3)
 
 
 def heavy_tailed(in1: int, in2: int, seed: int = 5) -> tuple[Tensor, Tensor]:
@@ -181,18 +194,20 @@ def heavy_tailed(in1: int, in2: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("config", [cb.CPConfig(rank=4), cb.TuckerConfig(rank=(3, 8, 8))], ids=["cp", "tucker"])
 def test_what_a_search_left_out_is_compared_in_the_end(config):
-    fitting = Fitting(bilinear(20, 18, 3, seed=5), LayerInputs(*heavy_tailed(20, 18), 32, 32))
+    fitting = OutputFitting(bilinear(20, 18, 3, seed=5), LayerInputs(*heavy_tailed(20, 18), 32, 32))
     fitting._weight_helps = False  # as a search may have found at another size
     found = fitting.at(config, config.rank, thorough=False)
-    assured = fitting.assured(config, found)
-    assert assured.error < found.error
-    assert assured.error == pytest.approx(fitting.at(config, config.rank).error)
-    assert stored_bytes(assured.module) <= stored_bytes(found.module)
+    improved = fitting.improved(config, found)
+    assert improved.error < found.error
+    assert improved.error == pytest.approx(fitting.at(config, config.rank).error)
+    assert stored_bytes(improved.module) <= stored_bytes(found.module)
 
 
 @pytest.mark.parametrize("asked", [cb.AutoConfig(size=0.06), cb.TuckerConfig(rank=cb.MaxError(0.95, on="output"))])
 def test_what_is_chosen_never_leaves_more_error_than_the_weight_alone(asked, monkeypatch):
-    monkeypatch.setattr(Fitting, "_weight_helps", property(lambda self: False, lambda self, value: None), raising=False)
+    monkeypatch.setattr(
+        OutputFitting, "_weight_helps", property(lambda self: False, lambda self, value: None), raising=False
+    )
     layer, batch = bilinear(20, 18, 3, seed=4), heavy_tailed(20, 18, seed=4)
     (found,) = cb.plan(layer, asked, calibration=[batch], measure_latency=False).report.layers
     assert found.decision == "replaced"
@@ -208,8 +223,10 @@ def test_what_is_chosen_never_leaves_more_error_than_the_weight_alone(asked, mon
 
 def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
     tried = []
-    original = Fitting._to_weight
-    monkeypatch.setattr(Fitting, "_to_weight", lambda self, *args: tried.append(args[1]) or original(self, *args))
+    original = OutputFitting._fits_to_weight
+    monkeypatch.setattr(
+        OutputFitting, "_fits_to_weight", lambda self, *args: tried.append(args[1]) or original(self, *args)
+    )
     ranks = [(3, 8, 8), (3, 7, 7), (3, 6, 6)]
     for batch, expected in ((heavy_tailed(20, 18), ranks), (None, ranks[:1])):
         tried.clear()
@@ -217,17 +234,10 @@ def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
             generator = torch.Generator().manual_seed(0)
             latent = torch.randn(2000, 5, generator=generator)
             batch = tuple(latent @ torch.randn(5, size, generator=generator) for size in (20, 18))
-        fitting = Fitting(bilinear(20, 18, 3, seed=5), LayerInputs(*batch, len(batch[0]), 32))
+        fitting = OutputFitting(bilinear(20, 18, 3, seed=5), LayerInputs(*batch, len(batch[0]), 32))
         for rank in ranks:
             fitting.at(cb.TuckerConfig(rank=rank), rank, thorough=False)
         assert tried == expected
-
-
-def test_a_fit_of_several_attempts_has_one_progress():
-    seen = []
-    config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
-    solve(bilinear(20, 18, 12), config, None, lambda done, error: seen.append(done))
-    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize("asked", [cb.DenseConfig(quantize="int8"), cb.AutoConfig(size=0.3)])

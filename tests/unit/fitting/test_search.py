@@ -8,19 +8,21 @@ from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import InfeasibleError
-from compress_bilinear.fitting import Option
+from compress_bilinear.fitting import Candidate
 from compress_bilinear.planning import _allocate as allocation
 from compress_bilinear.planning import allocate, best_within
 from compress_bilinear.planning._allocate import _hull
 
-
-def option(size: int, error: float, latency: float | None = None) -> Option:
-    return Option(cb.DenseConfig(quantize="int8"), None, size, size, error, latency)
+INT8 = cb.DenseConfig(quantize="int8")
 
 
-def front(seed: int, count: int = 7) -> list[Option]:
+def option(size: int, error: float, latency: float | None = None, config=INT8) -> Candidate:
+    return Candidate(config=config, module=None, bytes=size, flops=size, error=error, latency=latency)
+
+
+def front(seed: int, count: int = 7) -> list[Candidate]:
     draw = random.Random(seed)
-    kept = Option(None, None, 1000, 1000, 0.0, 1.0)
+    kept = option(1000, 0.0, 1.0, config=None)
     return [kept, *(option(draw.randint(20, 900), draw.random() ** 2 * 0.9, draw.random() * 2) for _ in range(count))]
 
 
@@ -60,13 +62,13 @@ def test_a_budget_for_all_keeps_all():
 
 
 def test_what_loses_everything_is_never_allocated():
-    kept = Option(None, None, 1000, 1000, 0.0)
+    kept = option(1000, 0.0, config=None)
     with pytest.raises(InfeasibleError):
         allocate({"a": [kept, option(10, 1.0), option(20, float("inf"))]}, 100, "size")
 
 
 def test_speed_leaves_out_what_is_slower_only_where_something_faster_fits():
-    kept = Option(None, None, 1000, 1000, 0.0, 1.0)
+    kept = option(1000, 0.0, 1.0, config=None)
     slow, quick = option(100, 0.1, 2.0), option(900, 0.2, 0.5)
     assert allocate({"a": [kept, slow, quick]}, 950, "speed")["a"] is quick
     assert allocate({"a": [kept, slow, quick]}, 500, "speed")["a"] is slow
@@ -76,7 +78,7 @@ def test_speed_leaves_out_what_is_slower_only_where_something_faster_fits():
 
 
 def test_speed_takes_the_faster_of_what_is_as_good():
-    kept, exact = Option(None, None, 1000, 1000, 0.0, 1.0), option(1000, 0.0, 0.4)
+    kept, exact = option(1000, 0.0, 1.0, config=None), option(1000, 0.0, 0.4)
     assert allocate({"a": [kept, exact]}, 1000, "speed")["a"] is exact
     assert allocate({"a": [kept, exact]}, 1000, "size")["a"] is kept
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from compress_bilinear.config import CPConfig, DenseConfig, TuckerConfig
-from compress_bilinear.errors import CompressionError, ConfigError, MatchError
+from compress_bilinear.errors import CompressionError, MatchError
 from compress_bilinear.modules import DenseBilinear, FoundLayer, find, plain_reference, reason_against, select
 from compress_bilinear.modules import _in_model as discovery
 
@@ -23,8 +23,8 @@ def network() -> nn.Module:
     return model
 
 
-def chosen(configs=None, include="*", exclude=(), model=None) -> dict[str, object]:
-    return {found.label: config for found, config in select(model or network(), configs or {"*": CP}, include, exclude)}
+def chosen(configs=None, model=None) -> dict[str, object]:
+    return {found.label: config for found, config in select(model or network(), configs or {"*": CP})}
 
 
 class TestFind:
@@ -47,22 +47,20 @@ class TestFind:
 
 class TestSelect:
     @pytest.mark.parametrize(
-        ("include", "exclude", "expected"),
+        ("configs", "expected"),
         [
-            ("*", (), ["a", "blocks.0", "blocks.1", "deep.b"]),
-            ("blocks.*", (), ["blocks.0", "blocks.1"]),
-            (["a", "deep.b"], (), ["a", "deep.b"]),
-            (("deep.*",), (), ["a", "deep.b"]),  # a is deep.again too
-            ("*", "blocks.*", ["a", "deep.b"]),
-            ("*", ["deep.again"], ["blocks.0", "blocks.1", "deep.b"]),
-            ("*[0-9]", "*1", ["blocks.0"]),
+            ({"*": CP}, ["a", "blocks.0", "blocks.1", "deep.b"]),
+            ({"blocks.*": CP}, ["blocks.0", "blocks.1"]),
+            ({"a": CP, "deep.b": CP}, ["a", "deep.b"]),
+            ({"deep.*": CP}, ["a", "deep.b"]),  # a is deep.again too
+            ({"blocks.*": None, "*": CP}, ["a", "deep.b"]),
+            ({"deep.again": None, "*": CP}, ["blocks.0", "blocks.1", "deep.b"]),
+            ({"*1": None, "*[0-9]": CP}, ["blocks.0"]),
         ],
+        ids=str,
     )
-    def test_globs_choose(self, include, exclude, expected):
-        assert list(chosen(include=include, exclude=exclude)) == expected
-
-    def test_globs_may_be_a_one_shot_iterator(self):
-        assert list(chosen(include=iter(["a", "blocks.0"]), exclude=iter(["a"]))) == ["blocks.0"]
+    def test_globs_choose_and_none_leaves_alone(self, configs, expected):
+        assert list(chosen(configs)) == expected
 
     def test_the_first_config_that_matches_holds(self):
         found = chosen({"blocks.0": CP, "blocks.*": TUCKER, "*": DENSE})
@@ -75,32 +73,25 @@ class TestSelect:
         assert list(chosen(model=bilinear(4, 3, 2))) == ["(root)"]
 
     @pytest.mark.parametrize(
-        ("options", "what"),
+        ("configs", "what"),
         [
-            ({"include": "rel.*"}, r"`include` pattern 'rel\.\*'"),
-            ({"include": ["*", "A"]}, "`include` pattern 'A'"),
-            ({"exclude": "nothing"}, "`exclude` pattern 'nothing'"),
-            ({"configs": {"*": CP, "decoder": CP}}, "`config` pattern 'decoder'"),
-            ({"exclude": "*"}, "should leave at least one"),
-            ({"configs": {"a": CP}, "include": "blocks.*"}, "should leave at least one"),
+            ({"rel.*": CP}, r"`config` pattern 'rel\.\*'"),
+            ({"*": CP, "decoder": CP}, "`config` pattern 'decoder'"),
+            ({"nothing": None, "*": CP}, "`config` pattern 'nothing'"),
+            ({"*": None}, "should be for at least one"),
         ],
         ids=str,
     )
-    def test_matching_nothing_lists_what_there_is(self, options, what):
+    def test_matching_nothing_lists_what_there_is(self, configs, what):
         listing = r".*Found: a = deep\.again \(2x4x3\), blocks\.0 \(2x4x3\), blocks\.1 \(2x5x3\), deep\.b \(2x4x3\)"
         with pytest.raises(MatchError, match=what + listing):
-            chosen(**options)
-
-    @pytest.mark.parametrize("options", [{"include": [3]}, {"exclude": (None,)}])
-    def test_globs_are_strings(self, options):
-        with pytest.raises(ConfigError, match="should be a glob or several"):
-            chosen(**options)
+            chosen(configs)
 
     def test_lazy_layers_are_listed_too(self):
         model = network()
         model.a.weight = nn.parameter.UninitializedParameter()
         with pytest.raises(MatchError, match=r"a = deep\.again \(lazy\)"):
-            chosen(include="x", model=model)
+            chosen({"x": CP}, model=model)
 
     def test_a_model_without_such_layers_is_an_error(self):
         with pytest.raises(MatchError, match="Found none in Linear"):

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 from typing import ClassVar
 
 import pytest
@@ -9,13 +10,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import compress_bilinear as cb
+from compress_bilinear.decomposition import Budget
 from compress_bilinear.decomposition._als import Sweeper
-from compress_bilinear.errors import CompressionError, ConfigError, MatchError, StalePlanError
+from compress_bilinear.errors import ConfigError, MatchError, StalePlanError
 from compress_bilinear.fitting import Latency, Timing, stored_bytes
-from compress_bilinear.fitting import _solve as solving
-from compress_bilinear.planning import _api as surgery
-from compress_bilinear.planning import _planner as planning
-from compress_bilinear.planning import _verdict as selection
+from compress_bilinear.planning import _api, _planner, _verdict
 
 IN1, IN2, OUT = 12, 10, 8
 TUCKER = cb.TuckerConfig(rank=(3, 4, 4))
@@ -99,16 +98,21 @@ class TestSelecting:
             "one": ("dense", "int8"),
         }
 
-    def test_include_and_exclude_narrow_it_down(self, net):
-        new = compressed(net, include=["first", "nested.*"], exclude="nested*")
+    def test_none_leaves_layers_alone(self, net):
+        new, _ = run(cb.compress, net, {"nested*": None, "first": TUCKER})
         assert isinstance(new.first, cb.TuckerBilinear)
         assert isinstance(new.one, nn.Bilinear)
         assert isinstance(new.nested["blocks"][1][0], nn.Bilinear)
 
-    @pytest.mark.parametrize("option", ["include", "exclude"])
-    def test_matching_nothing_lists_the_layers(self, net, option):
+    @pytest.mark.parametrize("config", [TUCKER, None])
+    def test_matching_nothing_lists_the_layers(self, net, config):
         with pytest.raises(MatchError, match=r"first .*one = other"):
-            run(cb.compress, net, TUCKER, **{option: "decoder.*"})
+            run(cb.compress, net, {"decoder.*": config, "*": TUCKER})
+
+    @pytest.mark.parametrize(("name", "hint"), [("batchsize", "batch_size"), ("include", None)])
+    def test_an_unknown_option_is_a_mistake(self, net, name, hint):
+        with pytest.raises(TypeError, match=f"{name}.*{f'Did you mean {hint}' if hint else ''}"):
+            cb.plan(net, TUCKER, **{name: 1})
 
     def test_the_root_is_replaced_in_the_copy_only(self):
         layer, batch = planted(), rows()
@@ -269,33 +273,6 @@ class TestFlags:
         assert all(parameter.grad is not None for parameter in new.first.parameters())
 
 
-@pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(OUT, 1)], ids=["one", "column"])
-def test_a_layer_with_a_bias_of_another_shape_is_kept(net, bias):
-    net.first.bias = nn.Parameter(bias)
-    assert f"its bias has shape {tuple(bias.shape)}" in reason(net)
-
-
-def test_a_copy_that_is_no_copy_is_an_error():
-    class Stubborn(Net):
-        def __deepcopy__(self, memo):
-            return self
-
-    model = Stubborn()
-    before = state_of(model)
-    with pytest.raises(CompressionError, match="__deepcopy__"):
-        compressed(model)
-    assert_same_state(model, before)
-    assert type(model.first) is nn.Bilinear
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-def test_an_absorbed_output_needs_no_bias(inplace):
-    model = nn.Sequential(bilinear(9, 8, 2, bias=False))
-    new, report = run(cb.compress, model, cb.TuckerConfig(rank=(2, 3, 3)), inplace=inplace)
-    assert report.layers[0].decision == "replaced"
-    assert new[0].bias is None
-
-
 class TestCopying:
     def test_a_copy_leaves_the_original_bit_for_bit(self, net):
         before, parts, batch = state_of(net), dict(net.named_modules()), rows()
@@ -378,7 +355,7 @@ class TestFailures:
     @pytest.mark.parametrize("at", [1, 3])
     @pytest.mark.parametrize(
         ("module", "name"),
-        [(planning, "solve"), (planning, "judge"), (surgery, "fingerprint"), (surgery, "_ready")],
+        [(_planner, "fit"), (_planner, "judge"), (_planner, "fingerprint"), (_api, "_ready")],
     )
     def test_a_failure_anywhere_leaves_the_model_as_it_was(self, net, inplace, monkeypatch, module, name, at):
         before, parts = state_of(net), dict(net.named_modules())
@@ -496,7 +473,7 @@ class TestVerdicts:
     @pytest.mark.parametrize("quantize", [None, "int8"])
     @pytest.mark.parametrize("make", [cb.CPConfig, cb.TuckerConfig])
     def test_a_max_size_is_met_with_the_bias_counted(self, net, make, quantize):
-        new, report = run(cb.compress, net, make(rank=cb.MaxSize(0.2), quantize=quantize), include="first")
+        new, report = run(cb.compress, net, {"first": make(rank=cb.MaxSize(0.2), quantize=quantize)})
         assert decisions(report) == {"first": "replaced"}
         assert report.layers[0].bytes_after == stored_bytes(new.first) <= 0.2 * stored_bytes(net.first)
 
@@ -516,7 +493,7 @@ class TestVerdicts:
         latencies = Latency(2, 1.9, 2.1), Latency(after, 0.95 * after, 1.05 * after), Latency(1, 1, 1)
         sizes = []
         monkeypatch.setattr(
-            selection,
+            _verdict,
             "time_replacement",
             lambda layer, module, size: sizes.append(size) or Timing(*latencies, "outer", size),
         )
@@ -542,7 +519,7 @@ class TestCalibration:
             found.append(size)
             return Timing(*[Latency(2, 1, 3)] * 3, "outer", size)
 
-        monkeypatch.setattr(selection, "time_replacement", timed)
+        monkeypatch.setattr(_verdict, "time_replacement", timed)
         return found
 
     def test_output_errors_are_on_the_rows_that_reach_each_layer(self, net, inplace):
@@ -595,27 +572,28 @@ class TestReport:
 
 
 class TestTimeLimit:
-    def test_it_is_shared_by_the_sizes_of_the_layers_that_are_left(self, net, monkeypatch):
-        now, shares, solved = [0.0], [], solving.solve
-        monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
+    @pytest.fixture
+    def budgets(self, monkeypatch):
+        """The time that each layer gets, on a clock that one layer takes a second of."""
+        now, given, original = [0.0], [], _planner.fit
+        monkeypatch.setattr("compress_bilinear.decomposition._budget.time.perf_counter", lambda: now[0])
 
-        def solve(layer, config, max_seconds, progress, fitting):
-            shares.append(max_seconds)
+        def fit(job, budget, options, alone):
+            given.append(budget.max_seconds)
             now[0] += 1.0
-            return solved(layer, config)
+            return original(job, Budget(), options, alone)
 
-        monkeypatch.setattr(planning, "solve", solve)
+        monkeypatch.setattr(_planner, "fit", fit)
+        return given
+
+    def test_it_is_shared_by_the_sizes_of_the_layers_that_are_left(self, net, budgets):
         run(cb.plan, net, TUCKER, max_seconds=9.0)
         # three layers of one size: 9 / 3, then 8 / 2, then 7
-        assert shares == pytest.approx([3.0, 4.0, 7.0])
+        assert budgets == pytest.approx([3.0, 4.0, 7.0])
 
-    def test_without_one_nothing_is_limited(self, net, monkeypatch):
-        shares, solved = [], solving.solve
-        monkeypatch.setattr(
-            planning, "solve", lambda layer, config, seconds, *rest: shares.append(seconds) or solved(layer, config)
-        )
+    def test_without_one_nothing_is_limited(self, net, budgets):
         run(cb.plan, net, TUCKER)
-        assert shares == [None] * 3
+        assert budgets == [math.inf] * 3
 
     @pytest.mark.parametrize("config", [cb.CPConfig(rank=4), TUCKER, cb.CPConfig(rank=cb.MaxSize(0.3))], ids=str)
     def test_the_shortest_still_compresses(self, net, config):

@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.planning import BatchSample, refine
-from compress_bilinear.planning import _distill as refinement
+from compress_bilinear.planning import BatchSample, _batches, _distill, distil
 from compress_bilinear.planning import _planner as planning
 
 IN1, IN2, OUT = 8, 7, 5
@@ -51,13 +50,13 @@ def made(model: Net, method: str, quantize) -> CompressedBilinear:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_error_falls_and_the_format_stays(method, quantize, dtype, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(refinement.time, "perf_counter", lambda: float(next(ticks)))  # about one a step
+    monkeypatch.setattr(_distill.time, "perf_counter", lambda: float(next(ticks)))  # about one a step
     model = Net(dtype).train()
     model.norm.eval()
     before, flags = state_of(model), [part.training for part in model.modules()]
     module = made(model, method, quantize)
     stored = state_of(module)
-    found = refine(model, {id(model.rel): module}, batches(dtype=dtype), trained_bias=[id(model.rel)], seconds=240)
+    found = distil(model, {id(model.rel): module}, batches(dtype=dtype), trained_bias=[id(model.rel)], seconds=240)
     new = found.modules[id(model.rel)]
     assert found.after < found.before
     assert new is not module
@@ -75,7 +74,7 @@ def test_the_error_falls_and_the_format_stays(method, quantize, dtype, monkeypat
 def test_what_is_not_accepted_is_not_kept():
     model = Net()
     module = made(model, "cp", None)
-    found = refine(model, {id(model.rel): module}, batches(), seconds=0.2, accept=lambda _: False)
+    found = distil(model, {id(model.rel): module}, batches(), seconds=0.2, accept=lambda _: False)
     assert found.modules[id(model.rel)] is module
     assert found.after == found.before
 
@@ -149,7 +148,7 @@ def labelled_loader() -> DataLoader:
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 def test_a_loader_with_labels_refines_and_what_comes_of_it_is_saved_whole(quantize, tmp_path, monkeypatch):
     ticks = itertools.count()
-    monkeypatch.setattr(refinement.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(_distill.time, "perf_counter", lambda: float(next(ticks)))
     model, loader = Net(), labelled_loader()
     config = {"rel": cb.CPConfig(rank=4, quantize=quantize)}
     options = {"forward_fn": lambda m, b: m(*b[:2]), "measure_latency": False, "max_seconds": 2000.0}
@@ -163,7 +162,7 @@ def test_a_loader_with_labels_refines_and_what_comes_of_it_is_saved_whole(quanti
     assert torch.equal(again(first, second), new(first, second))
 
 
-def test_the_report_says_where_refinement_did_not_help():
+def test_the_report_says_where_distilling_did_not_help():
     class Blind(Net):
         def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
             return super().forward(x1, x2) * 0
@@ -177,14 +176,14 @@ def test_the_report_says_where_refinement_did_not_help():
 
 
 def test_the_sample_of_a_long_stream_is_uniform_and_bounded(monkeypatch):
-    monkeypatch.setattr(refinement, "_MOST_BYTES", 10 * 32 * 8)
+    monkeypatch.setattr(_batches, "_MOST_BYTES", 10 * 32 * 8)
     sample, most = BatchSample(), 0
     for _ in sample.watch((torch.full((32,), k), {"label": torch.zeros(32).byte()}) for k in range(3000)):
-        most = max(most, sum(refinement._bytes(batch) for batch in sample.batches))
+        most = max(most, sum(_batches._bytes(batch) for batch in sample.batches))
     assert most <= 10 * 32 * 8
     kept = [int(values[0]) for values, _ in sample.batches]
     assert len(kept) == len(set(kept)) == 8
-    drawn = [int(batch) for seed in range(40) for batch in _kept(refinement.BatchSample(seed), range(1000))]
+    drawn = [int(batch) for seed in range(40) for batch in _kept(BatchSample(seed), range(1000))]
     assert sum(drawn) / len(drawn) == pytest.approx(500, rel=0.02)
 
 
@@ -197,13 +196,13 @@ def _kept(sample: BatchSample, stream) -> list[int]:
 def test_outputs_that_are_infinite_refine_nothing():
     model = Wrapped(lambda y: y.masked_fill(y > 0, float("-inf")))
     module = made(model, "cp", None)
-    assert refine(model, {id(model.rel): module}, batches(), seconds=30).modules[id(model.rel)] is module
+    assert distil(model, {id(model.rel): module}, batches(), seconds=30).modules[id(model.rel)] is module
 
 
 @pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
 def test_a_trained_replacement_is_judged_in_the_mode_of_the_one_before(compute):
     before = cb.TuckerBilinear.from_bilinear(bilinear(6, 5, 4), rank=(2, 3, 3), quantize="int8")
     before.set_compute(compute)
-    after = refinement._restored(refinement._widened(before), before)
+    after = _distill._restored(_distill._widened(before), before)
     assert after.compute == compute
     assert after.in1_proj.integer == (compute == "int8")

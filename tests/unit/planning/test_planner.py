@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import ConfigError
-from compress_bilinear.fitting import Fitted, Fitting, Latency, LayerInputs, stored_bytes
+from compress_bilinear.fitting import Candidate, Latency, LayerInputs, OutputFitting, Search, stored_bytes
 from compress_bilinear.fitting import _search as automatic
 from compress_bilinear.report import Report
 
@@ -84,10 +84,10 @@ def test_speed_takes_the_fastest_that_meets_the_error(monkeypatch):
 
 
 def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
-    formats = {(point.method, point.quantize) for point in planned(cb.AutoConfig(error=0.3), include="a").fronts["a"]}
+    formats = {(point.method, point.quantize) for point in planned({"a": cb.AutoConfig(error=0.3)}).fronts["a"]}
     assert ("dense", "bf16") in formats
     assert ("dense", None) not in formats
-    quick = planned(cb.AutoConfig(error=0.3, prefer="speed"), include="a", measure_latency=True)
+    quick = planned({"a": cb.AutoConfig(error=0.3, prefer="speed")}, measure_latency=True)
     assert ("dense", None) in {(point.method, point.quantize) for point in quick.fronts["a"]}
     # in half precision there are 16 bits already
     layer = bilinear(IN1, IN2, OUT, dtype=torch.bfloat16)
@@ -100,7 +100,7 @@ def test_what_cannot_win_is_not_searched_for(monkeypatch):
     found = []
     for nearly in (automatic._NEARLY, float("inf")):
         monkeypatch.setattr(automatic, "_NEARLY", nearly)
-        found.append(planned(cb.AutoConfig(error=0.3), include="a").report.layers[0])
+        found.append(planned({"a": cb.AutoConfig(error=0.3)}).report.layers[0])
     few, all_of_them = found
     assert len(few.front) < 0.8 * len(all_of_them.front)
     assert few.bytes_after == all_of_them.bytes_after
@@ -118,13 +118,13 @@ def test_a_size_has_every_format_at_the_largest_it_can_fill():
 
 
 def test_speed_has_every_format_of_cp_and_tucker_compete():
-    (front,) = planned(cb.AutoConfig(error=0.5, prefer="speed"), calibration=None, include="a").fronts.values()
+    (front,) = planned({"a": cb.AutoConfig(error=0.5, prefer="speed")}, calibration=None).fronts.values()
     for method in ("cp", "tucker"):
         assert {point.quantize for point in front if point.method == method} == {None, "bf16", "int8", "nf4"}
 
 
 def test_a_probe_leaves_it_open_whether_rows_help():
-    fitting = Fitting(bilinear(IN1, IN2, OUT), LayerInputs(*rows(), 160, 160))
+    fitting = OutputFitting(bilinear(IN1, IN2, OUT), LayerInputs(*rows(), 160, 160))
     config = cb.CPConfig(rank=2, quantize="int8")
     with fitting.probing():
         fitting.at(config, 2, thorough=False)
@@ -147,33 +147,35 @@ def test_output_targets_say_where_there_are_too_few_rows_or_none_that_meet_them(
     assert "out of reach of a tucker that is smaller" in layer.reason
 
 
-class Stub(Fitting):
+class Stub(OutputFitting):
     """Fits nothing: it tells the errors that it is given, and remembers what it was asked for."""
 
     def __init__(self, layer: nn.Bilinear, error, dense: float) -> None:
         super().__init__(layer, LayerInputs(*rows(), 160, 160))
         self._error_of, self._dense_error, self.asked = error, dense, []
 
-    def _made(self, size: float, error: float, rank) -> Fitted:
+    def _made(self, config, size: float, error: float, rank) -> Candidate:
         module = nn.Module()
         module.register_buffer("stored", torch.empty(int(size * stored_bytes(self.layer)), dtype=torch.uint8))
         module.rank, module.flops_per_row = rank, 1
-        return Fitted(module, error, "whitened", False, None)
+        return Candidate.of(config, module, error, fitted_to="whitened")
 
-    def at(self, config, rank, **_):
+    def at(self, config, rank, *_, **__):
         kind = ("cp" if isinstance(config, cb.CPConfig) else "tucker", config.quantize)
         self.asked.append((*kind, round(rank.fraction, 4)))
-        return self._made(rank.fraction, self._error_of(*kind, rank.fraction), 1 if kind[0] == "cp" else (1, 1, 1))
+        return self._made(
+            config, rank.fraction, self._error_of(*kind, rank.fraction), 1 if kind[0] == "cp" else (1, 1, 1)
+        )
 
-    def dense(self, config, **_):
-        return self._made({"int8": 0.25, "nf4": 0.13, "bf16": 0.5}[config.quantize], self._dense_error, None)
+    def dense(self, config, *_):
+        return self._made(config, {"int8": 0.25, "nf4": 0.13, "bf16": 0.5}[config.quantize], self._dense_error, None)
 
 
 def sizes_asked(error, fraction: float, dense: float = 0.5, formats=("int8", "nf4")) -> dict:
-    """How often each kind was fitted, in `Chooser.sized` at three sizes."""
+    """How often each kind was fitted, in `Search.sized` at three sizes."""
     layer = bilinear(16, 16, 16, bias=False)
     stub = Stub(layer, error, dense)
-    automatic.Chooser(layer, stub).sized(fraction, alone=True)
+    Search(layer, stub).sized(fraction, alone=True)
     kinds = [(method, quantize) for method in ("tucker", "cp") for quantize in formats]
     return {kind: sum(each[:2] == kind for each in stub.asked) for kind in kinds}
 

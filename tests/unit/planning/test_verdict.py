@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,19 +12,18 @@ from compress_bilinear.config import CPConfig, DenseConfig, MaxError, MaxSize, T
 from compress_bilinear.errors import ConfigError, InfeasibleError
 from compress_bilinear.fitting import (
     Candidate,
+    Job,
     Latency,
     LayerInputs,
-    OutputError,
     Timing,
+    WeightFitting,
     solve,
     stored_bytes,
     weight_error,
 )
-from compress_bilinear.fitting import _fit_weight as weight_fitting
-from compress_bilinear.fitting import _solve as solving
 from compress_bilinear.modules import CPBilinear, DenseBilinear, FoundLayer, TuckerBilinear
 from compress_bilinear.planning import _verdict as selection
-from compress_bilinear.planning import judge, keep, objection, slowness
+from compress_bilinear.planning import judge, kept, reason_against, slowness
 from compress_bilinear.report import AS_CONFIGURED, Note
 
 TUCKER = TuckerConfig(rank=(3, 4, 4))
@@ -41,9 +42,20 @@ def timing(before: float, after: float, dense: float = 1.0, spread: float = 0.1)
     return Timing(*around, dense_order="outer", batch_size=7)
 
 
-def judged(layer: nn.Bilinear, config, *, time_rows=None, force=False, measured=None, unreached=False):
-    found = FoundLayer(("rel", "again"), layer)
-    return judge(found, config, solve(layer, config), measured, unreached, time_rows, force)
+def job_of(layer: nn.Bilinear, config, names=("rel", "again"), **known) -> Job:
+    return Job(found=FoundLayer(names, layer), config=config, **known)
+
+
+def judged(layer: nn.Bilinear, config, *, time_rows=None, force=False, inputs=None, unreached=False) -> Job:
+    job = job_of(layer, config, inputs=inputs, calibrated=unreached or inputs is not None)
+    job.candidates = [solve(layer, config)]
+    job.chosen = job.candidates[0]
+    judge(job, {"measure_latency": time_rows is not None, "batch_size": time_rows, "force": force})
+    return job
+
+
+def against(layer: nn.Bilinear, candidate: Candidate, config) -> Note | None:
+    return reason_against(job_of(layer, config), candidate, {"weight_error": candidate.error})
 
 
 class TestSolve:
@@ -65,8 +77,8 @@ class TestSolve:
         found = solve(layer, config)
         assert type(found.module) is kind
         assert (found.module.rank, found.module.quantize) == (rank, config.quantize)
-        assert found.weight_error == weight_error(layer.weight, found.module)
-        assert (found.amplification is not None) == (kind is CPBilinear)
+        assert found.error == weight_error(layer.weight, found.module)
+        assert hasattr(found.decomposition, "amplification") == (kind is CPBilinear)
         assert torch.equal(found.module.bias, layer.bias)
         assert found.module.bias is not layer.bias
         assert_same_state(layer, before)
@@ -86,7 +98,7 @@ class TestSolve:
     def test_a_max_error_holds_after_rounding(self, make, quantize, dtype, target):
         layer = planted(dtype=dtype)
         found = solve(layer, make(rank=MaxError(target), quantize=quantize))
-        assert found.weight_error <= target
+        assert found.error <= target
         exact = layer.weight.detach().double()
         residual = exact - found.module.to_dense(torch.float64).detach()
         assert float(residual.norm() / exact.norm()) <= target
@@ -100,21 +112,21 @@ class TestSolve:
 
     def test_a_max_error_that_only_the_whole_weight_meets_gives_the_whole_weight(self):
         found = solve(planted(dtype=torch.bfloat16), TuckerConfig(rank=MaxError(1e-5)))
-        assert (found.module.rank, found.weight_error) == ((8, 12, 10), 0.0)
+        assert (found.module.rank, found.error) == ((8, 12, 10), 0.0)
 
-    def test_a_tighter_target_is_tried_where_rounding_made_it_miss(self, monkeypatch):
-        layer, targets, decompose = planted(noise=0.03), [], solving._decompose
-        goal = 1.0001 * solve(layer, TuckerConfig(rank=(3, 3, 3))).weight_error  # and int8 adds to it
+    def test_a_tighter_target_is_tried_where_rounding_made_it_miss(self):
+        class Recording(WeightFitting):
+            targets: ClassVar = []
 
-        def recorded(weight, bias, config, rank, *others):
-            targets.append(rank.error)
-            return decompose(weight, bias, config, rank, *others)
+            def at(self, config, rank, *others, **more):
+                self.targets.append(rank.error)
+                return super().at(config, rank, *others, **more)
 
-        monkeypatch.setattr(solving, "_decompose", recorded)
-        monkeypatch.setitem(weight_fitting._ROUNDING, "int8", 0.0)  # as if nothing were known of it
-        assert solve(layer, TuckerConfig(rank=MaxError(goal), quantize="int8")).weight_error <= goal
-        assert len(targets) > 1
-        assert targets == sorted(targets, reverse=True)
+        layer, config = planted(noise=0.03), TuckerConfig(rank=MaxError(0.5), quantize="int8")
+        goal = 1.00001 * solve(layer, TuckerConfig(rank=(3, 3, 3))).error  # and int8 adds to it
+        fitting = Recording(layer)
+        assert fitting.within(config, goal).error <= goal
+        assert fitting.targets == sorted(fitting.targets, reverse=True)
 
     @pytest.mark.parametrize("quantize", [None, "int8"])
     @pytest.mark.parametrize("make", [CPConfig, TuckerConfig])
@@ -140,7 +152,7 @@ class TestSolve:
             solve(planted(), TuckerConfig(rank=(2, 2, 11)))
 
 
-class TestObjection:
+class TestReasonAgainst:
     @pytest.mark.parametrize(
         ("config", "reason"),
         [
@@ -154,23 +166,23 @@ class TestObjection:
     )
     def test_smaller_is_the_least(self, config, reason):
         layer = planted()
-        against = objection(layer, solve(layer, config), config)
-        assert (against is None) if reason is None else (reason in against.text)
+        note = against(layer, solve(layer, config), config)
+        assert (note is None) if reason is None else (reason in note.text)
 
     def test_targets_must_be_met(self):
         layer = planted()
         candidate = solve(layer, TUCKER)
-        error, size = candidate.weight_error, stored_bytes(candidate.module) / stored_bytes(layer)
-        assert objection(layer, candidate, TuckerConfig(rank=MaxError(error))) is None
-        assert "misses the target" in objection(layer, candidate, TuckerConfig(rank=MaxError(0.99 * error))).text
-        assert objection(layer, candidate, TuckerConfig(rank=MaxSize(size))) is None
-        assert "miss the target" in objection(layer, candidate, TuckerConfig(rank=MaxSize(0.99 * size))).text
+        error, size = candidate.error, stored_bytes(candidate.module) / stored_bytes(layer)
+        assert against(layer, candidate, TuckerConfig(rank=MaxError(error))) is None
+        assert "misses the target" in against(layer, candidate, TuckerConfig(rank=MaxError(0.99 * error))).text
+        assert against(layer, candidate, TuckerConfig(rank=MaxSize(size))) is None
+        assert "miss the target" in against(layer, candidate, TuckerConfig(rank=MaxSize(0.99 * size))).text
 
     @pytest.mark.parametrize("error", [math.nan, math.inf])
     def test_factors_must_be_in_range(self, error):
         layer = planted(dtype=torch.float16)
-        broken = Candidate(solve(layer, DenseConfig()).module, error, None)
-        assert "range of float16" in objection(layer, broken, DenseConfig()).text
+        broken = replace(solve(layer, DenseConfig()), error=error)
+        assert "range of float16" in against(layer, broken, DenseConfig()).text
 
 
 @pytest.mark.parametrize(
@@ -204,8 +216,8 @@ class TestJudge:
         timed(4, 2)
         layer = planted()
         inputs = LayerInputs(torch.randn(9, 12), torch.randn(9, 10), 9, 3)
-        decision = judged(layer, TUCKER, time_rows=7, measured=OutputError(layer, inputs))
-        report, module = decision.report, decision.replacement
+        job = judged(layer, TUCKER, time_rows=7, inputs=inputs)
+        report, module = job.report, job.chosen.module
         assert (report.decision, report.notes) == ("replaced", (AS_CONFIGURED,))
         assert (report.name, report.aliases, report.shape) == ("rel", ("again",), (8, 12, 10))
         assert (report.method, report.rank, report.quantize) == ("tucker", (3, 4, 4), None)
@@ -233,17 +245,17 @@ class TestJudge:
 
     def test_slower_is_said(self, timed):
         timed(2, 4)
-        decision = judged(planted(), TUCKER, time_rows=7)
-        assert decision.replacement is not None
-        assert decision.report.reason == "as configured; slower here than nn.Bilinear (0.50x)"
+        job = judged(planted(), TUCKER, time_rows=7)
+        assert job.chosen is not None
+        assert job.report.reason == "as configured; slower here than nn.Bilinear (0.50x)"
 
     def test_unreached_is_said(self):
         assert "no calibration row reached it" in judged(planted(), TUCKER, unreached=True).report.reason
 
     def test_a_kept_layer_reports_the_candidate_that_was_turned_down(self):
-        decision = judged(planted(), TuckerConfig(rank=(8, 12, 10)))
-        report = decision.report
-        assert decision.replacement is None
+        job = judged(planted(), TuckerConfig(rank=(8, 12, 10)))
+        report = job.report
+        assert job.chosen is None
         assert report.decision == "kept"
         assert "not smaller" in report.reason
         assert (report.rank, report.bytes_after, report.params_after) == ((8, 12, 10), 3872, 968)
@@ -251,10 +263,10 @@ class TestJudge:
         assert report.weight_error < 1e-6
 
     def test_force_replaces_and_says_what_speaks_against_it(self):
-        decision = judged(planted(), TuckerConfig(rank=(8, 12, 10)), force=True)
-        assert decision.report.decision == "replaced"
-        assert decision.report.reason.startswith("forced, although it is not smaller")
-        assert decision.report.bytes_after == stored_bytes(decision.replacement) == 3872
+        job = judged(planted(), TuckerConfig(rank=(8, 12, 10)), force=True)
+        assert job.report.decision == "replaced"
+        assert job.report.reason.startswith("forced, although it is not smaller")
+        assert job.report.bytes_after == job.chosen.bytes == 3872
 
     @pytest.mark.parametrize(
         ("after", "force", "outcome", "reason"),
@@ -267,20 +279,20 @@ class TestJudge:
     )
     def test_exact_layers_are_judged_by_their_speed(self, timed, after, force, outcome, reason):
         timed(4, after)
-        decision = judged(planted(), DenseConfig(), time_rows=7, force=force)
-        assert decision.report.decision == outcome
-        assert decision.report.reason.startswith(reason)
-        assert (decision.replacement is not None) == (outcome == "replaced")
-        assert decision.report.weight_error == 0
+        job = judged(planted(), DenseConfig(), time_rows=7, force=force)
+        assert job.report.decision == outcome
+        assert job.report.reason.startswith(reason)
+        assert (job.chosen is not None) == (outcome == "replaced")
+        assert job.report.weight_error == 0
 
     def test_a_layer_keeps_its_mode(self):
         for training in (True, False):
-            assert judged(planted().train(training), TUCKER).replacement.training == training
+            assert judged(planted().train(training), TUCKER).chosen.module.training == training
 
 
 @pytest.mark.parametrize("config", [CPConfig(rank=2, quantize="int8"), TUCKER, DenseConfig()], ids=str)
 def test_kept_layers_stay_what_they_were(config):
-    report = keep(FoundLayer(("",), planted()), config, Note("text", "because")).report
+    report = kept(job_of(planted(), config, ("",)), Note("text", "because"))
     assert (report.label, report.decision, report.reason) == ("(root)", "kept", "because")
     assert (report.params_after, report.bytes_after) == (report.params_before, report.bytes_before) == (968, 3872)
     assert report.quantize == config.quantize
@@ -327,5 +339,5 @@ def test_measuring_a_float64_layer_leaves_its_weight_alone(config):
 def test_a_layer_without_a_shape_can_be_kept():
     layer = planted()
     layer.weight = nn.parameter.UninitializedParameter()
-    report = keep(FoundLayer(("rel",), layer), TUCKER, Note("text", "lazy")).report
+    report = kept(job_of(layer, TUCKER), Note("text", "lazy"))
     assert (report.shape, report.bytes_before, report.flops_before, report.flops_after) == (None, 0, None, None)
