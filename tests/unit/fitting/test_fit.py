@@ -16,6 +16,7 @@ from compress_bilinear.fitting import (
     OutputFitting,
     collect_inputs,
     method_of,
+    solve,
     stored_bytes,
 )
 
@@ -252,3 +253,10 @@ def test_the_time_for_all_bounds_the_rounding_of_a_dense_layer(asked, monkeypatc
     cb.plan(bilinear(IN1, IN2, OUT), asked, calibration=[rows(300)], measure_latency=False, max_seconds=0.5)
     assert seconds
     assert all(0.05 < each <= 0.5 for each in seconds)
+
+
+def test_a_fit_of_several_attempts_has_one_progress():
+    seen = []
+    config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
+    solve(bilinear(20, 18, 12), config, Budget(progress=lambda done, error: seen.append(done)))
+    assert seen == sorted(seen)

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize, prune
 import compress_bilinear as cb
 from compress_bilinear.decomposition import Budget
 from compress_bilinear.decomposition._als import Sweeper
-from compress_bilinear.errors import ConfigError, MatchError, StalePlanError
+from compress_bilinear.errors import CompressionError, ConfigError, MatchError, StalePlanError
 from compress_bilinear.fitting import Latency, Timing, stored_bytes
 from compress_bilinear.planning import _api, _planner, _verdict
 
@@ -271,6 +271,33 @@ class TestFlags:
             optimizer.step()
         assert float(losses[-1].detach()) < 0.5 * float(losses[0].detach())
         assert all(parameter.grad is not None for parameter in new.first.parameters())
+
+
+@pytest.mark.parametrize("bias", [torch.ones(1), torch.ones(OUT, 1)], ids=["one", "column"])
+def test_a_layer_with_a_bias_of_another_shape_is_kept(net, bias):
+    net.first.bias = nn.Parameter(bias)
+    assert f"its bias has shape {tuple(bias.shape)}" in reason(net)
+
+
+def test_a_copy_that_is_no_copy_is_an_error():
+    class Stubborn(Net):
+        def __deepcopy__(self, memo):
+            return self
+
+    model = Stubborn()
+    before = state_of(model)
+    with pytest.raises(CompressionError, match="__deepcopy__"):
+        compressed(model)
+    assert_same_state(model, before)
+    assert type(model.first) is nn.Bilinear
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_absorbed_output_needs_no_bias(inplace):
+    model = nn.Sequential(bilinear(9, 8, 2, bias=False))
+    new, report = run(cb.compress, model, cb.TuckerConfig(rank=(2, 3, 3)), inplace=inplace)
+    assert report.layers[0].decision == "replaced"
+    assert new[0].bias is None
 
 
 class TestCopying:
