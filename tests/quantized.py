@@ -8,6 +8,7 @@ import torch
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
+from compress_bilinear.quantization import encode_int8
 
 FORMATS = ("bf16", "int8", "nf4")
 METHODS = ("dense", "cp", "tucker")
@@ -67,3 +68,9 @@ def peak_bytes(call):
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(accumulate((event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())), initial=0))
+
+
+def int8_slices(tensor, dim):
+    """int8 values of a tensor, with a float32 scale for each slice along `dim`."""
+    grid = [1 if axis == dim % tensor.dim() else size for axis, size in enumerate(tensor.shape)]
+    return encode_int8(tensor.float().contiguous(), grid, torch.float32)

@@ -2,17 +2,9 @@
 
 from ._decode_bnb import missing
 from ._formats import FORMATS, Bf16, Int8, Nf4
-from ._int8 import (
-    LEVELS,
-    SCALE_DTYPE,
-    UNIT,
-    dequantize,
-    expanded,
-    quantize_blocks,
-    quantize_int8,
-    quantize_unit,
-    scale_grid,
-)
+from ._int8 import LEVELS, SCALE_DTYPE, UNIT, decode_int8, encode_int8, encode_unit, expand_scale, scale_grid
+from ._int8 import decode_int8 as dequantize
+from ._int8 import expand_scale as expanded
 from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
 from ._tensor import Buffer, Format, Layout, QuantizedTensor, restore_dtypes
 
@@ -30,14 +22,15 @@ __all__ = [
     "Layout",
     "Nf4",
     "QuantizedTensor",
+    "decode_int8",
     "decode_nf4",
     "dequantize",
+    "encode_int8",
     "encode_nf4",
+    "encode_unit",
+    "expand_scale",
     "expanded",
     "missing",
-    "quantize_blocks",
-    "quantize_int8",
-    "quantize_unit",
     "restore_dtypes",
     "scale_grid",
 ]

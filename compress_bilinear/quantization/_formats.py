@@ -6,21 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ..errors import CompressionError
 from ._decode_bnb import int8_values, nf4_values
-from ._int8 import (
-    LEVELS,
-    SCALE_DTYPE,
-    UNIT,
-    checked,
-    dequantize,
-    expanded,
-    quantize_blocks,
-    quantize_int8,
-    quantize_unit,
-    scale_grid,
-)
+from ._int8 import LEVELS, SCALE_DTYPE, UNIT, decode_int8, encode_int8, encode_unit, expand_scale, scale_grid
 from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
 from ._tensor import Buffer, Format, Layout, QuantizedTensor
 
@@ -35,11 +25,11 @@ class Bf16(Format):
     def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
         return Buffer(tuple(shape), torch.bfloat16), None
 
-    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        values = checked(tensor).to(torch.bfloat16)
-        if not bool(torch.isfinite(values).all()):
+    def _encode(self, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        qdata = values.to(torch.bfloat16)
+        if not bool(torch.isfinite(qdata).all()):
             raise CompressionError("`tensor` should be within bfloat16's range. Found values beyond.")
-        return values, None
+        return qdata, None
 
     def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         return stored.qdata[rows].to(dtype)
@@ -51,33 +41,31 @@ class Int8(Format):
     name, bits, error, integers = "int8", 8, 0.01, True
 
     def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
-        scale = None
+        qdata = Buffer(tuple(shape), torch.int8)
         match layout:
             case "weight":
-                scale = Buffer(scale_grid(shape), SCALE_DTYPE)
-            case "rows":
-                scale = Buffer((shape[0], 1), torch.float32)
-            case "columns":
-                scale = Buffer((1, shape[1]), torch.float32)
-        return Buffer(tuple(shape), torch.int8), scale
-
-    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        match layout:
-            case "weight":
-                return quantize_blocks(tensor, scale_grid(tensor.shape))
+                return qdata, Buffer(scale_grid(shape), SCALE_DTYPE)
             case "factor":
-                return quantize_unit(tensor), None
-            case "rows" | "columns":
-                return quantize_int8(tensor, 1 if layout == "rows" else 0)
+                return qdata, None
+            case "rows":
+                return qdata, Buffer((shape[0], 1), torch.float32)
+            case "columns":
+                return qdata, Buffer((1, shape[1]), torch.float32)
+            case _:
+                assert_never(layout)
+
+    def _encode(self, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        _, scale = self.buffers(values.shape, layout)
+        return (encode_unit(values), None) if scale is None else encode_int8(values, *scale)
 
     def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        return dequantize(stored.qdata[rows], _scale_rows(stored, rows), dtype)
+        return decode_int8(stored.qdata[rows], _scale_rows(stored, rows), dtype)
 
     def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
         shape, scale = stored.qdata[rows].shape, _scale_rows(stored, rows)
         if scale is None:
             return torch.full(shape, UNIT * LEVELS, dtype=torch.float64, device=stored.device)
-        return expanded(scale.double() * LEVELS, shape).expand(shape)
+        return expand_scale(scale.double() * LEVELS, shape).expand(shape)
 
     def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
         relative = values / peaks.where(peaks > 0, 1.0)
@@ -88,14 +76,13 @@ class Int8(Format):
             return "its int8 values have no scales of blocks, which bitsandbytes' kernels read"
         if stored.device.type != "cuda":
             return f"bitsandbytes' kernels decode int8 slower than torch does on {stored.device.type}"
-        if _flat_block(stored.shape, stored.scale.shape) not in _BITSANDBYTES_BLOCKS:
+        if _flat_block(stored) not in _BITSANDBYTES_BLOCKS:
             return "bitsandbytes' kernels take blocks of 64, 128, ..., 4096 consecutive entries. Found others"
         return None
 
     def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        scale = _scale_rows(stored, rows)
+        scale, block = _scale_rows(stored, rows), _flat_block(stored)
         assert scale is not None
-        block = _flat_block(stored.shape, stored.scale.shape)  # type: ignore[union-attr]
         assert block is not None
         return int8_values(stored.qdata[rows], scale, block, dtype)
 
@@ -109,20 +96,20 @@ class Nf4(Format):
         count = math.prod(shape)
         return Buffer((-(-count // 2),), torch.uint8), Buffer((-(-count // BLOCK),), SCALE_DTYPE)
 
-    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        return encode_nf4(tensor)
+    def _encode(self, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        return encode_nf4(values)
 
     def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        start, stop = _flat_range(stored, rows)
         assert stored.scale is not None
-        return decode_nf4(stored.qdata, stored.scale, start, stop, dtype).view(-1, *stored.shape[1:])
+        values = decode_nf4(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype)
+        return values.view(_slice_shape(stored, rows))
 
     def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
         start, stop = _flat_range(stored, rows)
         assert stored.scale is not None
         first = start // BLOCK
         magnitudes = stored.scale[first : -(-stop // BLOCK)].double().repeat_interleave(BLOCK)
-        return magnitudes[start - first * BLOCK : stop - first * BLOCK].view(-1, *stored.shape[1:])
+        return magnitudes[start - first * BLOCK : stop - first * BLOCK].view(_slice_shape(stored, rows))
 
     def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
         code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
@@ -136,7 +123,8 @@ class Nf4(Format):
 
     def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         assert stored.scale is not None
-        return nf4_values(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype).view(-1, *stored.shape[1:])
+        values = nf4_values(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype)
+        return values.view(_slice_shape(stored, rows))
 
 
 FORMATS: dict[str, Format] = {form.name: form for form in (Bf16(), Int8(), Nf4())}
@@ -147,17 +135,23 @@ def _scale_rows(stored: QuantizedTensor, rows: slice) -> Tensor | None:
     return stored.scale if stored.scale is None or stored.scale.shape[0] == 1 else stored.scale[rows]
 
 
+def _slice_shape(stored: QuantizedTensor, rows: slice) -> tuple[int, ...]:
+    return len(range(stored.shape[0])[rows]), *stored.shape[1:]
+
+
 def _flat_range(stored: QuantizedTensor, rows: slice) -> tuple[int, int]:
     """Where a slice along the first axis begins and ends in the flattened tensor."""
-    begin, end, _ = rows.indices(stored.shape[0])
-    row = math.prod(stored.shape[1:])
-    return begin * row, max(begin, end) * row
+    begin, _, _ = rows.indices(stored.shape[0])
+    count, *rest = _slice_shape(stored, rows)
+    return begin * math.prod(rest), (begin + count) * math.prod(rest)
 
 
-def _flat_block(shape: Sequence[int], grid: Sequence[int]) -> int | None:
+def _flat_block(stored: QuantizedTensor) -> int | None:
     """How many consecutive entries share a scale; None where the entries of a block are not, or blocks differ."""
+    assert stored.scale is not None
+    shape, grid = stored.shape, stored.scale.shape
     axis = max((axis for axis, count in enumerate(grid) if count > 1), default=0)
     size, count = shape[axis], grid[axis]
-    if tuple(grid[:axis]) != tuple(shape[:axis]) or size % count:
+    if grid[:axis] != shape[:axis] or size % count:
         return None
     return math.prod(shape[axis + 1 :]) * (size // count)

@@ -1,4 +1,4 @@
-"""NF4: four bits for a value, an index into 16 quantiles of a normal distribution, beside each block's magnitude.
+"""NF4: four bits a value, an index into 16 quantiles of a normal distribution, and a magnitude for each block.
 
 The tensor is flattened, and two values share a byte, the first in its high bits: the layout and the code of
 bitsandbytes' `quantize_4bit`, whose decoding of tensors that are not flat is wrong on some CPUs. The pure-torch code
@@ -12,10 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ._int8 import SCALE_DTYPE, checked
+from ._int8 import SCALE_DTYPE
 
 BLOCK = 64  # values that share a magnitude
-_CHUNK = 2**18  # values that are coded at once
+_CHUNK = 2**18  # values that are encoded at once
 
 NF4_CODE = (
     -1.0,
@@ -38,42 +38,38 @@ NF4_CODE = (
 
 
 def encode_nf4(
-    tensor: Tensor,  # (...), floating, finite
-    *,
-    scale_dtype: torch.dtype = SCALE_DTYPE,
+    values: Tensor,  # (...), float32, finite
+    chunk: int = _CHUNK,
 ) -> tuple[Tensor, Tensor]:
     """Round each value to its nearest code times the largest magnitude in its block of 64, in flattened order.
 
     Args:
-        scale_dtype: of the magnitudes. Those of bitsandbytes are float32; codes are relative to what is stored.
+        chunk: values that are encoded at once, a multiple of 64.
 
     Returns:
-        `qdata` uint8 (⌈n/2⌉,) and `scale` (⌈n/64⌉,), the largest magnitude in each block.
-
-    Raises: CompressionError where the tensor is not floating or not finite in float32.
+        `qdata` uint8 (⌈n/2⌉,) and `scale` bfloat16 (⌈n/64⌉,), the largest magnitude in each block.
     """
-    values = checked(tensor).flatten()
+    values = values.flatten()
     count = len(values)
     qdata = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
-    scale = torch.empty(-(-count // BLOCK), dtype=scale_dtype, device=values.device)
+    scale = torch.empty(-(-count // BLOCK), dtype=SCALE_DTYPE, device=values.device)
     code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
     middles = ((code[1:] + code[:-1]) / 2).float()
-    for start in range(0, count, _CHUNK):
-        part = values[start : start + _CHUNK]
+    for start in range(0, count, chunk):
+        part = values[start : start + chunk]
         blocks = torch.nn.functional.pad(part, [0, -len(part) % BLOCK]).view(-1, BLOCK)
-        largest = _representable(blocks.abs().amax(1), scale_dtype)
+        largest = _rounded_finite(blocks.abs().amax(1))
         divisor = largest.float().where(largest > 0, torch.inf).unsqueeze(1)
-        index = torch.bucketize(blocks / divisor, middles).to(torch.uint8)
-        pairs = index.view(-1, 2)
+        pairs = torch.bucketize(blocks / divisor, middles).to(torch.uint8).view(-1, 2)
         packed = (pairs[:, 0] << 4) | pairs[:, 1]
         qdata[start // 2 : start // 2 + len(packed)] = packed[: -(-len(part) // 2)]
         scale[start // BLOCK : start // BLOCK + len(largest)] = largest
     return qdata, scale
 
 
-def _representable(peak: Tensor, dtype: torch.dtype) -> Tensor:
-    """The magnitudes in `dtype`, finite."""
-    rounded = peak.to(dtype)
+def _rounded_finite(peak: Tensor) -> Tensor:
+    """Magnitudes in the scales' dtype, finite."""
+    rounded = peak.to(SCALE_DTYPE)
     return torch.where(torch.isinf(rounded), torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
@@ -105,7 +101,7 @@ def decode_nf4(
 
 @cache
 def _pairs(device: torch.device, wide: torch.dtype) -> Tensor:
-    """The two values of each byte, side by side in one number: looked up at once, several times faster than apart."""
+    """For each byte its two values as the bits of one wide number: one lookup is several times faster than two."""
     with torch.inference_mode(False):
         code = torch.tensor(NF4_CODE, dtype=wide, device=device)
         both = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)

@@ -65,8 +65,8 @@ class Format(ABC):
         """What `qdata` and `scale` are for a tensor of this shape; None where there are no scales."""
 
     @abstractmethod
-    def _encode(self, tensor: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
-        """`qdata` and `scale` of a tensor. Raises: CompressionError where it has values that cannot be stored."""
+    def _encode(self, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """`qdata` and `scale` of float32 values: contiguous, finite and not empty."""
 
     @abstractmethod
     def decode(self, stored: "QuantizedTensor", rows: slice, dtype: torch.dtype) -> Tensor:
@@ -77,7 +77,15 @@ class Format(ABC):
 
         Raises: CompressionError where it is not floating or not finite, or its values leave the format's range.
         """
-        return QuantizedTensor(self, layout, tensor.shape, *self._encode(tensor, layout))
+        if not tensor.is_floating_point():
+            raise CompressionError(f"`tensor` should be floating. Found {tensor.dtype}.")
+        if tensor.numel() == 0:
+            return self.zeros(tensor.shape, layout, tensor.device)
+        # contiguous: a tensor that is read from a file has to have the same layout, or BLAS rounds otherwise
+        values = tensor.detach().to(torch.float32).contiguous()
+        if not all(math.isfinite(float(end)) for end in values.aminmax()):  # without a copy of the tensor
+            raise CompressionError("`tensor` should be finite in float32 to be stored. Found NaN or infinity.")
+        return QuantizedTensor(self, layout, tensor.shape, *self._encode(values, layout))
 
     def zeros(
         self, shape: Sequence[int], layout: Layout, device: torch.device | str | None = None

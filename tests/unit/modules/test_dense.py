@@ -5,7 +5,7 @@ from torch import nn
 
 from compress_bilinear import DenseBilinear, ops
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.quantization import QuantizedTensor, expanded
+from compress_bilinear.quantization import QuantizedTensor, expand_scale
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -73,7 +73,7 @@ def test_int8_has_a_scale_for_each_output_and_part_of_a_row_along_the_longer_inp
     layer = DenseBilinear.from_bilinear(original, quantize="int8")
     assert isinstance(layer.weight, QuantizedTensor)
     assert (tuple(layer.weight.scale.shape), layer.weight.scale.dtype) == (grid, torch.bfloat16)
-    step = expanded(layer.weight.scale.float(), layer.weight.shape)
+    step = expand_scale(layer.weight.scale.float(), layer.weight.shape)
     assert bool(((layer.to_dense() - original.weight).abs() <= 0.501 * step).all())
     assert torch.equal(layer.bias, original.bias)
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from compress_bilinear.modules import QuantizedLinear
 from compress_bilinear.modules._linear import fill_linear, linear_weight, make_linear
-from compress_bilinear.quantization import FORMATS, dequantize
+from compress_bilinear.quantization import FORMATS, decode_int8
 
 
 def normal(*shape, dtype=torch.float32):
@@ -23,7 +23,7 @@ def example(dim=1, bias=True):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_is_the_linear_layer_of_the_weight_it_stores(dtype, dim, bias, leading):
     layer, input = example(dim, bias), normal(*leading, 9, dtype=dtype)
-    weight = dequantize(layer.weight.qdata, layer.weight.scale, torch.float64)
+    weight = decode_int8(layer.weight.qdata, layer.weight.scale, torch.float64)
     expected = nn.functional.linear(input.double(), weight, layer.bias.detach().double() if bias else None)
     output = layer(input).detach()
     assert output.dtype == dtype

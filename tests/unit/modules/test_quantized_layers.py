@@ -15,7 +15,7 @@ from compress_bilinear.fitting import resident_bytes, stored_bytes, weight_error
 from compress_bilinear.modules import _linear
 from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
-from compress_bilinear.quantization import dequantize, scale_grid
+from compress_bilinear.quantization import decode_int8, scale_grid
 
 
 class TestAccuracy:
@@ -225,7 +225,7 @@ def test_integer_bilinear_products_are_exact_for_all_sizes(shape, count):
     input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
     longer = input1 if in1 > in2 else input2
     longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
-    exact = reference.bilinear_dense(input1, input2, dequantize(weight, scale, torch.float64))
+    exact = reference.bilinear_dense(input1, input2, decode_int8(weight, scale, torch.float64))
     torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
     halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
     assert halves.dtype == torch.float16

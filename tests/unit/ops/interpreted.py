@@ -7,6 +7,7 @@ what it reads beside them is seen too.
 
 import pytest
 import torch
+from quantized import int8_slices
 from support import assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +21,7 @@ from compress_bilinear.ops.triton import _dense as _triton_dense
 from compress_bilinear.ops.triton import _operators as _dispatch
 from compress_bilinear.ops.triton import _pair_operators as _dispatch_pairs
 from compress_bilinear.ops.triton import _tucker_pairs as _triton_tucker_pairs
-from compress_bilinear.quantization import FORMATS, dequantize, quantize_int8
+from compress_bilinear.quantization import FORMATS, decode_int8
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
@@ -168,11 +169,11 @@ def test_int8_dense(layout, dtype):
         stored = FORMATS["int8"].encode(weight, "weight")
         qdata, scale = stored.qdata, stored.scale
     else:
-        qdata, scale = quantize_int8(weight, layout)
+        qdata, scale = int8_slices(weight, layout)
     inputs = leaves([x1, x2])
     found = ops.bilinear_dense(*inputs, framed(qdata), bias, scale=framed(scale), backend="triton")
     wide = wide_of(inputs)
-    exact = ops.reference.bilinear_dense(*wide, dequantize(qdata, scale, torch.float64), bias.double())
+    exact = ops.reference.bilinear_dense(*wide, decode_int8(qdata, scale, torch.float64), bias.double())
     assert_matches_reference(found.detach(), exact.detach())
     assert_gradients(found, exact, inputs, wide)
 

@@ -1,12 +1,13 @@
 import pytest
 import torch
+from quantized import int8_slices
 from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _dense, _gemm, _small
-from compress_bilinear.quantization import dequantize, quantize_int8
+from compress_bilinear.quantization import decode_int8
 
 ROWS = 11
 
@@ -133,8 +134,8 @@ def test_an_int8_weight_is_the_weight_it_stands_for(shape, dim, dtype):
     if dim is None:  # one scale for all
         qdata, scale = (100 * weight / weight.abs().max()).to(torch.int8), torch.full((1, 1, 1), 0.01)
     else:
-        qdata, scale = quantize_int8(weight, dim)
-    exact = dequantize(qdata, scale, torch.float64)
+        qdata, scale = int8_slices(weight, dim)
+    exact = decode_int8(qdata, scale, torch.float64)
     wide = (input1.double(), input2.double(), exact, bias.double())
     expected = ops.reference.bilinear_dense(*wide)
     for order in ops.ORDERS:
@@ -147,8 +148,8 @@ def test_an_int8_weight_is_the_weight_it_stands_for(shape, dim, dtype):
 @pytest.mark.parametrize("order", ops.ORDERS)
 def test_gradients_pass_through_an_int8_weight(order):
     input1, input2, weight, bias = operands((9, 7, 5), requires_grad=True)
-    qdata, scale = quantize_int8(weight, 2)
-    exact = dequantize(qdata, scale, torch.float64)
+    qdata, scale = int8_slices(weight, 2)
+    exact = decode_int8(qdata, scale, torch.float64)
     assert_same_with_gradients(
         lambda *args: ops.bilinear_dense(args[0], args[1], qdata, args[2], scale=scale, order=order),
         lambda *args: ops.reference.bilinear_dense(args[0], args[1], exact, args[2]),
@@ -276,7 +277,7 @@ def test_peak_memory_of_pairs_is_their_output_and_a_few_blocks():
 def test_an_int8_weight_is_never_dequantized_whole(order, monkeypatch):
     monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", 2**13)
     input1, input2, weight, bias = operands((64, 64, 128), (3,), dtype=torch.float32)
-    qdata, scale = quantize_int8(weight, 2)
+    qdata, scale = int8_slices(weight, 2)
     for call in (
         lambda: ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order),
         lambda: ops.pairwise_dense(input1, input2, qdata, bias, scale=scale),
@@ -307,12 +308,12 @@ def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch
     monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1 if loop else 2**17)
     monkeypatch.setattr(_dense, "_LYING_OUT", 2**6 if loop else 4)
     input1, input2, weight, bias = operands(shape, (rows,), dtype=dtype)
-    qdata, scale = quantize_int8(weight, 2)
+    qdata, scale = int8_slices(weight, 2)
     wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
     output = ops.bilinear_dense(input1, input2, weight, bias)
     assert output.is_contiguous()
     assert_matches_reference(output, ops.reference.bilinear_dense(*wide))
-    wide[2] = dequantize(qdata, scale, torch.float64)
+    wide[2] = decode_int8(qdata, scale, torch.float64)
     assert_matches_reference(
         ops.bilinear_dense(input1, input2, qdata, bias, scale=scale), ops.reference.bilinear_dense(*wide)
     )
