@@ -3,7 +3,7 @@
 import json
 import re
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ def read_plain(
     kind: type[_Record],
     data: object,
     error: type[CompressionError] = CompressionError,
-    keys: Iterable[str] = (),
+    keys: Collection[str] = (),
 ) -> _Record:
     """The record that plain data describes.
 
@@ -50,7 +50,7 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _explained(problems: Sequence[Any], data: object, keys: Iterable[str]) -> str:
+def _explained(problems: Sequence[Any], data: object, keys: Collection[str]) -> str:
     """One of pydantic's errors as a message: an unknown key first, for it may be a key that is missing, misspelt."""
     one = max(problems, key=lambda one: (one["type"] == "unexpected_keyword_argument", len(one["loc"])))
     loc, context = one["loc"], one.get("ctx", {})
@@ -59,10 +59,10 @@ def _explained(problems: Sequence[Any], data: object, keys: Iterable[str]) -> st
         case "missing":
             place, message = _joined(place, loc[-1]), "is required. Found none."
         case "unexpected_keyword_argument":
-            message = f"unknown.{nearest(loc[-1], keys)}"
+            message = "unknown here." if loc[-1] in keys else f"unknown.{nearest(loc[-1], keys)}"
         case "union_tag_not_found":
             place = _joined(place, context["discriminator"].strip("'"))
-            message = f"is required. Found only {', '.join(map(str, one['input']))}."
+            message = f"is required. Found only {', '.join(map(str, one['input'])) or 'an empty table'}."
         case "union_tag_invalid":
             place = _joined(place, context["discriminator"].strip("'"))
             message = f"should be one of {context['expected_tags']}. Found {context['tag']!r}."

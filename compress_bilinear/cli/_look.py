@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import LayerDescription, read_state
-from ..planning import _offline as state_dicts
+from ..planning import Candidate, candidates, descriptions, other_forms
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -46,8 +46,8 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 def inspect(path: Path, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
     state = read_state(path)
-    compressed = state_dicts.descriptions(path)
-    found = state_dicts.candidates(state)
+    compressed = descriptions(path)
+    found = candidates(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
     if inside:
         found = [candidate for candidate in found if not f"{candidate.name}.weight".startswith(inside)]
@@ -63,10 +63,10 @@ def inspect(path: Path, as_json: bool) -> None:
     if found or not compressed:
         show(_candidate_table(path, found))
         if not found:
-            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + state_dicts.other_forms(state))
+            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + other_forms(state))
 
 
-def _plain(candidate: state_dicts.Candidate) -> dict[str, object]:
+def _plain(candidate: Candidate) -> dict[str, object]:
     weight = candidate.weight
     return {
         "name": candidate.name,
@@ -87,7 +87,7 @@ def _compressed_table(path: Path, layers: list[LayerDescription]) -> Table:
     return table
 
 
-def _candidate_table(path: Path, found: list[state_dicts.Candidate]) -> Table:
+def _candidate_table(path: Path, found: list[Candidate]) -> Table:
     table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
     firsts: dict[Hashable, str] = {}
     for candidate in found:

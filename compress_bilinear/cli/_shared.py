@@ -88,11 +88,10 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(shown)
 
 
-def style_of(path: Path, option: str, styles: Iterable[str] = tuple(_STYLES)) -> Style:
+def style_of(path: Path, option: str) -> Style:
     """The format that a file's suffix names. Raises: ConfigError for any other suffix."""
-    if path.suffix not in styles:
-        *some, last = styles
-        raise ConfigError(f"{option} should end in {', '.join(some)} or {last}. Found {str(path)!r}.")
+    if path.suffix not in _STYLES:
+        raise ConfigError(f"{option} should end in .json, .md or .html. Found {str(path)!r}.")
     return _STYLES[path.suffix]
 
 

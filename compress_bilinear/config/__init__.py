@@ -17,7 +17,7 @@ from ._methods import (
     check_rank,
 )
 from ._options import COMPUTE_CHOICES, ComputeAsked, Evaluate, PlanOptions, check_compute, completed, not_default
-from ._recipe import METHODS, Recipe, by_glob, parse_recipe, plain, read_recipe
+from ._recipe import METHODS, Recipe, by_glob, parse_config, parse_recipe, plain, read_recipe
 
 __all__ = [
     "COMPUTE_CHOICES",
@@ -44,6 +44,7 @@ __all__ = [
     "check_rank",
     "completed",
     "not_default",
+    "parse_config",
     "parse_recipe",
     "plain",
     "read_recipe",

@@ -1,21 +1,22 @@
-"""Configs as text: what a TOML or JSON file says, and the same as plain data.
+"""Recipes: what a TOML or JSON file asks for, and the same as plain data.
 
-max_seconds = 60            # optional: batch_size, measure_latency, compute, force, max_seconds
+max_seconds = 60            # optional: batch_size, measure_latency, compute, force, max_seconds, refine
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
 method = "cp"               # cp, tucker, dense, auto, or keep to leave the layer alone
-rank = 64                   # of Tucker [16, 32, 32]; or max_error = 0.05, or max_size = 0.25
+rank = 64                   # of Tucker [16, 32, 32]; or max_size = 0.25, or max_error = 0.05 and on = "output"
 quantize = "int8"           # optional, as is seed (cp)
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
-from ..errors import ConfigError, nearest
+from .._plain import STRICT, path_of, read_plain
+from ..errors import ConfigError
 from ._methods import AutoConfig, Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
 from ._options import TEXT_OPTIONS
 
@@ -28,7 +29,15 @@ _KINDS: dict[str, Any] = {"cp": CPConfig, "tucker": TuckerConfig, "dense": Dense
 METHODS = tuple(_KINDS)
 """Their names, here and on the command line."""
 
-_TARGETS = {"max_error": ("error", MaxError), "max_size": ("size", MaxSize)}  # the field of an AutoConfig; the class
+_TARGETS = ("rank", "max_error", "max_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Globs to configs (None leaves a layer alone), and options of `plan`."""
+
+    configs: Mapping[str, Config | None]
+    options: Mapping[str, Any]
 
 
 def by_glob(config: object) -> dict[str, Config | None]:
@@ -37,21 +46,13 @@ def by_glob(config: object) -> dict[str, Config | None]:
     if not configs:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
-        left = value is None and config is not None
-        if not isinstance(pattern, str) or not (left or isinstance(value, tuple(_KINDS.values()))):
+        leaves_alone = value is None and isinstance(config, Mapping)
+        if not isinstance(pattern, str) or not (leaves_alone or isinstance(value, tuple(_KINDS.values()))):
             raise ConfigError(
                 "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
-                f"them. Found {pattern!r}: {value!r}."
+                f"them (or to None, which leaves a layer alone). Found {pattern!r}: {value!r}."
             )
     return configs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a file asks for: globs to configs, and arguments of `surgery.plan`."""
-
-    configs: Mapping[str, Config | None]
-    options: Mapping[str, Any]
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -76,136 +77,124 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(data: object) -> Recipe:
-    """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read`."""
-    found = dict(_table(data, "the file"))
-    narrowing = {name: found.pop(name) for name in ("include", "exclude") if name in found}
-    top = ("layers", *TEXT_OPTIONS)
-    for name in found:
-        if name not in top:
-            raise ConfigError(f"{_key(name)}: unknown.{nearest(name, top)} A file takes {', '.join(top)}.")
-    layers = _table(found.pop("layers", None), "layers")
-    if not layers:
+    """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read_recipe`."""
+    whole: Any = read_plain(_file(), data, ConfigError, _keys())
+    configs = {glob: _config(f"{path_of(('layers', glob), data)}: ", table) for glob, table in whole.layers.items()}
+    if not configs:
         raise ConfigError('layers: should have at least one table, say [layers."*"]. Found none.')
-    for name, value in found.items():
-        allowed = TEXT_OPTIONS[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            wanted = " or ".join(kind.__name__ for kind in allowed)
-            raise ConfigError(f"{name}: should be of type {wanted}. Found {value!r}.")
-        if isinstance(value, list) and not all(isinstance(one, str) for one in value):
-            raise ConfigError(f"{name}: should hold strings. Found {value!r}.")
-    configs = {glob: _config(_path("layers", glob), layers[glob]) for glob in layers}
-    return Recipe(configs=_narrowed(configs, **narrowing), options=found)
+    if whole.include not in (None, "*", ["*"]):  # include and exclude are of recipes before version 3 of the report
+        if len(configs) > 1:
+            raise ConfigError(
+                "include: should become globs under layers, a table each. Found it next to several globs."
+            )
+        configs = dict.fromkeys(_listed(whole.include), *configs.values())
+    configs = {**dict.fromkeys(_listed(whole.exclude)), **configs}
+    options = {name: getattr(whole, name) for name in TEXT_OPTIONS if getattr(whole, name) is not None}
+    return Recipe(configs=configs, options=options)
 
 
-def _narrowed(configs: dict[str, Config | None], include: Any = (), exclude: Any = ()) -> dict[str, Config | None]:
-    """The same with `exclude` and `include` of files of earlier versions written as globs."""
-    include, exclude = ((one,) if isinstance(one, str) else tuple(one) for one in (include, exclude))
-    if include and include != ("*",):
-        if len(configs) != 1:
-            raise ConfigError('include: write its globs under [layers] instead, a table each. Found "include" there.')
-        (config,) = configs.values()
-        configs = dict.fromkeys(include, config)
-    return {**dict.fromkeys(exclude), **configs}
+def parse_config(data: object) -> Config | None:
+    """The config in the plain data of one table. Raises: ConfigError as `read_recipe`."""
+    return _config("", read_plain(_table_of_any_method(), data, ConfigError, _keys()))
 
 
-def _names(kind: type[Config]) -> list[str]:
-    """The keys of a method besides its targets and what these count on."""
-    return [field.name for field in fields(kind) if field.name not in ("error", "size")]
+def _listed(globs: str | list[str] | None) -> list[str]:
+    return [globs] if isinstance(globs, str) else globs or []
 
 
-_KEYS = ("method", *dict.fromkeys(name for kind in _KINDS.values() for name in _names(kind)), *_TARGETS, "on")
-"""Of any method."""
+@cache
+def _file() -> Any:
+    """The dataclass of a whole file."""
+    globs = (str | list[str] | None, None)
+    options = [(name, Union[(*types, None)], None) for name, types in TEXT_OPTIONS.items()]
+    layers = ("layers", dict[str, _table_of_any_method()])  # type: ignore[misc]  # made at run time
+    return _strict("file", [layers, *options, ("include", *globs), ("exclude", *globs)])
 
 
-def _config(where: str, data: object) -> Config | None:
-    found = dict(_table(data, where))
-    if found == {"method": "keep"}:
+@cache
+def _table_of_any_method() -> Any:
+    from pydantic import Field
+
+    tables = [_table(method, kind) for method, kind in _KINDS.items()]
+    keep = _strict("keep", [("method", Literal["keep"])])
+    return Annotated[Union[(*tables, keep)], Field(discriminator="method")]
+
+
+def _table(method: str, kind: Any) -> type:
+    """The dataclass of one method's table: the fields of its config, and the ways to say how small or exact."""
+    hints, own = get_type_hints(kind), list[Any]()
+    for one in fields(kind):
+        if one.name == "rank":
+            own.append(("rank", get_args(hints["rank"])[0] | None, None))  # without the targets
+        elif one.name not in ("error", "size"):
+            own.append((one.name, hints[one.name], field(default=one.default)))
+    if kind is not DenseConfig:
+        own += [("max_error", float | None, None), ("on", Literal["weight", "output"] | None, None)]
+        own += [("max_size", float | None, None)]
+    if kind is TuckerConfig:
+        own.append(("cost", Literal["bytes"] | None, None))  # the only one left; older recipes may name it
+    return _strict(method, [("method", Literal[method]), *own])
+
+
+def _strict(name: str, columns: list[Any]) -> type:
+    return make_dataclass(name, columns, kw_only=True, namespace={"__pydantic_config__": STRICT})
+
+
+@cache
+def _keys() -> tuple[str, ...]:
+    tables = get_args(get_args(_table_of_any_method())[0])
+    return tuple({one.name for kind in (_file(), *tables) for one in fields(kind)})
+
+
+def _config(where: str, table: Any) -> Config | None:
+    """The config that a table asks for; `where` begins the messages."""
+    given = {name: value for name, value in vars(table).items() if value is not None and name != "cost"}
+    method, ways = given.pop("method"), [name for name in _TARGETS if hasattr(table, name)]
+    used = [name for name in ways if name in given]
+    if ways and len(used) != 1:
+        raise ConfigError(f"{where}{method} takes one of {', '.join(ways)}. Found {', '.join(used) or 'none'}.")
+    on = given.pop("on", None)
+    if on is not None and used != ["max_error"]:
+        raise ConfigError(f"{where}`on` says what max_error counts on. Found no max_error.")
+    if method == "keep":
         return None
-    if found.pop("cost", "bytes") != "bytes":  # files of earlier versions may have it
-        raise ConfigError(f"{where}.cost: ranks are always chosen by stored bytes. Leave it out.")
-    for name in found:  # before a key that is missing is asked for: this may be it
-        if name not in _KEYS:
-            raise ConfigError(f"{_path(where, name)}: unknown.{nearest(name, _KEYS)}")
-    method = found.pop("method", None)
-    if method not in METHODS:
-        listed = f"{', '.join(METHODS)}. Found {method!r}.{nearest(method, METHODS)}"
-        raise ConfigError(f"{where}.method: should be one of {listed}")
-    kind = _KINDS[method]
-    names = _names(kind)
-    ways = (["rank"] if "rank" in names else []) + ([] if kind is DenseConfig else [*_TARGETS])
-    given = [name for name in ways if name in found]
-    if ways and len(given) != 1:
-        listed = ", ".join(given) or "none"
-        raise ConfigError(f"{where}: {method} takes one of {', '.join(ways)}. Found {listed}.")
-    names += [name for name in ways if name not in names] + (["on"] if "max_error" in given else [])
-    for name in found:
-        if name not in names:
-            raise ConfigError(f"{_path(where, name)}: unknown. {method} takes method, {', '.join(names)}.")
-    arguments: dict[str, Any] = {}
-    on = found.pop("on", None)
-    for name, value in found.items():
-        if name not in _TARGETS:
-            arguments[name] = tuple(value) if isinstance(value, list) else value
-            continue
-        try:
-            field, target = _TARGETS[name]
-            made = target(value) if on is None else MaxError(value, on)
-            if kind is not AutoConfig:
-                arguments["rank"] = made
-            else:  # to which a bare number leaves what it counts on
-                arguments[field] = value if on is None else made
-        except ConfigError as error:
-            at = "on" if "`on`" in str(error) else name
-            raise ConfigError(f"{where}.{at}: {error}") from error
     try:
-        made_config: Config = kind(**arguments)
-    except ConfigError as error:
-        named = next((name for name in found if f"`{name}" in str(error)), None)
-        raise ConfigError(f"{where if named is None else _path(where, named)}: {error}") from error
-    return made_config
-
-
-def _table(data: object, what: str) -> Mapping[str, Any]:
-    if not isinstance(data, Mapping):
-        found = "none" if data is None else repr(data)
-        raise ConfigError(f"{what}: should be a table. Found {found}.")
-    return data
-
-
-def _path(*keys: str) -> str:
-    return ".".join([keys[0], *(_key(key) for key in keys[1:])])
-
-
-def _key(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
+        if "max_error" in given:
+            error = given.pop("max_error")
+            if method == "auto":  # a number leaves open what it counts on
+                given["error"] = error if on is None else MaxError(error, on)
+            else:
+                given["rank"] = MaxError(error, on or "weight")
+        if "max_size" in given:
+            size = given.pop("max_size")
+            given |= {"size": size} if method == "auto" else {"rank": MaxSize(size)}
+        made: Config = _KINDS[method](**given)
+    except ConfigError as problem:
+        raise ConfigError(f"{where}{problem}") from problem
+    return made
 
 
 def plain(configs: Mapping[str, Config | None], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `parse`: strings, numbers, lists and dicts, without what is left at its default."""
-    layers = {glob: _entry(config) for glob, config in configs.items()}
-    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-    return {"layers": layers, **listed}
+    """The inverse of `parse_recipe`: strings, numbers, lists and dicts, without what is left at its default."""
+    return {"layers": {glob: _entry(config) for glob, config in configs.items()}, **options}
 
 
 def _entry(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {"method": "keep"}
     entry: dict[str, Any] = {"method": next(name for name, kind in _KINDS.items() if isinstance(config, kind))}
-    for name, value in _given(config):
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if one.default is not MISSING and value == one.default:
+            continue
         if isinstance(value, MaxError):
             entry["max_error"] = value.error
             if value.on != "weight" or isinstance(config, AutoConfig):
                 entry["on"] = value.on
         elif isinstance(value, MaxSize):
             entry["max_size"] = value.fraction
-        elif name in ("error", "size"):
-            entry[f"max_{name}"] = value
+        elif one.name in ("error", "size"):
+            entry[f"max_{one.name}"] = value
         else:
-            entry[name] = list(value) if isinstance(value, tuple) else value
+            entry[one.name] = list(value) if isinstance(value, tuple) else value
     return entry
-
-
-def _given(config: Any) -> list[tuple[str, Any]]:
-    """The fields that are not at their defaults."""
-    pairs = [(field, getattr(config, field.name)) for field in fields(config)]
-    return [(field.name, value) for field, value in pairs if field.default is MISSING or value != field.default]

@@ -5,12 +5,13 @@ from ._api import Plan, compress, plan
 from ._batches import BatchSample
 from ._convert import dequantize, quantize, set_compute
 from ._distill import Distilled, distil
-from ._offline import candidates, choose, compare, compress_state
+from ._offline import Candidate, candidates, choose, compare, compress_state, descriptions, matching, other_forms
 from ._progress import ProgressBars
 from ._verdict import compare_layers, judge, kept, reason_against, slowness
 
 __all__ = [
     "BatchSample",
+    "Candidate",
     "Distilled",
     "Plan",
     "ProgressBars",
@@ -23,9 +24,12 @@ __all__ = [
     "compress",
     "compress_state",
     "dequantize",
+    "descriptions",
     "distil",
     "judge",
     "kept",
+    "matching",
+    "other_forms",
     "plan",
     "quantize",
     "reason_against",
