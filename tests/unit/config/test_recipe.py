@@ -47,7 +47,7 @@ def test_an_older_file_may_name_the_cost_that_always_holds_now():
     table = {"method": "tucker", "max_error": 0.1}
     old = config_text.parse_recipe({"layers": {"*": table | {"cost": "bytes"}}})
     assert old == config_text.parse_recipe({"layers": {"*": table}})
-    with pytest.raises(cb.CompressionError, match="layers.*cost: Input should be 'bytes'"):
+    with pytest.raises(cb.CompressionError, match=r"layers.*cost: Input should be 'bytes'"):
         config_text.parse_recipe({"layers": {"*": table | {"cost": "flops"}}})
 
 

@@ -76,7 +76,7 @@ def test_a_limit_may_count_on_the_outputs(run):
     _, out, _ = run(*COMPRESS, *limit, "--calibration", "rows.npz", "--json")
     found = cb.Report.from_json(out)
     assert found.layers[0].output_error <= 0.3 < found.layers[0].weight_error
-    assert found.config["layers"]["*"]["on"] == "output"
+    assert found.config["layers"]["rel"]["on"] == "output"
 
 
 def test_a_layer_without_rows_is_told(run):
@@ -90,7 +90,7 @@ def test_a_layer_without_rows_is_told(run):
 def test_the_latency_is_of_256_rows_whatever_the_file_holds():
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state_dicts.surgery, "plan", lambda model, config, **options: seen.append(options) or 1 / 0)
+        patch.setattr(state_dicts, "plan", lambda model, config, **options: seen.append(options) or 1 / 0)
         state = state_file.read_state("net.pt")
         with pytest.raises(ZeroDivisionError):
             state_dicts.compress_state(
