@@ -22,16 +22,16 @@ from ._shared import FILE, SEED, as_json, examples, printing, show
 @printing
 def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
     """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
-    from . import _demo as main_job
+    from ._demo import run, table
 
-    rows, report = main_job.run(output, seed, progress=sys.stderr.isatty() and not quiet)
+    rows, report = run(output, seed, progress=sys.stderr.isatty() and not quiet)
     if as_json:
         plain = [{"name": row.name, "accuracy": row.accuracy, **dataclasses.asdict(row.layer)} for row in rows]
         print(json.dumps({"environment": dict(report.environment), "rows": plain}, indent=2))
         return
     measured_on = ", ".join(f"{key} {value}" for key, value in report.environment.items())
     show(
-        main_job.table(rows),
+        table(rows),
         "Output errors are on training inputs, accuracy is on 540 test images. Every compressed network was saved, "
         "reloaded into a fresh one, and gave bit-equal outputs."
         + (f" They are in {output}." if output is not None else ""),

@@ -191,6 +191,11 @@ class LayerReport:
         return ", ".join([self.label, *(alias or "(root)" for alias in self.aliases)])
 
     @property
+    def times_smaller(self) -> float | None:
+        """The bytes before, divided by those after."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else None
+
+    @property
     def reason(self) -> str:
         """The texts of the notes, with "; " between them."""
         return "; ".join(note.text for note in self.notes)

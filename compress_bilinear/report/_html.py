@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from ._data import AS_CONFIGURED, ComputeMode, LayerReport, ReportData, effective
@@ -24,6 +24,19 @@ _KEYS: dict[Callable[[LayerReport], Plot | None], tuple[tuple[str, str], ...]] =
     spectra_plot: (("l1", "out"), ("l2", "in1"), ("l3", "in2")),
     latency_plot: (),
 }
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "Weight error": ("weight_error", error),
+    "Output error": ("output_error", error),
+    "Bytes before": ("bytes_before", size),
+    "Bytes after": ("bytes_after", size),
+    "Smaller": ("times_smaller", "{:.3g}x".format),
+    "ms before": ("latency_before_ms", "{:.3g}".format),
+    "ms after": ("latency_after_ms", "{:.3g}".format),
+    "vs nn.Bilinear": ("speedup", speedup),
+    "vs best dense": ("speedup_vs_dense", speedup),
+}
+"""The columns of numbers: their fields, and how they are written."""
+
 _READING = (
     "Weight error is ‖W − Ŵ‖/‖W‖ of what is stored. Output error is ‖y − ŷ‖/‖y − b‖ on calibration rows, and predicts "
     "a task far better. Bytes count everything that is stored. “vs nn.Bilinear” looks better than it is, because "
@@ -38,7 +51,7 @@ def render_html(report: ReportData, most_bytes: int = _MOST_BYTES) -> str:
     shown = sorted(order[:_MOST_DETAILS])
     context: dict[str, Any] = {
         "summary": {"sentence": _sentence(report), "cards": _cards(report), "warnings": _warnings(report)},
-        "columns": [{"label": label, "number": k > 1} for k, label in enumerate(_COLUMNS)],
+        "columns": [{"label": label, "number": label in _COLUMNS} for label in ("Layer", "Method", *_COLUMNS)],
         "rows": [_row(k, layer, k in set(shown)) for k, layer in enumerate(report.layers)],
         "reading": _READING,
         "config": json.dumps(dict(report.config), indent=2, ensure_ascii=False) if report.config else "",
@@ -80,11 +93,8 @@ def _cards(report: ReportData) -> list[dict[str, Any]]:
     cards += [_slowest(now), _worst(_replaced(report))]
     if report.metric_before is None or report.metric_after is None:
         return [*cards, _card("Task metric", "not measured", "judge by your own before you use the model")]
-    figure, change = (
-        f"{report.metric_before:.4g} → {report.metric_after:.4g}",
-        report.metric_after - report.metric_before,
-    )
-    return [*cards, _card("Task metric", figure, f"change {change:+.4g}")]
+    change = f"change {report.metric_after - report.metric_before:+.4g}"
+    return [*cards, _card("Task metric", f"{report.metric_before:.4g} → {report.metric_after:.4g}", change)]
 
 
 def _slowest(now: Sequence[LayerReport]) -> dict[str, Any]:
@@ -139,32 +149,16 @@ def _is_slower(factor: float | None) -> bool:
     return factor is not None and factor < _SLOWER
 
 
-_COLUMNS = (
-    *("Layer", "Method", "Weight error", "Output error", "Bytes before", "Bytes after", "Smaller"),
-    *("ms before", "ms after", "vs nn.Bilinear", "vs best dense"),
-)
-
-
 def _row(number: int, layer: LayerReport, linked: bool) -> dict[str, Any]:
     one = effective(layer)
-    ratio = one.bytes_before / one.bytes_after if one.bytes_after else None
-
-    def figure(value: float | None, text: Callable[[Any], str], warns: bool = False) -> Cell:
-        return Cell(text="–" if value is None else text(value), number=True, value=value, warns=warns)
-
-    cells = [
-        Cell(text=one.names, detail="×".join(map(str, one.shape)) if one.shape else ""),
-        Cell(text=method(layer)),
-        figure(one.weight_error, error),
-        figure(one.output_error, error),
-        figure(one.bytes_before, size),
-        figure(one.bytes_after, size),
-        figure(ratio, lambda value: f"{value:.3g}x"),
-        figure(one.latency_before_ms, lambda value: f"{value:.3g}"),
-        figure(one.latency_after_ms, lambda value: f"{value:.3g}"),
-        figure(one.speedup if one.latency_after_ms is not None else None, speedup, _is_slower(one.speedup)),
-        figure(one.speedup_vs_dense, speedup, _is_slower(one.speedup_vs_dense)),
-    ]
+    if one.latency_after_ms is None:
+        one = replace(one, speedup=None)
+    shape = "×".join(map(str, one.shape)) if one.shape else ""
+    cells = [Cell(text=one.names, detail=shape), Cell(text=method(layer))]
+    for name, text in _COLUMNS.values():
+        value = getattr(one, name)
+        shown = "–" if value is None else text(value)
+        cells.append(Cell(text=shown, number=True, value=value, warns="speedup" in name and _is_slower(value)))
     return {"name": one.names, "link": f"layer-{number}" if linked else "", "cells": cells}
 
 

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy
+
 from ._data import FrontPoint, LayerReport, Spectrum
 from ._text import error, named, printable, size
 
 _SIZE = (330 / 72, 190 / 72)  # inches, of 72 points each
 _SMALLEST = 1e-5  # below it a singular value is rounding
-_MODES = ("out", "in1", "in2")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.5)))  # so that the lines differ without colour too
 
 _INK, _GRID, _SURFACE = "#000001", "#000002", "#000003"
@@ -144,51 +145,43 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
     if len(layer.spectra) != 3:
         return None
     ranks = layer.rank if isinstance(layer.rank, Sequence) else (layer.rank,) * 3
-    within = [rank is not None and rank <= one.indices[-1] for rank, one in zip(ranks, layer.spectra, strict=True)]
+    lines = [
+        (
+            spectrum,
+            [max(value, _SMALLEST) for value in spectrum.values],
+            rank if (rank or 0) <= spectrum.indices[-1] else 0,
+        )
+        for spectrum, rank in zip(layer.spectra, ranks, strict=True)
+    ]
 
     def draw(axes: Any) -> None:
         axes.set_yscale("log")
-        for k, (spectrum, rank) in enumerate(zip(layer.spectra, ranks, strict=True)):
-            values = [max(value, _SMALLEST) for value in spectrum.values]
+        for k, (spectrum, values, rank) in enumerate(lines):
             axes.plot(spectrum.indices, values, color=_SERIES[k], linestyle=_DASHES[k], linewidth=1.6)
-            if rank is not None and within[k]:
-                axes.plot(rank, max(at(spectrum, rank), _SMALLEST), "osD"[k], ms=7, mfc=_SERIES[k], mec=_INK)
-        heights = [max(value, _SMALLEST) for one in layer.spectra for value in one.values]
+            if rank:
+                axes.plot(rank, at(spectrum, rank), "osD"[k], ms=7, mfc=_SERIES[k], mec=_INK)
+        heights = [value for _, values, _ in lines for value in values]
         axes.set_xlim(1, max(2, *(one.indices[-1] for one in layer.spectra)))
         axes.set_ylim(min(heights) / 1.2, max(heights) * 1.2)
         _round_ticks(axes.yaxis, max(heights) / min(heights), lambda value: f"{value:g}")
         axes.set_xlabel("singular value number")
         axes.set_ylabel("σ / ‖W‖")
 
-    lines = []
-    for name, spectrum, rank, marked in zip(_MODES, layer.spectra, ranks, within, strict=True):
-        line = f"{name} falls from {spectrum.values[0]:.2g} to {spectrum.values[-1]:.2g} at {spectrum.indices[-1]}"
-        lines.append(line + (f", {at(spectrum, rank):.2g} at the rank {rank}" if marked and rank is not None else ""))
+    words = "; ".join(
+        f"{name} falls from {spectrum.values[0]:.2g} to {spectrum.values[-1]:.2g} at {spectrum.indices[-1]}"
+        + (f", {at(spectrum, rank):.2g} at the rank {rank}" if rank else "")
+        for name, (spectrum, _, rank) in zip(("out", "in1", "in2"), lines, strict=True)
+    )
     sampled = " Estimated from a sample of the weight." if any(one.sampled for one in layer.spectra) else ""
-    words = f"Singular values of the unfoldings: {'; '.join(lines)}.{sampled}"
-    return Plot(_drawn(draw, f"spectra {layer.name}"), _spectra_title(layer, within), words)
-
-
-def _spectra_title(layer: LayerReport, within: Sequence[bool]) -> str:
-    """What the plot of the spectra shows, and which of the ranks it has marks at."""
     what = "rejected" if layer.decision == "kept" else "chosen"
-    if layer.rank is None:
-        return "Singular values of the unfoldings; no rank was chosen"
-    if isinstance(layer.rank, Sequence):
-        return f"Singular values; marks at the {what} ranks {', '.join(map(str, layer.rank))}"
-    if not any(within):
-        return f"Singular values; no mode has as many as the {what} rank {layer.rank}"
-    where = "" if all(within) else ", of the modes that have it"
-    return f"Singular values; marks at the {what} rank {layer.rank}{where}"
+    marked = f"ranks {', '.join(map(str, layer.rank))}" if isinstance(layer.rank, Sequence) else f"rank {layer.rank}"
+    title = "Singular values" + (f"; marks at the {what} {marked}" if any(rank for *_, rank in lines) else "")
+    return Plot(_drawn(draw, f"spectra {layer.name}"), title, f"{title} of the unfoldings: {words}.{sampled}")
 
 
 def at(spectrum: Spectrum, index: int) -> float:
     """The singular value of this number, interpolated linearly between those that are kept."""
-    pairs = list(zip(spectrum.indices, spectrum.values, strict=True))
-    below = max((pair for pair in pairs if pair[0] <= index), default=pairs[0])
-    above = min((pair for pair in pairs if pair[0] >= index), default=pairs[-1])
-    share = (index - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
-    return below[1] + share * (above[1] - below[1])
+    return max(float(numpy.interp(index, spectrum.indices, spectrum.values)), _SMALLEST)
 
 
 def _round_ticks(axis: Any, ratio: float, label: Callable[[float], str]) -> None:
