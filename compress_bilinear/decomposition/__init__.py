@@ -1,8 +1,8 @@
 """Weights to factors: tensors in, frozen results out."""
 
+from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress, check_max_seconds
 from ._cp import cp
-from ._cp_solve import AMPLIFICATION_LIMIT
 from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker

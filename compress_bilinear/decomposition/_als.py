@@ -10,20 +10,21 @@ float64.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._budget import Budget
 
-_TOLERANCE = 1e-6
-_SETTLED = 3
-_LEAST_ROOM = 2**15  # elements of a partial product that may always be held
-_SCRATCH = 2**19  # elements of what is summed at once, at most, which caches hold
 PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
-_MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep, its growth with each further one, and where that ends
+AMPLIFICATION_LIMIT = 3.0  # above it, components are said to cancel
+
+_LEAST_ROOM = 2**16  # elements of a partial product that may always be kept: half a MiB
+_SLAB = 2**19  # elements of a partial product that are summed at once: 2 MiB in float32, which caches hold
+_MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep that improves, its growth with each further one, and its most
 
 
 @dataclass
@@ -60,23 +61,22 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a solve: at most `sweeps`, and no longer than until this fraction of the budget's time is spent.
+    """A part of a solve.
 
-    `reserve` keeps time for so many more sweeps. `tolerance` ends it where sweeps lower the objective by less than
-    this part of it, three times in a row; `enough`, where the squared residual is at most that. `first` and `last` are
-    the penalties, from the one to the other geometrically over the first `falling` of the stage. `span` is the part of
-    the whole solve that it is.
+    Attributes:
+        sweeps: at most so many.
+        tolerance: it ends where three sweeps in a row lower the objective by less than this part of it.
+        enough: it ends where the squared residual is at most this.
+        first, last: the penalty falls geometrically from the one to the other.
+        falling: the part of the stage over which it falls.
     """
 
     sweeps: int
-    until: float = 1.0
-    reserve: float = 0.0
-    tolerance: float = _TOLERANCE
+    tolerance: float = 1e-6
     enough: float = 0.0
     first: float = PENALTY
     last: float = PENALTY
-    falling: float = 0.7
-    span: tuple[float, float] = (0.0, 1.0)
+    falling: float = 1.0
 
     def penalty(self, done: float) -> float:
         """Geometrically between the two; objectives under different penalties do not compare."""
@@ -93,20 +93,24 @@ def descend(
     scale: float = 1.0,
     room: int = 0,
 ) -> Iterate:
-    """Accelerated sweeps; returns the best iterate under the last penalty reached. At least one sweep is made.
+    """Accelerated sweeps; returns the best iterate under the last penalty that was reached.
 
-    The tensor is meant times `scale`, which gives it, or the tensor that it is the core of, norm 1. `room` elements
-    may be held besides, or as many as it has.
+    It makes at least one sweep, and none for which the budget has no time: of that it leaves as much as a sweep takes,
+    for the caller to measure the result in.
+
+    Args:
+        scale: it times the tensor, or times the tensor that it is the core of, has norm 1.
+        room: elements that a partial product may have to be kept, if they are more than the tensor's.
     """
     best = start.moved(lambda _, factor: factor.to(tensor.dtype))
     del start  # a caller may have let go of it
-    sweeper = Sweeper(tensor, best.factors[0].shape[1], scale, room)
-    settled = 0
-    begun, penalty = budget.elapsed(), math.nan
-    limit = budget.left(stage.until)
+    room = max(room, tensor.numel(), _LEAST_ROOM)
+    sweeper = Sweeper(tensor, best.factors[0].shape[1], room, scale)
+    settled, penalty = 0, math.nan
+    begun, limit = budget.elapsed(), max(budget.left(), 1e-9)
     for k in range(stage.sweeps):
         before = budget.elapsed()
-        done = max(k / stage.sweeps, (before - begun) / max(limit, 1e-9))
+        done = max(k / stage.sweeps, (before - begun) / limit)
         if stage.penalty(done) != penalty:
             penalty = stage.penalty(done)
             best.objective = math.inf
@@ -116,20 +120,16 @@ def descend(
             ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
         new = sweeper.sweep(ahead, penalty)
         del ahead
-        budget.report(stage.span[0] + (stage.span[1] - stage.span[0]) * min(done, 1.0), new.error)
+        budget.report(min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
             new.previous, new.momentum = best.factors, best.momentum + 1
             best = new
         elif step == 0.0:
-            break  # a plain sweep cannot rise but by rounding: this is the minimum
+            break  # a plain sweep can rise by rounding only: this is the minimum
         else:
             best.momentum = 0
-        if (
-            settled >= _SETTLED
-            or best.residual <= stage.enough
-            or budget.left(stage.until) < (1 + stage.reserve) * (budget.elapsed() - before)
-        ):
+        if settled >= 3 or best.residual <= stage.enough or budget.left() < 2 * (budget.elapsed() - before):
             break
     return best
 
@@ -153,23 +153,38 @@ def wide_gram(factor: Tensor) -> Tensor:
     return wide.T @ wide
 
 
-class Sweeper:
-    """Sweeps over one tensor. Its buffers are kept from sweep to sweep: fresh memory would cost as much as the work.
+class _Slab(NamedTuple):
+    """Part of a tensor (a, b, c) along its first axis, and buffers; `product` is `scratch` where it is not kept."""
 
-    A partial product T ×_3 C of shape (a, b, R) serves two updates. Where it has more than `room` elements, it is not
-    held, but made some rows at a time for the one, and done without for the other.
+    rows: slice
+    tensor: Tensor  # (· b, c)
+    scratch: Tensor  # (·, b, R)
+    product: Tensor  # (·, b, R)
+    flat_product: Tensor  # (· b, R)
+
+
+class Sweeper:
+    """Sweeps over one tensor (a, b, c), slab by slab along its first axis.
+
+    The partial product T ×_3 C of shape (a, b, R) serves the updates of two factors. It is kept from the first to the
+    second where it has at most `room` elements, and computed twice otherwise. Buffers are reused across sweeps: to
+    allocate them anew would take as long as the arithmetic. No buffer of a slab has more than `slab` elements, but for
+    a slab of one index.
     """
 
-    def __init__(self, tensor: Tensor, rank: int, scale: float = 1.0, room: int = 0) -> None:
-        self._tensor, self._scale = tensor, scale
-        a, b, c = tensor.shape
-        elements, room = a * b * rank, max(room, tensor.numel(), _LEAST_ROOM)
-        held = elements <= room
-        whole = 2 * elements <= room * 3 // 2 and elements <= _SCRATCH  # nothing is done in parts
-        most = min(_SCRATCH, room // 4 if held else room // 2)
-        self._scratch = tensor.new_empty(elements if whole else max(most, max(b, c) * rank))
-        self._whole = self._scratch.view(a, b, rank) if whole else None
-        self._product = tensor.new_empty(a, b, rank) if held else None
+    def __init__(self, tensor: Tensor, rank: int, room: int, scale: float = 1.0, slab: int = _SLAB) -> None:
+        self._sizes, self._scale = tensor.shape, scale
+        a, b, _ = tensor.shape
+        self._kept = a * b * rank <= room
+        product = tensor.new_empty(a if self._kept else 0, b, rank)
+        step = min(a, max(1, min(slab, room // 2) // (b * rank)))
+        scratch = tensor.new_empty(step, b, rank)
+        self._slabs: list[_Slab] = []
+        for begin in range(0, a, step):
+            rows = slice(begin, min(begin + step, a))
+            part = scratch[: rows.stop - begin]
+            out = product[rows] if self._kept else part
+            self._slabs.append(_Slab(rows, tensor[rows].flatten(0, 1), part, out, out.flatten(0, 1)))
 
     def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
         """Each factor in turn replaced by the best for the others."""
@@ -186,7 +201,7 @@ class Sweeper:
         torch.mul(gram1, gram2, out=normal)
         squares = [gram1.diagonal().clone(), gram2.diagonal().clone()]
         del gram1, gram2
-        right = self.last(first, second)
+        right = self._third(first, second)
         third = self._update(right, normal, penalty)
         gram3 = wide_gram(third)
         # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
@@ -197,61 +212,30 @@ class Sweeper:
         balance = _balanced((first, second, third), torch.stack((*squares, gram3.diagonal())))
         return Iterate(balance, residual + penalty * sizes, residual, sizes, norm)
 
-    def _rows(self, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the first axis, and scratch of shape (rows, width) for each."""
-        a = self._tensor.shape[0]
-        step = self._scratch.numel() // width
-        for start in range(0, a, step):
-            rows = slice(start, min(start + step, a))
-            yield rows, self._scratch[: (rows.stop - start) * width].view(-1, width)
-
-    def _partial(self, third: Tensor, rows: slice, out: Tensor) -> Tensor:
-        """T ×_3 C, of some rows: (rows, b, R)."""
-        flat = self._tensor[rows].flatten(0, 1)
-        product = torch.mm(flat, third, out=out.view(flat.shape[0], -1))
-        return product.view(-1, self._tensor.shape[1], third.shape[1])
-
-    def _first(self, second: Tensor, third: Tensor) -> Tensor:
-        """Σ_jk T_ijk B_jr C_kr: (a, R)."""
-        if self._product is not None:
-            self._partial(third, slice(None), self._product)
-            if self._whole is not None:
-                return torch.mul(self._product, second, out=self._whole).sum(1)
-        result = second.new_empty(self._tensor.shape[0], second.shape[1])
-        for rows, scratch in self._rows(second.numel()):
-            if self._product is None:
-                part = self._partial(third, rows, scratch).mul_(second)
-            else:
-                part = torch.mul(self._product[rows], second, out=scratch.view(-1, *second.shape))
-            torch.sum(part, 1, out=result[rows])
+    def _first(self, second: Tensor, third: Tensor) -> Tensor:  # (a, R)
+        """Σ_jk T_ijk B_jr C_kr."""
+        result = second.new_empty(self._sizes[0], second.shape[1])
+        for slab in self._slabs:
+            torch.mm(slab.tensor, third, out=slab.flat_product)
+            torch.sum(torch.mul(slab.product, second, out=slab.scratch), 1, out=result[slab.rows])
         return result
 
-    def _second(self, first: Tensor, third: Tensor) -> Tensor:
-        """Σ_ik T_ijk A_ir C_kr: (b, R)."""
-        if self._product is None:
-            return self._paired(self._tensor.transpose(1, 2), first, third).T
-        if self._whole is not None:
-            return torch.mul(self._product, first[:, None], out=self._whole).sum(0)
-        shape = self._product.shape[1:]
-        result = first.new_zeros(shape)
-        for rows, scratch in self._rows(shape.numel()):
-            result += torch.mul(self._product[rows], first[rows, None], out=scratch.view(-1, *shape)).sum(0)
+    def _second(self, first: Tensor, third: Tensor) -> Tensor:  # (b, R)
+        """Σ_ik T_ijk A_ir C_kr, after `_first` with the same C."""
+        result = first.new_zeros(self._sizes[1], first.shape[1])
+        for slab in self._slabs:
+            if not self._kept:
+                torch.mm(slab.tensor, third, out=slab.flat_product)
+            result += torch.mul(slab.product, first[slab.rows, None], out=slab.scratch).sum(0)
         return result
 
-    def last(self, first: Tensor, second: Tensor) -> Tensor:
-        """Σ_ij T_ijk A_ir B_jr: (c, R)."""
-        if self._whole is not None:
-            pairs = torch.mul(first[:, None], second, out=self._whole)
-            return torch.mm(pairs.flatten(0, 1).T, self._tensor.flatten(0, 1)).T  # faster than its transpose
-        return self._paired(self._tensor, first, second).T
-
-    def _paired(self, tensor: Tensor, first: Tensor, other: Tensor) -> Tensor:
-        """Σ_ij T_ijk A_ir B_jr: (R, c). Of the Khatri-Rao product of A and B, only some rows are held at once."""
-        total = first.new_zeros(first.shape[1], tensor.shape[2])
-        for rows, scratch in self._rows(other.numel()):
-            pairs = torch.mul(first[rows, None], other, out=scratch.view(-1, *other.shape))
-            total.addmm_(pairs.flatten(0, 1).T, tensor[rows].flatten(0, 1))
-        return total
+    def _third(self, first: Tensor, second: Tensor) -> Tensor:  # (c, R)
+        """Σ_ij T_ijk A_ir B_jr. Of the Khatri-Rao product of A and B, only a slab is held at once."""
+        total = first.new_zeros(first.shape[1], self._sizes[2])
+        for slab in self._slabs:
+            pairs = torch.mul(first[slab.rows, None], second, out=slab.scratch)
+            total.addmm_(pairs.flatten(0, 1).T, slab.tensor)
+        return total.T
 
     def _update(self, right: Tensor, normal: Tensor, penalty: float) -> Tensor:
         """The factor F that solves F (V + μ diag V) = M times the scale; the least-norm one where that is singular."""

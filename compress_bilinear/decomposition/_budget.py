@@ -1,4 +1,4 @@
-"""The time that a solve may take, and word of how far it is."""
+"""The time that a piece of work may take, and how much of it is done."""
 
 import math
 import time
@@ -20,42 +20,45 @@ def check_max_seconds(max_seconds: object) -> None:
 
 
 class Budget:
-    """Started when the solve is; `max_seconds` None never ends."""
+    """Seconds and progress of a piece of work. Parts of it get a `child` each; None for `max_seconds` never ends."""
 
     def __init__(self, max_seconds: float | None = None, progress: Progress | None = None) -> None:
+        """The time starts now. Raises: ConfigError unless `max_seconds` is None or a positive number."""
         check_max_seconds(max_seconds)
         self.start = time.perf_counter()
         self.max_seconds = math.inf if max_seconds is None else float(max_seconds)
         self._progress = progress
-        self._origin = self._closing = 0.0
         self._done = 0.0
         self._error = 1.0
 
     @property
     def limited(self) -> bool:
-        """Whether there is a time budget at all."""
+        """Whether there is a limit at all."""
         return math.isfinite(self.max_seconds)
 
     def elapsed(self) -> float:
         """Seconds since the start."""
         return time.perf_counter() - self.start
 
-    def prepared(self, closing: float) -> None:
-        """From here on, fractions are of the time that is left now, less some seconds for the closing."""
-        self._origin, self._closing = self.elapsed(), closing
-
-    def left(self, fraction: float = 1.0) -> float:
-        """Seconds until this fraction of the budget, less preparations, is spent."""
-        return self._origin + fraction * max(self.max_seconds - self._closing - self._origin, 0.0) - self.elapsed()
+    def left(self) -> float:
+        """Seconds until the end; negative after it, infinite without a limit."""
+        return self.max_seconds - self.elapsed()
 
     def child(self, share: float = 1.0, span: tuple[float, float] = (0.0, 1.0)) -> "Budget":
-        """A budget of this share of the time that is left, which reports this span of the parent's work."""
+        """A budget for a part of the work, which starts now.
+
+        Args:
+            share: of the seconds that are left. What a part does not use, the next ones share.
+            span: where the part begins and ends in this budget's work, for its progress.
+        """
         start, end = span
         seconds = max(share * self.left(), 1e-3) if self.limited else None
+        if self._progress is None:
+            return Budget(seconds)
         return Budget(seconds, lambda done, error: self.report(start + (end - start) * done, error))
 
     def report(self, done: float, error: float) -> None:
-        """Tell the caller; neither the part done nor the best error so far ever goes back."""
+        """Tell the caller the part that is done and the error; the first never falls, and the second never rises."""
         if self._progress is None:
             return
         if self.limited:

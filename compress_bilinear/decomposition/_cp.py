@@ -2,14 +2,16 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
 from ..errors import AmplificationWarning, InfeasibleError
+from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
-from ._cp_solve import AMPLIFICATION_LIMIT, as_result, is_small, solve
+from ._cp_levels import is_small, solve
 from ._factors import CPDecomposition
 from ._search import Trial, best_within, smallest
 from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
@@ -17,8 +19,7 @@ from ._source import Source, full_precision
 
 _CLOSE = 1.03  # between a rank that meets an error and one that does not: closer costs more solves than it saves bytes
 _SHARE = 0.3  # of the time left, for one solve of a search
-_QUICK = 0.3  # effort of the solves of a search that begin from another's result
-_ENOUGH = 0.999  # of the error that is asked for, where these stop: the rest is for rounding
+_ENOUGH = 0.999  # of the error that is asked for, where the solves of a search stop: the rest is for rounding
 
 
 def cp(
@@ -65,7 +66,7 @@ def cp(
     check_quantize(quantize)
     budget = Budget(max_seconds, progress)
     if isinstance(rank, MaxSize):
-        rank = affordable(weight, rank, quantize)
+        rank = _affordable(weight, rank, quantize)
     elif not isinstance(rank, MaxError):
         check_cp_rank(rank, weight.shape)
     with full_precision(weight.device):
@@ -73,7 +74,7 @@ def cp(
         if isinstance(rank, MaxError):
             result = _least_rank(weight, source, rank, seed, quantize, budget)
         else:
-            result = as_result(weight, source, solve(source, rank, seed, budget, quantize=quantize).factors)
+            result = _as_result(weight, source, solve(source, rank, seed, budget, quantize))
     if result.amplification > AMPLIFICATION_LIMIT:
         warnings.warn(
             f"The CP components of rank {result.rank} cancel: amplification {result.amplification:.3g}, error "
@@ -84,7 +85,20 @@ def cp(
     return result
 
 
-def affordable(weight: Tensor, target: MaxSize, quantize: Quantize | None) -> int:
+def _as_result(weight: Tensor, source: Source, factors: Sequence[Tensor]) -> CPDecomposition:
+    """Normalised, sorted, rounded to the weight's dtype and measured; factors are of the weight over its norm."""
+    wide = [factor.double() for factor in factors]
+    norms = torch.stack([factor.norm(dim=0) for factor in wide])
+    weights = norms.prod(0)
+    order = weights.argsort(descending=True, stable=True)
+    columns = [(f / n.where(n > 0, 1.0))[:, order] for f, n in zip(wide, norms, strict=True)]
+    out, in1, in2 = (column.to(weight.dtype) for column in columns)
+    scaled = weights[order] * (math.sqrt(source.total) / source.scale)
+    result = CPDecomposition(scaled.to(torch.promote_types(weight.dtype, torch.float32)), (out, in1, in2))
+    return CPDecomposition(result.weights, result.factors, result.relative_error(weight))
+
+
+def _affordable(weight: Tensor, target: MaxSize, quantize: Quantize | None) -> int:
     """The largest rank within the budget; InfeasibleError where there is none."""
     each = cp_bytes(1, weight.shape, weight.element_size(), quantize)
     original = weight.numel() * weight.element_size()
@@ -117,12 +131,12 @@ def _least_rank(
         part = budget.child(_SHARE, (count / (count + 4), (count + 1) / (count + 5)))
         near = best_within(solved, limit) or (solved[-1] if solved else None)
         if near is None or is_small(source, rank):
-            factors = solve(source, rank, seed, part, quantize=quantize).factors
+            factors = solve(source, rank, seed, part, quantize)
         else:
             assert near.result is not None
             begin = _resized(source, near.result, rank, seed)
-            factors = solve(source, rank, seed, part, begin, _QUICK, _ENOUGH * limit, quantize).factors
-        result = as_result(weight, source, factors)
+            factors = solve(source, rank, seed, part, quantize, begin, _ENOUGH * limit)
+        result = _as_result(weight, source, factors)
         error = math.inf if result.error is None else result.error
         solved.append(Trial(rank, error, result))
         return result, error

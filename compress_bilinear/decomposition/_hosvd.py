@@ -1,11 +1,13 @@
-"""Subspaces to begin in: the truncated HOSVD, and the blocks in its coordinates on which CP begins."""
+"""Where solvers begin: the truncated HOSVD, the blocks in its coordinates, and CP's first factors on these."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._source import Source, gram, leading, mode_product
+from ._source import Source, gram, leading, mode_product, turned_
 
 _LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
 _OVERSAMPLED = 8
@@ -21,7 +23,7 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     for mode, u in enumerate(basis):
         if u is None:
             u = leading(_sampled_gram(core, mode), core.shape[mode], source.dtype)
-            core = mode_product(core, u, mode)
+            turned_(core, u, mode)
         turned.append(u)
     return turned, core
 
@@ -88,58 +90,41 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
     return basis, core
 
 
+@dataclass(frozen=True)
 class Core:
-    """A tensor of norm 1, less what is `outside`, in about the coordinates of its HOSVD.
-
-    Its leading blocks hold most of the energy, so they are smaller problems to begin with.
+    """A core of norm at most 1 in about the coordinates of its HOSVD: its leading blocks hold most of the energy.
 
     Attributes:
-        tensor: with its axes in CP's order; meant times `scale`.
-        room: elements of the weight that it is of.
+        tensor: with its axes in CP's order.
+        outside: the squared norm that the core leaves out of a weight of norm 1.
+        room: elements of that weight.
     """
 
-    def __init__(self, tensor: Tensor, outside: float, room: int) -> None:
-        self.tensor, self.scale, self.outside, self.room = tensor, 1.0, outside, room
+    tensor: Tensor
+    outside: float
+    room: int
 
     def block(self, fraction: float) -> Tensor:
-        """The leading block with this fraction of each size."""
-        a, b, c = self._sizes(fraction)
-        return self.tensor[:a, :b, :c].contiguous()
-
-    def padded(self, mode: int, factor: Tensor, size: int) -> Tensor:
-        """A factor of a leading block, as one of a block of this size, or of the tensor."""
-        return torch.cat([factor, factor.new_zeros(size - len(factor), factor.shape[1])])
-
-    def turned(self, mode: int, factor: Tensor) -> Tensor:
-        """A factor of the tensor, in the coordinates of the blocks."""
-        return factor
-
-    def _sizes(self, fraction: float) -> list[int]:
-        return [max(1, -(-int(1000 * fraction) * size // 1000)) for size in self.tensor.shape]
-
-
-class Whole(Core):
-    """A weight that has no smaller core. It stays in its own coordinates, and no turned copy of it is held."""
-
-    def __init__(self, source: Source, order: Sequence[int]) -> None:
-        super().__init__(source.permuted(order)[0], 0.0, source.weight.numel())
-        self.scale = source.total**-0.5
-        self._source, self._order = source, order
-        dtype = self.tensor.dtype
-        self._basis = [
-            leading(_sampled_gram(self.tensor, mode), size, dtype) for mode, size in enumerate(self.tensor.shape)
-        ]
-
-    def block(self, fraction: float) -> Tensor:
+        """The leading block with this fraction of each size: a smaller problem to begin with."""
         if fraction == 1:
             return self.tensor
-        kept = [u[:, :size] for u, size in zip(self._basis, self._sizes(fraction), strict=True)]
-        projected = self._source.project([kept[self._order.index(mode)] for mode in range(3)])
-        return projected.permute(*self._order).mul(self.scale).contiguous()
+        a, b, c = (math.ceil(fraction * size) for size in self.tensor.shape)
+        return self.tensor[:a, :b, :c].contiguous()
 
-    def padded(self, mode: int, factor: Tensor, size: int) -> Tensor:
-        u = self._basis[mode]
-        return u[:, : len(factor)] @ factor if size == len(u) else super().padded(mode, factor, size)
 
-    def turned(self, mode: int, factor: Tensor) -> Tensor:
-        return self._basis[mode].T @ factor
+def random_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
+    """Unit Gaussian columns, drawn on the CPU, so that a seed means the same on every device."""
+    draws = [torch.randn(size, rank, generator=generator, dtype=torch.float64, device="cpu") for size in core.shape]
+    return [(draw / draw.norm(dim=0)).to(core) for draw in draws]
+
+
+def hosvd_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:
+    """Leading singular vectors of each mode, filled up with random columns where the rank exceeds its size.
+
+    The core is in HOSVD coordinates, so its singular vectors are the unit vectors.
+    """
+    start = random_start(core, rank, generator)
+    for factor in start:
+        kept = min(factor.shape)
+        factor[:, :kept] = torch.eye(factor.shape[0], kept, dtype=core.dtype, device=core.device)
+    return start

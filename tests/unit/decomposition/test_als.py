@@ -4,8 +4,7 @@ import pytest
 import torch
 from support import low_rank
 
-from compress_bilinear.decomposition import _als
-from compress_bilinear.decomposition._als import Iterate, Stage, Sweeper, balanced, descend
+from compress_bilinear.decomposition._als import PENALTY, Iterate, Stage, Sweeper, balanced, descend
 from compress_bilinear.decomposition._budget import Budget
 from compress_bilinear.decomposition._exact import measured_exactly
 
@@ -28,19 +27,16 @@ def objective(tensor, parts, penalty):
     return float((tensor - model).square().sum() + penalty * sizes.square().sum())
 
 
-@pytest.mark.parametrize("room", [2**20, 200, 0], ids=["whole", "held", "rows"])
+@pytest.mark.parametrize(("room", "slab"), [(2**20, 2**20), (2**20, 30), (0, 30)], ids=["whole", "kept", "twice"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rank", [1, 3, 17])
-def test_products_with_the_tensor(monkeypatch, room, shape, rank):
-    monkeypatch.setattr(_als, "_LEAST_ROOM", 0)
-    if room < 2**20:
-        monkeypatch.setattr(_als, "_SCRATCH", 30)
+@pytest.mark.parametrize("rank", [1, 17])
+def test_products_with_the_tensor(room, slab, shape, rank):
     tensor, (first, second, third) = unit(shape), factors(shape, rank)
-    sweeper = Sweeper(tensor, rank, room=room)
+    sweeper = Sweeper(tensor, rank, room, slab=slab)
     for found, equation, others in (
         (sweeper._first(second, third), "ijk,jr,kr->ir", (second, third)),
         (sweeper._second(first, third), "ijk,ir,kr->jr", (first, third)),
-        (sweeper.last(first, second), "ijk,ir,jr->kr", (first, second)),
+        (sweeper._third(first, second), "ijk,ir,jr->kr", (first, second)),
     ):
         torch.testing.assert_close(found, torch.einsum(equation, tensor, *others), rtol=1e-12, atol=1e-13)
 
@@ -48,8 +44,8 @@ def test_products_with_the_tensor(monkeypatch, room, shape, rank):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_sweep_over_a_scaled_tensor_is_one_over_the_tensor(dtype):
     tensor, parts = unit((13, 8, 4)), factors((13, 8, 4), 5)
-    exact = Sweeper(tensor, 5).sweep(parts, 1e-3)
-    found = Sweeper((tensor / 7).to(dtype), 5, scale=7.0).sweep([part.to(dtype) for part in parts], 1e-3)
+    exact = Sweeper(tensor, 5, 2**20).sweep(parts, 1e-3)
+    found = Sweeper((tensor / 7).to(dtype), 5, 2**20, scale=7.0).sweep([part.to(dtype) for part in parts], 1e-3)
     assert found.objective == pytest.approx(exact.objective, rel=1e-4 if dtype == torch.float32 else 1e-10)
     for one, other in zip(found.factors, exact.factors, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-2 if dtype == torch.float32 else 1e-8, atol=1e-3)
@@ -58,7 +54,7 @@ def test_a_sweep_over_a_scaled_tensor_is_one_over_the_tensor(dtype):
 @pytest.mark.parametrize("penalty", [0.0, 1e-3, 0.1])
 def test_the_objective_is_that_of_its_definition(penalty):
     tensor, parts = unit((5, 6, 7)), factors((5, 6, 7), 4)
-    for found in (measured_exactly(tensor, parts, penalty, 0.0), Sweeper(tensor, 4).sweep(parts, penalty)):
+    for found in (measured_exactly(tensor, parts, penalty, 0.0), Sweeper(tensor, 4, 2**20).sweep(parts, penalty)):
         assert found.objective == pytest.approx(objective(tensor, found.factors, penalty), rel=1e-9)
         assert found.residual == pytest.approx(objective(tensor, found.factors, 0.0), rel=1e-9)
         model = torch.einsum("ir,jr,kr->ijk", *found.factors)
@@ -68,7 +64,7 @@ def test_the_objective_is_that_of_its_definition(penalty):
 @pytest.mark.parametrize("penalty", [1e-3, 0.1])
 def test_a_sweep_ends_where_the_last_factor_cannot_be_bettered(penalty):
     tensor = unit((5, 6, 7))
-    found = Sweeper(tensor, 3).sweep(factors((5, 6, 7), 3), penalty)
+    found = Sweeper(tensor, 3, 2**20).sweep(factors((5, 6, 7), 3), penalty)
     parts = [part.clone().requires_grad_() for part in found.factors]
     sizes = torch.stack([part.norm(dim=0) for part in parts]).prod(0)
     loss = (tensor - torch.einsum("ir,jr,kr->ijk", *parts)).square().sum() + penalty * sizes.square().sum()
@@ -79,7 +75,7 @@ def test_a_sweep_ends_where_the_last_factor_cannot_be_bettered(penalty):
 def test_a_component_that_has_died_stays_dead_and_the_others_live():
     tensor, parts = unit((5, 6, 7)), factors((5, 6, 7), 3)
     parts[0][:, 1] = parts[1][:, 1] = parts[2][:, 1] = 0
-    found = Sweeper(tensor, 3).sweep(parts, 1e-3)
+    found = Sweeper(tensor, 3, 2**20).sweep(parts, 1e-3)
     assert all(bool(torch.isfinite(part).all()) for part in found.factors)
     assert not bool(found.factors[0][:, 1].any())
     assert bool(found.factors[0][:, 0].any())
@@ -93,7 +89,7 @@ def test_equal_components_do_not_break_the_solve():
 
 def test_a_descent_never_ends_above_where_a_sweep_begins():
     tensor = unit((13, 8, 4))
-    begun = Sweeper(tensor, 5).sweep(balanced(factors((13, 8, 4), 5)), _als.PENALTY)
+    begun = Sweeper(tensor, 5, 2**20).sweep(balanced(factors((13, 8, 4), 5)), PENALTY)
     assert descend(tensor, begun, Stage(50), Budget()).objective <= begun.objective
 
 

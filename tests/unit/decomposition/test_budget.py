@@ -14,22 +14,34 @@ def now(monkeypatch):
     return times
 
 
-def test_fractions_are_of_the_time_left_after_preparing_and_closing(now):
+def test_a_child_has_its_share_of_the_time_that_is_left(now):
     budget = Budget(10)
-    assert budget.left() == 10
     now[0] += 2
-    budget.prepared(closing=3)
-    assert (budget.left(), budget.left(0.2)) == (5, 1)
-    now[0] += 4
-    assert (budget.elapsed(), budget.left(), budget.left(0.2)) == (6, 1, -3)
+    assert budget.left() == 8
+    child = budget.child(0.25)
+    now[0] += 1
+    assert (child.elapsed(), child.left(), budget.left()) == (1, 1, 7)
+    now[0] += 4  # more than its share: the next child has less
+    assert budget.child(0.5).left() == 1.5
+    now[0] += 9
+    assert budget.child().left() > 0  # a part that comes too late can still make its one sweep
 
 
 def test_without_a_limit_there_is_always_time(now):
     budget = Budget()
-    budget.prepared(closing=3)
     now[0] += 1e9
     assert not budget.limited
-    assert budget.left(0.1) == math.inf
+    assert not budget.child(0.1).limited
+    assert budget.left() == math.inf
+
+
+def test_a_child_reports_its_part_of_the_work(now):
+    seen = []
+    budget = Budget(None, lambda done, error: seen.append((done, error)))
+    inner = budget.child(span=(0.2, 0.6)).child(span=(0.5, 1.0))
+    for done in (0.0, 0.5, 1.0):
+        inner.report(done, 0.5)
+    assert seen == [(pytest.approx(done), 0.5) for done in (0.4, 0.5, 0.6)]
 
 
 def test_neither_progress_nor_the_best_error_goes_back(now):
