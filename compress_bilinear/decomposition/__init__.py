@@ -4,6 +4,7 @@ from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress, check_max_seconds
 from ._cp import cp
 from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
+from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
@@ -11,7 +12,6 @@ from ._rounding import distance, rounded
 from ._search import Trial, best_within, smallest, tightened
 from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._spectra import spectra
-from ._stored import stored_columns, stored_core, stored_weight, unit_columns
 from ._tucker import tucker
 
 __all__ = [

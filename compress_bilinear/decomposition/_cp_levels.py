@@ -156,7 +156,9 @@ def _starts(core: Core, rank: int, generator: torch.Generator, budget: Budget) -
     cost = core.tensor.numel() * rank
     small = cost <= _CHEAP
     block = core.block(1.0 if small else _LEVELS[0].size)
-    stage = Stage(_LEVELS[0].sweeps, first=_FIRST_PENALTY, last=PENALTY if small else _LEVELS[0].penalty)
+    # on the core itself, the objectives are compared, for which the penalty must have settled
+    last, falling = (PENALTY, 0.7) if small else (_LEVELS[0].penalty, 1.0)
+    stage = Stage(_LEVELS[0].sweeps, first=_FIRST_PENALTY, last=last, falling=falling)
     count = max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // cost))
     scouting = budget.child(_LEVELS[0].share, (0.0, 0.3))
     found: list[Iterate] = []

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..config import Quantize
 from ..quantization import FORMATS
 from ._factors import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
+from ._feedback import stored_columns, stored_core, unit_columns
 from ._interpolation import is_interpolated
 from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product
-from ._stored import stored_columns, stored_core, unit_columns
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
@@ -81,7 +81,7 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metr
         for mode in (1, 2, 0):
             gram_others = _gram_product(white, mode)
             if cycle > 0 or mode != 1:
-                sums = _product(source, mode, white)
+                sums = source.mttkrp(white, mode)
                 factors[mode] = metric.unwhiten(mode, _solved(sums, gram_others, ridge))
             factors[mode] = stored_columns(factors[mode], mode, quantize, gram_others)[0]
             white[mode] = metric.whitened(mode, factors[mode])
@@ -111,7 +111,7 @@ class _CPFit:
     ) -> None:
         self.source, self.units = source, units
         white = [metric.whitened(mode, unit) for mode, unit in enumerate(units)]
-        self.sums = _product(source, 0, white) if sums is None else sums
+        self.sums = source.mttkrp(white, 0) if sums is None else sums
         self.gram = _gram_product(white, None)
         self.inner = (self.sums * white[0]).sum(0)  # of each component with the weight
         self.scales = _solved(self.inner[None], self.gram, _LEAST_RIDGE)[0] if scales is None else scales
@@ -119,19 +119,6 @@ class _CPFit:
     def squared_error(self) -> float:
         lost = self.source.total + float(self.scales @ (self.gram @ self.scales - 2 * self.inner))
         return lost if math.isfinite(lost) else math.inf
-
-
-def _product(source: Source, mode: int, factors: Sequence[Tensor]) -> Tensor:  # (d_mode, R) float64
-    """The unfolding of the weight times the Khatri-Rao product of the other two factors, slab by slab."""
-    out, in1, in2 = (factor.to(source.dtype) for factor in factors)
-    total = torch.zeros(factors[mode].shape, dtype=torch.float64, device=source.weight.device)
-    for rows, slab in source.slabs():
-        partial = slab.mT @ in1 if mode == 2 else slab @ in2
-        if mode == 0:
-            total[rows] = (partial * in1).sum(1).double()
-        else:
-            total += (partial * out[rows, None]).sum(0).double()
-    return total
 
 
 def _gram_product(factors: Sequence[Tensor], skip: int | None) -> Tensor:  # (R, R)

@@ -120,6 +120,18 @@ class Source:
             core[rows] = mode_product(slab @ basis[2], basis[1], 1)
         return turned_(core, basis[0], 0)
 
+    def mttkrp(self, factors: Sequence[Tensor], mode: int) -> Tensor:  # (d_mode, R) float64
+        """The unfolding times the Khatri-Rao product of the other two of the factors (d_m, R)."""
+        out, in1, in2 = (factor.to(self.dtype) for factor in factors)
+        total = torch.zeros(factors[mode].shape, dtype=torch.float64, device=self.weight.device)
+        for rows, slab in self.slabs():
+            partial = slab.mT @ in1 if mode == 2 else slab @ in2
+            if mode == 0:
+                total[rows] = (partial * in1).sum(1).double()
+            else:
+                total += (partial * out[rows, None]).sum(0).double()
+        return total
+
     def lost(self, basis: Basis) -> float:
         """The squared norm of what the projection on the bases leaves out, from the residual itself."""
         core, (out, in1, in2) = self.project(basis), basis

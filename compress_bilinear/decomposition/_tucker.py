@@ -5,9 +5,7 @@ rank-(R1, ..., RN) approximation" (SIAM J. Matrix Anal. Appl., 2000); Vannieuwen
 truncation strategy for the higher-order singular value decomposition" (SIAM J. Sci. Comput., 2012).
 """
 
-import math
 from collections.abc import Sequence
-from itertools import product
 from typing import cast
 
 import torch
@@ -22,15 +20,13 @@ from ._sizes import check_tucker_rank, check_weight
 from ._source import Basis, Source, full_precision, gram, leading, mode_product, turned_
 from ._tucker_ranks import Target, Triple, best_block
 
-_ABSORBED = tuple(product((False, True), (False, True), (False, True)))  # the modes, in each family of ranks
 _MAX_SWEEPS = 30
 _TOLERANCE = 5e-4  # HOOI stops where a sweep lowers the error by less than this part of it
 _GRAM_LIMIT = 1e-11  # squared relative error near which singular values are lost in a Gram's rounding
 _NARROW_LIMIT = 1e-4  # the same for float32, with room
 _ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an orthogonal iteration
 _FEW_SWEEPS = 4  # while ranks are still being chosen
-_NEAR = 1.05  # times the best first choice: HOOI is tried on those
-_ROUNDS = 4  # of widening the ranks and choosing again
+_ROUNDS = 2  # of widening the ranks and choosing again; the first gains a few per cent, a third nothing
 
 
 def tucker(
@@ -75,7 +71,7 @@ def tucker(
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
         basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, *_refined(source, basis, budget, progress=0.0))
+        return _result(weight, source, refine(source, basis, budget))
 
 
 def _to_target(
@@ -99,8 +95,8 @@ def _to_target(
     return result if error <= target.error else _result(weight, source, (None, None, None))
 
 
-def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = None) -> TuckerDecomposition:
-    core = source.project(basis) if core is None else core
+def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
+    core = source.project(basis)
     core = core if source.scale == 1.0 else core.double() / source.scale
     factors = [
         torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
@@ -111,24 +107,11 @@ def _result(weight: Tensor, source: Source, basis: Basis, core: Tensor | None = 
 
 
 def refine(
-    source: Source, basis: Basis, budget: Budget, sweeps: int = _MAX_SWEEPS, progress: float | None = None
-) -> Basis:
-    """`_refined`, without the core."""
-    return _refined(source, basis, budget, sweeps, progress, core=False)[0]
+    source: Source, basis: Basis, budget: Budget, sweeps: int = _MAX_SWEEPS, *, quiet: bool = False
+) -> list[Tensor | None]:
+    """Higher-order orthogonal iteration: each factor is the best for the other two, until the error settles.
 
-
-def _refined(
-    source: Source,
-    basis: Basis,
-    budget: Budget,
-    sweeps: int = _MAX_SWEEPS,
-    progress: float | None = None,
-    core: bool = True,
-) -> tuple[Basis, Tensor | None]:
-    """Higher-order orthogonal iteration: each factor is optimal for the other two, until the error settles.
-
-    `progress` is the part of the solve that is done before it; None reports nothing. Returns the core as well, which
-    the last step nearly has; None where there was nothing to do, or where it is not wanted.
+    `quiet` reports no progress: the error is not that of ranks that were asked for.
     """
     basis = list(basis)
     part: Tensor | None = None
@@ -151,15 +134,15 @@ def _refined(
             basis[mode], energy = _dominant(part, mode, basis[mode], exact, precision)  # type: ignore[arg-type]
         lost = max(source.total - energy, 0.0)
         used, narrow = narrow, narrow and lost > _NARROW_LIMIT * source.total
-        if progress is not None:
-            budget.report(progress + (1 - progress) * k / sweeps, relative(lost, source.total))
+        if not quiet:
+            budget.report(k / sweeps, relative(lost, source.total))
         # with one mode there is nothing to alternate with
         settled = len(modes) == 1 or (k and energy - before <= 2 * _TOLERANCE * lost)
         if budget.left() <= 0 or (settled and (narrow or not used)):
             if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
-    return basis, mode_product(part, basis[modes[-1]], modes[-1]) if core and part is not None else None
+    return basis
 
 
 def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype) -> tuple[Tensor, float]:
@@ -187,60 +170,46 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision
 def _chosen(source: Source, square: Sequence[Tensor], target: Target, budget: Budget) -> Basis:
     """The best ranks for a target, and bases for them.
 
-    The first choice is exact for the full HOSVD, among the ranks that absorb the same modes into the core. From the
-    best few of these choices, HOOI at slightly larger ranks packs more energy into a smaller block, in which the
-    choice is made again; within that block ranks are then lowered while HOOI still meets the target.
+    The first choice is exact for the full HOSVD. From it, HOOI at slightly larger ranks packs more energy into a
+    smaller block, in which the choice is made again; within that block ranks are then lowered while HOOI still meets
+    the target.
     """
     target.check_feasible()
-    if source.total == 0:
+    first = best_block(source.rotate(square), 0.0, source.total, target) if source.total else None
+    if first is None:
         return truncated(source, (1, 1, 1))[0]
-    core = source.rotate(square)
-    families = [best_block(core, 0.0, source.total, target, absorbed) for absorbed in _ABSORBED]
-    del core
-    choices = sorted(choice for choice in families if choice is not None)  # full ranks, at least, meet any MaxError
-    best_key, rank = choices[0]
+    best_key, rank = first
     best: Basis = _columns(square, rank)
-    best_error = relative(source.lost(best), source.total)
-    near = [rank for (first, _), rank in choices if first <= _NEAR * best_key[0]]
-    for k, rank in enumerate(near):
-        done = 0.1 + 0.8 * k / len(near)
-        budget.report(done, best_error)
+    budget.report(0.1, relative(source.lost(best), source.total))
+    ordered = square
+    for k in range(_ROUNDS):
         if budget.left() <= 0:
             break
-        key, packed = _packed(source, square, rank, target, budget, done)
-        if packed is not None and key < best_key:
-            best_key, best = key, packed
-    refined = refine(source, best, budget, progress=0.9)
-    rank = _rank(source, best)
+        ordered, rank, packed = _packed(source, ordered, rank, target, budget)
+        lost = source.lost(packed)
+        budget.report(0.1 + 0.8 * (k + 1) / _ROUNDS, relative(lost, source.total))
+        if not target.key(rank, lost) < best_key or not target.meets(rank, lost, source.total):
+            break
+        best_key, best = target.key(rank, lost), packed
+    refined = refine(source, best, budget.child(span=(0.9, 1.0)))
     lost = source.lost(refined)
+    rank = _rank(source, best)
     return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
 
 
 def _packed(
-    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, budget: Budget, done: float
-) -> tuple[tuple[float, float], Basis | None]:
-    """Better bases than those of the HOSVD, at ranks near the given ones or lower."""
-    best_key, best = (math.inf, math.inf), None
-    for _ in range(_ROUNDS):
-        if budget.left() <= 0:
-            break
-        wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
-        found = refine(source, _columns(basis, wide), budget, _FEW_SWEEPS)
-        outside = source.lost(found)
-        basis, core = _ordered(source, found)
-        again = best_block(core, outside, source.total, target)
-        if again is None:
-            break
-        rank, inner = _lowered(Source(core), outside, again[1], source.total, target, budget)
-        del core, found  # before the next are made
-        lifted = [_lift(u, v, d) for u, v, d in zip(basis, inner, source.shape, strict=True)]
-        lost = source.lost(lifted)
-        key = target.key(rank, lost)
-        budget.report(done, relative(lost, source.total))
-        if not key < best_key or not target.meets(rank, lost, source.total):
-            break
-        best_key, best = key, lifted
-    return best_key, best
+    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, budget: Budget
+) -> tuple[list[Tensor], Triple, Basis]:
+    """Bases of slightly larger ranks, ordered; and in them the best ranks for the target, and their bases."""
+    wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
+    found = refine(source, _columns(basis, wide), budget, _FEW_SWEEPS, quiet=True)
+    outside = source.lost(found)
+    ordered, core = _ordered(source, found)
+    again = best_block(core, outside, source.total, target)
+    if again is None:  # too little is inside
+        return ordered, rank, _columns(basis, rank)
+    rank, inner = _lowered(Source(core), outside, again[1], source.total, target, budget)
+    return ordered, rank, [_lift(u, v, d) for u, v, d in zip(ordered, inner, source.shape, strict=True)]
 
 
 def _rank(source: Source, basis: Basis) -> Triple:
@@ -296,7 +265,7 @@ def _lowered(
         lowered = False
         ordered = _ordered(core, basis)[0]
         for candidate in sorted(_cheaper(rank, target), key=target.price):
-            trial = refine(core, _columns(ordered, candidate), budget, _FEW_SWEEPS)
+            trial = refine(core, _columns(ordered, candidate), budget, _FEW_SWEEPS, quiet=True)
             if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
                 rank, basis, lowered = candidate, trial, True
                 break

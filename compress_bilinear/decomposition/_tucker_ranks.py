@@ -67,11 +67,8 @@ def best_block(
     outside: float,  # squared norm of what the core does not hold
     total: float,  # squared norm of the whole
     target: Target,
-    absorbed: tuple[bool, bool, bool] | None = None,
 ) -> tuple[tuple[float, float], Triple] | None:
     """The best ranks whose leading block of the core meets the target, with their key; None where no block does.
-
-    `absorbed` says for each mode whether its rank must be its size in the weight, or below it; None leaves it open.
 
     The bases are orthogonal, so the squared error of keeping the leading (r_o, r_i, r_j) block is exactly what lies
     outside it: cumulative sums of squares give it for every triple. They are summed from the outside, all positive:
@@ -96,8 +93,6 @@ def best_block(
         allowed = (
             lost <= target.wanted.error**2 * total if isinstance(target.wanted, MaxError) else price <= target.budget
         )
-        for rank, size, full in zip(ranks, target.shape, absorbed or (), strict=False):
-            allowed = allowed & ((rank == size) == full)
         first, second = (price, lost / total) if isinstance(target.wanted, MaxError) else (lost, price)
         first = torch.where(allowed, first, torch.inf)
         least = first.min()

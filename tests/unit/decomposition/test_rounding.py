@@ -12,16 +12,16 @@ from compress_bilinear.decomposition import (
     CPDecomposition,
     Metric,
     TuckerDecomposition,
-    _stored,
     cp,
     distance,
     rounded,
+    stored_columns,
     stored_weight,
     tucker,
+    unit_columns,
     unwhitened_cp,
     unwhitened_tucker,
 )
-from compress_bilinear.decomposition._stored import stored_columns, unit_columns
 from compress_bilinear.fitting import weight_error
 
 SHAPE = (37, 63, 29)
@@ -173,10 +173,9 @@ class TestInAMetric:
         assert fitted**2 - floating**2 < 0.9 * (plain**2 - floating**2)
 
     @pytest.mark.parametrize("most", [2**14, 16], ids=["one by one", "along in1"])
-    def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize, most, monkeypatch):
-        monkeypatch.setattr(_stored, "_MOST_STEPS", most)
+    def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize, most):
         metric = spread_metric()
-        values = stored_weight(WEIGHT, quantize, metric)
+        values = stored_weight(WEIGHT, quantize, metric, most_steps=most)
         again = cb.DenseBilinear.from_weight(values, quantize=quantize).to_dense()
         torch.testing.assert_close(again, values, rtol=1e-6, atol=0)
         plain = cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
@@ -186,7 +185,7 @@ class TestInAMetric:
 
     def test_outputs_for_which_there_is_no_time_are_rounded_to_the_nearest(self, quantize):
         class Counted(Budget):
-            def left(self, fraction=1.0):
+            def left(self):
                 self.asked = getattr(self, "asked", 0) + 1
                 return 5.5 - self.asked
 

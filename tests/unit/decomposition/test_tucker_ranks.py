@@ -51,21 +51,6 @@ def test_the_least_error_of_all_triples_within_a_size(fraction, quantize):
     assert lost(rank) == pytest.approx(min(lost(r) for r in allowed), rel=1e-9)
 
 
-@pytest.mark.parametrize("absorbed", list(product((False, True), repeat=3)), ids=str)
-def test_a_family_of_ranks_keeps_to_itself(absorbed):
-    target = Target(MaxError(0.6), SHAPE, 8, None)
-    found = best_block(CORE, 0.0, TOTAL, target, absorbed)
-    family = [
-        r
-        for r in triples()
-        if tuple(a == b for a, b in zip(r, SHAPE, strict=True)) == absorbed and lost(r) <= 0.36 * TOTAL
-    ]
-    assert (found is None) == (not family)
-    if found is not None:
-        assert found[1] in family
-        assert found[0][0] == min(tucker_bytes(r, SHAPE, 8, None) for r in family)
-
-
 def test_what_lies_outside_the_core_counts():
     block = CORE[:3, :4, :4]
     outside = lost((3, 4, 4))
