@@ -1,16 +1,17 @@
-"""The file: tensors in safetensors, with a description of the replaced layers and a digest in its metadata.
+"""The file format: tensors in safetensors, and in its metadata the replaced layers and a digest.
 
-safetensors holds tensors and strings, so nothing is ever unpickled. The digest, of the description and of every
-tensor, finds damage and careless edits; it is no signature, and does not say who wrote the file.
+safetensors holds tensors and strings, so that nothing is ever unpickled. The digest covers the description and every
+tensor. It finds damage and careless edits. It is no signature: it does not say who wrote the file.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,8 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._atomic import written_atomically
+from .._plain import STRICT, read_plain
 from ..errors import CheckpointError, CompressionError
-from ..modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from ..modules import LAYERS, CompressedBilinear
 
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
@@ -27,11 +29,18 @@ METADATA_KEY = "compress_bilinear"
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDescription:
-    """One replaced layer of a checkpoint; `names` are all its names in the network, "" for the network itself.
+    """One replaced layer of a file.
 
-    With `adapter`, the form of the module that the layer is a part of, the names end in that part's ("compressed").
-    `compute` is the layer's compute mode.
+    Attributes:
+        names: all its names in the network, "" for the network itself.
+        method, rank, quantize: as `CompressedBilinear` has them.
+        bias: whether there is one.
+        adapter: the name of the adapter of the module that holds the layer; the names then end in the module's
+            attribute "compressed". None for a layer that was an `nn.Bilinear`.
+        compute: the layer's compute mode. Files of earlier versions may say "resident", which is no longer one.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     names: tuple[str, ...]
     method: str
@@ -42,34 +51,52 @@ class LayerDescription:
     quantize: str | None
     bias: bool
     adapter: str | None = None
-    compute: str = "on_the_fly"
+    compute: Literal["on_the_fly", "resident", "int8", "bitsandbytes"] = "on_the_fly"
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("`names` should hold at least one name. Found none.")
 
     @property
     def name(self) -> str:
+        """The first of the names."""
         return self.names[0]
 
+    @property
+    def label(self) -> str:
+        """The first name as messages show it."""
+        return self.name or "(root)"
+
     def build(self) -> CompressedBilinear:
-        """The module on the meta device, without values. Raises: CheckpointError for sizes that no module has."""
-        sizes = (self.in1_features, self.in2_features, self.out_features)
+        """The layer on the meta device, without values. Raises: CheckpointError for sizes that no layer has."""
+        if self.method not in LAYERS:
+            raise CheckpointError(
+                f"The method of layer {self.label!r} should be one of {', '.join(LAYERS)}. Found {self.method!r}."
+            )
+        options: dict[str, Any] = {"bias": self.bias, "device": "meta", "quantize": self.quantize}
+        if self.rank is not None:
+            options["rank"] = self.rank
         try:
-            match self.method:
-                case "cp":
-                    return CPBilinear(*sizes, self.rank, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
-                case "tucker":
-                    return TuckerBilinear(*sizes, self.rank, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
-                case "dense":
-                    return DenseBilinear(*sizes, self.bias, "meta", quantize=self.quantize)  # type: ignore[arg-type]
+            return LAYERS[self.method](self.in1_features, self.in2_features, self.out_features, **options)
         except (CompressionError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"The description of layer {self.name!r} is not valid: {error}") from error
-        raise CheckpointError(
-            f"The method of layer {self.name!r} should be 'cp', 'tucker' or 'dense'. Found {self.method!r}."
-        )
+            raise CheckpointError(f"The description of layer {self.label!r} is not valid: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What the metadata says of a file. `aliases` are further names of a tensor, each with the name it is stored by."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    version: int
+    layers: tuple[LayerDescription, ...]
+    aliases: dict[str, str]
 
 
 def write_container(
     state: Mapping[str, Tensor], layers: Sequence[LayerDescription], path: str | os.PathLike[str]
 ) -> None:
-    """Write tensors and the description of the layers among them; see `checkpoint.save`."""
+    """Write tensors and the description of the layers among them; see `save`."""
     first_names: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -96,43 +123,94 @@ def write_container(
             raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
 
 
-def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[LayerDescription]]:
-    """The tensors of a file that `save` wrote, shared ones under all their names, and the replaced layers.
+def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
+    """The tensors and the replaced layers of a file that `save` wrote.
 
     Raises: CheckpointError for a file that is truncated, foreign, damaged, or of another version.
     """
-    tensors, metadata = read_safetensors(path)
-    text = metadata.get(METADATA_KEY)
-    if text is None:
+    tensors, layers = read_safetensors(path)
+    if layers is None:
         raise CheckpointError(
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
             "description."
         )
-    damaged = CheckpointError(
-        f"{str(path)!r} should be as compress_bilinear.save wrote it. Found that its description and tensors do not "
-        "match their digest: the file was damaged or edited."
-    )
-    try:
-        description = json.loads(text)
-        version = description["version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise damaged from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")
-    if metadata.get("digest") != _digest(text, tensors):
-        raise damaged
-    try:
-        layers = [_layer(entry) for entry in description["layers"]]
-        for alias, name in description["aliases"].items():
-            tensors[alias] = tensors[name]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise damaged from error
     return tensors, layers
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...] | None]:
+    """The tensors of any safetensors file, and the replaced layers of one that `save` wrote, which is verified.
+
+    A shared tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
+    """
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
+        # clones: aligned, and independent of the file
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    if METADATA_KEY not in metadata:
+        return tensors, None
+    description = _described(metadata, path, tensors)
+    for alias, name in description.aliases.items():
+        if name not in tensors:
+            raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
+        tensors[alias] = tensors[name]
+    return tensors, description.layers
+
+
+def read_layers(path: str | os.PathLike[str]) -> tuple[LayerDescription, ...]:
+    """The replaced layers of a file, without its tensors; none where `save` did not write it. Nothing is verified."""
+    try:
+        with _opened(path) as file:
+            metadata = file.metadata() or {}
+    except CheckpointError:
+        return ()
+    return _described(metadata, path).layers if METADATA_KEY in metadata else ()
+
+
+def check_is_file(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError unless there is a file to read."""
+    if not Path(path).is_file():
+        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
 
 
 def place(tensor: Tensor) -> Hashable:
     """Where a tensor's values are: equal for two that are the same view of the same memory."""
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A safetensors file, open. Raises: CheckpointError where it is none, or damaged."""
+    check_is_file(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
+        ) from error
+
+
+def _described(
+    metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
+) -> _Description:
+    """The description of a file that `save` wrote; with `tensors`, the digest is verified before it is believed."""
+    text = metadata[METADATA_KEY]
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    version = data.get("version") if isinstance(data, dict) else None
+    if version is not None and version != FORMAT_VERSION:
+        raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")
+    if version is None or (tensors is not None and metadata.get("digest") != _digest(text, tensors)):
+        raise CheckpointError(
+            f"{str(path)!r} should be as compress_bilinear.save wrote it. Found that its description and tensors do "
+            "not match their digest: the file was damaged or edited."
+        )
+    try:
+        return read_plain(_Description, data, CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"The description in {str(path)!r} is not valid. {error}") from error
 
 
 def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
@@ -143,27 +221,3 @@ def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _layer(entry: dict[str, Any]) -> LayerDescription:
-    rank = entry.pop("rank")
-    if not entry["names"] or not all(isinstance(name, str) for name in entry["names"]):
-        raise TypeError("names")
-    return LayerDescription(
-        names=tuple(entry.pop("names")), rank=tuple(rank) if isinstance(rank, list) else rank, **entry
-    )
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of any safetensors file. Raises: CheckpointError where it is none, or truncated."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            # clones: aligned, and independent of the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
-        ) from error

@@ -8,11 +8,12 @@ from ._in_model import (
     find,
     find_compressed,
     fingerprint,
-    hooked,
     is_lazy,
+    module_names,
     parameter_owners,
     plain_reference,
     reason_against,
+    reason_against_hooks,
     select,
     swap,
 )
@@ -32,6 +33,11 @@ from .adapters import (
     unknown_forms,
 )
 
+LAYERS: dict[str, type[CompressedBilinear]] = {
+    layer.method: layer for layer in (DenseBilinear, CPBilinear, TuckerBilinear)
+}
+"""The class of a method's layers."""
+
 __all__ = [
     "COMPRESSED",
     "AdaptedBilinear",
@@ -43,6 +49,7 @@ __all__ = [
     "DenseBilinear",
     "FoundLayer",
     "InterpolativeLinear",
+    "LAYERS",
     "QuantizedLinear",
     "TuckerBilinear",
     "adapted_layer",
@@ -51,12 +58,13 @@ __all__ = [
     "find",
     "find_compressed",
     "fingerprint",
-    "hooked",
     "is_lazy",
+    "module_names",
     "observing",
     "parameter_owners",
     "plain_reference",
     "reason_against",
+    "reason_against_hooks",
     "recognise",
     "register_adapter",
     "select",

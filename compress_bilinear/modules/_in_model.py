@@ -1,10 +1,11 @@
-"""Which layers a model has, which are selected, which cannot be replaced faithfully; and the swap itself."""
+"""The bilinear layers of a model: find them, select by name, say why one cannot be replaced, and swap."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +30,12 @@ _HOOKS = {
     "_load_state_dict_post_hooks": "load_state_dict post-hooks",
 }
 
-
-# what a subclass may define without behaving otherwise once it is built
-_HARMLESS = {
-    "__init__",
-    "__module__",
-    "__qualname__",
-    "__doc__",
-    "__annotations__",
-    "__annotate__",
-    "__annotate_func__",
-}
-_HARMLESS |= {"__annotations_cache__", "__constants__", "__firstlineno__", "__static_attributes__", "__orig_bases__"}
-_HARMLESS |= {"__parameters__", "__dict__", "__weakref__", "reset_parameters", "extra_repr", "__repr__"}
+# what a subclass may define and still compute what `nn.Bilinear` does
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__constants__"}
+# what Python itself puts into the namespace of a class
+_HARMLESS |= {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"}
+_HARMLESS |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
+_HARMLESS |= {"__firstlineno__", "__static_attributes__"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +43,8 @@ class FoundLayer:
     """A bilinear layer and all the names under which the model has it, "" for the model itself.
 
     Attributes:
-        layer: the `nn.Bilinear`; of a module of another form, one that has been made of its weight and bias.
-        adapted: how a module of another form carries it; None for an `nn.Bilinear`.
+        layer: the `nn.Bilinear`; of a foreign module, one that is made of its weight and bias.
+        adapted: how a foreign module holds the weight; None for an `nn.Bilinear`.
     """
 
     names: tuple[str, ...]
@@ -59,51 +53,59 @@ class FoundLayer:
 
     @property
     def label(self) -> str:
+        """The first name as messages show it."""
         return self.names[0] or "(root)"
 
     @property
     def module(self) -> nn.Module:
-        """What stands in the model under the names."""
+        """The module of the model that has the names."""
         return self.layer if self.adapted is None else self.adapted.module
 
     @property
     def form(self) -> str:
-        """The kind of that: "nn.Bilinear", or the name of its class."""
+        """"nn.Bilinear", or the class name of a foreign module."""
         return "nn.Bilinear" if self.adapted is None else self.adapted.kind
 
     @property
     def rows(self) -> nn.Module:
-        """What is called with the layer's pairs of rows: of an adapted module, while it is observed."""
+        """The module that is called with the layer's pairs of rows; of a foreign module, while it is observed."""
         return self.layer if self.adapted is None else self.adapted.probe.rows
 
     def current(self) -> nn.Bilinear:
         """The layer as the model has it now."""
         return self.layer if self.adapted is None else self.adapted.bilinear()
 
+    def parameter_names(self) -> set[str]:
+        """The full names of the parameters that a replacement does away with."""
+        own = ("weight", "bias") if self.adapted is None else (*self.adapted.weights, *self.adapted.biases)
+        return {f"{name}.{part}" if name else part for name in self.names for part in own}
+
+
+def module_names(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each module, by its id, in the model's order."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
 
 def find(model: nn.Module) -> list[FoundLayer]:
-    """All `nn.Bilinear` layers, and modules that carry one in another form, in the model's order.
+    """All `nn.Bilinear` layers and all foreign modules that an adapter knows, in the model's order.
 
     Each comes once, with all its names. Raises: ConfigError where a registered adapter does not fit its module.
     """
-    names: dict[int, list[str]] = {}
-    modules: dict[int, nn.Module] = {}
-    inner: set[int] = set()  # the parts of compressed layers
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
-        modules[id(module)] = module
-        if isinstance(module, CompressedBilinear):
-            inner.update(id(part) for part in module.modules())
+    names = module_names(model)
+    inner = {id(part) for layer in find_compressed(model).values() for part in layer.modules()}
     found = []
-    for key, module in modules.items():
-        adapted = adapted_layer(module) if key not in inner and not isinstance(module, nn.Bilinear) else None
-        if adapted is not None:
-            inside = tuple(f"{name}." if name else "" for name in names[key])
-            held = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
-            adapted.elsewhere = tuple(name for name in held if not name.startswith(inside))
-            found.append(FoundLayer(tuple(names[key]), adapted.bilinear(), adapted))
-        elif isinstance(module, nn.Bilinear):
-            found.append(FoundLayer(tuple(names[key]), module))
+    for module in model.modules():
+        own = tuple(names[id(module)])
+        if isinstance(module, nn.Bilinear):
+            found.append(FoundLayer(own, module))
+        elif id(module) not in inner and (adapted := adapted_layer(module)) is not None:
+            inside = tuple(f"{name}." if name else "" for name in own)
+            holders = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
+            adapted.elsewhere = tuple(name for name in holders if not name.startswith(inside))
+            found.append(FoundLayer(own, adapted.bilinear(), adapted))
     return found
 
 
@@ -150,7 +152,7 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
 
 
 def _matches(found: FoundLayer, glob: str) -> bool:
-    return any(fnmatchcase(name, glob) for name in found.names)
+    return any(fnmatchcase(name, glob) or fnmatchcase(name or "(root)", glob) for name in found.names)
 
 
 def _listing(found: Sequence[FoundLayer]) -> str:
@@ -180,17 +182,20 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
-    layer = found.layer
-    if found.adapted is None:
-        reason = _other_behaviour(layer) or hooked(layer) or _tied([layer.weight], owners)
-    else:
-        weights = [found.module.get_parameter(name) for name in found.adapted.weights]
-        reason = found.adapted.objection() or next(filter(None, map(hooked, found.adapted.owners)), None)
-        reason = reason or _tied(weights, owners)
-    return reason or (_unfit_values(layer) if values else None)
+    layer, adapted = found.layer, found.adapted
+    modules = [layer] if adapted is None else adapted.owners
+    weights = [layer.weight] if adapted is None else [found.module.get_parameter(name) for name in adapted.weights]
+    reasons = chain(
+        [_reason_against_class(layer) if adapted is None else adapted.reason_against()],
+        map(reason_against_hooks, modules),
+        (_reason_against_tie(weight, owners) for weight in weights),
+        (_reason_against_values(layer) for _ in range(values)),
+    )
+    return next((reason for reason in reasons if reason is not None), None)
 
 
-def _other_behaviour(layer: nn.Bilinear) -> str | None:
+def _reason_against_class(layer: nn.Bilinear) -> str | None:
+    """What makes the layer more than an `nn.Bilinear`, or None."""
     kind = type(layer)
     if is_parametrized(layer):
         return (
@@ -203,35 +208,34 @@ def _other_behaviour(layer: nn.Bilinear) -> str | None:
             return f"its class {kind.__name__} has its own {own[0]}, which a replacement would not have"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance, which a replacement would not run"
-    if set(layer._parameters) != {"weight", "bias"} or layer._buffers or layer._modules:
-        extra = {*layer._parameters, *layer._buffers, *layer._modules} - {"weight", "bias"}
-        missing = {"weight", "bias"} - set(layer._parameters)
-        what = f"holds {', '.join(sorted(extra))}" if extra else f"has no parameter {', '.join(sorted(missing))}"
+    parts = {*layer._parameters, *layer._buffers, *layer._modules}
+    if parts != {"weight", "bias"} or layer._buffers or layer._modules:
+        extra, missing = sorted(parts - {"weight", "bias"}), sorted({"weight", "bias"} - set(layer._parameters))
+        what = f"holds {', '.join(extra)}" if extra else f"has no parameter {', '.join(missing)}"
         return f"it {what}: a plain nn.Bilinear has the parameters weight and bias and nothing else"
     return None
 
 
-def hooked(layer: nn.Module) -> str | None:
-    """Which hooks a replacement of the layer would not run; None where it has none."""
+def reason_against_hooks(module: nn.Module) -> str | None:
+    """Which hooks of the module a replacement would not run, or None."""
     for attribute, what in _HOOKS.items():
-        if getattr(layer, attribute, None):
+        if getattr(module, attribute, None):
             return f"it has {what}, which a replacement would not run: remove them first"
-    for name, parameter in layer._parameters.items():
-        hooks = getattr(parameter, "_backward_hooks", None), getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if parameter is not None and any(hooks):
+    for name, parameter in module._parameters.items():
+        if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return f"its {name} has gradient hooks, which a replacement would not run: remove them first"
     return None
 
 
-def _tied(weights: Sequence[Tensor], owners: Mapping[int, Sequence[str]]) -> str | None:
-    for weight in weights:
-        names = owners.get(id(weight), ())  # by id: the layer itself counts once
-        if len(names) > 1:
-            return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
-    return None
+def _reason_against_tie(weight: Tensor, owners: Mapping[int, Sequence[str]]) -> str | None:
+    names = owners.get(id(weight), ())  # by id: the layer itself counts once
+    if len(names) < 2:
+        return None
+    return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
 
 
-def _unfit_values(layer: nn.Bilinear) -> str | None:
+def _reason_against_values(layer: nn.Bilinear) -> str | None:
+    """What is wrong with the layer's weight or bias, or None."""
     if is_lazy(layer):
         return "its weight is not initialised yet: run the model once first"
     for name, tensor in (("weight", layer.weight), ("bias", layer.bias)):
@@ -242,10 +246,10 @@ def _unfit_values(layer: nn.Bilinear) -> str | None:
         if tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype}: float32, float64, float16 or bfloat16 is required"
         if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
-            found = type(tensor.data).__name__ if type(tensor.data) is not Tensor else str(tensor.layout)
-            return f"its {name} is a {found}: a plain dense tensor is required"
-        if not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+            kind = type(tensor.data).__name__ if type(tensor.data) is not Tensor else str(tensor.layout)
+            return f"its {name} is a {kind}: a plain dense tensor is required"
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
             return f"its {name} has {bad} values that are NaN or infinite"
     expected = (layer.out_features, layer.in1_features, layer.in2_features)
     if tuple(layer.weight.shape) != expected or layer.weight.numel() == 0:
@@ -256,7 +260,7 @@ def _unfit_values(layer: nn.Bilinear) -> str | None:
 
 
 def fingerprint(layer: nn.Bilinear) -> str:
-    """Of every bit of weight and bias, with their dtype and device."""
+    """A digest of every bit of weight and bias, with their dtype and device."""
     digest = hashlib.blake2b()
     for tensor in (layer.weight, layer.bias):
         if tensor is None:
@@ -268,7 +272,7 @@ def fingerprint(layer: nn.Bilinear) -> str:
 
 
 def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
-    """Where a module of the model holds the layer outside its registered submodules, in an attribute or a container."""
+    """The attribute of the model that refers to the layer outside the registered submodules, or None."""
     for prefix, module in model.named_modules():
         for attribute, value in vars(module).items():
             if attribute != "_modules" and _holds(value, layer, set()):
@@ -277,8 +281,8 @@ def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
 
 
 def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
-    """Whether a value is the layer, or a container that holds it at any depth."""
-    if value is layer or getattr(value, "__self__", None) is layer:  # the latter of its methods
+    """Whether a value is the layer, one of its methods, or a container that holds it at any depth."""
+    if value is layer or getattr(value, "__self__", None) is layer:
         return True
     if isinstance(value, partial):
         return _holds([value.func, value.args, value.keywords], layer, seen)
@@ -290,9 +294,9 @@ def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
-    """Put modules in the places of others, which are given by id, under all their names; returns what undoes it.
+    """Replace modules, which are given by id, under all their names. Returns a function that undoes it.
 
-    All or nothing: a failure half way puts back what there was.
+    A failure half way puts back what there was.
     """
     places = [
         (parent, key, child)

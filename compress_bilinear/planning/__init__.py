@@ -5,34 +5,39 @@ from ._api import Plan, compress, plan
 from ._batches import BatchSample
 from ._convert import dequantize, quantize, set_compute
 from ._distill import Distilled, distil
-from ._offline import Candidate, candidates, choose, compare, compress_state, descriptions, matching, other_forms
+from ._offline import (
+    StoredWeight,
+    choose_weights,
+    compare_files,
+    compress_state,
+    stored_weights,
+    unknown_weights,
+)
 from ._progress import ProgressBars
 from ._verdict import compare_layers, judge, kept, reason_against, slowness
 
 __all__ = [
     "BatchSample",
-    "Candidate",
     "Distilled",
     "Plan",
     "ProgressBars",
+    "StoredWeight",
     "allocate",
     "best_within",
-    "candidates",
-    "choose",
-    "compare",
+    "choose_weights",
+    "compare_files",
     "compare_layers",
     "compress",
     "compress_state",
     "dequantize",
-    "descriptions",
     "distil",
     "judge",
     "kept",
-    "matching",
-    "other_forms",
     "plan",
     "quantize",
     "reason_against",
     "set_compute",
     "slowness",
+    "stored_weights",
+    "unknown_weights",
 ]

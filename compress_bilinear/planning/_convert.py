@@ -10,7 +10,7 @@ from torch import nn
 from ..config import ComputeAsked, Quantize, check_compute, check_quantize
 from ..errors import CompressionError, ConfigError, MatchError
 from ..fitting import ComputeChoice, choose_compute, timing_inputs
-from ..modules import CompressedBilinear, find_compressed, hooked, stored_as, swap
+from ..modules import CompressedBilinear, find_compressed, reason_against_hooks, stored_as, swap
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -138,7 +138,7 @@ def _converted(
             f"{type(model).__name__}: use what `inplace=False` returns."
         )
     for name in names:
-        reason = hooked(layers[name])
+        reason = reason_against_hooks(layers[name])
         if reason is not None:
             raise CompressionError(f"Layer {name or '(root)'!r} cannot be stored otherwise: {reason}.")
     target = model if inplace else copy.deepcopy(model)

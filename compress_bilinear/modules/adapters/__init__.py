@@ -1,7 +1,7 @@
-"""Modules that carry a bilinear weight in another form than `nn.Bilinear`'s: read, verified, and rebuilt around it."""
+"""Foreign modules: bilinear weights in other classes than `nn.Bilinear`, read and replaced through adapters."""
 
 from ._adapter import COMPRESSED, AdaptedBilinear, Adapter
-from ._carried import AdaptedLayer, observing
+from ._layer import AdaptedLayer, observing
 from ._recognition import recognise
 from ._registry import adapted_layer, register_adapter, unknown_forms
 

@@ -1,4 +1,4 @@
-"""What is known of a form, and the module that takes the place of one of that form."""
+"""An adapter: how a foreign module holds a bilinear weight; and the module that replaces such a one."""
 
 import functools
 import types
@@ -17,12 +17,12 @@ COMPRESSED = "compressed"  # the attribute of the new module that holds the laye
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """How a module carries a bilinear weight.
+    """How a foreign module holds a bilinear weight.
 
     Attributes:
-        name: what a saved file calls the form.
+        name: the adapter's name in a saved file.
         to_weight: from the module to its weight (O, I, J), computed from its parameters by differentiable operations.
-        call: `call(module, layer, *args, **kwargs)` is what `module(*args, **kwargs)` was, with `layer` (a
+        call: `call(module, layer, *args, **kwargs)` gives what `module(*args, **kwargs)` gave, with `layer` (a
             `CompressedBilinear`) in place of the weight.
         to_bias: from the module to its bias (O,), or None without one.
         example: from the module to arguments of a call, to verify and time it without calibration data; or None.
@@ -39,10 +39,10 @@ class Adapter:
 
 
 class AdaptedBilinear(nn.Module):
-    """Mixed into the class of a module whose weight has been replaced: it is what it was, but for its weight.
+    """Mixin of a rebuilt foreign module: the same class, with its weight in `compressed`.
 
     Attributes:
-        compressed: the layer that holds the weight now.
+        compressed: the layer that holds the weight.
     """
 
     compressed: CompressedBilinear
@@ -51,7 +51,7 @@ class AdaptedBilinear(nn.Module):
 
     @property
     def adapter_name(self) -> str:
-        """The form that was replaced."""
+        """The name of the adapter that replaced the weight."""
         return self._adapter.name
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +65,7 @@ class AdaptedBilinear(nn.Module):
     def extra_repr(self) -> str:
         try:
             return super().extra_repr()
-        except AttributeError:  # it may have shown its weight's shape
+        except AttributeError:  # the class may show the shape of its weight
             return ""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -91,7 +91,7 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
 
 
 def rebuilt(shell: nn.Module, adapter: Adapter, gone: Collection[str], layer: CompressedBilinear) -> nn.Module:
-    """`shell`, which is changed, as the module whose parts `gone` are in `layer`."""
+    """Turn `shell`, which lacks the parameters `gone`, into the module that has `layer` instead."""
     shell.__class__ = _adapted_class(type(shell))  # type: ignore[arg-type]  # a class can be hashed
     shell.__dict__ |= {"_adapter": adapter, "_gone": tuple(sorted(gone))}
     shell.register_module(COMPRESSED, layer)
@@ -99,7 +99,7 @@ def rebuilt(shell: nn.Module, adapter: Adapter, gone: Collection[str], layer: Co
 
 
 def without(module: nn.Module, parameters: Collection[str]) -> tuple[nn.Module, set[str]]:
-    """A module that shares all with `module` but these parameters, which it lacks; and the attributes it lacks."""
+    """A module without these parameters that shares everything else with `module`; and the attributes that it lacks."""
     new = type(module).__new__(type(module))
     new.__dict__.update(module.__dict__)
     new._parameters = {name: value for name, value in module._parameters.items() if name not in parameters}
@@ -110,7 +110,7 @@ def without(module: nn.Module, parameters: Collection[str]) -> tuple[nn.Module, 
         if child is None or not own:
             continue
         if own >= {key for key, _ in child.named_parameters(remove_duplicate=False)} and not list(child.buffers()):
-            del new._modules[name]  # nothing of it is left
+            del new._modules[name]  # it would be empty
             gone.add(name)
         else:
             new._modules[name], _ = without(child, own)

@@ -1,4 +1,4 @@
-"""Forms that are known by structure: how two inputs, a stored weight and an output hang together."""
+"""Forms that are recognised by structure: how a module computes its output from two inputs and a stored weight."""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -12,6 +12,8 @@ from ._adapter import Adapter
 
 Ones: TypeAlias = Literal["none", "first", "last"]
 Mode: TypeAlias = Literal["rows", "pairs", "blocks"]
+Leading: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
+"""The leading dimensions of the two inputs."""
 
 _TIMED_ROWS, _TIMED_BATCH = 256, (8, 32)
 
@@ -28,10 +30,10 @@ class Form:
         ones: where a 1 is added to each input.
         mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks.
         blocks: K.
-        output: "o" for rows and blocks; the order of an output's last axes for pairs, say "oxy"; without an o where it
-            has size 1 and is squeezed away ("1" where nothing is left).
-        leading: dimensions of inputs that the module is known to take; `dims` are their numbers, the last included.
-            They are no part of the name.
+        output: the order of the output's last axes: "o" for rows and blocks, say "oxy" for pairs. Without an o if that
+            axis has size 1 and is squeezed away ("1" if nothing is left).
+        leading: leading dimensions that the module takes; `dims` are the numbers of dimensions of an input at which
+            the form was compared. They are no part of the name.
     """
 
     parameter: str
@@ -42,15 +44,30 @@ class Form:
     mode: Mode = "rows"
     blocks: int = 1
     output: str = "o"
-    leading: tuple[tuple[int, ...], tuple[int, ...]] = ((3,), (3,))
+    leading: Leading = ((3,), (3,))
     dims: tuple[int, ...] = (1, 2, 3)
 
     @property
     def name(self) -> str:
-        """What a file calls it: equal for equal forms of whatever size."""
+        """The adapter's name in a file: the same for a form at all sizes."""
         ones = "".join(f", 1 {place} in input{k}" for k, place in enumerate(self.ones, 1) if place != "none")
         blocks = f" of {self.sizes[1]}" if self.mode == "blocks" else ""
         return f"{self.mode}{blocks} {self.axes} -> {self.output}{ones}"
+
+    @property
+    def input_sizes(self) -> tuple[int, int]:
+        """The last sizes of the two inputs as the module takes them: of all blocks, and without the added ones."""
+        size1, size2 = (self.blocks * self.sizes[1],) * 2 if self.mode == "blocks" else self.sizes
+        return size1 - (self.ones[0] != "none"), size2 - (self.ones[1] != "none")
+
+    def inputs(
+        self, leading1: tuple[int, ...], leading2: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Random inputs of these leading dimensions, the same at each call."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = (*leading1, self.input_sizes[0]), (*leading2, self.input_sizes[1])
+        input1, input2 = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+        return input1, input2
 
     def adapter(self) -> Adapter:
         return Adapter(self.name, self.to_weight, self.call, self.to_bias if self.bias else None, self.example)
@@ -71,9 +88,9 @@ class Form:
         return None if self.bias is None else module.get_parameter(self.bias)
 
     def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:
-        """What the module's forward does, with `layer`.
+        """What the module's forward does, with `layer` in place of the weight.
 
-        Raises: InputError for inputs of other numbers of dimensions than have been compared.
+        Raises: InputError for inputs of other numbers of dimensions than were compared.
         """
         if not {input1.dim(), input2.dim()} <= set(self.dims):
             dims = " or ".join(map(str, self.dims))
@@ -100,39 +117,20 @@ class Form:
     def example(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Random inputs: 256 rows, or a batch of 8 with 32 each."""
         leading = (_TIMED_ROWS,) if len(self.leading[0]) == 1 else _TIMED_BATCH
-        return inputs(self, leading, leading)
-
-
-def inputs(
-    form: Form, leading1: tuple[int, ...], leading2: tuple[int, ...], dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Seeded random inputs of a form, without their ones."""
-    generator = torch.Generator().manual_seed(0)
-    both = []
-    for leading, size, ones in zip((leading1, leading2), input_sizes(form), form.ones, strict=True):
-        both.append(torch.randn(*leading, size - (ones != "none"), generator=generator, dtype=dtype))
-    return both[0], both[1]
-
-
-def input_sizes(form: Form) -> tuple[int, int]:
-    """The sizes of the whole inputs: of all blocks together."""
-    size1, size2 = form.sizes
-    return (form.blocks * size2, form.blocks * size2) if form.mode == "blocks" else (size1, size2)
+        return self.inputs(leading, leading)
 
 
 def arranged(
     output: Tensor,  # (..., O), or (..., L1, L2, O)
     order: str,
 ) -> Tensor:
-    """An output in a form's order."""
-    if order in ("1", "xy", "yx"):
+    """An output in the order of a form's `output`."""
+    if "o" not in order:
         output = output.squeeze(-1)
         return output.mT if order == "yx" else output
-    count = len(order)
-    if order in ("o", "xyo"):
+    if order == "o":
         return output
-    leading = range(output.dim() - count)
-    return output.permute(*leading, *(output.dim() - count + "xyo".index(letter) for letter in order))
+    return output.permute(*range(output.dim() - 3), *("xyo".index(letter) - 3 for letter in order))
 
 
 def _with_one(value: Tensor, ones: Ones) -> Tensor:

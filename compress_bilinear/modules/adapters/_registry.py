@@ -1,4 +1,4 @@
-"""The forms that users register, and which adapter a module has."""
+"""The adapters that users register, and the adapter of a module."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ...errors import ConfigError
 from .._base import CompressedBilinear
 from ._adapter import AdaptedBilinear, Adapter
-from ._carried import AdaptedLayer
+from ._layer import AdaptedLayer
 from ._recognition import recognise
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -25,7 +25,7 @@ def register_adapter(
     to_bias: Callable[[_Module], Tensor | None] | None = None,
     example: Callable[[_Module], Any] | None = None,
 ) -> None:
-    """Say how modules of a class carry a bilinear weight, so that `plan`, `compress` and `load` treat them as layers.
+    """Say how modules of a class hold a bilinear weight, so that `plan`, `compress` and `load` treat them as layers.
 
     A replacement is of the same class, with all the module's other parts, but without the parameters of `to_weight`
     and `to_bias`; in their place its attribute `compressed` holds a `CPBilinear`, `TuckerBilinear` or `DenseBilinear`.
@@ -60,7 +60,7 @@ _OURS = (CompressedBilinear, AdaptedBilinear)
 
 
 def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
-    """The module with its adapter, where its class is registered or its form is known by structure.
+    """The module with its adapter, if its class is registered or its form is recognised by structure.
 
     Raises: ConfigError where a registered adapter does not fit the module.
     """
@@ -75,16 +75,16 @@ def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
 
 
 def unknown_forms(model: nn.Module) -> list[str]:
-    """Modules that look like a bilinear layer of another form, which none of the known ones reproduces."""
-    told = []
+    """For each module with a 3-dimensional parameter that no adapter knows, a clause that says so."""
+    clauses = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Bilinear, *_OURS)) or type(module).__module__.partition(".")[0] == "torch":
             continue
-        three = [key for key, value in module._parameters.items() if value is not None and not is_lazy(value)]
-        three = [key for key in three if module.get_parameter(key).dim() == 3]
-        if three and adapted_layer(module) is None:
-            told.append(
-                f"{name or '(root)'} ({type(module).__name__}) has a three-dimensional `{three[0]}`, but its forward "
+        own = {key: value for key, value in module._parameters.items() if value is not None and not is_lazy(value)}
+        cubes = [key for key, value in own.items() if value.dim() == 3]
+        if cubes and adapted_layer(module) is None:
+            clauses.append(
+                f"{name or '(root)'} ({type(module).__name__}) has a three-dimensional `{cubes[0]}`, but its forward "
                 "is no form that is known by structure: see register_adapter"
             )
-    return told
+    return clauses

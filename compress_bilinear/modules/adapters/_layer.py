@@ -1,0 +1,230 @@
+"""One foreign module that holds a bilinear weight: read the weight, observe its calls, verify and replace it."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_map
+
+from ...errors import CompressionError, ConfigError
+from .._base import CompressedBilinear
+from .._dense import DenseBilinear
+from ._adapter import COMPRESSED, AdaptedBilinear, Adapter, Arguments, rebuilt, without
+from ._copies import copied, described, difference, double
+from ._probe import Probe
+
+
+class AdaptedLayer:
+    """A foreign module with its adapter.
+
+    Attributes:
+        module: the module of the model; it is never changed.
+        weights: names in it of the parameters that its weight is computed from; `biases` of its bias.
+        elsewhere: the model's names, outside the module, of submodules that hold its weight.
+        probe: takes the layer's place in observed calls; its `rows` is called with every pair of rows.
+
+    Raises: ConfigError where the adapter's `to_weight` or `to_bias` does not give what it should.
+    """
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        self.module = module
+        self.adapter = adapter
+        self.elsewhere: tuple[str, ...] = ()
+        self._call: Arguments | None = None
+        self._failure: Exception | None = None
+        self._observing = False
+        on_meta = copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+        weight, bias = self._weight_and_bias(on_meta)
+        self.weights = _source_parameters(weight, on_meta)
+        self.biases = () if bias is None else _source_parameters(bias, on_meta)
+        if not self.weights:
+            raise ConfigError(
+                f"`to_weight` of {self._who} should compute the weight from its parameters by differentiable "
+                "operations. Found none that it depends on (`.data` and `.detach()` hide them)."
+            )
+
+    @property
+    def kind(self) -> str:
+        """The name of the module's class."""
+        return type(self.module).__name__
+
+    @property
+    def _who(self) -> str:
+        return f"the adapter {self.adapter.name!r}"
+
+    def _weight_and_bias(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """What the adapter reads from the module, checked: (O, I, J), and (O,) or None."""
+        weight = self._read("to_weight", module)
+        if weight is None or weight.dim() != 3 or not weight.is_floating_point():
+            found = "None" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
+            raise ConfigError(f"`to_weight` of {self._who} should give a floating (out, in1, in2). Found {found}.")
+        bias = None if self.adapter.to_bias is None else self._read("to_bias", module)
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ConfigError(
+                f"`to_bias` of {self._who} should give shape {tuple(weight.shape[:1])}. Found {tuple(bias.shape)}."
+            )
+        return weight, bias
+
+    def _read(self, function: str, module: nn.Module) -> Tensor | None:
+        try:
+            value = getattr(self.adapter, function)(module)
+        except Exception as error:
+            raise ConfigError(f"`{function}` of {self._who} failed: {described(error)}") from error
+        if value is not None and not isinstance(value, Tensor):
+            raise ConfigError(f"`{function}` of {self._who} should give a tensor. Found a {type(value).__name__}.")
+        return value
+
+    def bilinear(self) -> nn.Bilinear:
+        """An `nn.Bilinear` of the module's weight and bias as they are now; its bias is the module's own Parameter."""
+        with torch.no_grad():
+            weight, bias = self._weight_and_bias(self.module)
+        out, in1, in2 = weight.shape
+        layer = nn.Bilinear(in1, in2, out, False, device="meta", dtype=weight.dtype)
+        trained = all(self.module.get_parameter(name).requires_grad for name in self.weights)
+        layer.weight = nn.Parameter(weight.detach(), trained)
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
+        return layer.train(self.module.training)
+
+    def reason_against(self) -> str | None:
+        """Why the adapter cannot stand for the module's forward, or None; see also `verify`."""
+        if any(is_parametrized(part) for part in self.module.modules()):
+            return (
+                "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
+                "parametrization into the weight"
+            )
+        if "forward" in vars(self.module):
+            return "its forward was replaced on the instance, which a replacement would not run"
+        if hasattr(self.module, COMPRESSED):
+            return f"it has an attribute {COMPRESSED!r} already, which is where its replacement holds the layer"
+        if self.elsewhere:
+            return f"a part that holds its weight is shared with {', '.join(self.elsewhere)}, which would keep it"
+        inner = (nn.Bilinear, CompressedBilinear, AdaptedBilinear)
+        for name, part in self.module.named_modules():
+            if isinstance(part, inner):
+                return f"it contains a bilinear layer itself, {name!r}: only one of the two can be replaced at a time"
+        return None
+
+    @property
+    def owners(self) -> list[nn.Module]:
+        """The module, and its submodules that hold its weight."""
+        inner = (name.rpartition(".")[0] for name in self.weights)
+        return [self.module, *(self.module.get_submodule(name) for name in inner if name)]
+
+    def replaced(self, layer: CompressedBilinear, memo: dict[int, Any] | None = None) -> nn.Module:
+        """The module around `layer`: it shares the rest with the original, or with `memo` has a deep copy of it."""
+        shell, gone = without(self.module, {*self.weights, *self.biases})
+        if memo is not None:
+            shell = copy.deepcopy(shell, memo)
+        return rebuilt(shell, self.adapter, gone, layer)
+
+    @cached_property
+    def probe(self) -> Probe:
+        return Probe(self.bilinear())
+
+    def arguments(self) -> Arguments:
+        """The arguments of a call: the first observed one, otherwise the adapter's example.
+
+        Raises: CompressionError where there is neither, or the example cannot be made.
+        """
+        if self._call is not None:
+            return self._call
+        if self.adapter.example is None:
+            raise CompressionError(
+                f"no call of it was observed, so {self._who} cannot be verified: pass `calibration`, or register "
+                "the adapter with an `example`"
+            )
+        try:
+            example = self.adapter.example(self.module)
+        except Exception as error:
+            raise CompressionError(f"`example` of {self._who} failed: {described(error)}") from error
+        args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
+        args = args if isinstance(args, tuple) else (args,)
+        like = self.bilinear().weight
+        return _mapped((args, kwargs), lambda t: t.to(like) if t.is_floating_point() else t.to(like.device))
+
+    def verify(self) -> None:
+        """Compare the module's own forward with its adapter's call around the exact weight, both in float64.
+
+        Raises: CompressionError where they differ or either fails; the message says how.
+        """
+        if self._failure is not None:
+            raise CompressionError(f"`call` of {self._who} failed: {described(self._failure)}") from self._failure
+        args, kwargs = _mapped(self.arguments(), double)
+        original = copied(self.module, double).eval()
+        wide = AdaptedLayer(original, self.adapter)
+        replaced = wide.replaced(DenseBilinear.from_bilinear(wide.bilinear()), {}).eval()
+        outputs = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for module, what in ((original, "its own forward"), (replaced, f"`call` of {self._who}")):
+                try:
+                    outputs.append(module(*args, **kwargs))
+                except Exception as error:
+                    raise CompressionError(f"{what} failed in float64: {described(error)}") from error
+        how = difference(*outputs)
+        if how is not None:
+            raise CompressionError(f"`call` of {self._who} is not its own forward: in float64 {how}")
+
+    def rows(self) -> int:
+        """How many pairs of rows reach the layer in a call with `arguments()`."""
+        counts: list[int] = []
+        handle = self.probe.rows.register_forward_pre_hook(lambda _, rows: counts.append(rows[0].shape[:-1].numel()))
+        args, kwargs = self.arguments()
+        try:
+            self.adapter.call(self.module, self.probe, *args, **kwargs)
+        finally:
+            handle.remove()
+        return sum(counts)
+
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the module: make the same call through the probe."""
+        if self._observing:  # a `call` that calls the module would never end
+            raise CompressionError("`call` should not call the module that it replaces")
+        if self._call is None:
+            self._call = _mapped((args, kwargs), lambda tensor: tensor.detach().clone())
+        self._observing = True
+        try:
+            with torch.no_grad():
+                self.adapter.call(module, self.probe, *args, **kwargs)
+        except Exception as error:
+            self._failure = error  # `verify` reports it
+        finally:
+            self._observing = False
+
+
+@contextmanager
+def observing(layers: Iterable[AdaptedLayer | None]) -> Iterator[None]:
+    """Inside, every call of the modules is also made through their probes, so that hooks on these see the rows."""
+    hooked = [(layer.module, layer._observe) for layer in layers if layer is not None]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _source_parameters(value: Tensor, module: nn.Module) -> tuple[str, ...]:
+    """The names of the parameters that a tensor was computed from, by its autograd graph."""
+    reached: set[int] = {id(value)}
+    waiting, seen = [value.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        reached.add(id(getattr(node, "variable", None)))  # of a node that accumulates into a leaf
+        waiting += [following for following, _ in node.next_functions]
+    named = module.named_parameters(remove_duplicate=False)
+    return tuple(name for name, parameter in named if id(parameter) in reached)
+
+
+def _mapped(arguments: Arguments, function: Callable[[Tensor], Tensor]) -> Arguments:
+    """The arguments with `function` of each tensor in them."""
+    mapped: Arguments = tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, arguments)
+    return mapped
