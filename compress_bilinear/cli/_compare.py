@@ -9,7 +9,7 @@ import click
 import torch
 
 from ..errors import CompressionError, ConfigError
-from ..planning import compare as measure
+from ..planning import compare_files
 from ..report import Comparison, Limit, Report, failures, numeric_fields
 from ..report import compare as side_by_side
 from ._shared import (
@@ -64,7 +64,7 @@ def report(
             raise ConfigError("--output should be another file than those that are read. Found the same as one.")
         check_targets(output)
     where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
-    measured = measure(original, compressed, batch_size or 256, **where)
+    measured = compare_files(original, compressed, batch_size or 256, **where)
     if output is not None:
         write_together([(output, rendered(measured, style))])
         show(f"Wrote {output}", hidden=quiet or as_json)

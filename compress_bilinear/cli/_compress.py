@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from glob import escape
 from pathlib import Path
 from typing import Any, get_args
@@ -11,10 +10,10 @@ import click
 import torch
 from click.core import ParameterSource
 
-from ..config import COMPUTE_CHOICES, METHODS, Config, Quantize, Recipe, parse_config, plain, read_recipe
+from ..config import COMPUTE_CHOICES, METHODS, Config, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
-from ..files import read_state, write_container
-from ..planning import Candidate, Plan, choose, compress_state, descriptions, matching
+from ..files import read_layers, read_state, write_container
+from ..planning import Plan, StoredWeight, choose_weights, compress_state
 from ..report import Report, size
 from ._shared import (
     FILE,
@@ -114,22 +113,22 @@ def compress(
     _check_files(path, output, report, calibration, dry_run)
     on_line = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(config, given, on_line)
-    if descriptions(path):
+    if read_layers(path):
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
             "all --layers at once."
         )
     options = dict(recipe.options) | _plan_options(given)
     state = read_state(path)
-    chosen = choose(state, layers or (tuple(recipe.configs) if config is not None else ()))
-    configs = _narrowed(recipe.configs, chosen) if config is not None and layers else recipe.configs
+    chosen = choose_weights(state, layers or (tuple(recipe.configs) if config is not None else ()))
+    configs = recipe.configs
+    if layers:
+        configs = _narrowed(configs, chosen) if config is not None else dict.fromkeys(layers, configs["*"])
     where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
     plan, new_state, described = compress_state(
         state, chosen, configs, **where, progress=False if quiet else None, **options
     )
-    if config is None and layers:
-        configs = dict.fromkeys(layers, configs["*"])
-    made = replace(plan.report, config=plain(configs, options))
+    made = plan.report
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: write_container(new_state, described, temporary)))
@@ -201,15 +200,15 @@ def _plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
     return options | ({"measure_latency": False} if given["no_latency"] else {})
 
 
-def _narrowed(configs: Mapping[str, Config | None], chosen: list[Candidate]) -> dict[str, Config | None]:
+def _narrowed(configs: Mapping[str, Config | None], chosen: list[StoredWeight]) -> dict[str, Config | None]:
     """For --config with --layers: each chosen layer by its name, with the first config that matches it."""
-    firsts: dict[Hashable, Candidate] = {}
+    firsts: dict[Hashable, StoredWeight] = {}
     for one in chosen:  # a shared layer by its first name
         firsts.setdefault(one.place, one)
     narrowed: dict[str, Config | None] = {}
     for one in firsts.values():
-        config = next((config for glob, config in configs.items() if matching([one], glob)), None)
-        narrowed[escape(one.name or "(root)")] = config
+        config = next((config for glob, config in configs.items() if one.matches(glob)), None)
+        narrowed[escape(one.label)] = config
     if not any(narrowed.values()):
         raise ConfigError(f"--layers should leave a layer that --config is about. Found globs {', '.join(configs)}.")
     return narrowed

@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from ..files import LayerDescription, read_state
-from ..planning import Candidate, candidates, descriptions, other_forms
+from ..files import LayerDescription, read_layers, read_state
+from ..planning import StoredWeight, stored_weights, unknown_weights
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -46,11 +46,11 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 def inspect(path: Path, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
     state = read_state(path)
-    compressed = descriptions(path)
-    found = candidates(state)
+    compressed = read_layers(path)
+    found = stored_weights(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
     if inside:
-        found = [candidate for candidate in found if not f"{candidate.name}.weight".startswith(inside)]
+        found = [stored for stored in found if not f"{stored.name}.weight".startswith(inside)]
     if as_json:
         listed = {
             "compressed": [dataclasses.asdict(layer) for layer in compressed],
@@ -61,24 +61,24 @@ def inspect(path: Path, as_json: bool) -> None:
     if compressed:
         show(_compressed_table(path, compressed))
     if found or not compressed:
-        show(_candidate_table(path, found))
+        show(_weights_table(path, found))
         if not found:
-            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + other_forms(state))
+            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + unknown_weights(state))
 
 
-def _plain(candidate: Candidate) -> dict[str, object]:
-    weight = candidate.weight
+def _plain(stored: StoredWeight) -> dict[str, object]:
+    weight = stored.weight
     return {
-        "name": candidate.name,
+        "name": stored.name,
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "bytes": weight.numel() * weight.element_size(),
-        "bias": candidate.bias is not None,
-        "maybe_convolution": candidate.maybe_convolution,
+        "bias": stored.bias is not None,
+        "maybe_convolution": stored.maybe_convolution,
     }
 
 
-def _compressed_table(path: Path, layers: list[LayerDescription]) -> Table:
+def _compressed_table(path: Path, layers: Sequence[LayerDescription]) -> Table:
     table = _table(path, "Compressed layer", "Shape", "Method", "Rank", "Format")
     for layer in layers:
         shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
@@ -87,21 +87,21 @@ def _compressed_table(path: Path, layers: list[LayerDescription]) -> Table:
     return table
 
 
-def _candidate_table(path: Path, found: list[Candidate]) -> Table:
+def _weights_table(path: Path, found: list[StoredWeight]) -> Table:
     table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
     firsts: dict[Hashable, str] = {}
-    for candidate in found:
-        weight = candidate.weight
-        note = "may be a Conv1d's (out, in, kernel)" if candidate.maybe_convolution else ""
-        first = firsts.setdefault(candidate.place, candidate.name)
-        if first != candidate.name:
+    for stored in found:
+        weight = stored.weight
+        note = "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else ""
+        first = firsts.setdefault(stored.place, stored.name)
+        if first != stored.name:
             note = f"the same as {first or '(root)'}"
         table.add_row(
-            Text(printable(candidate.name) or "(root)"),
+            Text(printable(stored.name) or "(root)"),
             "x".join(str(d) for d in weight.shape),
             str(weight.dtype).removeprefix("torch."),
             size(weight.numel() * weight.element_size()),
-            "yes" if candidate.bias is not None else "no",
+            "yes" if stored.bias is not None else "no",
             note,
         )
     return table

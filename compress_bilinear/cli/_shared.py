@@ -61,7 +61,7 @@ calibration = click.option(
     "--calibration",
     type=FILE,
     metavar="FILE",
-    help="Rows of the layers' inputs, .safetensors or .npz: for a layer rel the tensors rel.input1 (N, in1) and "
+    help="Rows of the layers' inputs, in .safetensors: for a layer rel the tensors rel.input1 (N, in1) and "
     "rel.input2 (N, in2). Factors are fitted to the outputs, and output errors measured on held-out rows.",
 )
 

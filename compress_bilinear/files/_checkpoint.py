@@ -245,8 +245,9 @@ def _filled_model(
     Everything has been checked. Still, a failure puts back what there was.
     """
     root: _Model = new.get(id(model), model)  # type: ignore[assignment]  # a model that is itself a layer is replaced
-    holders = [holder for module in model.modules() for holder in (module._parameters, module._buffers)]
-    before = [(holder, dict(holder)) for holder in holders]
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (holder, dict(holder)) for module in model.modules() for holder in (module._parameters, module._buffers)
+    ]
     values = {name: value.clone() for name, value in current.items() if not value.is_meta}
     undo = swap(model, new)
     try:

@@ -40,6 +40,7 @@ LAYERS: dict[str, type[CompressedBilinear]] = {
 
 __all__ = [
     "COMPRESSED",
+    "LAYERS",
     "AdaptedBilinear",
     "AdaptedLayer",
     "Adapter",
@@ -49,7 +50,6 @@ __all__ = [
     "DenseBilinear",
     "FoundLayer",
     "InterpolativeLinear",
-    "LAYERS",
     "QuantizedLinear",
     "TuckerBilinear",
     "adapted_layer",

@@ -63,7 +63,7 @@ class FoundLayer:
 
     @property
     def form(self) -> str:
-        """"nn.Bilinear", or the class name of a foreign module."""
+        """ "nn.Bilinear", or the class name of a foreign module."""
         return "nn.Bilinear" if self.adapted is None else self.adapted.kind
 
     @property

@@ -1,4 +1,4 @@
-"""Compressed layers in another storage format: floating point to be fine-tuned, or fewer bits; and how they compute."""
+"""Convert compressed layers between storage formats, and set their compute mode."""
 
 import copy
 from collections.abc import Callable
@@ -18,8 +18,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool = False) -> _Model:
     """Store the quantized layers in floating point, as parameters that can be fine-tuned.
 
-    They have the same function, up to rounding in `dtype`, and take inputs of that dtype alone, as plain layers do.
-    Afterwards `cb.quantize(model)` rounds them again.
+    They compute the same, up to rounding in `dtype`, and take inputs of that dtype only, as plain layers do.
+    `cb.quantize(model)` is the way back.
 
     Args:
         model: any module; a compressed layer itself too.
@@ -41,18 +41,16 @@ def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool
     first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def convert(layer: CompressedBilinear) -> CompressedBilinear:
-        bias = layer.bias
-        kept = bias.dtype if isinstance(bias, torch.Tensor) else first
-        return stored_as(layer, None, dtype or kept)
+        return stored_as(layer, None, dtype or _bias_dtype(layer, first))
 
     return _converted(model, lambda layer: layer.quantize is not None, "that is quantized", convert, inplace)
 
 
 def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
-    """Store compressed layers that are in floating point in 16, 8 or 4 bits: the way back from `dequantize`.
+    """Store compressed layers that are in floating point in fewer bits: the way back from `dequantize`.
 
-    It rounds what `CPBilinear`, `TuckerBilinear` and `DenseBilinear` hold, value by value. For an `nn.Bilinear`, see
-    `compress`, which also fits factors to how others were rounded, and measures what that costs.
+    It rounds the values of each `CPBilinear`, `TuckerBilinear` and `DenseBilinear` to the nearest. `compress` is for an
+    `nn.Bilinear`: it also refits factors after rounding, and measures what the rounding costs.
 
     Args:
         model: any module; a compressed layer itself too.
@@ -89,10 +87,10 @@ def set_compute(
             "fastest" times every mode of each layer side by side, without gradients, and leaves "on_the_fly" only for
             one that is faster beyond the spread: its upper quartile below the other's lower one.
         rows: of a timed call.
-        dtype: of the inputs, which resident weights are for. None takes each layer's bias's; without one, float32.
+        dtype: of the inputs of a timed call. None takes that of each layer's bias; without one, float32.
 
     Returns:
-        For each layer's name what was chosen, with bytes and latencies.
+        For each layer's name the chosen mode, with bytes and latencies.
 
     Raises:
         MatchError: no layer is quantized; the message lists what there is.
@@ -113,22 +111,25 @@ def set_compute(
             raise ConfigError(f"A layer should have the mode {compute!r}. Found none: {reasons}.")
     choices = {}
     for name, layer in layers.items():
-        bias = layer.bias
-        wanted = dtype or (bias.dtype if isinstance(bias, torch.Tensor) else torch.float32)
-        like = torch.empty(0, device=next(layer.buffers()).device, dtype=wanted)
+        like = torch.empty(0, device=next(layer.buffers()).device, dtype=dtype or _bias_dtype(layer, torch.float32))
         choices[name] = choose_compute(layer, compute, timing_inputs(layer, rows, like=like), timed=False)
     return choices
 
 
+def _bias_dtype(layer: CompressedBilinear, default: torch.dtype) -> torch.dtype:
+    return layer.bias.dtype if isinstance(layer.bias, torch.Tensor) else default
+
+
 def _converted(
     model: _Model,
-    wanted: Callable[[CompressedBilinear], bool],
+    selects: Callable[[CompressedBilinear], bool],
     what: str,
     convert: Callable[[CompressedBilinear], CompressedBilinear],
     inplace: bool,
 ) -> _Model:
+    """The model, or a copy, with the layers that `selects` says converted; `what` describes them in the message."""
     layers = find_compressed(model)
-    names = [name for name, layer in layers.items() if wanted(layer)]
+    names = [name for name, layer in layers.items() if selects(layer)]
     if not names:
         there = ", ".join(f"{name or '(root)'} ({layer.method}, {layer.quantize})" for name, layer in layers.items())
         raise MatchError(f"The model should contain a compressed layer {what}. Found {there or 'no compressed layer'}.")

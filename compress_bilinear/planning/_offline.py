@@ -78,11 +78,11 @@ def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
     for key, value in state.items():
         name, _, last = key.rpartition(".")
         bias = state.get(f"{name}.bias" if name else "bias")
+        if last != "weight" or value.dim() != 3 or not value.is_floating_point():
+            continue
         fits = bias is None or (bias.shape == value.shape[:1] and bias.dtype == value.dtype)
-        # an nn.Bilinear holds a weight, a bias, and nothing else
-        if last == "weight" and value.dim() == 3 and value.is_floating_point() and fits:
-            if parts[name] <= {"weight", "bias"}:
-                weights.append(StoredWeight(name, value, bias))
+        if fits and parts[name] <= {"weight", "bias"}:  # an nn.Bilinear holds these and nothing else
+            weights.append(StoredWeight(name, value, bias))
     return weights
 
 
@@ -96,7 +96,8 @@ def unknown_weights(state: Mapping[str, Tensor]) -> str:
     ]
     if not others:
         return ""
-    return f" {', '.join(others)} may be a bilinear weight in another form, which needs the network's code: cb.compress."
+    listing = ", ".join(others)
+    return f" {listing} may be a bilinear weight in another form, which needs the network's code: cb.compress."
 
 
 def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[StoredWeight]:
@@ -196,8 +197,8 @@ def _model_of(chosen: Sequence[StoredWeight]) -> tuple[nn.Module, dict[str, str]
 
     A weight that is the whole file is the module.
     """
-    model, layers = nn.Module(), {}
-    labels: dict[str, str] = {}
+    model, labels = nn.Module(), dict[str, str]()
+    layers: dict[Hashable, tuple[str, nn.Bilinear]] = {}
     for stored in chosen:
         first, layer = layers.setdefault(stored.place, (stored.name, stored.layer()))
         labels[stored.name] = first
@@ -270,9 +271,9 @@ def _original_layer(
     prefix = f"{description.name}." if description.name else ""
     weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
     shape = (description.out_features, description.in1_features, description.in2_features)
-    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == shape:
-        if (bias is not None) == description.bias and (bias is None or bias.shape == shape[:1]):
-            return StoredWeight(description.name, weight, bias).layer()
+    same_bias = (bias is not None) == description.bias and (bias is None or bias.shape == shape[:1])
+    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == shape and same_bias:
+        return StoredWeight(description.name, weight, bias).layer()
     found = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
     found += "" if weight is None or bias is None else f" and a bias {tuple(bias.shape)}"
     raise CheckpointError(

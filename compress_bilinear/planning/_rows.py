@@ -37,8 +37,8 @@ def read_rows(
     """
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(
-            f"A file of rows should end in .safetensors. Found {str(path)!r}: safetensors.numpy.save_file(dict(arrays), "
-            "path) writes the arrays of numpy.load to such a file."
+            f"A file of rows should end in .safetensors. Found {str(path)!r}. To convert a .npz file: "
+            "safetensors.numpy.save_file(dict(numpy.load(file)), 'rows.safetensors')."
         )
     tensors, _ = read_safetensors(path)
     known = {_key(layer, which): layer for layer in shapes for which in _INPUTS}

@@ -171,7 +171,8 @@ def _confirmed(form: Form, twin: nn.Module) -> Form | None:
         output = _output(twin, input1, input2)
         return None if output is None else difference(output, form.call(twin, layer, input1, input2)) is None
 
-    right, wrong = set(), set()
+    right: set[int] = set()
+    wrong: set[int] = set()
     for leading in _CONFIRM_PAIRS if form.mode == "pairs" else _CONFIRM_ROWS:
         held = holds(leading)
         if held is not None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import assert_same_state, bilinear, low_rank, state_of
 from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError
-from compress_bilinear.files import _container as tensor_file
+from compress_bilinear.files import _container, read_container, read_layers, read_state
 
 IN1, IN2, OUT = 9, 8, 7
 
@@ -86,6 +87,10 @@ def compressed(way: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return small(trained(dtype=dtype), CONFIGS[way])
 
 
+# every way once, into a fresh network or one on the meta device; and the one with most parts into both
+WAYS = [(way, (Net, on_meta)[k % 2]) for k, way in enumerate(CONFIGS)] + [("tucker near full int8", Net)]
+
+
 @cache
 def mixed() -> nn.Module:
     """`rel` as Tucker and `one` = `other` as int8 CP; not to be changed."""
@@ -99,17 +104,22 @@ def saved(path) -> Path:
     return path
 
 
+def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file and its metadata."""
+    with safe_open(path, framework="pt") as file:
+        return load_file(path), file.metadata()
+
+
 def assert_same_file(found: Path, expected: Path) -> None:
     """The same tensors and metadata; safetensors orders the metadata at random."""
-    (tensors, metadata), (others, other) = (tensor_file.read_safetensors(path) for path in (found, expected))
+    (tensors, metadata), (others, other) = (stored(path) for path in (found, expected))
     assert metadata == other
     assert tensors.keys() == others.keys()
     assert all(torch.equal(value, others[name]) for name, value in tensors.items())
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("fresh", [Net, on_meta], ids=["fresh", "meta"])
-    @pytest.mark.parametrize("way", CONFIGS)
+    @pytest.mark.parametrize(("way", "fresh"), WAYS)
     def test_a_network_comes_back_bit_for_bit(self, path, way, fresh):
         model = compressed(way)
         cb.save(model, path)
@@ -126,8 +136,9 @@ class TestRoundTrip:
             model.rel.quantize,
         )
 
-    @pytest.mark.parametrize("device", ["cpu", "meta"])
-    @pytest.mark.parametrize("way", CONFIGS)
+    @pytest.mark.parametrize(
+        ("way", "device"), [("cp", "meta"), ("tucker near full int8", "cpu"), ("dense", "cpu"), ("dense int8", "meta")]
+    )
     def test_a_layer_that_is_the_network_comes_back(self, path, way, device):
         model = compressed(way).rel
         cb.save(model, path)
@@ -217,13 +228,13 @@ def edited(change: Callable[[dict, dict], None], signed: bool) -> Callable[[Path
     """Change the description and the tensors of a file; `signed` also renews the digest, as a forger would."""
 
     def rewrite(path: Path) -> None:
-        tensors, metadata = tensor_file.read_safetensors(path)
-        description = json.loads(metadata[tensor_file.METADATA_KEY])
+        tensors, metadata = stored(path)
+        description = json.loads(metadata["compress_bilinear"])
         change(description, tensors)
         text = json.dumps(description, sort_keys=True)
-        metadata[tensor_file.METADATA_KEY] = text
+        metadata["compress_bilinear"] = text
         if signed:
-            metadata["digest"] = tensor_file._digest(text, tensors)
+            metadata["digest"] = _container._digest(text, tensors)
         save_file(tensors, path, metadata)
 
     return rewrite
@@ -269,19 +280,29 @@ DAMAGE = {
     "edited tensor": (edited(lambda d, t: t["rel.core.weight"].zero_(), False), "damaged or edited"),
     "version": (edited(lambda d, t: d.update(version=1), True), "format version 4. Found 1"),
     "no version": (edited(lambda d, t: d.pop("version"), True), "damaged or edited"),
-    "no layers": (edited(lambda d, t: d.pop("layers"), True), "damaged or edited"),
-    "unknown field": (edited(layer_with(colour="red"), True), "damaged or edited"),
-    "no name": (edited(layer_with(names=[]), True), "Found"),
-    "unknown method": (edited(layer_with(method="tt"), True), "'cp', 'tucker' or 'dense'. Found 'tt'"),
+    "no layers": (edited(lambda d, t: d.pop("layers"), True), "layers: is required. Found none"),
+    "unknown field": (edited(layer_with(colour="red"), True), r"layers\[0\].colour: unknown"),
+    "no name": (edited(layer_with(names=[]), True), r"layers\[0\]: `names` should hold at least one name. Found none"),
+    "a size as text": (edited(layer_with(in1_features="9"), True), r"layers\[0\].in1_features: .*integer. Found '9'"),
+    "a size as truth": (
+        edited(layer_with(in1_features=True), True),
+        "in1_features: .*integer. Found True",
+    ),
+    "two ranks": (edited(layer_with(rank=[2, 3]), True), r"layers\[0\].rank"),
+    "unknown mode": (edited(layer_with(compute="slow"), True), r"layers\[0\].compute: .*'on_the_fly', .*Found 'slow'"),
+    "no rank": (edited(layer_with(rank=None), True), "not valid: .*'rank'"),
+    "other alias": (edited(lambda d, t: d["aliases"].update(x="y"), True), "should hold tensor 'y', which 'x' is"),
+    "unknown method": (edited(layer_with(method="tt"), True), "one of dense, cp, tucker. Found 'tt'"),
     "unknown format": (edited(layer_with(quantize="int4"), True), "not valid"),
     "forged rank": (edited(layer_with(rank=[99, 2, 2]), True), "not valid"),
     "forged size": (edited(layer_with(in1_features=2**62), True), "`in1_features` of layer 'rel' should be"),
     "missing tensor": (edited(lambda d, t: t.pop("rel.core.weight"), True), "missing core.weight"),
     "renamed tensor": (edited(rename, True), "missing core.weight; unexpected core.weights"),
     "reshaped tensor": (edited(lambda d, t: t.update({"norm.bias": torch.ones(1)}), True), "'norm.bias' should be"),
-    "mixed dtypes": (edited(cast, True), "the dtype of its layer"),
-    "other scale": (edited(cast_scale, True), "dtype torch.float32"),
-    "other index": (edited(cast_index, True), "dtype torch.int32"),
+    "mixed dtypes": (edited(cast, True), r"of layer 'rel' should have shape .* and be torch.float"),
+    "integers": (edited(lambda d, t: t.update({k: t[k].int() for k in t if k[:3] == "rel"}), True), "and be floating"),
+    "other scale": (edited(cast_scale, True), "be torch.float32"),
+    "other index": (edited(cast_index, True), "be torch.int32"),
     "repeated index": (edited(lambda d, t: t["rel.out_proj.index"].zero_(), True), "each of 0..6 once"),
     "extra tensor": (edited(lambda d, t: t.update(extra=torch.ones(1)), True), "unexpected extra"),
 }
@@ -365,6 +386,31 @@ class TestFailures:
         make, problem = OTHER_NETWORKS[case]
         self.refuse(saved, make(), problem)
 
+    def test_a_mode_that_is_gone_or_not_to_be_had_computes_on_the_fly(self, saved):
+        edited(layer_with(compute="int8"), True)(saved)  # of a layer in floating point
+        with pytest.warns(UserWarning, match="Layer 'rel' of the file computes on the fly: the layer is in floating"):
+            assert cb.load(saved, Net()).rel.compute == "on_the_fly"
+        edited(layer_with(compute="resident"), True)(saved)  # of an earlier version
+        assert cb.load(saved, Net()).rel.compute == "on_the_fly"
+
+    def test_the_layers_of_other_files_are_none(self, tmp_path):
+        save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
+        torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
+        assert not read_layers(tmp_path / "foreign.safetensors")
+        assert not read_layers(tmp_path / "net.pt")
+        assert not read_layers(tmp_path / "missing")
+
+    def test_the_layers_are_read_without_the_tensors(self, saved, monkeypatch):
+        monkeypatch.setattr(Tensor, "clone", lambda *args: pytest.fail("a tensor was read"))
+        assert len(read_layers(saved)) == 2
+
+    def test_the_state_of_a_file_is_verified_and_has_all_names(self, saved):
+        state = read_state(saved)
+        assert state.keys() == mixed().state_dict().keys()
+        flip(saved)
+        with pytest.raises(CheckpointError, match="damaged or edited"):
+            read_state(saved)
+
     def test_a_folder_is_refused(self, tmp_path):
         self.refuse(tmp_path, Net(), "Found a folder")
 
@@ -407,7 +453,7 @@ class TestSaving:
             Path(path).write_bytes(b"half of the n")
             raise error
 
-        monkeypatch.setattr(tensor_file, "save_file", half)
+        monkeypatch.setattr(_container, "save_file", half)
 
     @pytest.mark.parametrize(
         ("error", "seen"),
@@ -437,10 +483,12 @@ class TestSaving:
         assert_same_state(model, before)
 
     def test_the_description_names_the_layers(self, saved):
-        assert [(layer.names, layer.method, layer.rank) for layer in tensor_file.read_container(saved)[1]] == [
+        layers = read_container(saved)[1]
+        assert [(layer.names, layer.method, layer.rank) for layer in layers] == [
             (("rel",), "tucker", (6, 3, 7)),
             (("one", "other"), "cp", 2),
         ]
+        assert read_layers(saved) == layers
 
     @pytest.mark.parametrize(
         ("model", "problem"),

@@ -199,29 +199,27 @@ class TestComputeModes:
         assert (net["cp"].compute, net["dense"].compute, net["plain"].compute) == ("int8", "on_the_fly", "on_the_fly")
         assert all(choice.latencies == {} for choice in chosen.values())
 
-    def test_resident_weights_are_counted_apart_from_what_is_stored(self):
+    def test_the_choice_says_what_is_stored(self):
         net = nn.Sequential(made("dense"))
-        stored = cb.set_compute(net, "on_the_fly")["0"]
-        resident = cb.set_compute(net, "resident")["0"]
-        assert stored.resident_bytes == stored.stored_bytes == resident.stored_bytes
-        assert resident.resident_bytes == stored.stored_bytes + 4 * IN1 * IN2 * OUT
-        assert str(resident) == f"resident (stores {stored.stored_bytes} bytes, holds {resident.resident_bytes})"
+        choice = cb.set_compute(net, "int8")["0"]
+        assert choice.stored_bytes == sum(value.nbytes for value in net.state_dict().values())
+        assert str(choice) == f"int8 (stores {choice.stored_bytes} bytes)"
 
     def test_the_fastest_is_chosen_by_measurement(self):
         layer = made("tucker")
         choice = cb.set_compute(layer, rows=3)[""]
-        assert choice.latencies.keys() == {"on_the_fly", "resident", "int8"}
+        assert choice.latencies.keys() >= {"on_the_fly", "int8"}
         assert layer.compute == choice.compute
         if choice.compute != "on_the_fly":
-            assert choice.latencies[choice.compute].upper < choice.latencies["on_the_fly"].lower
-        assert all(f"{mode} {timed.median:.3g} ms" in str(choice) for mode, timed in choice.latencies.items())
+            assert choice.latencies[choice.compute] < choice.latencies["on_the_fly"]
+        assert all(f"{mode} {latency:.3g} ms" in str(choice) for mode, latency in choice.latencies.items())
 
     def test_the_dtype_is_the_bias_s_unless_it_is_given(self):
-        layer = made("dense", dtype=torch.bfloat16)
-        cb.set_compute(layer, "resident")
-        assert layer.weight.resident.dtype == torch.bfloat16
-        cb.set_compute(layer, "resident", dtype=torch.float64)
-        assert layer.weight.resident.dtype == torch.float64
+        layer, seen = made("dense", dtype=torch.bfloat16), []
+        layer.forward = lambda input1, input2: seen.append(input1.dtype) or type(layer).forward(layer, input1, input2)
+        for dtype in (None, torch.float64):
+            cb.set_compute(layer, rows=3, dtype=dtype)
+        assert list(dict.fromkeys(seen)) == [torch.bfloat16, torch.float64]
 
     @pytest.mark.parametrize(
         ("model", "asked", "error", "message"),
@@ -229,6 +227,7 @@ class TestComputeModes:
             (nn.Linear(2, 2), {}, MatchError, "Found no compressed layer"),
             (made("cp", None), {}, MatchError, r"Found \(root\) \(cp\)"),
             (made("cp"), {"compute": "fast"}, ConfigError, "`compute` should be one of"),
+            (made("cp"), {"compute": "resident"}, ConfigError, "cb.dequantize"),
             (made("cp"), {"rows": 0}, ConfigError, "`rows` should be a positive int. Found 0"),
             (made("dense", "nf4"), {"compute": "int8"}, ConfigError, "Found none: its values have"),
             (made("cp", "nf4"), {"compute": "int8"}, ConfigError, "Found none: its values have"),

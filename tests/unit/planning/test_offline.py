@@ -8,7 +8,7 @@ from compress_bilinear.errors import CheckpointError, MatchError
 from compress_bilinear.files import _container as tensor_file
 from compress_bilinear.fitting import Latency, Timing
 from compress_bilinear.planning import _verdict as selection
-from compress_bilinear.planning import candidates, choose, compare, compress_state
+from compress_bilinear.planning import choose_weights, compare_files, compress_state, stored_weights
 
 TUCKER = cb.TuckerConfig(rank=(2, 3, 14))  # of (7, 18, 17): the last is near its size
 IN1, IN2, OUT = 18, 17, 7  # in2 is too long for a convolution's kernel
@@ -35,18 +35,18 @@ class Net(nn.Module):
 
 
 def names(found) -> list[str]:
-    return [candidate.name for candidate in found]
+    return [stored.name for stored in found]
 
 
 def compressed(state, patterns=("*",), config=TUCKER, **options):
-    return compress_state(state, choose(state, patterns), config, measure_latency=False, **options)
+    return compress_state(state, choose_weights(state, patterns), config, measure_latency=False, **options)
 
 
 def same(state, expected) -> bool:
     return state.keys() == expected.keys() and all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-class TestCandidates:
+class TestStoredWeights:
     def test_they_are_the_three_dimensional_floating_weights(self):
         state = {
             "a.weight": torch.ones(4, 18, 17),
@@ -59,9 +59,9 @@ class TestCandidates:
             "h.weight": torch.ones(4, 3, 2),  # not an nn.Bilinear's: it would hold nothing but weight and bias
             "h.scale": torch.ones(4),
         }
-        assert names(candidates(state)) == ["a", "g"]
-        assert names(candidates({"weight": torch.ones(4, 3, 2), "bias": torch.ones(4)})) == [""]
-        assert candidates({"weight": torch.ones(4, 3, 2), "other.bias": torch.ones(4)}) == []
+        assert names(stored_weights(state)) == ["a", "g"]
+        assert names(stored_weights({"weight": torch.ones(4, 3, 2), "bias": torch.ones(4)})) == [""]
+        assert stored_weights({"weight": torch.ones(4, 3, 2), "other.bias": torch.ones(4)}) == []
 
     @pytest.mark.parametrize(
         ("bias", "fits"),
@@ -74,21 +74,21 @@ class TestCandidates:
         ],
     )
     def test_a_bias_beside_it_has_to_fit(self, bias, fits):
-        found = candidates({"a.weight": torch.ones(4, 18, 17)} | ({} if bias is None else {"a.bias": bias}))
-        assert [candidate.bias is bias for candidate in found] == ([True] if fits else [])
+        found = stored_weights({"a.weight": torch.ones(4, 18, 17)} | ({} if bias is None else {"a.bias": bias}))
+        assert [stored.bias is bias for stored in found] == ([True] if fits else [])
 
-    def test_patterns_choose(self):
+    def test_patterns_choose_weights(self):
         state = Net().state_dict() | {"conv.weight": torch.ones(4, 3, 2)}
-        assert names(choose(state, ["rel"])) == ["rel"]
-        assert names(choose(state, ["*o*"])) == ["other", "conv"]
-        assert names(choose(state, ["o*", "rel"])) == ["rel", "other"]
+        assert names(choose_weights(state, ["rel"])) == ["rel"]
+        assert names(choose_weights(state, ["*o*"])) == ["other", "conv"]
+        assert names(choose_weights(state, ["o*", "rel"])) == ["rel", "other"]
 
     @pytest.mark.parametrize("pattern", ["(root)", "*"])
     def test_a_whole_file_is_named_as_it_is_listed(self, pattern):
-        assert names(choose({"weight": weight()}, [pattern])) == [""]
+        assert names(choose_weights({"weight": weight()}, [pattern])) == [""]
 
-    def test_an_only_candidate_needs_no_pattern(self):
-        assert names(choose({"a.weight": weight()}, [])) == ["a"]
+    def test_an_only_weight_needs_no_pattern(self):
+        assert names(choose_weights({"a.weight": weight()}, [])) == ["a"]
 
     @pytest.mark.parametrize(
         ("state", "listing"),
@@ -99,15 +99,15 @@ class TestCandidates:
     )
     def test_what_may_be_a_convolution_is_asked_for(self, state, listing):
         with pytest.raises(MatchError, match=f"--layers PATTERN is needed.*Found: {listing}"):
-            choose(state, [])
+            choose_weights(state, [])
 
     def test_a_pattern_that_matches_nothing_lists_what_there_is(self):
         with pytest.raises(MatchError, match=r"'x\*' should match .* Found: rel \(7x18x17\), other"):
-            choose(Net().state_dict(), ["rel", "x*"])
+            choose_weights(Net().state_dict(), ["rel", "x*"])
 
-    def test_without_candidates_there_is_nothing_to_do(self):
+    def test_without_weights_there_is_nothing_to_do(self):
         with pytest.raises(MatchError, match="Found none"):
-            choose({"a.weight": torch.ones(2, 2)}, ["*"])
+            choose_weights({"a.weight": torch.ones(2, 2)}, ["*"])
 
 
 def test_the_report_of_a_file_does_not_speak_of_force(tmp_path):
@@ -115,7 +115,7 @@ def test_the_report_of_a_file_does_not_speak_of_force(tmp_path):
     large, _ = cb.compress(model, {"rel": cb.CPConfig(rank=60)}, force=True, measure_latency=False)
     cb.save(large, tmp_path / "large.safetensors")
     torch.save(model.state_dict(), tmp_path / "net.pt")
-    (layer,) = compare(tmp_path / "net.pt", tmp_path / "large.safetensors").layers
+    (layer,) = compare_files(tmp_path / "net.pt", tmp_path / "large.safetensors").layers
     assert layer.reason.startswith("it is not smaller")
 
 
@@ -223,7 +223,7 @@ class TestComparing:
 
     def test_the_figures_are_those_of_compressing(self, files):
         original, small, made = files
-        report = compare(original, small, 32)
+        report = compare_files(original, small, 32)
         assert (report.model_bytes_before, report.model_bytes_after) == (
             made.model_bytes_before,
             made.model_bytes_after,
@@ -249,14 +249,14 @@ class TestComparing:
         change(state)
         torch.save(state, original)
         with pytest.raises(CheckpointError, match=rf"should hold rel.weight of shape \(7, 18, 17\).*{found}"):
-            compare(original, small)
+            compare_files(original, small)
 
     def test_a_file_without_replaced_layers_is_refused(self, files):
         original, small, _ = files
         cb.save(Net(), small)
         with pytest.raises(CheckpointError, match="should hold replaced layers"):
-            compare(original, small)
+            compare_files(original, small)
 
     def test_an_uncompressed_file_is_refused(self, files):
         with pytest.raises(CheckpointError, match="whole safetensors"):
-            compare(files[0], files[0])
+            compare_files(files[0], files[0])

@@ -1,4 +1,4 @@
-"""Registered forms: what an author states, how it is verified, and that all that holds for `nn.Bilinear` holds."""
+"""Registered adapters: what an author states, how it is verified, and that a foreign module is replaced as a layer."""
 
 import copy
 import pickle
@@ -11,17 +11,11 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import compress_bilinear as cb
-from compress_bilinear.modules import _in_model as discovery
-from compress_bilinear.modules import adapted_layer
-from compress_bilinear.modules.adapters import _registry
+from compress_bilinear.modules import adapted_layer, find
 
 INT8 = cb.DenseConfig(quantize="int8")
+SCORER = {"scorer": INT8}
 FAST = {"measure_latency": False}
-
-
-@pytest.fixture(autouse=True)
-def registrations(monkeypatch):
-    monkeypatch.setattr(_registry, "_REGISTERED", dict(_registry._REGISTERED))
 
 
 class Scorer(nn.Module):
@@ -38,6 +32,10 @@ class Scorer(nn.Module):
         matrices = nn.functional.normalize(self.relations(relations), dim=-1).view(-1, 5, 5)
         head = self.norm(self.entities(heads))
         return scale * (torch.bmm(head.unsqueeze(1), matrices).squeeze(1) + self.offset)
+
+
+class Unregistered(Scorer):
+    """A subclass, for which the registration of its base does not hold."""
 
 
 def scorer_call(module, layer, heads, relations, *, scale=1.0):
@@ -90,23 +88,24 @@ def assert_equal(first, second):
 class TestAll:
     def test_the_three_kinds_are_found_with_their_shapes(self):
         register_scorer()
-        found = {layer.label: (layer.form, tuple(layer.layer.weight.shape)) for layer in discovery.find(network())}
+        found = {layer.label: (layer.form, tuple(layer.layer.weight.shape)) for layer in find(network())}
         assert found == {
             "scorer": ("Scorer", (5, 5, 6)),
             "biaffine": ("Biaffine", (4, 6, 6)),
             "plain": ("nn.Bilinear", (4, 5, 5)),
         }
 
-    @pytest.mark.parametrize("inplace", [False, True])
     @pytest.mark.parametrize(
-        "config", [INT8, cb.CPConfig(rank=4), cb.TuckerConfig(rank=(4, 4, 5), quantize="int8")], ids=lambda c: str(c)
+        ("config", "inplace"),
+        [(INT8, True), (cb.CPConfig(rank=4), False), (cb.TuckerConfig(rank=(4, 4, 5), quantize="int8"), False)],
+        ids=["dense", "cp", "tucker"],
     )
     def test_compressing_saving_and_loading(self, config, inplace, tmp_path):
         register_scorer()
         model = network()
         exact, before = outputs(model), state_of(model)
         small, report = cb.compress(
-            model, config, calibration=BATCHES, inplace=inplace, force=True, exclude="plain", **FAST
+            model, {"plain": None, "*": config}, calibration=BATCHES, inplace=inplace, force=True, **FAST
         )
         assert (small is model) == inplace
         assert [layer.decision for layer in report.layers] == ["replaced", "replaced"]
@@ -135,7 +134,7 @@ class TestAll:
 
     def test_the_report_measures_the_modules_own_forward(self):
         register_scorer()
-        _, report = cb.compress(network(), INT8, calibration=BATCHES, include="scorer")
+        _, report = cb.compress(network(), SCORER, calibration=BATCHES)
         (layer,) = report.layers
         assert layer.batch_size == 9
         assert layer.dense_order in ("Scorer", "DenseBilinear")
@@ -202,7 +201,7 @@ class TestAll:
             return model
 
         model = build()
-        small, _ = cb.compress(model, INT8, calibration=BATCHES, include="scorer", **FAST)
+        small, _ = cb.compress(model, SCORER, calibration=BATCHES, **FAST)
         assert small.scorer.compressed.bias is small.tied.offset
         cb.save(small, tmp_path / "tied.safetensors")
         again = cb.load(tmp_path / "tied.safetensors", build())
@@ -213,7 +212,7 @@ class TestRefusals:
     def kept(self, **options):
         model = network()
         before = state_of(model)
-        _, report = cb.compress(model, INT8, include="scorer", force=True, **FAST | options)
+        _, report = cb.compress(model, SCORER, force=True, **FAST | options)
         assert_same_state(model, before)
         assert report.layers[0].decision == "kept"
         return report.layers[0].reason
@@ -272,14 +271,14 @@ class TestRefusals:
         register_scorer()
         model = network()
         spoil(model)
-        _, report = cb.compress(model, INT8, include="scorer", force=True, **FAST)
+        _, report = cb.compress(model, SCORER, force=True, **FAST)
         assert report.layers[0].decision == "kept"
         assert told in report.layers[0].reason
 
     def test_a_plan_goes_stale(self):
         register_scorer()
         model = network()
-        planned = cb.plan(model, INT8, include="scorer", **FAST)
+        planned = cb.plan(model, SCORER, **FAST)
         with torch.no_grad():
             model.scorer.relations.weight.mul_(torch.linspace(1, 2, 25))
         with pytest.raises(cb.CompressionError, match="weight or bias has changed"):
@@ -291,11 +290,7 @@ class TestRefusals:
 
     def test_subclasses_are_not_meant(self):
         register_scorer()
-
-        class Other(Scorer):
-            pass
-
-        assert adapted_layer(Other()) is None
+        assert adapted_layer(Unregistered()) is None
 
     @pytest.mark.parametrize(
         "arguments",
@@ -315,7 +310,7 @@ class TestRefusals:
 
     def test_loading_needs_the_registration_and_the_same_form(self, tmp_path):
         register_scorer()
-        small, _ = cb.compress(network(), INT8, include=("scorer", "biaffine"), calibration=BATCHES, **FAST)
+        small, _ = cb.compress(network(), {"plain": None, "*": INT8}, calibration=BATCHES, **FAST)
         cb.save(small, tmp_path / "small.safetensors")
         other = network()
         other.biaffine = forms.Biaffine(6, 5, 4, (False, True))
@@ -323,9 +318,10 @@ class TestRefusals:
         with pytest.raises(cb.CompressionError, match="of the form 'pairs oij -> oxy, 1 last in input1, 1 last"):
             cb.load(tmp_path / "small.safetensors", other)
         assert_same_state(other, before)
-        del _registry._REGISTERED[Scorer]
+        unregistered = network()
+        unregistered.scorer = Unregistered()
         with pytest.raises(cb.CompressionError, match="Is its class registered"):
-            cb.load(tmp_path / "small.safetensors", network())
+            cb.load(tmp_path / "small.safetensors", unregistered)
 
     def test_a_compressed_module_is_not_found_again(self):
         register_scorer()
