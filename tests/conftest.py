@@ -1,5 +1,6 @@
 """Settings of every test run, and the fixtures that tests of several rooms use."""
 
+import gc
 import os
 
 import pytest
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, start in enumerate(LONGEST) if name.startswith(start)), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector overlook what lives until the end: modules and thousands of tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

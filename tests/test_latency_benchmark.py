@@ -22,6 +22,7 @@ def benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "SUITE", TINY)
     monkeypatch.setattr(run, "roofline", lambda device, dtype: (1e9, 1e9))
     monkeypatch.setattr(latency, "BLOCK_SECONDS", 1e-5)
+    monkeypatch.setattr(latency, "WARM_SECONDS", 1e-5)
     monkeypatch.setattr(latency, "ROUNDS", (2, 2))
 
     def ran(*arguments):
