@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, StalePlanError
+from compress_bilinear.quantization import FORMATS
 
 METHODS = {
     "dense": lambda quantize: cb.DenseConfig(quantize=quantize),
@@ -22,10 +23,9 @@ METHODS = {
 }
 RANKS = {"dense": None, "cp": 3, "tucker": (3, 5, 4)}
 LAYERS = {"dense": cb.DenseBilinear, "cp": cb.CPBilinear, "tucker": cb.TuckerBilinear}
-FORMATS = (None, "bf16", "int8", "nf4")
 IN1, IN2, OUT = 12, 10, 8
 
-for_each = pytest.mark.parametrize(("method", "quantize"), list(product(METHODS, FORMATS)))
+for_each = pytest.mark.parametrize(("method", "quantize"), list(product(METHODS, (None, *FORMATS))))
 calibrated_or_not = pytest.mark.parametrize("calibrated", [False, True], ids=["weight", "outputs"])
 
 
