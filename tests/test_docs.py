@@ -99,7 +99,8 @@ def fences_of(path: Path) -> list[tuple[str, str]]:
     text = path.read_text(encoding="utf-8")
     found = re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     assert text.count("```") == 2 * len(found)
-    assert {name for name, _ in found} <= {"bash", "python", "py"}  # "py" includes an example, which runs by itself
+    # "py" includes an example, which runs by itself; "diff" is applied by `test_worked_examples.py`
+    assert {name for name, _ in found} <= {"bash", "python", "py", "diff"}
     return found
 
 
