@@ -26,6 +26,10 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
+MOST_LINES_OF_A_FILE = 350
+MOST_LINES_OF_A_FUNCTION = 60  # with its docstring
+STILL_LONG = {"cp", "collect_inputs"}  # which wait to be divided
+
 # what may be imported where, always inside a function: these cost seconds, or are not always there
 LAZY = {
     "bitsandbytes": {"quantization/_decode_bnb.py"},
@@ -198,6 +202,29 @@ def test_public_methods_are_documented():
         assert inspect.getdoc(getattr(owner, name)), f"{owner.__name__}.{name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+@pytest.mark.parametrize("room", [room for room in HEIGHT if (PACKAGE / room).is_dir()])
+def test_what_a_room_offers_is_documented(room):
+    offered = {name: value for name, value in vars(getattr(cb, room)).items() if not name.startswith("_")}
+    own = {
+        name: value
+        for name, value in offered.items()
+        if (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("compress_bilinear.")
+    }
+    assert own
+    assert not [name for name, value in own.items() if not inspect.getdoc(value)]
+
+
+def test_files_stay_short():
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert not {path: length for path, length in lengths.items() if length > MOST_LINES_OF_A_FILE}
+
+
+def test_functions_stay_short():
+    lengths = {
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    long = {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FUNCTION}
+    assert not {name: length for name, length in long.items() if name.partition(" ")[2] not in STILL_LONG}
