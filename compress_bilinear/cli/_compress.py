@@ -10,7 +10,7 @@ import click
 import torch
 from click.core import ParameterSource
 
-from ..config import COMPUTE_CHOICES, METHODS, Config, Quantize, Recipe, parse_config, read_recipe
+from ..config import COMPUTE_CHOICES, CONFIGS, Config, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
 from ..files import read_layers, read_state, write_container
 from ..planning import Plan, StoredWeight, choose_weights, compress_state
@@ -30,7 +30,7 @@ from ._shared import (
 )
 
 _CONFIG_OPTIONS = {
-    "method": click.option("--method", type=click.Choice(METHODS), default="tucker", show_default=True),
+    "method": click.option("--method", type=click.Choice(list(CONFIGS)), default="tucker", show_default=True),
     "rank": click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker."),
     "max_error": click.option("--max-error", type=float, help="Instead of a rank: highest relative error."),
     "on": click.option(

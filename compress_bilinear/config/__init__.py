@@ -1,6 +1,7 @@
 """What is asked: the configs, their targets, and recipes as text."""
 
 from ._methods import (
+    CONFIGS,
     AutoConfig,
     Compute,
     Config,
@@ -17,11 +18,11 @@ from ._methods import (
     check_rank,
 )
 from ._options import COMPUTE_CHOICES, ComputeAsked, Evaluate, PlanOptions, check_compute, completed, not_default
-from ._recipe import METHODS, Recipe, by_glob, parse_config, parse_recipe, plain, read_recipe
+from ._recipe import Recipe, by_glob, parse_config, parse_recipe, plain, read_recipe
 
 __all__ = [
     "COMPUTE_CHOICES",
-    "METHODS",
+    "CONFIGS",
     "AutoConfig",
     "CPConfig",
     "CPRank",

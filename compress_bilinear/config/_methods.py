@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from ..errors import ConfigError
 
@@ -219,3 +219,6 @@ LayerConfig: TypeAlias = CPConfig | TuckerConfig | DenseConfig
 """What one layer is replaced by."""
 
 Config: TypeAlias = LayerConfig | AutoConfig
+
+CONFIGS: dict[str, Any] = {"cp": CPConfig, "tucker": TuckerConfig, "dense": DenseConfig, "auto": AutoConfig}
+"""The configs by the name of their method, as recipes and the command line have it."""

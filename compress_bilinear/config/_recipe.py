@@ -17,17 +17,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 from .._plain import STRICT, path_of, read_plain
 from ..errors import ConfigError
-from ._methods import AutoConfig, Config, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
+from ._methods import CONFIGS, AutoConfig, Config, DenseConfig, MaxError, MaxSize, TuckerConfig
 from ._options import TEXT_OPTIONS
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-_KINDS: dict[str, Any] = {"cp": CPConfig, "tucker": TuckerConfig, "dense": DenseConfig, "auto": AutoConfig}
-METHODS = tuple(_KINDS)
-"""Their names, here and on the command line."""
 
 _TARGETS = ("rank", "max_error", "max_size")
 
@@ -47,9 +43,10 @@ def by_glob(config: object) -> dict[str, Config | None]:
         raise ConfigError("`config` should have at least one glob. Found an empty mapping.")
     for pattern, value in configs.items():
         leaves_alone = value is None and isinstance(config, Mapping)
-        if not isinstance(pattern, str) or not (leaves_alone or isinstance(value, tuple(_KINDS.values()))):
+        if not isinstance(pattern, str) or not (leaves_alone or isinstance(value, tuple(CONFIGS.values()))):
+            names = ", ".join(kind.__name__ for kind in CONFIGS.values())
             raise ConfigError(
-                "`config` should be a CPConfig, TuckerConfig, DenseConfig or AutoConfig, or a mapping of globs to "
+                f"`config` should be one of {names}, or a mapping of globs to "
                 f"them (or to None, which leaves a layer alone). Found {pattern!r}: {value!r}."
             )
     return configs
@@ -115,7 +112,7 @@ def _file() -> Any:
 def _table_of_any_method() -> Any:
     from pydantic import Field
 
-    tables = [_table(method, kind) for method, kind in _KINDS.items()]
+    tables = [_table(method, kind) for method, kind in CONFIGS.items()]
     keep = _strict("keep", [("method", Literal["keep"])])
     return Annotated[Union[(*tables, keep)], Field(discriminator="method")]
 
@@ -168,7 +165,7 @@ def _config(where: str, table: Any) -> Config | None:
         if "max_size" in given:
             size = given.pop("max_size")
             given |= {"size": size} if method == "auto" else {"rank": MaxSize(size)}
-        made: Config = _KINDS[method](**given)
+        made: Config = CONFIGS[method](**given)
     except ConfigError as problem:
         raise ConfigError(f"{where}{problem}") from problem
     return made
@@ -182,7 +179,7 @@ def plain(configs: Mapping[str, Config | None], options: Mapping[str, Any]) -> d
 def _entry(config: Config | None) -> dict[str, Any]:
     if config is None:
         return {"method": "keep"}
-    entry: dict[str, Any] = {"method": next(name for name, kind in _KINDS.items() if isinstance(config, kind))}
+    entry: dict[str, Any] = {"method": next(name for name, kind in CONFIGS.items() if isinstance(config, kind))}
     for one in fields(config):
         value = getattr(config, one.name)
         if one.default is not MISSING and value == one.default:

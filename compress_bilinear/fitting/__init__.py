@@ -9,18 +9,15 @@ from ._fit_weight import WeightFitting
 from ._job import Job
 from ._latency import Latency, Timing, latencies, time_adapted, time_replacement, timing_inputs
 from ._measure import OutputError, environment, parameter_count, stored_bytes, task_metric, weight_error
-from ._methods import METHODS, Method, method_name, method_of
 from ._search import Search
 
 __all__ = [
     "FEWEST_ROWS",
-    "METHODS",
     "Candidate",
     "ComputeChoice",
     "Job",
     "Latency",
     "LayerInputs",
-    "Method",
     "OutputError",
     "OutputFitting",
     "Search",
@@ -31,8 +28,6 @@ __all__ = [
     "environment",
     "fit",
     "latencies",
-    "method_name",
-    "method_of",
     "parameter_count",
     "reason_against_rounded_inputs",
     "solve",

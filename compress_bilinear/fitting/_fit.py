@@ -7,12 +7,12 @@ from torch import nn
 from ..config import AutoConfig, DenseConfig, LayerConfig, MaxError, MaxSize, PlanOptions
 from ..decomposition import Budget
 from ..errors import InfeasibleError
+from ..modules import method_of
 from ._calibrate import FEWEST_ROWS
 from ._candidate import Candidate
 from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting, check_not_zero
 from ._job import Job
-from ._methods import method_of
 from ._search import Search, without_bias
 
 _IMPROVE = 0.1  # of a time budget, to compare what a search found with fits to the plain weight

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from .. import decomposition as decompose
 from .. import ops
-from ..config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
+from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
 from ..decomposition import Budget, Metric
 from ..errors import CompressionError, ConfigError, InfeasibleError
-from ..modules import CompressedBilinear, DenseBilinear
+from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Rank, method_of
 from ..quantization import FORMATS
 from ..report import Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
 from ._fit_weight import WeightFitting, best
 from ._measure import OutputError, stored_bytes, weight_error
-from ._methods import Decomposition, Rank, method_of
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
 _SHUFFLED_PER_ROW = 1  # independently shuffled (x1, x2) pairs for each calibration pair
@@ -85,9 +84,7 @@ class OutputFitting(WeightFitting):
         finally:
             self._rows_help, self._weight_helps = known
 
-    def at(
-        self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True
-    ) -> Candidate:
+    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True) -> Candidate:
         budget = budget or Budget()
         fits: list[Candidate] = []
         notes: tuple[Note, ...] = ()
@@ -107,7 +104,7 @@ class OutputFitting(WeightFitting):
         return replace(found, notes=notes) if found.fitted_to == "weight" else found
 
     def improved(
-        self, config: CPConfig | TuckerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
+        self, config: LayerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
     ) -> Candidate:
         """What `at(thorough=False)` found, or the fit to the plain weight where it is as small and better.
 
@@ -140,7 +137,7 @@ class OutputFitting(WeightFitting):
             found += fits(decompose.stored_weight(self.weight, config.quantize, self.metric, budget or Budget()))
         return best(found)
 
-    def _fits_to_weight(self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
+    def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""
         plain = self._solved(self.weight, config, rank, budget)
         fits = [self._rounded(config, plain)]
@@ -148,9 +145,7 @@ class OutputFitting(WeightFitting):
             fits.append(self._rounded(config, plain, correct_bias=False))
         return fits
 
-    def _fits_to_outputs(
-        self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget, thorough: bool
-    ) -> Iterator[Candidate]:
+    def _fits_to_outputs(self, config: LayerConfig, rank: Rank, budget: Budget, thorough: bool) -> Iterator[Candidate]:
         """Of the whitened weight, and of that refitted to rows."""
         found = self._solved(self.whitened, config, rank, budget.child(0.4, (0.0, 0.4)))
         whitened = self._best_rounded(config, found, self.whitened, "whitened")

@@ -8,14 +8,13 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..config import CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, TuckerConfig
+from ..config import DenseConfig, LayerConfig, MaxError, MaxSize
 from ..decomposition import Budget, tightened
 from ..errors import InfeasibleError
-from ..modules import CompressedBilinear, DenseBilinear
+from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Rank, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._measure import weight_error
-from ._methods import Decomposition, Rank, method_of
 
 _MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
 
@@ -34,9 +33,7 @@ class WeightFitting:
         """The layer's weight (O, I, J), without its graph."""
         return self.layer.weight.detach()
 
-    def at(
-        self, config: CPConfig | TuckerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True
-    ) -> Candidate:
+    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True) -> Candidate:
         """The best candidate of a rank or size that was found.
 
         Args:
@@ -52,7 +49,7 @@ class WeightFitting:
         found = self._solved(self.weight, config, rank, budget or Budget())
         return self._rounded(config, found)
 
-    def within(self, config: CPConfig | TuckerConfig, limit: float, budget: Budget | None = None) -> Candidate:
+    def within(self, config: LayerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
 
         Raises: InfeasibleError where rounding alone is more than `limit`, or no rank that is smaller meets it.
@@ -79,7 +76,7 @@ class WeightFitting:
         return self._stored(config, DenseBilinear.from_weight(self.weight, quantize=config.quantize))
 
     def improved(
-        self, config: CPConfig | TuckerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
+        self, config: LayerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
     ) -> Candidate:
         """What `at(thorough=False)` found, or a fit that it left out and that is as small and better."""
         return found

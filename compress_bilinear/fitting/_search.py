@@ -8,15 +8,15 @@ from typing import get_args
 import torch
 from torch import nn
 
-from ..config import CPConfig, DenseConfig, LayerConfig, MaxSize, Quantize, TuckerConfig
+from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
 from ..decomposition import Budget, smallest
 from ..errors import CompressionError, InfeasibleError
+from ..modules import METHODS, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._fit_weight import WeightFitting
 from ._latency import latencies, timing_inputs
 from ._measure import stored_bytes
-from ._methods import METHODS, method_of
 
 _MOST_TRIES = 12  # sizes, in the search for the smallest
 _LEAST_FRACTION, _MOST_FRACTION = 1e-4, 0.97
@@ -29,8 +29,6 @@ _ROUNDING = 0.03  # an error above which that of 8-bit rounding hardly matters, 
 _NEARLY = 1.05  # times a limit: an error from which a search may still meet it
 _DENSE = 0.05  # of the work
 _BEHIND = 1.6  # times the least error at a size
-
-Decomposing = CPConfig | TuckerConfig
 
 
 class Search:
@@ -108,7 +106,7 @@ class Search:
                 )
             # lower ranks in more bits gain only on a weight of low rank: the quick methods tell
             whole = self._least(size, lambda config: isinstance(config, DenseConfig))
-            factors = self._least(size, lambda config: config is not None and not isinstance(config, DenseConfig))
+            factors = self._least(size, _decomposes)
             for quantize in self._many if factors < min(_ROUNDING, whole) else ():
                 before = self._least(size)
                 self._all_at([row.configure(None, quantize, self._seed) for row in self._quick], size, behind)
@@ -123,18 +121,18 @@ class Search:
         Where that does better for it, it may for other methods and formats too, which are then compared with it. A
         candidate with a latency stays of its method and rank.
         """
-        if not isinstance(candidate.config, (CPConfig, TuckerConfig)):
+        if not _decomposes(candidate.config):
             return candidate
         kinds = {_kind(candidate): candidate}
         smaller = sorted((each for each in self.candidates if each.bytes <= candidate.bytes), key=lambda c: c.error)
         for other in smaller if candidate.latency is None else ():
-            if isinstance(other.config, (CPConfig, TuckerConfig)):
+            if _decomposes(other.config):
                 kinds.setdefault(_kind(other), other)
         best = candidate
         for number, each in enumerate(kinds.values()):
             if number and (best.error == candidate.error or budget.left() <= 0):
                 break
-            assert isinstance(each.config, (CPConfig, TuckerConfig))
+            assert each.config is not None
             found = self.fitting.improved(each.config, each, budget.child(), candidate.latency is not None)
             if found.error < best.error:
                 best = replace(found, latency=candidate.latency)
@@ -165,7 +163,7 @@ class Search:
         for config, fit in found.items():
             # dense ones may not fit at the next
             size_of_it = min(size, self._largest(config))
-            least = self._least(size_of_it, lambda each: each is not None and not isinstance(each, DenseConfig))
+            least = self._least(size_of_it, _decomposes)
             if fit is not None and fit.error > _BEHIND * least:
                 behind.add(config)
 
@@ -183,7 +181,7 @@ class Search:
         if self._budget.left() <= 0:
             return
         try:
-            found = self.fitting.within(config, limit, self._part())  # type: ignore[arg-type]
+            found = self.fitting.within(config, limit, self._part())
         except CompressionError:  # out of reach
             return
         if found.bytes < self.candidates[0].bytes:
@@ -202,7 +200,7 @@ class Search:
         size = MaxSize(fraction)
         try:
             rank = without_bias(size, self.layer)
-            found = self.fitting.at(config, rank, self._part(), thorough=False)  # type: ignore[arg-type]
+            found = self.fitting.at(config, rank, self._part(), thorough=False)
         except CompressionError:  # too small for any rank, or factors out of range
             return None
         if found.bytes >= self.candidates[0].bytes:
@@ -231,6 +229,10 @@ class Search:
 
     def _part(self) -> Budget:
         return self._budget.child(_SHARE, self._span)
+
+
+def _decomposes(config: LayerConfig | None) -> bool:
+    return config is not None and method_of(config).solve is not None
 
 
 def _kind(candidate: Candidate) -> tuple[type, Quantize | None]:

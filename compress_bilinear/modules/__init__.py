@@ -18,6 +18,7 @@ from ._in_model import (
     swap,
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
+from ._methods import LAYERS, METHODS, Decomposition, Method, Rank, method_name, method_of
 from ._run import Call, call, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear
@@ -33,24 +34,23 @@ from .adapters import (
     unknown_forms,
 )
 
-LAYERS: dict[str, type[CompressedBilinear]] = {
-    layer.method: layer for layer in (DenseBilinear, CPBilinear, TuckerBilinear)
-}
-"""The class of a method's layers."""
-
 __all__ = [
     "COMPRESSED",
     "LAYERS",
+    "METHODS",
     "AdaptedBilinear",
     "AdaptedLayer",
     "Adapter",
     "CPBilinear",
     "Call",
     "CompressedBilinear",
+    "Decomposition",
     "DenseBilinear",
     "FoundLayer",
     "InterpolativeLinear",
+    "Method",
     "QuantizedLinear",
+    "Rank",
     "TuckerBilinear",
     "adapted_layer",
     "block_rows",
@@ -59,6 +59,8 @@ __all__ = [
     "find_compressed",
     "fingerprint",
     "is_lazy",
+    "method_name",
+    "method_of",
     "module_names",
     "observing",
     "parameter_owners",

@@ -21,8 +21,8 @@ from torch.nn.utils import parametrize
 from ..config import Quantize
 from ..decomposition import Progress, stored_columns, stored_core
 from ..errors import CompressionError, ConfigError
-from ..fitting import METHODS
 from ..modules import (
+    METHODS,
     AdaptedLayer,
     Call,
     CompressedBilinear,

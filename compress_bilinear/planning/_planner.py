@@ -10,7 +10,6 @@ from ..config import AutoConfig, Config, DenseConfig, MaxError, PlanOptions
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, InfeasibleError
 from ..fitting import (
-    METHODS,
     Candidate,
     Job,
     Search,
@@ -21,7 +20,7 @@ from ..fitting import (
     timing_inputs,
     weight_error,
 )
-from ..modules import CompressedBilinear, fingerprint, observing, parameter_owners, reason_against, select
+from ..modules import METHODS, CompressedBilinear, fingerprint, observing, parameter_owners, reason_against, select
 from ..report import Note
 from ._allocate import allocate, best_within
 from ._batches import BatchSample

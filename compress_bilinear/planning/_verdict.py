@@ -11,19 +11,17 @@ from .. import decomposition as decompose
 from .. import ops
 from ..config import LayerConfig, MaxError, MaxSize, PlanOptions
 from ..fitting import (
-    METHODS,
     Candidate,
     Job,
     OutputError,
     Timing,
-    method_name,
     parameter_count,
     stored_bytes,
     time_adapted,
     time_replacement,
     weight_error,
 )
-from ..modules import CompressedBilinear, FoundLayer, is_lazy
+from ..modules import METHODS, CompressedBilinear, FoundLayer, is_lazy, method_name
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 

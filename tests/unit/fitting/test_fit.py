@@ -10,15 +10,14 @@ from compress_bilinear import decomposition
 from compress_bilinear.decomposition import Budget
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.fitting import (
-    METHODS,
     LayerInputs,
     OutputError,
     OutputFitting,
     collect_inputs,
-    method_of,
     solve,
     stored_bytes,
 )
+from compress_bilinear.modules import METHODS, method_of
 
 IN1, IN2, OUT = 10, 8, 6
 CP, TUCKER = cb.CPConfig(rank=6), cb.TuckerConfig(rank=(3, 4, 4))

@@ -1,4 +1,4 @@
-"""The table of methods. A new method is one more row: everything that fits, searches and stores goes by it."""
+"""The table of methods: what fits, searches, stores and loads goes by it, so that a new method is one more row."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,7 +11,10 @@ from .. import decomposition as decompose
 from ..config import AutoConfig, Config, CPConfig, DenseConfig, LayerConfig, MaxError, MaxSize, Quantize, TuckerConfig
 from ..decomposition import Budget, CPDecomposition, TuckerDecomposition
 from ..errors import AmplificationWarning
-from ..modules import CompressedBilinear, CPBilinear, DenseBilinear, TuckerBilinear
+from ._base import CompressedBilinear
+from ._cp import CPBilinear
+from ._dense import DenseBilinear
+from ._tucker import TuckerBilinear
 
 Decomposition: TypeAlias = Any  # what a row's `solve` returns; it has rank, factors and to_tensor()
 Rank: TypeAlias = Any  # what a row's config takes: an int, a triple, a MaxSize or a MaxError
@@ -111,6 +114,9 @@ METHODS: dict[str, Method] = {
     ),
 }
 """By name. Quick methods stand before slow ones: a search tries them in this order."""
+
+LAYERS: dict[str, type[CompressedBilinear]] = {name: row.layer for name, row in METHODS.items()}
+"""The class of a method's layers."""
 
 
 def method_of(config: Config) -> Method:
