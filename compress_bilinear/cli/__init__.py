@@ -1,4 +1,4 @@
-"""The command line: argument parsing only."""
+"""The command line: arguments and printing."""
 
 import sys
 
@@ -6,7 +6,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line; see `_main.main`. Ctrl-C is answered from here on, while PyTorch is being loaded too."""
+    """Run the command line; see `_main.main`. Ctrl-C works from here on, while PyTorch is loaded too."""
     try:
         from ._main import main as run
     except KeyboardInterrupt:

@@ -1,17 +1,17 @@
-"""The commands that look at what was made: `report` on two checkpoints, and `compare` on several reports."""
+"""The commands that measure results: `report` on two checkpoints, and `compare` on several reports."""
 
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 import torch
 
 from ..errors import CompressionError, ConfigError
 from ..planning import compare_files
-from ..report import Comparison, Limit, Report, failures, numeric_fields
-from ..report import compare as side_by_side
+from ..report import Limit, Report, failures, numeric_fields
+from ..report import compare as compare_reports
 from ._shared import (
     FILE,
     Style,
@@ -25,8 +25,6 @@ from ._shared import (
     style_of,
     write_together,
 )
-
-_Side = Literal["table", "json"]
 
 
 @click.command(
@@ -42,7 +40,9 @@ _Side = Literal["table", "json"]
 @click.option(
     "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
 )
-@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead: .json, .md or .html.")
+@click.option(
+    "-o", "--output", type=FILE, metavar="FILE", help="A .json, .md or .html file to write instead of printing."
+)
 @calibration
 @measuring
 def report(
@@ -84,7 +84,7 @@ def report(
     + f"\n\nFIELD is one of {', '.join(numeric_fields())}."
 )
 @click.argument("files", metavar="REPORT.json...", type=FILE, nargs=-1, required=True)
-@click.option("--figure", "figures", multiple=True, metavar="FIELD", help="What to compare; may be repeated.")
+@click.option("--figure", "figures", multiple=True, metavar="FIELD", help="A figure to compare; may be repeated.")
 @click.option(
     "--format",
     "style",
@@ -92,28 +92,34 @@ def report(
     default="table",
     show_default=True,
 )
-@click.option("-o", "--output", type=FILE, metavar="FILE", help="Write it here instead, as .json.")
+@click.option("-o", "--output", type=FILE, metavar="FILE", help="A .json file to write instead of printing.")
 @click.option(
-    "--fail-above", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has more, or none."
+    "--fail-above",
+    multiple=True,
+    metavar="FIELD=NUMBER",
+    help="Exit with 1 if a layer of any run has more, or no such figure.",
 )
 @click.option(
-    "--fail-below", multiple=True, metavar="FIELD=NUMBER", help="Status 1 where a layer of any run has less, or none."
+    "--fail-below",
+    multiple=True,
+    metavar="FIELD=NUMBER",
+    help="Exit with 1 if a layer of any run has less, or no such figure.",
 )
 @printing
 def compare(
     files: tuple[Path, ...],
     figures: tuple[str, ...],
-    style: _Side,
+    style: str,
     output: Path | None,
     fail_above: tuple[str, ...],
     fail_below: tuple[str, ...],
     as_json: bool,
     quiet: bool,
 ) -> str | None:
-    """Set reports side by side: a row a layer, a column a run, the best marked.
+    """Compare reports: a row for each layer, a column for each run, the best marked.
 
-    Layers count as the model holds them: one that was kept has errors of 0 and a speedup of 1. A limit fails for
-    every layer that breaks it, and for one whose figure is not known (null in its report); each has a line on stderr.
+    A kept layer counts as what it is: its errors are 0 and its speedup is 1. A limit fails for every layer that breaks
+    it, and for every layer whose figure is not known (null in its report). Each failure is a line on stderr.
     """
     limits = [*(Limit.parse(text, True) for text in fail_above), *(Limit.parse(text, False) for text in fail_below)]
     if output is not None:
@@ -122,32 +128,26 @@ def compare(
         if output.resolve() in {file.resolve() for file in files}:
             raise ConfigError("--output should be another file than the reports. Found the same as one of them.")
         check_targets(output)
-        style = "json"
     reports = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
-    together = side_by_side(reports, figures)
+    comparison = compare_reports(reports, figures)
+    text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
     if output is not None:
-        write_together([(output, _rendered(together, style))])
+        write_together([(output, text)])
         show(f"Wrote {output}", hidden=quiet or as_json)
     if as_json or (output is None and not quiet):
-        print(_rendered(together, "json" if as_json else style).rstrip("\n"))
-    broken = failures(reports, limits)
-    for line in broken:
+        print(text if as_json or style == "json" else str(comparison))
+    failed = failures(reports, limits)
+    for line in failed:
         click.echo(line, err=True)
-    return f"{len(broken)} failed" if broken else None
+    return f"{len(failed)} failed" if failed else None
 
 
 def _read(path: Path) -> Report:
-    required = f"{str(path)!r} should be a report that --report wrote as .json."
-    if path.is_dir() or not path.exists():
-        raise CompressionError(f"{required} Found {'a folder' if path.is_dir() else 'no such file'}.")
     try:
         return Report.from_json(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise CompressionError(f"{required} Found a file that is no text.") from error
-    except OSError as error:
-        raise CompressionError(f"{required} Found a file that cannot be read: {error.strerror}.") from error
-    except CompressionError as error:
-        raise CompressionError(f"{required} {error}") from error
+    except (OSError, UnicodeDecodeError, CompressionError) as error:
+        problem = str(error) if isinstance(error, CompressionError) else f"Found: {error}."
+        raise CompressionError(f"{str(path)!r} should be a report that --report wrote as .json. {problem}") from error
 
 
 def _names(files: tuple[Path, ...]) -> list[str]:
@@ -157,7 +157,3 @@ def _names(files: tuple[Path, ...]) -> list[str]:
     if len(set(names)) < len(names):
         raise ConfigError(f"Each report should be given once. Found {Counter(names).most_common(1)[0][0]!r} twice.")
     return names
-
-
-def _rendered(comparison: Comparison, style: _Side) -> str:
-    return str(comparison) if style == "table" else json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)

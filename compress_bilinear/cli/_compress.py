@@ -47,13 +47,13 @@ _CONFIG_OPTIONS = {
     "prefer": click.option(
         "--prefer",
         type=click.Choice(["size", "speed"]),
-        help="What --method auto makes small.  [default: size]",
+        help="What --method auto minimizes.  [default: size]",
     ),
     "seed": click.option(
         "--seed", type=SEED, help="Of the random starts of CP and auto; Tucker and dense have none.  [default: 0]"
     ),
 }
-"""What becomes of a layer; a file of --config says it instead. The names are the keys there."""
+"""The options that a recipe of --config replaces, by their keys there."""
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,23 +70,23 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "compress model.pt -o small.safetensors --config layers.toml --max-seconds 60",
         "compress model.pt -o small.safetensors --method auto --max-size 0.1 --calibration rows.safetensors",
     )
-    + "\n\n\b\nlayers.toml, say; the first glob that matches a layer holds:\n"
+    + "\n\n\b\nA recipe, layers.toml; of several globs that match a layer the first holds:\n"
     '  [layers."rel.*"]\n  method = "cp"\n  max_error = 0.05\n  quantize = "int8"\n'
     '  [layers."*"]\n  method = "tucker"\n  rank = [16, 32, 32]\n'
 )
 @click.argument("path", metavar="CHECKPOINT", type=FILE)
 @click.option("-o", "--output", type=FILE, help="The file to write, in safetensors; needed without --dry-run.")
-@click.option("--layers", multiple=True, metavar="PATTERN", help="Glob of layers to compress; may be repeated.")
-@click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json file of globs and what to do with them.")
+@click.option("--layers", multiple=True, metavar="PATTERN", help="A glob of layers to compress; may be repeated.")
+@click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json recipe: globs of layers and their configs.")
 @_config_options
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option(
     "--compute", type=click.Choice(COMPUTE_CHOICES), help="How quantized layers compute.  [default: on_the_fly]"
 )
-@click.option("--force", is_flag=True, help="Replace also what does not get smaller.")
+@click.option("--force", is_flag=True, help="Replace layers even if they do not get smaller or miss their target.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
-@click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan; write no checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan, but write no checkpoint.")
 @click.option("--report", type=FILE, metavar="FILE", help="Also write the report: .json, .md or .html.")
 @measuring
 @click.pass_context
@@ -151,7 +151,7 @@ def _show(made: Report, plan: Plan[Any] | None, written: list[Path], as_json: bo
 
 
 def _check_files(path: Path, output: Path | None, report: Path | None, rows: Path | None, dry_run: bool) -> None:
-    """What is wrong with the files is said before anything takes time."""
+    """Raise for files that cannot be read or written together, before anything takes time."""
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
     if report is not None:

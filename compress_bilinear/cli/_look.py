@@ -17,11 +17,11 @@ from ._shared import FILE, SEED, as_json, examples, printing, show
 
 
 @click.command(epilog=examples("demo", "demo -o networks --seed 1", "demo --json"))
-@click.option("-o", "--output", type=FILE, help="Folder to keep the compressed networks in.")
+@click.option("-o", "--output", type=FILE, help="A folder for the compressed networks.")
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the split and the training.")
 @printing
 def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
-    """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare."""
+    """Train a small network on scikit-learn's bundled digits, compress it in five ways, and compare the results."""
     from ._demo import run, table
 
     rows, report = run(output, seed, progress=sys.stderr.isatty() and not quiet)
@@ -44,7 +44,7 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 @click.argument("path", metavar="CHECKPOINT", type=FILE)
 @as_json
 def inspect(path: Path, as_json: bool) -> None:
-    """List the layers of a checkpoint that may be nn.Bilinear, or those that were compressed already."""
+    """List the layers of a checkpoint that may be nn.Bilinear, and those that are compressed already."""
     state = read_state(path)
     compressed = read_layers(path)
     found = stored_weights(state)

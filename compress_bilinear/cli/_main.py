@@ -1,4 +1,4 @@
-"""The group of all commands, and how it ends."""
+"""The group of all commands, and its exit status."""
 
 import io
 import os
@@ -53,7 +53,8 @@ def _fail(message: str, status: int) -> NoReturn:
 def main() -> None:
     """Run the command line.
 
-    Status: 2 and one line for wrong use, 1 where nothing could be replaced or a limit is broken, 130 for Ctrl-C.
+    The exit status is 2, with one line on stderr, for wrong use; 1 where nothing could be replaced or a limit is
+    broken; 130 after Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -66,7 +67,7 @@ def main() -> None:
         raise SystemExit(2) from None
     except click.ClickException as error:
         _fail(f"error: {error.format_message()}".replace("\n", " "), status=2)
-    except BrokenPipeError:  # who read it has seen enough; what is left in the buffer must not fail again at exit
+    except BrokenPipeError:  # the reader of the pipe stopped; flushing the rest at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None  # as click has it
     except (CompressionError, OSError) as error:

@@ -1,4 +1,4 @@
-"""What the commands share: options, and how they print and write."""
+"""What the commands share: options, printing and writing."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 _rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
-_quiet = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors and what --json asks for.")
+_quiet = click.option("-q", "--quiet", is_flag=True, help="Print only errors, and the JSON of --json.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 
 
@@ -55,7 +55,7 @@ _dtype_option = click.option(
     "--dtype",
     type=click.Choice(list(_DTYPES)),
     callback=_dtype,
-    help="Take the original in this dtype; errors and sizes are then against that.  [default: as stored]",
+    help="Convert the original to this dtype first; errors and sizes are against the result.  [default: as stored]",
 )
 calibration = click.option(
     "--calibration",
@@ -67,17 +67,17 @@ calibration = click.option(
 
 
 def printing(command: _Command) -> _Command:
-    """The options of all that prints results: `as_json` and `quiet`."""
+    """The options of every command that prints results: `as_json` and `quiet`."""
     return as_json(_quiet(command))
 
 
 def measuring(command: _Command) -> _Command:
-    """The options of all that solves or measures: `batch_size`, `device`, `dtype`, `as_json` and `quiet`."""
+    """The options of every command that solves or measures: `batch_size`, `device`, `dtype`, `as_json` and `quiet`."""
     return _rows(_device_option(_dtype_option(printing(command))))
 
 
 def examples(*lines: str) -> str:
-    """An epilog with a command a line, or over several where 80 columns are too few."""
+    """An epilog with one command in each line, or in several lines where 80 columns are too few."""
     shown = []
     for line in lines:
         first, *options = f"  {PROGRAM} {line}".split(" --")
@@ -113,7 +113,7 @@ Content: TypeAlias = str | Callable[[Path], object]
 
 
 def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
-    """Write files, and put them in place only when all are whole."""
+    """Write files, and rename them to their paths only when all are whole."""
     with ExitStack() as stack:
         for path, content in contents:
             temporary = stack.enter_context(written_atomically(path))

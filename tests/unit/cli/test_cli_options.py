@@ -82,14 +82,14 @@ MISTAKES = {
     "compare nothing": (("compare",), "Missing argument 'REPORT.json...'"),
     "compare a checkpoint": (
         ("compare", "net.pt"),
-        "'net.pt' should be a report that --report wrote as .json. Found a file that is no text",
+        "'net.pt' should be a report that --report wrote as .json. Found: 'utf-8' codec",
     ),
     "compare what is not there": (
         ("compare", "none.json"),
-        "should be a report that --report wrote as .json. Found no",
+        "wrote as .json. Found: [Errno 2] No such file",
     ),
-    "compare a folder": (("compare", "folder.json"), "should be a report that --report wrote as .json. Found a folder"),
-    "compare what may not be read": (("compare", "secret.json"), "a file that cannot be read: Permission denied"),
+    "compare a folder": (("compare", "folder.json"), "wrote as .json. Found: [Errno 21]"),
+    "compare what may not be read": (("compare", "secret.json"), "Found: [Errno 13] Permission denied"),
     "compare a list": (
         ("compare", "list.json"),
         "'list.json' should be a report that --report wrote as .json. `schema_version` of",
