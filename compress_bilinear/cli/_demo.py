@@ -7,9 +7,9 @@ occur in multimodal networks.
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from ..config import Config, CPConfig, DenseConfig, MaxSize, TuckerConfig
 from ..errors import CompressionError
 from ..files import load, save
 from ..planning import compress
-from ..report import LayerReport, Note, Report, compact_table, error, size, speedup
+from ..report import LayerReport, Note, Report, compact_table, effective, error, size, speedup
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -164,20 +164,9 @@ def _verify(compressed: nn.Module, reloaded: nn.Module, data: Digits, path: Path
 
 
 def _original(layer: LayerReport, before: float) -> Row:
-    kept = LayerReport(
-        name=layer.name,
-        shape=layer.shape,
-        method="nn.Bilinear",
-        decision="kept",
-        notes=(_THE_ORIGINAL,),
-        weight_error=0.0,
-        output_error=0.0,
-        params_before=layer.params_before,
-        params_after=layer.params_before,
-        bytes_before=layer.bytes_before,
-        bytes_after=layer.bytes_before,
-    )
-    return Row("nn.Bilinear", kept, before)
+    sizes: dict[str, Any] = {f"{what}_after": getattr(layer, f"{what}_before") for what in ("params", "bytes", "flops")}
+    kept = replace(layer, method="nn.Bilinear", decision="kept", notes=(_THE_ORIGINAL,), front=(), **sizes)
+    return Row("nn.Bilinear", effective(kept), before)
 
 
 def table(rows: "Sequence[Row]") -> Table:

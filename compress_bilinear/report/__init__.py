@@ -1,7 +1,7 @@
 """What was done, as data and as pages."""
 
 from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures
-from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Spectrum, numeric_fields
+from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Spectrum, effective, numeric_fields
 from ._report import SCHEMA_VERSION, Report
 from ._text import compact_table, error, printable, render_text, size, size_change, speedup
 
@@ -21,6 +21,7 @@ __all__ = [
     "better",
     "compact_table",
     "compare",
+    "effective",
     "error",
     "failures",
     "numeric_fields",

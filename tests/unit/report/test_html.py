@@ -137,17 +137,17 @@ class TestPage:
             assert name.replace("_", " ").replace(" ms", " (ms)") in one.text
         assert "50×100×100" in one.text
 
-    @pytest.mark.parametrize("name", NASTY)
-    def test_names_are_text_and_nothing_else(self, name):
-        plain = Page(report(replaced("rel"), kept("b")).to_html())
-        nasty = report(replaced(name, aliases=(name,), dense_order=name), kept("b", notes=(Note("text", name),)))
-        page = Page(nasty.to_html())
+    def test_names_are_text_and_nothing_else(self):
+        few = {"front": (), "spectra": ()}  # the bars of latencies have all the names
+        plain = Page(report(*(replaced(f"rel{k}", **few) for k in range(len(NASTY)))).to_html())
+        layers = [replaced(n, aliases=(n,), dense_order=n, notes=(Note("text", n),), **few) for n in NASTY]
+        page = Page(report(*layers).to_html())
         tags = [tag for tag, _ in page.elements if tag != "wbr"]
         assert tags == [tag for tag, _ in plain.elements if tag != "wbr"]
         handlers = [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
         assert handlers == []
-        if name.isascii() and name.isprintable():
-            assert name in "".join(page.words)
+        for name in NASTY:
+            assert name in "".join(page.words) or not (name.isascii() and name.isprintable())
 
     def test_it_is_written_whole_or_not_at_all(self, tmp_path, monkeypatch):
         made = report(replaced())
