@@ -14,8 +14,7 @@ from ..errors import CompressionError
 Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 MODES = ("out", "in1", "in2")
-_CHUNK = 2**18  # elements of the float64 slices in which a residual is summed: 2 MiB, which caches hold
-_LEAST_CHUNK = 2**14  # of a small weight, beside which larger slices would take the most memory
+_WIDENED = 2**18  # elements of a slab that is widened to float64: 2 MiB, which caches hold
 
 
 def _check_tensors(named: dict[str, Tensor]) -> None:
@@ -42,21 +41,28 @@ def _check_factors(factors: Sequence[Tensor], ranks: Sequence[int]) -> None:
             raise CompressionError(f"The {mode} factor should have shape (·, {rank}). Found {tuple(factor.shape)}.")
 
 
-def _as_torch(value: Any) -> Tensor:
-    """A tensor of any TensorLy backend that numpy can read, as a torch tensor."""
-    return value if isinstance(value, Tensor) else torch.as_tensor(value)
+def _three(factors: Any, kind: str) -> Factors:
+    """Factors of any TensorLy backend that numpy can read, as torch tensors."""
+    if len(factors) != 3:
+        raise CompressionError(f"A {kind} tensor of order 3 is required. Found {len(factors)} factors.")
+    out, in1, in2 = (torch.as_tensor(factor) for factor in factors)
+    return out, in1, in2
 
 
-def _chunk(shape: Sequence[int]) -> int:
-    """Elements to hold in float64 at once."""
-    return max(_LEAST_CHUNK, min(_CHUNK, math.prod(shape) // 8))
+def slabs(shape: Sequence[int], axis: int = 0, *, most: int = 2**20, least: int = 2**13) -> Iterator[slice]:
+    """Slices of an axis whose slabs are an eighth of the tensor, within these numbers of elements.
+
+    So copies of slabs take little memory beside the tensor. A slab has one index at least.
+    """
+    numel = max(1, math.prod(shape))
+    step = max(1, min(most, max(least, numel // 8)) * shape[axis] // numel)
+    for start in range(0, shape[axis], step):
+        yield slice(start, min(start + step, shape[axis]))
 
 
-def row_slices(shape: Sequence[int]) -> Iterator[slice]:
-    """Slices of the first axis of an (O, I, J) tensor, each of at most `_chunk` elements, or one output."""
-    rows = max(1, _chunk(shape) // max(1, math.prod(shape[1:])))
-    for start in range(0, shape[0], rows):
-        yield slice(start, min(start + rows, shape[0]))
+def row_slices(shape: Sequence[int], most: int = _WIDENED) -> Iterator[slice]:
+    """Slices of the first axis of an (O, I, J) tensor, for slabs in float64."""
+    return slabs(shape, most=most, least=2**14)
 
 
 class _Decomposition:
@@ -68,8 +74,8 @@ class _Decomposition:
         out, in1, in2 = self.factors
         return out.shape[0], in1.shape[0], in2.shape[0]
 
-    def _subtraction(self) -> Callable[[slice, Tensor], object]:
-        """What takes Ŵ[rows] from a contiguous float64 tensor, in place."""
+    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
+        """A function that takes Ŵ[rows] from a contiguous float64 tensor, in place; see `relative_error`."""
         raise NotImplementedError
 
     def to_tensor(self) -> Tensor:
@@ -80,7 +86,7 @@ class _Decomposition:
         """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
         if tuple(weight.shape) != self.shape:
             raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
-        return relative_error(weight, self._subtraction())
+        return relative_error(weight, self.subtraction())
 
 
 def peak(tensor: Tensor) -> float:
@@ -92,12 +98,16 @@ def peak(tensor: Tensor) -> float:
 def relative_error(
     weight: Tensor,  # (O, I, J)
     subtract: Callable[[slice, Tensor], object],
+    most: int = _WIDENED,
 ) -> float:
-    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slice by slice in float64; `subtract` takes Ŵ[rows] from W[rows] in place."""
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slab by slab in float64; `subtract` takes Ŵ[rows] from W[rows] in place.
+
+    A slab has at most `most` elements.
+    """
     largest = peak(weight)
     scale = 1.0 if 1e-100 < largest < 1e100 else largest or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
     residual = total = 0.0
-    slices = list(row_slices(weight.shape))
+    slices = list(row_slices(weight.shape, most))
     buffer = torch.empty_like(weight.detach()[slices[0]], dtype=torch.float64, memory_format=torch.contiguous_format)
     for rows in slices:
         part = weight.detach()[rows]
@@ -164,7 +174,7 @@ class CPDecomposition(_Decomposition):
         left = (out * self.weights.to(out.dtype))[:, None] * in1
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
-    def _subtraction(self) -> Callable[[slice, Tensor], object]:
+    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
         out, in1, in2 = (factor.detach().double() for factor in self.factors)
         out, right = out * self.weights.detach().double(), in2.T.contiguous()
 
@@ -184,11 +194,9 @@ class CPDecomposition(_Decomposition):
     def from_tensorly(cls, cp_tensor: Any) -> Self:
         """From a TensorLy `CPTensor` (or a pair of weights and factors) of torch tensors or numpy arrays."""
         weights, factors = cp_tensor
-        converted = [_as_torch(factor) for factor in factors]
-        if len(converted) != 3:
-            raise CompressionError(f"A CP tensor of order 3 is required. Found {len(converted)} factors.")
+        converted = _three(factors, "CP")
         ones = converted[0].new_ones(converted[0].shape[-1])
-        return cls(ones if weights is None else _as_torch(weights), (converted[0], converted[1], converted[2]))
+        return cls(ones if weights is None else torch.as_tensor(weights), converted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,12 +235,10 @@ class TuckerDecomposition(_Decomposition):
         left = torch.matmul(in1, projected)
         return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
 
-    def _subtraction(self) -> Callable[[slice, Tensor], object]:
+    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
         out, in1, in2 = (factor.detach().double() for factor in self.factors)
         right, whole = in2.T.contiguous(), self.core.detach()
-        chunk = _chunk(self.shape)
-        small = whole.numel() <= max(chunk, math.prod(self.shape) // 8)
-        parts = (whole.double(),) if small else whole.split(max(1, chunk // whole[0].numel()))
+        parts = whole.split(max(1, most // whole[0].numel()))
 
         def subtract(rows: slice, values: Tensor) -> None:
             core, begin = values.new_zeros(len(values), whole[0].numel()), 0
@@ -254,7 +260,4 @@ class TuckerDecomposition(_Decomposition):
     def from_tensorly(cls, tucker_tensor: Any) -> Self:
         """From a TensorLy `TuckerTensor` (or a pair of core and factors) of torch tensors or numpy arrays."""
         core, factors = tucker_tensor
-        converted = [_as_torch(factor) for factor in factors]
-        if len(converted) != 3:
-            raise CompressionError(f"A Tucker tensor of order 3 is required. Found {len(converted)} factors.")
-        return cls(_as_torch(core), (converted[0], converted[1], converted[2]))
+        return cls(torch.as_tensor(core), _three(factors, "Tucker"))

@@ -28,9 +28,11 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     return turned, core
 
 
-def start(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:
+def start(
+    source: Source, sizes: Sequence[int], generator: torch.Generator, large: int = _LARGE
+) -> tuple[list[Tensor | None], Tensor]:
     """Orthonormal U_m (d_m, k_m) near the leading singular vectors, None for full modes, and the core T ×_m U_mᵀ."""
-    if source.weight.numel() >= _LARGE and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
+    if source.weight.numel() >= large and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
         return _sketched(source, sizes, generator)
     return truncated(source, sizes)
 

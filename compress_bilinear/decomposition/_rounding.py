@@ -57,7 +57,7 @@ def distance(
     """How far two approximations of a weight are apart, relative to its norm; in float64, slice by slice."""
     largest = peak(weight) or 1.0
     apart = total = 0.0
-    subtract = first._subtraction()
+    subtract = first.subtraction()
     for rows in row_slices(weight.shape):
         values = second(rows).to(torch.float64, memory_format=torch.contiguous_format, copy=True)
         subtract(rows, values)

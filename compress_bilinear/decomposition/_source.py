@@ -12,13 +12,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ._factors import peak
+from ._factors import peak, slabs
 
 Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
-_SLAB = 2**20  # elements of a slab, at most
-_LEAST_SLAB = 2**13
+_SLAB = 2**20  # elements of a slab, at most: 4 MiB in float32
 _SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 
@@ -49,7 +48,9 @@ class Source:
         scale: the power of two.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype | None = None, slab: int = _SLAB) -> None:
+        """`dtype` is the working dtype, if not the usual one; `slab` the most elements that a slab may have."""
+        self._slab = slab
         self.weight = weight.detach().contiguous()  # another layout would round otherwise
         self.shape: tuple[int, int, int] = tuple(weight.shape)  # type: ignore[assignment]
         small = weight.numel() <= _SMALL
@@ -69,12 +70,12 @@ class Source:
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the first axis, and what they hold."""
-        for rows in slab_slices(self.shape, 0):
+        for rows in slabs(self.shape, most=self._slab):
             yield rows, self._scaled(self.weight[rows])
 
     def gram(self, mode: int, dtype: torch.dtype = torch.float64) -> Tensor:
         """The unfolding times its transpose (d, d)."""
-        return gram(self.weight, mode, dtype, self._scaled)
+        return gram(self.weight, mode, dtype, self._scaled, self._slab)
 
     def permuted(self, order: Sequence[int]) -> tuple[Tensor, float]:
         """The weight in the working dtype, with this order of its axes, and a factor that gives it norm 1.
@@ -96,7 +97,7 @@ class Source:
         out, in1, in2 = (None if mode == skip else u for mode, u in enumerate(basis))
         if in1 is None and in2 is None and out is not None:
             result = torch.empty(out.shape[1], *self.shape[1:], dtype=self.dtype, device=self.weight.device)
-            for columns in slab_slices(self.shape, 1):
+            for columns in slabs(self.shape, 1, most=self._slab):
                 result[:, columns] = mode_product(self._scaled(self.weight[:, columns]), out, 0)
             return result
         sizes = [size if u is None else u.shape[1] for size, u in zip(self.shape, (None, in1, in2), strict=True)]
@@ -108,7 +109,7 @@ class Source:
                 result[rows] = mode_product(mode_product(slab, in2, 2), in1, 1)
         if out is not None and 2 * out.shape[1] > out.shape[0]:  # the result then needs no more memory than it has
             flat = result.flatten(1)
-            for columns in slab_slices(flat.shape, 1):
+            for columns in slabs(flat.shape, 1, most=self._slab):
                 flat[: out.shape[1], columns] = out.T @ flat[:, columns]
             return result[: out.shape[1]]
         return mode_product(result, out, 0)
@@ -160,18 +161,10 @@ def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
 def turned_(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """`mode_product` with a square matrix, in place."""
     along = 1 if mode == 0 else 0
-    for part in slab_slices(tensor.shape, along):
+    for part in slabs(tensor.shape, along):
         slab = tensor[:, part] if along else tensor[part]
         slab.copy_(mode_product(slab, matrix, mode))
     return tensor
-
-
-def slab_slices(shape: Sequence[int], axis: int, parts: int = 8) -> Iterator[slice]:
-    """Slices of an axis, each of about this part of the tensor, or `_SLAB` elements, or at least one index."""
-    numel = math.prod(shape)
-    step = max(1, min(_SLAB, max(_LEAST_SLAB * 8 // parts, numel // parts)) * shape[axis] // max(1, numel))
-    for start in range(0, shape[axis], step):
-        yield slice(start, min(start + step, shape[axis]))
 
 
 def gram(
@@ -179,15 +172,16 @@ def gram(
     mode: int,
     dtype: torch.dtype = torch.float64,
     prepare: Callable[[Tensor], Tensor] = lambda part: part,
+    slab: int = _SLAB,
 ) -> Tensor:
     """The Gram matrix (d, d) of an unfolding, summed over slabs that `prepare` is applied to."""
     size = tensor.shape[mode]
     total = torch.zeros(size, size, dtype=dtype, device=tensor.device)
     along = 1 if mode == 0 else 0
-    for part in slab_slices(tensor.shape, along, 8 if dtype == tensor.dtype else 16):  # copies to a wider dtype
-        slab = prepare(tensor[:, part] if along else tensor[part]).to(dtype)
-        flat = slab.flatten(0, 1).T if mode == 2 else slab.movedim(mode, 0).flatten(1)
-        del slab
+    for part in slabs(tensor.shape, along, most=min(slab, max(2**12, tensor.numel() // 16))):  # two copies may be wider
+        values = prepare(tensor[:, part] if along else tensor[part]).to(dtype)
+        flat = values.flatten(0, 1).T if mode == 2 else values.movedim(mode, 0).flatten(1)
+        del values
         total += flat @ flat.T
         del flat  # before the next is made
     return total

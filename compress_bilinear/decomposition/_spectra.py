@@ -25,24 +25,26 @@ class UnfoldingSpectrum(NamedTuple):
 
 def spectra(
     weight: Tensor,  # (O, I, J)
+    longest: int = _LONGEST_MODE,
+    most_flops: float = _MOST_FLOPS,
 ) -> tuple[UnfoldingSpectrum, ...]:
-    """The spectra of the three unfoldings, in the order of the axes; none for zero, NaN, or a mode longer than 2048.
+    """The spectra of the three unfoldings, in the order of the axes; none for zero, NaN, or a mode above `longest`.
 
-    Values below about 1e-4 of the largest are rounding of float32 where the weight is large. Above 3e10 FLOPs the
-    unfolding is estimated from slices drawn at random.
+    Values below about 1e-4 of the largest are rounding of float32 where the weight is large. Above `most_flops`
+    for its Gram, an unfolding is estimated from slices drawn at random.
     """
     largest = peak(weight.detach())
-    if max(weight.shape) > _LONGEST_MODE or not 0 < largest < math.inf:
+    if max(weight.shape) > longest or not 0 < largest < math.inf:
         return ()
     with torch.no_grad(), full_precision(weight.device):
-        return tuple(_spectrum(weight.detach(), mode) for mode in range(3))
+        return tuple(_spectrum(weight.detach(), mode, most_flops) for mode in range(3))
 
 
-def _spectrum(weight: Tensor, mode: int) -> UnfoldingSpectrum:
+def _spectrum(weight: Tensor, mode: int, most_flops: float) -> UnfoldingSpectrum:
     size, axis = weight.shape[mode], 1 if mode == 0 else 0
     flops = 2.0 * weight.numel() * size
     slices = weight.shape[axis]
-    taken = min(slices, max(1, round(slices * _MOST_FLOPS / flops)))
+    taken = min(slices, max(1, round(slices * most_flops / flops)))
     if taken < slices:
         drawn = torch.randperm(slices, generator=torch.Generator().manual_seed(0))[:taken].sort().values
         weight = weight.index_select(axis, drawn.to(weight.device))

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ..config import MaxError, MaxSize, Quantize
 from ..errors import InfeasibleError
-from ._factors import relative
+from ._factors import relative, slabs
 from ._sizes import tucker_bytes
 
-_SLAB = 2**20  # triples looked at together, at most
-_LEAST_SLAB = 2**12
+_SLAB = 2**20  # triples that are looked at together, at most
 
 Triple = tuple[int, int, int]
 
@@ -67,6 +66,7 @@ def best_block(
     outside: float,  # squared norm of what the core does not hold
     total: float,  # squared norm of the whole
     target: Target,
+    slab: int = _SLAB,
 ) -> tuple[tuple[float, float], Triple] | None:
     """The best ranks whose leading block of the core meets the target, with their key; None where no block does.
 
@@ -75,19 +75,18 @@ def best_block(
     the total less what is inside would lose errors below 1e-8.
     """
     sizes = core.shape
-    rows = max(1, max(_LEAST_SLAB, min(_SLAB, core.numel() // 16)) // (sizes[1] * sizes[2]))
     by_out = torch.stack([slab.double().square().sum() for slab in core])
     beyond_out = _tail(by_out, 0)
     inside = torch.zeros(sizes[1:], dtype=torch.float64, device=core.device)
     axes = [torch.arange(1, size + 1, device=core.device) for size in sizes]
     found: tuple[tuple[float, float], Triple] | None = None
-    for start in range(0, sizes[0], rows):
-        energy = core[start : start + rows].double().square().cumsum(0) + inside
+    for rows in slabs(sizes, most=min(slab, max(2**12, core.numel() // 16))):  # of which several copies are held
+        energy = core[rows].double().square().cumsum(0) + inside
         inside = energy[-1].clone()
         lost = _tail(energy.cumsum(1), 2)
         lost += _tail(energy.sum(2), 1)[:, :, None]
-        lost += beyond_out[start : start + rows, None, None] + outside
-        out = axes[0][start : start + rows, None, None]
+        lost += beyond_out[rows, None, None] + outside
+        out = axes[0][rows, None, None]
         ranks = [out, axes[1][None, :, None], axes[2][None, None, :]]
         price = target.price(ranks).double()
         allowed = (
@@ -100,7 +99,7 @@ def best_block(
             continue
         best = int(torch.where(first == least, second, torch.inf).argmin())
         a, b, c = (int(i) for i in torch.unravel_index(torch.tensor(best), lost.shape))
-        triple = (start + a + 1, b + 1, c + 1)
+        triple = (rows.start + a + 1, b + 1, c + 1)
         key = target.key(triple, float(lost[a, b, c]))
         if found is None or key < found[0]:
             found = key, triple

@@ -8,9 +8,7 @@ from support import DTYPES, assert_matches_reference
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
-from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, relative
-from compress_bilinear.decomposition import _factors as _types
-from compress_bilinear.decomposition._factors import row_slices
+from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from compress_bilinear.errors import CompressionError
 
 SHAPE = (5, 7, 9)
@@ -58,23 +56,21 @@ def test_ranks_are_those_of_the_parts():
     assert tucker_example(rank=(2, 3, 4)).rank == (2, 3, 4)
 
 
-@pytest.mark.parametrize("chunk", [1, 100, 2**22])
+@pytest.mark.parametrize("most", [1, 100, 2**22])
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_relative_error_is_that_of_the_residual_in_any_chunks(example, chunk, monkeypatch):
-    monkeypatch.setattr(_types, "_CHUNK", chunk)
-    monkeypatch.setattr(_types, "_LEAST_CHUNK", chunk)
+def test_relative_error_is_that_of_the_residual_in_any_slabs(example, most):
     found = example(torch.float32, rank=4 if example is cp_example else (5, 6, 8))
     weight = normal(*SHAPE)
     expected = float((weight - reference(found)).norm() / weight.norm())
     assert found.relative_error(weight) == pytest.approx(expected, rel=1e-12)
+    assert relative_error(weight, found.subtraction(most), most) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [1, 63, 64, 126, 1000])
-def test_row_slices_cover_the_first_axis_once(chunk, monkeypatch):
-    monkeypatch.setattr(_types, "_LEAST_CHUNK", chunk)
-    slices = list(row_slices(SHAPE))
+@pytest.mark.parametrize("most", [1, 63, 64, 126, 1000])
+def test_row_slices_cover_the_first_axis_once(most):
+    slices = list(row_slices(SHAPE, most))
     assert [row for part in slices for row in range(5)[part]] == list(range(5))
-    assert all(part.stop - part.start <= max(1, chunk // 63) for part in slices)
+    assert all(part.stop - part.start <= max(1, most // 63) for part in slices)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

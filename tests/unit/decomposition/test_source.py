@@ -1,71 +1,17 @@
+"""What only a weight in memory does; tests/contracts/test_sources.py has what every source does."""
+
 import math
 
 import pytest
 import torch
-from support import DTYPES, SHAPES, low_rank
+from support import DTYPES, low_rank
 
-from compress_bilinear.decomposition import _source
-from compress_bilinear.decomposition._source import Source, gram, mode_product
-
-EQUATIONS = {0: ("oij,kij->ok", "oij,or->rij"), 1: ("oij,okj->ik", "oij,ir->orj"), 2: ("oij,oik->jk", "oij,jr->oir")}
+from compress_bilinear.decomposition._source import Source, mode_product
 
 
-@pytest.fixture(params=[2**20, 16], ids=["one slab", "many slabs"])
-def slabs(request, monkeypatch):
-    monkeypatch.setattr(_source, "_SLAB", request.param)
-    monkeypatch.setattr(_source, "_LEAST_SLAB", request.param)
-
-
-def basis(shape, rank, seed=0):
+def square(shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    draws = (torch.randn(size, min(size, rank), generator=generator, dtype=torch.float64) for size in shape)
-    return [torch.linalg.qr(draw)[0] for draw in draws]
-
-
-@pytest.mark.parametrize("shape", [(out, in1, in2) for in1, in2, out in SHAPES], ids=str)
-@pytest.mark.usefixtures("slabs")
-class TestAgainstEinsum:
-    @pytest.mark.parametrize("mode", range(3))
-    def test_a_gram(self, shape, mode):
-        weight = low_rank(shape, 60)
-        expected = torch.einsum(EQUATIONS[mode][0], weight, weight)
-        torch.testing.assert_close(Source(weight).gram(mode), expected, rtol=1e-11, atol=1e-9)
-        torch.testing.assert_close(gram(weight, mode), expected, rtol=1e-11, atol=1e-9)
-
-    @pytest.mark.parametrize("skip", [None, 0, 1, 2])
-    def test_a_projection(self, shape, skip):
-        weight, factors = low_rank(shape, 60), basis(shape, 4)
-        expected = weight
-        for mode in range(3):
-            if mode != skip:
-                expected = torch.einsum(EQUATIONS[mode][1], expected, factors[mode])
-        torch.testing.assert_close(Source(weight).project(factors, skip), expected, rtol=1e-11, atol=1e-9)
-
-    def test_a_projection_along_some_modes(self, shape):
-        weight, (out, in1, in2) = low_rank(shape, 60), basis(shape, 4)
-        for kept in ((out, None, None), (None, in1, None), (None, None, in2), (out, None, in2), (None, None, None)):
-            expected = weight
-            for mode, factor in enumerate(kept):
-                expected = expected if factor is None else torch.einsum(EQUATIONS[mode][1], expected, factor)
-            torch.testing.assert_close(Source(weight).project(kept), expected, rtol=1e-11, atol=1e-9)
-
-    def test_what_a_projection_loses(self, shape):
-        weight, factors = low_rank(shape, 60), basis(shape, 4)
-        kept = torch.einsum("oij,oa,ib,jc->abc", weight, *factors)
-        lost = weight - torch.einsum("abc,oa,ib,jc->oij", kept, *factors)
-        assert Source(weight).lost(factors) == pytest.approx(float(lost.square().sum()), rel=1e-9, abs=1e-18)
-
-    def test_a_rotation(self, shape):
-        weight, square = low_rank(shape, 60), basis(shape, 10**6)
-        expected = torch.einsum("oij,oa,ib,jc->abc", weight, *square)
-        torch.testing.assert_close(Source(weight).rotate(square), expected, rtol=1e-10, atol=1e-9)
-
-    def test_every_order_of_the_axes_with_norm_1(self, shape):
-        weight = low_rank(shape, 60)
-        for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
-            tensor, scale = Source(weight).permuted(order)
-            assert tensor.flatten(0, 1).data_ptr() == tensor.data_ptr()  # no copy
-            torch.testing.assert_close(tensor * scale, weight.permute(order) / weight.norm(), rtol=1e-12, atol=1e-15)
+    return [torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0] for size in shape]
 
 
 @pytest.mark.parametrize("mode", range(3))
@@ -106,5 +52,5 @@ def test_nothing_is_written_to_the_weight():
     before = weight.clone()
     source = Source(weight)
     source.project((None, None, None)).zero_()
-    source.rotate(basis(weight.shape, 10)).zero_()
+    source.rotate(square(weight.shape)).zero_()
     assert torch.equal(weight, before)

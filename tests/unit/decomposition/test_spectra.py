@@ -3,7 +3,6 @@ import torch
 from support import low_rank
 
 from compress_bilinear import decomposition
-from compress_bilinear.decomposition import _spectra
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -29,11 +28,10 @@ def test_long_modes_are_thinned_out():
     assert found.indices[:3] == (1, 2, 3)
 
 
-def test_a_large_weight_is_sampled_and_near(monkeypatch):
+def test_a_large_weight_is_sampled_and_near():
     weight = low_rank((60, 50, 40), 5, noise=0.3)
     exact = decomposition.spectra(weight)
-    monkeypatch.setattr(_spectra, "_MOST_FLOPS", 3e6)
-    for one, other in zip(exact, decomposition.spectra(weight), strict=True):
+    for one, other in zip(exact, decomposition.spectra(weight, most_flops=3e6), strict=True):
         assert other.sampled
         for index in range(5):
             assert other.values[index] == pytest.approx(one.values[index], rel=0.35)
@@ -46,9 +44,8 @@ def test_extreme_scales_are_relative_to_the_norm(scale):
         assert other.values[:2] == pytest.approx(one.values[:2], rel=1e-3)
 
 
-def test_zero_infinite_and_too_long_ones_have_none(monkeypatch):
+def test_zero_infinite_and_too_long_ones_have_none():
     assert decomposition.spectra(torch.zeros(3, 4, 5)) == ()
     assert decomposition.spectra(torch.full((3, 4, 5), torch.nan)) == ()
     assert decomposition.spectra(torch.full((3, 4, 5), torch.inf)) == ()
-    monkeypatch.setattr(_spectra, "_LONGEST_MODE", 4)
-    assert decomposition.spectra(torch.ones(3, 4, 5)) == ()
+    assert decomposition.spectra(torch.ones(3, 4, 5), longest=4) == ()

@@ -5,7 +5,6 @@ import torch
 from support import low_rank
 
 from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import _tucker_ranks as _truncation
 from compress_bilinear.decomposition._sizes import tucker_bytes, tucker_flops, tucker_parameters
 from compress_bilinear.decomposition._tucker_ranks import Target, best_block
 from compress_bilinear.ops import dense_flops
@@ -24,23 +23,16 @@ def triples(sizes=SHAPE):
     return list(product(*(range(1, size + 1) for size in sizes)))
 
 
-@pytest.fixture(params=[2**20, 1], ids=["at once", "row by row"])
-def slabs(request, monkeypatch):
-    monkeypatch.setattr(_truncation, "_SLAB", request.param)
-    monkeypatch.setattr(_truncation, "_LEAST_SLAB", request.param)
-
-
-@pytest.mark.usefixtures("slabs")
 @pytest.mark.parametrize("error", [0.95, 0.7, 0.4, 0.1])
-def test_the_cheapest_triple_within_an_error_of_all_triples(error):
+@pytest.mark.parametrize("slab", [2**20, 1], ids=["usual slabs", "row by row"])
+def test_the_cheapest_triple_within_an_error_of_all_triples(error, slab):
     target = Target(MaxError(error), SHAPE, 8, None)
-    key, rank = best_block(CORE, 0.0, TOTAL, target)
+    key, rank = best_block(CORE, 0.0, TOTAL, target, slab)
     allowed = [r for r in triples() if lost(r) <= error**2 * TOTAL * (1 + 1e-12)]
     assert tucker_bytes(rank, SHAPE, 8, None) == min(tucker_bytes(r, SHAPE, 8, None) for r in allowed) == key[0]
     assert rank in allowed
 
 
-@pytest.mark.usefixtures("slabs")
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
 def test_the_least_error_of_all_triples_within_a_size(fraction, quantize):
