@@ -127,10 +127,10 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
     """
     found = find(model)
     if not found:
-        top = [name or "(root)" for name in find_compressed(model)]
-        also = f" These are compressed already: {', '.join(top)}." if top else ""
-        like = "".join(f" {told}." for told in unknown_forms(model))
-        raise MatchError(f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}.{also}{like}")
+        compressed = ", ".join(name or "(root)" for name in find_compressed(model))
+        hint = f" These are compressed already: {compressed}." if compressed else ""
+        required = f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}."
+        raise MatchError(required + hint + _unknown(model))
     for module in model.modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise CompressionError(
@@ -139,8 +139,8 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
             )
     for glob in configs:
         if not any(_matches(layer, glob) for layer in found):
-            like = "".join(f" {told}." for told in unknown_forms(model))
-            raise MatchError(f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}.{like}")
+            required = f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}."
+            raise MatchError(required + _unknown(model))
     chosen = []
     for layer in found:
         config = next((config for glob, config in configs.items() if _matches(layer, glob)), None)
@@ -153,6 +153,11 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
 
 def _matches(found: FoundLayer, glob: str) -> bool:
     return any(fnmatchcase(name, glob) or fnmatchcase(name or "(root)", glob) for name in found.names)
+
+
+def _unknown(model: nn.Module) -> str:
+    """Sentences about the modules that look bilinear and that no adapter knows."""
+    return "".join(f" {clause}." for clause in unknown_forms(model))
 
 
 def _listing(found: Sequence[FoundLayer]) -> str:

@@ -272,11 +272,9 @@ def _original_layer(
     weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
     shape = (description.out_features, description.in1_features, description.in2_features)
     same_bias = (bias is not None) == description.bias and (bias is None or bias.shape == shape[:1])
-    if weight is not None and weight.is_floating_point() and tuple(weight.shape) == shape and same_bias:
-        return StoredWeight(description.name, weight, bias).layer()
-    found = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
-    found += "" if weight is None or bias is None else f" and a bias {tuple(bias.shape)}"
-    raise CheckpointError(
-        f"{str(original)!r} should hold {prefix}weight of shape {shape}{' and a bias' if description.bias else ''}. "
-        f"Found {found}."
-    )
+    if weight is None or weight.shape != shape or not weight.is_floating_point() or not same_bias:
+        found = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
+        found += f" and a bias {tuple(bias.shape)}" if weight is not None and bias is not None else ""
+        required = f"{prefix}weight of shape {shape}{' and a bias' if description.bias else ''}"
+        raise CheckpointError(f"{str(original)!r} should hold {required}. Found {found}.")
+    return StoredWeight(description.name, weight, bias).layer()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -38,8 +38,9 @@ class AdaptedLayer:
         self._call: Arguments | None = None
         self._failure: Exception | None = None
         self._observing = False
-        on_meta = copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
-        weight, bias = self._weight_and_bias(on_meta)
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in: the graph is read
+            on_meta = copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
+            weight, bias = self._weight_and_bias(on_meta)
         self.weights = _source_parameters(weight, on_meta)
         self.biases = () if bias is None else _source_parameters(bias, on_meta)
         if not self.weights:
@@ -200,13 +201,11 @@ class AdaptedLayer:
 @contextmanager
 def observing(layers: Iterable[AdaptedLayer | None]) -> Iterator[None]:
     """Inside, every call of the modules is also made through their probes, so that hooks on these see the rows."""
-    hooked = [(layer.module, layer._observe) for layer in layers if layer is not None]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooked]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            if layer is not None:
+                stack.callback(layer.module.register_forward_pre_hook(layer._observe, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _source_parameters(value: Tensor, module: nn.Module) -> tuple[str, ...]:
@@ -215,11 +214,10 @@ def _source_parameters(value: Tensor, module: nn.Module) -> tuple[str, ...]:
     waiting, seen = [value.grad_fn], set()
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        reached.add(id(getattr(node, "variable", None)))  # of a node that accumulates into a leaf
-        waiting += [following for following, _ in node.next_functions]
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))  # of a node that accumulates into a leaf
+            waiting += [following for following, _ in node.next_functions]
     named = module.named_parameters(remove_duplicate=False)
     return tuple(name for name, parameter in named if id(parameter) in reached)
 

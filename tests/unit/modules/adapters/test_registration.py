@@ -124,6 +124,13 @@ class TestAll:
         assert_equal(outputs(cb.load(tmp_path / "small.safetensors", empty)), outputs(small))
         assert_equal(outputs(copy.deepcopy(small)), outputs(small))
 
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_they_are_found_where_no_graph_is_recorded(self, context):
+        register_scorer()
+        model = network()
+        with context():
+            assert [layer.label for layer in find(model)] == ["scorer", "biaffine", "plain"]
+
     def test_exact_layers_give_the_modules_outputs(self):
         register_scorer()
         model = network().double()
