@@ -16,7 +16,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # each floor imports only from the floors above it in this table; neighbours on one floor do not import each other
 FLOORS = (
-    ("errors", "_atomic", "_plain"),
+    ("errors", "_io"),
     ("config", "quantization"),
     ("decomposition", "ops", "report"),
     ("modules",),
@@ -37,7 +37,7 @@ LAZY = {
     "sklearn": {"cli/_demo.py"},
     "matplotlib": {"report/_plots.py"},
     "jinja2": {"report/_page.py"},
-    "pydantic": {"_plain.py", "config/_recipe.py"},
+    "pydantic": {"_io.py", "config/_recipe.py"},
 }
 
 
@@ -78,10 +78,10 @@ def rooms_imported(path: Path) -> set[str]:
     return {room_of(file) for file in files_imported(path)}
 
 
-def test_the_top_level_holds_ten_rooms_and_three_files():
+def test_the_top_level_holds_ten_rooms_and_two_files():
     entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__")} - {"py.typed"}
-    assert entries == {room for room in HEIGHT if (PACKAGE / room).is_dir()} | {"errors.py", "_atomic.py", "_plain.py"}
-    assert len(entries) <= 13
+    assert entries == {room for room in HEIGHT if (PACKAGE / room).is_dir()} | {"errors.py", "_io.py"}
+    assert len(entries) <= 12
     assert len(FLOORS) <= 7
 
 
@@ -99,9 +99,7 @@ def test_other_rooms_are_used_by_their_public_names(path):
     private = {
         str(file.relative_to(PACKAGE))
         for file in files_imported(path)
-        if room_of(file) not in (room, "errors", "_atomic", "_plain")
-        and file.name.startswith("_")
-        and file.name != "__init__.py"
+        if room_of(file) not in (room, "errors", "_io") and file.name.startswith("_") and file.name != "__init__.py"
     }
     assert not private
 
@@ -133,7 +131,7 @@ def test_the_import_reader_sees_every_form():
 
 def test_the_report_knows_nothing_but_errors_and_files():
     found = set().union(*(rooms_imported(path) for path in (PACKAGE / "report").glob("*.py")))
-    assert found - {"report"} == {"errors", "_atomic", "_plain"}
+    assert found - {"report"} == {"errors", "_io"}
 
 
 @pytest.mark.parametrize("library", LAZY)

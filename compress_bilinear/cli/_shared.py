@@ -9,7 +9,7 @@ import click
 import torch
 from rich.console import Console, RenderableType
 
-from .._atomic import check_target, written_atomically
+from .._io import check_target, written_atomically
 from ..errors import ConfigError
 from ..report import Report
 

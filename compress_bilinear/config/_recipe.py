@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
-from .._plain import STRICT, path_of, read_plain
+from .._io import STRICT, path_of, read_plain
 from ..errors import ConfigError
 from ._methods import CONFIGS, AutoConfig, Config, DenseConfig, MaxError, MaxSize, TuckerConfig
 from ._options import TEXT_OPTIONS

@@ -18,8 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .._atomic import written_atomically
-from .._plain import STRICT, read_plain
+from .._io import STRICT, read_plain, written_atomically
 from ..errors import CheckpointError, CompressionError
 from ..modules import LAYERS, CompressedBilinear
 

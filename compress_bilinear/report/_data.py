@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 
 from annotated_types import Ge
 
-from .._plain import STRICT
+from .._io import STRICT
 from ..errors import CompressionError
 
 Count: TypeAlias = Annotated[int, Ge(0)]

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .._atomic import written_atomically
-from .._plain import read_plain
+from .._io import read_plain, written_atomically
 from ..errors import CompressionError
 from ._data import AS_CONFIGURED, Note, ReportData, keys
 from ._html import render_html

@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 from compress_bilinear.errors import CompressionError
 
 
