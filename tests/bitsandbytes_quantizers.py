@@ -4,7 +4,7 @@ import logging
 
 import torch
 
-from compress_bilinear.quantization import BLOCK, LEVELS
+from compress_bilinear.quantization import LEVELS
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns where there is no GPU
 
@@ -36,5 +36,5 @@ def bitsandbytes_nf4(tensor):
     """`quantize_4bit` of the flattened tensor, with float32 magnitudes."""
     from bitsandbytes import functional
 
-    packed, state = functional.quantize_4bit(tensor.flatten(), blocksize=BLOCK, quant_type="nf4")
+    packed, state = functional.quantize_4bit(tensor.flatten(), blocksize=64, quant_type="nf4")
     return packed.flatten()[: -(-tensor.numel() // 2)], state.absmax

@@ -29,25 +29,20 @@ def encode_int8(
     Args:
         grid: the number of blocks along each axis. A block has ⌈size / number⌉ consecutive entries, the last the rest;
             none may be empty.
-        chunk: values that are held in float64 at once.
+        chunk: values that are held in float64 at once, or one entry of the first axis, where it has no blocks.
 
     Returns:
         `qdata` int8 with the tensor's shape and `scale` of shape `grid`: `qdata * scale` ≈ `values`, each entry within
         half its scale. A block of zeros has scale 0.
     """
-    qdata = torch.empty(values.shape, dtype=torch.int8, device=values.device)
-    step = max(1, chunk * values.shape[0] // values.numel())
-    if grid[0] == values.shape[0]:
-        peak = torch.cat([_peaks(part, (len(part), *grid[1:])) for part in values.split(step)])
-    else:
-        peak = _peaks(values, grid)
-    scale = _representable_scale(peak.double(), scale_dtype)
+    step = max(1, chunk * len(values) // values.numel())
+    if grid[0] == len(values) > step:
+        parts = [encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk) for part in values.split(step)]
+        return torch.cat([qdata for qdata, _ in parts]), torch.cat([scale for _, scale in parts])
+    scale = _representable_scale(_peaks(values, grid).double(), scale_dtype)
     divisor = torch.where(scale > 0, scale.double(), torch.inf)  # a block of zeros, or of too small values, becomes 0
-    for start in range(0, values.shape[0], step):
-        rows = slice(start, start + step)
-        quotient = values[rows].double() / expand_scale(divisor if grid[0] == 1 else divisor[rows], values[rows].shape)
-        qdata[rows] = quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
-    return qdata, scale
+    quotient = values.double() / expand_scale(divisor, values.shape)
+    return quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
 def encode_unit(

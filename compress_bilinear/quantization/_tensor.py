@@ -127,9 +127,6 @@ class Format(ABC):
         """The same values as `decode`, from kernels of bitsandbytes."""
         raise NotImplementedError(f"bitsandbytes has no kernels for {self.name}.")
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
-
 
 class QuantizedTensor(nn.Module):
     """A tensor in a storage format, as the buffers `qdata` and `scale`; `scale` is None where the format has none.

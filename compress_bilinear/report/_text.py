@@ -112,10 +112,12 @@ def notes(report: ReportData) -> list[str]:
 
 def _storage(layer: LayerReport) -> list[str]:
     """How a quantized layer computes, and how much of its weight error comes from rounding."""
-    if layer.decision == "kept" or layer.compute is None or layer.resident_bytes is None:
+    if layer.decision == "kept" or layer.compute is None:
         return []
     by = "by " if layer.compute == "bitsandbytes" else ""
-    line = f"computes {by}{layer.compute.replace('_', ' ')}, takes {size(layer.resident_bytes)} in memory"
+    line = f"computes {by}{layer.compute.replace('_', ' ')}"
+    if layer.resident_bytes is not None:
+        line += f", takes {size(layer.resident_bytes)} in memory"
     if layer.truncation_error is not None and layer.quantization_error is not None:
         line += f"; weight error {error(layer.truncation_error)} by truncation and "
         line += f"{error(layer.quantization_error)} by rounding"

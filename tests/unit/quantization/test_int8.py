@@ -6,7 +6,8 @@ from bitsandbytes_quantizers import bitsandbytes_int8
 from quantized import int8_slices
 from support import DTYPES, TOLERANCES
 
-from compress_bilinear.quantization import FORMATS, LEVELS, decode_int8, encode_int8, encode_unit, expand_scale
+from compress_bilinear.quantization import FORMATS, LEVELS, decode_int8, encode_int8, expand_scale
+from compress_bilinear.quantization._int8 import encode_unit
 
 SLICES = (((33, 65), 1), ((33, 65), 0), ((5, 7, 9), -1), ((5, 7, 9), 1), ((5, 7, 9), 0), ((64,), 0))
 

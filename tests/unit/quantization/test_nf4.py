@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress_bilinear.quantization import BLOCK, NF4_CODE, decode_nf4, encode_nf4
+from compress_bilinear.quantization._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
 
 # whole blocks and not, odd and even
 SHAPES = ((1,), (2,), (64,), (65,), (33, 80), (7, 5, 3), (101, 101))
