@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import compress_bilinear as cb
 from benchmarks.memory import with_peak
 from benchmarks.weights import power_law
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 from compress_bilinear.fitting import environment
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.cases import SUITE
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 
 Row = dict[str, str]
 

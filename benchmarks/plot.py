@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 
 Row = dict[str, str]
 

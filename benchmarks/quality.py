@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import compress_bilinear as cb
 from benchmarks import link_prediction
 from benchmarks.quality_plot import plot
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 from compress_bilinear.cli import _demo as demo
 from compress_bilinear.decomposition import tucker_parameters
 from compress_bilinear.fitting import environment, stored_bytes

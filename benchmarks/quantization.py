@@ -44,7 +44,7 @@ from benchmarks.quantized import (
 )
 from benchmarks.weights import power_law
 from compress_bilinear import AmplificationWarning, decomposition
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 from compress_bilinear.cli import _demo as demo
 from compress_bilinear.config import Quantize
 from compress_bilinear.fitting import Latency, environment, latencies, weight_error

@@ -27,7 +27,7 @@ from benchmarks import solver_summary
 from benchmarks.contestants import CP, MAX_ERROR, TUCKER, Contestant
 from benchmarks.measured import measure, succeed
 from benchmarks.weights import QUICK, SUITE, Weight
-from compress_bilinear._atomic import written_atomically
+from compress_bilinear._io import written_atomically
 from compress_bilinear.fitting import environment
 
 Row = dict[str, Any]
