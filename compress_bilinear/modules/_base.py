@@ -145,7 +145,7 @@ class CompressedBilinear(ComputeModes):
         bits = 8 * of.itemsize if self.quantize is None else max(8, FORMATS[self.quantize].bits)
         return str(
             ops.explain(
-                self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, obstacle=reason
+                self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, reason_against=reason
             )
         )
 

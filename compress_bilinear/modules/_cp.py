@@ -123,7 +123,7 @@ class CPBilinear(ProjectedBilinear):
         operands = bare_operands(self._modules, ("in1_proj", "in2_proj", "out_proj"))
         if operands is None or operands[0] is None or operands[1] is None or operands[2] is None:
             return None
-        return ops.small_cp(input1, input2, *operands)
+        return ops.bilinear_cp(input1, input2, *operands)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if self._obstacle(input1.device) is None:

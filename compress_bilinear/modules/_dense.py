@@ -158,7 +158,7 @@ class DenseBilinear(CompressedBilinear):
         bias = self._parameters["bias"]
         if bias is not None and bias.dtype != weight.dtype:  # the output is to have the weight's
             return None
-        return ops.small_dense(input1, input2, weight, bias)
+        return ops.bilinear_dense(input1, input2, weight, bias)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if self.integer:

@@ -65,7 +65,7 @@ def int8_bilinear(
     """
     if not (torch.is_grad_enabled() and (input1.requires_grad or input2.requires_grad)):
         return _bilinear(input1, input2, weight, scale)
-    if ops.is_tracing() or torch._C._are_functorch_transforms_active():
+    if ops.traced() or torch._C._are_functorch_transforms_active():
         exact = ops.bilinear_dense(input1, input2, weight, scale=scale)
         return exact + (_bilinear(input1, input2, weight, scale) - exact).detach()
     output: Tensor = _Int8Bilinear.apply(input1, input2, weight, scale)  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> 
     first = first.reshape(-1, long).to(wide)
     qdata, step = _rounded_rows(first)
     kept = kept.reshape(-1, width).to(wide) * step
-    tracing = ops.is_tracing()
+    tracing = ops.traced()
     count = 1 if tracing else max(1, len(kept))
     most = max(_BLOCK_WIDTH, _TRACED if tracing else _BLOCK // count)
     outputs = min(out, max(1, min(most // width, CHUNK // (width * long))))

@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Module):
     def _scaled(self, input: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
         """The output; `own` says that nobody else has this float32 or wider input."""
         with without_autocast(input.device.type):
-            if self.sigma is not None and own and not (torch.is_grad_enabled() or ops.is_tracing()):
+            if self.sigma is not None and own and not (torch.is_grad_enabled() or ops.traced()):
                 input = input.mul_(self.sigma)
             elif self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
@@ -112,7 +112,7 @@ def project_blocks(
 def row_parts(tensor: QuantizedTensor) -> Iterator[slice]:
     """The first axis in parts of at most `CHUNK` values each, or one row; in a traced graph, of at most 16 parts."""
     rows = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
-    if ops.is_tracing():
+    if ops.traced():
         rows = max(rows, -(-tensor.shape[0] // _TRACED_PARTS))
     for start in range(0, tensor.shape[0], rows):
         yield slice(start, min(start + rows, tensor.shape[0]))
@@ -125,7 +125,7 @@ def quantized_linear(
 ) -> Tensor:  # (..., O)
     """x Wᵀ + b in the input's dtype, de-quantizing one part of W after another."""
     parts = list(row_parts(weight))
-    tracing = ops.is_tracing()
+    tracing = ops.traced()
     recorded = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
     if len(parts) <= 1 and (tracing or not recorded):
         return ops.linear(input, weight.decode(input.dtype), bias)

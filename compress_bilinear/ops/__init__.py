@@ -2,11 +2,13 @@
 
 from . import reference
 from ._api import bilinear_cp, bilinear_dense, bilinear_tucker, explain, pairwise_cp, pairwise_dense, pairwise_tucker
+from ._blocks import block_runner
 from ._choice import BACKENDS, Backend, Choice
-from ._cp import over_pairs, pair_blocks, small_cp
-from ._dense import ORDERS, Order, best_order, block_runner, dense_flops, is_tracing
-from ._gemm import linear, linear_times, stored_linear
-from ._small import small_dense
+from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
+from ._cp import over_pairs, pair_blocks
+from ._dense import ORDERS, Order, best_order, dense_flops
+from ._gemm import linear, stored_linear
+from ._tuning import Tuning, tuning, use_tuning
 
 __all__ = [
     "BACKENDS",
@@ -14,6 +16,9 @@ __all__ = [
     "Backend",
     "Choice",
     "Order",
+    "Tuning",
+    "autocast_dtype",
+    "autocast_enabled",
     "best_order",
     "bilinear_cp",
     "bilinear_dense",
@@ -21,16 +26,17 @@ __all__ = [
     "block_runner",
     "dense_flops",
     "explain",
-    "is_tracing",
     "linear",
-    "linear_times",
     "over_pairs",
     "pair_blocks",
     "pairwise_cp",
     "pairwise_dense",
     "pairwise_tucker",
     "reference",
-    "small_cp",
-    "small_dense",
     "stored_linear",
+    "traced",
+    "transformed",
+    "tuning",
+    "use_tuning",
+    "without_autocast",
 ]

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import (
-    FEW,
     OPTIONS,
     UNIT,
     biased,
@@ -198,7 +197,7 @@ def launch_cp_pairs_weight_gradient(
     blocks = gradient_tiles(length2, rank, outputs, True, exact(p))
     tiles1, tiles2 = triton.cdiv(length1, blocks["BL1"]), triton.cdiv(length2, blocks["BL2"])
     blocks_r, blocks_o = triton.cdiv(rank, blocks["BR"]), triton.cdiv(outputs, blocks["BO"])
-    part, splits = shares(batch * tiles1 * tiles2, blocks_r * blocks_o, FEW)
+    part, splits = shares(batch * tiles1 * tiles2, blocks_r * blocks_o)
     dw = torch.empty(splits, outputs, rank, dtype=p.dtype if splits == 1 else torch.float32, device=p.device)
     cp_pairs_weight_gradient[blocks_r, blocks_o, splits](
         dy, p, q, sigma, dw, length1, length2, rank, outputs, batch * tiles1 * tiles2, tiles1, tiles2, part,

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ._tiles import (
-    FEW,
     OPTIONS,
     exact,
     load_scales,
@@ -115,7 +114,7 @@ def launch_dense(
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x2.stride(), *weight.stride()))
     blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None, aligned)
     programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
-    part, splits = shares(width1, programs, FEW)
+    part, splits = shares(width1, programs)
     dtype = x1.dtype if splits == 1 else torch.float32
     y = torch.empty(splits, rows, outputs, dtype=dtype, device=x1.device)
     dense_forward[triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]), splits](

@@ -1,54 +1,141 @@
-"""The fused kernels as operators of torch (`torch.ops.compress_bilinear`), with shapes, gradients and autocast.
+"""The fused kernels as operators of torch, with what graphs and gradients need.
 
-Triton is loaded at the first call of a kernel, here and nowhere else. Gradients of gradients, which are rare, go
-through the composed path, whose operators torch can differentiate.
+A launcher computes grids and splits from sizes in Python, so each is one opaque operator: traced as a Triton operator
+of torch, its graph would be tied to the sizes that it was traced with. Triton is loaded at the first call of a kernel,
+here and nowhere else. Gradients of gradients, which are rare, go through the composed path, which torch can
+differentiate.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
 from torch.nn.functional import linear
 
-from .._choice import cp_splits, fits_one_kernel
-from .._cp import composed_cp
+from .._choice import cp_splits
+from .._context import gradient_wanted, observed
+from .._cp import composed_cp, cp_of_pairs
 from .._dense import composed_dense
-from .._gemm import values
-from .._tucker import composed_tucker
+from .._gemm import decode_factor
+from .._tucker import composed_tucker, tucker_of_pairs
 
 NAMESPACE = "compress_bilinear"
 
-
-_FUNCTIONS: dict[CustomOpDef, Callable[..., Any]] = {}  # what each operator runs
-
-
-def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    def registered(function: Callable[..., Any]) -> CustomOpDef:
-        operator = torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(function)
-        _FUNCTIONS[operator] = function
-        return operator
-
-    return registered
+Gradients = Sequence[Tensor | None]
 
 
-def launched(operator: CustomOpDef, *args: Any) -> Tensor:
-    """What an operator gives; past torch's dispatcher, which costs two launches, where nothing needs to be recorded."""
-    recorded = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if not recorded and torch.is_grad_enabled():
-        recorded = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-    output: Tensor = operator(*args) if recorded else _FUNCTIONS[operator](*args)
-    return output
+class Operator:
+    """A launcher as an operator of torch.
+
+    A call goes past torch's dispatcher, which costs two launches, where nothing needs to be recorded.
+
+    Attributes:
+        registered: the operator.
+        launch: what it runs.
+    """
+
+    def __init__(self, name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        self.launch = launch
+        self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
+        self.registered.register_fake(fake)
+
+    def __call__(self, *args: Any) -> Any:
+        recorded = torch.compiler.is_compiling() or observed()
+        if recorded or gradient_wanted(*(arg for arg in args if isinstance(arg, Tensor))):
+            return self.registered(*args)
+        return self.launch(*args)
 
 
-def device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def operator(
+    name: str,
+    fake: Callable[..., Any],
+    gradients: Callable[..., Gradients] | None = None,
+    composed: Callable[..., Tensor] | None = None,
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a launcher an `Operator`.
+
+    Args:
+        fake: empty outputs of the right shape and dtype, for the launcher's arguments.
+        gradients: for which arguments gradients are wanted, the output's gradient and the arguments -> a gradient or
+            None for each of the first arguments; the others have none.
+        composed: the same function of the same arguments, which torch can differentiate twice.
+    """
+
+    def register(function: Callable[..., Any]) -> Operator:
+        @functools.wraps(function)
+        def launch(*args: Any) -> Any:
+            if not args[0].is_cuda:
+                return function(*args)
+            with torch.cuda.device(args[0].device):  # Triton launches on the current device
+                return function(*args)
+
+        made = Operator(name, launch, fake)
+        if gradients is not None and composed is not None:
+            backward = functools.partial(_backward, gradients, composed)
+            made.registered.register_autograd(backward, setup_context=_save)
+        return made
+
+    return register
 
 
-@operator("dense")
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(
+    gradients: Callable[..., Gradients], composed: Callable[..., Tensor], context: Any, dy: Tensor
+) -> Gradients:
+    operands, wanted = context.saved_tensors, context.needs_input_grad
+    if torch.is_grad_enabled():
+        return _composed_gradients(composed, operands, wanted, dy)
+    found = gradients(wanted, dy, *operands)
+    kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=False)]
+    return *kept, *([None] * (len(operands) - len(kept)))
+
+
+def _composed_gradients(
+    composed: Callable[..., Tensor], operands: Sequence[Tensor | None], wanted: Sequence[bool], dy: Tensor
+) -> Gradients:
+    """The gradients by the composed path, which are differentiable."""
+    # views: apart from each other and from what they were computed by, whose gradients autograd sums itself
+    operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
+    chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
+    found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
+    return [next(found) if want and t is not None else None for t, want in zip(operands, wanted, strict=True)]
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    """An empty tensor of this shape; of no entries without one, as operators return for a gradient not wanted."""
+    return like.new_empty(shape or 0)
+
+
+def _like(like: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(_empty(like, *t.shape) if want else _empty(like) for t, want in zip(tensors, wanted, strict=True))
+
+
+def _dense_gradients(
+    wanted: Sequence[bool], dy: Tensor, x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None
+) -> Gradients:
+    """The inputs' gradients are dense bilinears of the weight with its axes in another order."""
+
+    def permuted(first: Tensor, second: Tensor, *axes: int) -> Tensor:
+        return fused_dense(first, second, weight.permute(axes), None if scale is None else scale.permute(axes))
+
+    return (
+        permuted(dy, x2, 1, 0, 2) if wanted[0] else None,
+        permuted(dy, x1, 2, 0, 1) if wanted[1] else None,
+        fused_weight_gradient(dy, x1, x2) if wanted[2] else None,
+    )
+
+
+@operator(
+    "dense",
+    lambda x1, x2, weight, scale: _empty(x1, x1.shape[0], weight.shape[0]),
+    _dense_gradients,
+    lambda x1, x2, weight, scale: composed_dense(x1, x2, weight, None, scale, None),
+)
 def fused_dense(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -58,20 +145,24 @@ def fused_dense(
     """y_no = Σ_ij x1_ni W_oij x2_nj."""
     from ._dense import launch_dense
 
-    with device_of(x1):
-        return launch_dense(x1, x2, weight, scale)
+    return launch_dense(x1, x2, weight, scale)
 
 
-@operator("dense_weight_gradient")
+@operator("dense_weight_gradient", lambda dy, x1, x2: _empty(x1, dy.shape[1], x1.shape[1], x2.shape[1]))
 def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     from ._dense import launch_weight_gradient
 
-    with device_of(x1):
-        return launch_weight_gradient(dy, x1, x2)
+    return launch_weight_gradient(dy, x1, x2)
 
 
-@operator("cp")
+def _cp_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
+    x1, x2, in1, in2, out, _, sigma = operands
+    found = fused_cp_backward(dy, x1, x2, in1, in2, out, sigma, any(wanted[:2]), any(wanted[2:5]))
+    return *found, dy.sum(0) if wanted[5] else None
+
+
+@operator("cp", lambda x1, x2, in1, in2, out, *_: _empty(x1, x1.shape[0], out.shape[0]), _cp_gradients, composed_cp)
 def fused_cp(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -84,13 +175,18 @@ def fused_cp(
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b."""
     from ._cp import launch_forward, launch_product
 
-    with device_of(x1):
-        if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
-            return linear(launch_product(x1, x2, in1, in2, sigma), values(out, x1.dtype), bias)
-        return launch_forward(x1, x2, in1, in2, out, sigma, bias)
+    if cp_splits(x1.shape[0], in1.shape[0], out.shape[0]):
+        return linear(launch_product(x1, x2, in1, in2, sigma), decode_factor(out, x1.dtype), bias)
+    return launch_forward(x1, x2, in1, in2, out, sigma, bias)
 
 
-@operator("cp_backward")
+def _cp_backward_like(
+    dy: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Any, inputs: bool, weights: bool
+) -> tuple[Tensor, ...]:
+    return _like(x1, (x1, x2, in1, in2, out), (inputs, inputs, weights, weights, weights))
+
+
+@operator("cp_backward", _cp_backward_like)
 def fused_cp_backward(
     dy: Tensor,  # (N, O)
     x1: Tensor,
@@ -105,19 +201,38 @@ def fused_cp_backward(
     """The gradients of x1, x2, in1, in2 and out; those not wanted are empty."""
     from ._cp import MOST_IN, launch_backward
 
-    narrow = max(x1.shape[1], x2.shape[1]) <= MOST_IN
-    stored = weights or not narrow
-    with device_of(x1):
-        dx1, dx2, h, dp, dq = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
-    if inputs and (dx1 is None or dx2 is None):
-        assert dp is not None and dq is not None  # noqa: PT018
-        dx1, dx2 = dp @ values(in1, x1.dtype), dq @ values(in2, x1.dtype)
-    if not (weights and dp is not None and dq is not None and h is not None):
-        return or_empty(dx1, x1), or_empty(dx2, x1), empty(x1), empty(x1), empty(x1)
-    return or_empty(dx1, x1), or_empty(dx2, x1), dp.T @ x1, dq.T @ x2, dy.T @ h
+    stored = weights or max(x1.shape[1], x2.shape[1]) > MOST_IN
+    found: tuple[Any, ...] = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
+    dx1, dx2, h, dp, dq = found
+    if inputs and dx1 is None:  # too wide for the kernel
+        dx1, dx2 = dp @ decode_factor(in1, x1.dtype), dq @ decode_factor(in2, x1.dtype)
+    by_weights = (dp.T @ x1, dq.T @ x2, dy.T @ h) if weights else [_empty(x1) for _ in range(3)]
+    return (dx1, dx2, *by_weights) if inputs else (_empty(x1), _empty(x1), *by_weights)
 
 
-@operator("tucker")
+def _tucker_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
+    x1, x2, in1, in2, core, out, _, scale = operands
+    in1, in2, out = (decode_factor(factor, x1.dtype) for factor in (in1, in2, out))
+    p, q = linear(x1, in1), linear(x2, in2)
+    inner = [any(wanted[0:3:2]), any(wanted[1:4:2]), wanted[4]]
+    dp, dq, dcore = _dense_gradients(inner, dy @ out, p, q, core, scale)
+    return (
+        dp @ in1 if wanted[0] and dp is not None else None,
+        dq @ in2 if wanted[1] and dq is not None else None,
+        dp.T @ x1 if wanted[2] and dp is not None else None,
+        dq.T @ x2 if wanted[3] and dq is not None else None,
+        dcore,
+        dy.T @ fused_dense(p, q, core, scale) if wanted[5] else None,
+        dy.sum(0) if wanted[6] else None,
+    )
+
+
+@operator(
+    "tucker",
+    lambda x1, x2, in1, in2, core, out, *_: _empty(x1, x1.shape[0], out.shape[0]),
+    _tucker_gradients,
+    composed_tucker,
+)
 def fused_tucker(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
@@ -131,134 +246,100 @@ def fused_tucker(
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b, where R_o and R_j fit a program."""
     from ._tucker import launch_tucker
 
-    with device_of(x1):
-        return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
+    return launch_tucker(x1, x2, in1, in2, core, out, bias, scale)
 
 
-@fused_dense.register_fake
-def _(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-    return x1.new_empty(x1.shape[0], weight.shape[0])
+def _cp_pairs_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
+    p, q, out, _, sigma = operands
+    found = fused_cp_pairs_backward(dy, p, q, out, sigma, *wanted[:3])
+    return *found, dy.sum((0, 1, 2)) if wanted[3] else None
 
 
-@fused_weight_gradient.register_fake
-def _(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-    return x1.new_empty(dy.shape[1], x1.shape[1], x2.shape[1])
+@operator(
+    "cp_pairs",
+    lambda p, q, out, *_: _empty(p, *p.shape[:2], q.shape[1], out.shape[0]),
+    _cp_pairs_gradients,
+    cp_of_pairs,
+)
+def fused_cp_pairs(
+    p: Tensor,  # (B, L1, R)
+    q: Tensor,  # (B, L2, R)
+    out: Tensor,  # (O, R), floating or int8
+    bias: Tensor | None,  # (O,)
+    sigma: Tensor | None,  # (R,), float32
+) -> Tensor:  # (B, L1, L2, O)
+    """(σ * p_k * q_l) Cᵀ + b."""
+    from ._cp_pairs import launch_cp_pairs
+
+    return launch_cp_pairs(p.contiguous(), q.contiguous(), out, sigma, bias)
 
 
-@fused_cp.register_fake
-def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bias: Any, sigma: Any) -> Tensor:
-    return x1.new_empty(x1.shape[0], out.shape[0])
+def _pairs_backward_like(dy: Tensor, left: Tensor, right: Tensor, out: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _like(right, (left, right, out), rest[-3:])
 
 
-@fused_cp_backward.register_fake
-def _(
-    dy: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Any, inputs: bool, weights: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    like = [x1.new_empty(x.shape) if inputs else empty(x1) for x in (x1, x2)]
-    like += [x1.new_empty(factor.shape) if weights else empty(x1) for factor in (in1, in2, out)]
-    return like[0], like[1], like[2], like[3], like[4]
+@operator("cp_pairs_backward", _pairs_backward_like)
+def fused_cp_pairs_backward(
+    dy: Tensor,  # (B, L1, L2, O)
+    p: Tensor,
+    q: Tensor,
+    out: Tensor,
+    sigma: Tensor | None,
+    first: bool,
+    second: bool,
+    weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of p, q and out; those not wanted are empty."""
+    from ._cp_pairs import launch_cp_pairs_gradient, launch_cp_pairs_weight_gradient
 
-
-@fused_tucker.register_fake
-def _(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Any, scale: Any) -> Tensor:
-    return x1.new_empty(x1.shape[0], out.shape[0])
-
-
-def empty(like: Tensor) -> Tensor:
-    return like.new_empty(0)
-
-
-def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return empty(like) if tensor is None else tensor
-
-
-def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def again(composed: Callable[..., Tensor], operands: list[Tensor | None], wanted: Sequence[bool], dy: Tensor) -> Any:
-    """The gradients by the composed path, themselves differentiable."""
-    # apart from each other and from what they were computed by, whose gradients are autograd's to sum
-    operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
-    chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
-    found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
-    return tuple(
-        next(found) if want and tensor is not None else None for tensor, want in zip(operands, wanted, strict=True)
-    )
-
-
-def _dense_backward(context: Any, dy: Tensor) -> Any:
-    x1, x2, weight, scale = context.saved_tensors
-    wanted = context.needs_input_grad
-    if torch.is_grad_enabled():
-
-        def composed(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
-            return composed_dense(x1, x2, weight, None, scale, None)
-
-        return again(composed, [x1, x2, weight, scale], wanted, dy)
-    return *dense_gradients(dy, x1, x2, weight, scale, wanted), None
-
-
-def dense_gradients(
-    dy: Tensor,  # (N, O)
-    x1: Tensor,  # (N, I)
-    x2: Tensor,  # (N, J)
-    weight: Tensor,  # (O, I, J)
-    scale: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of x1, x2 and weight: the inputs' are dense bilinears of the weight with its axes in another order."""
-
-    def turned(first: Tensor, second: Tensor, *axes: int) -> Tensor:
-        return fused_dense(first, second, weight.permute(axes), None if scale is None else scale.permute(axes))
-
+    p, q = p.contiguous(), q.contiguous()
     return (
-        turned(dy, x2, 1, 0, 2) if wanted[0] else None,
-        turned(dy, x1, 2, 0, 1) if wanted[1] else None,
-        fused_weight_gradient(dy, x1, x2) if wanted[2] else None,
+        launch_cp_pairs_gradient(dy, q, out, sigma) if first else _empty(p),
+        launch_cp_pairs_gradient(dy.transpose(1, 2), p, out, sigma) if second else _empty(p),
+        launch_cp_pairs_weight_gradient(dy, p, q, sigma) if weight else _empty(p),
     )
 
 
-def _cp_backward(context: Any, dy: Tensor) -> Any:
-    x1, x2, in1, in2, out, bias, sigma = context.saved_tensors
-    wanted = context.needs_input_grad
-    if torch.is_grad_enabled():
-        return again(composed_cp, [x1, x2, in1, in2, out, bias, sigma], wanted, dy)
-    found = fused_cp_backward(dy, x1, x2, in1, in2, out, sigma, any(wanted[:2]), any(wanted[2:5]))
-    gradients = [gradient if want else None for gradient, want in zip(found, wanted, strict=False)]
-    return *gradients, dy.sum(0) if wanted[5] else None, None
+def _tucker_pairs_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
+    t, q, out, _ = operands
+    found = fused_tucker_pairs_backward(dy, t, q, out, *wanted[:3])
+    return *found, dy.sum((0, 1, 2)) if wanted[3] else None
 
 
-def _tucker_backward(context: Any, dy: Tensor) -> Any:
-    x1, x2, in1, in2, core, out, _, core_scale = context.saved_tensors
-    wanted = context.needs_input_grad
-    if torch.is_grad_enabled():
-        return again(composed_tucker, list(context.saved_tensors), wanted, dy)
-    in1, in2, out = (values(factor, x1.dtype) for factor in (in1, in2, out))
-    p, q = linear(x1, in1), linear(x2, in2)
-    dz = dy @ out
-    dp, dq, dcore = dense_gradients(dz, p, q, core, core_scale, [any(wanted[0:3:2]), any(wanted[1:4:2]), wanted[4]])
+@operator(
+    "tucker_pairs",
+    lambda t, q, out, *_: _empty(q, *t.shape[:2], q.shape[1], out.shape[0]),
+    _tucker_pairs_gradients,
+    tucker_of_pairs,
+)
+def fused_tucker_pairs(
+    t: Tensor,  # (B, L1, R_o, R_j)
+    q: Tensor,  # (B, L2, R_j)
+    out: Tensor,  # (O, R_o), floating or int8
+    bias: Tensor | None,  # (O,)
+) -> Tensor:  # (B, L1, L2, O)
+    """(t_k q_l) Uᵀ + b, where R_o fits a program."""
+    from ._tucker_pairs import launch_tucker_pairs
+
+    return launch_tucker_pairs(t.contiguous(), q.contiguous(), out, bias)
+
+
+@operator("tucker_pairs_backward", _pairs_backward_like)
+def fused_tucker_pairs_backward(
+    dy: Tensor,  # (B, L1, L2, O)
+    t: Tensor,
+    q: Tensor,
+    out: Tensor,
+    first: bool,
+    second: bool,
+    weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of t, q and out; those not wanted are empty."""
+    from . import _tucker_pairs as kernels
+
+    t, q = t.contiguous(), q.contiguous()
     return (
-        dp @ in1 if wanted[0] and dp is not None else None,
-        dq @ in2 if wanted[1] and dq is not None else None,
-        dp.T @ x1 if wanted[2] and dp is not None else None,
-        dq.T @ x2 if wanted[3] and dq is not None else None,
-        dcore,
-        dy.T @ fused_dense(p, q, core, core_scale) if wanted[5] else None,
-        dy.sum(0) if wanted[6] else None,
-        None,
+        kernels.launch_tucker_pairs_first_gradient(dy, q, out) if first else _empty(q),
+        kernels.launch_tucker_pairs_second_gradient(dy, t, out) if second else _empty(q),
+        kernels.launch_tucker_pairs_weight_gradient(dy, t, q) if weight else _empty(q),
     )
-
-
-torch.library.register_autograd(f"{NAMESPACE}::dense", _dense_backward, setup_context=save)
-torch.library.register_autograd(f"{NAMESPACE}::cp", _cp_backward, setup_context=save)
-torch.library.register_autograd(f"{NAMESPACE}::tucker", _tucker_backward, setup_context=save)
-
-__all__ = [
-    "fits_one_kernel",
-    "fused_cp",
-    "fused_dense",
-    "fused_tucker",
-    "launched",
-    "values",
-]

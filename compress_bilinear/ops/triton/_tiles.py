@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tuning import tuning
+
 UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
-FEW = 128  # programs below which a sum is split among several
 OPTIONS = {
     "enable_fp_fusion": True,  # what has been the default, which Triton 3.9 warns will change
     "maxnreg": 255,  # all there are: by itself ptxas may spill a few of 130 to have 128, for more programs at once
@@ -54,11 +55,11 @@ def tile(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
-def shares(length: int, programs: int, few: int) -> tuple[int, int]:
+def shares(length: int, programs: int) -> tuple[int, int]:
     """How many terms of a sum of `length` each program takes, and how many programs share it, to fill a GPU."""
-    if length == 0 or programs == 0:  # of no rows, which a graph compiled for any number may meet
+    if length == 0 or programs == 0:  # no rows, which a graph compiled for any number may meet
         return 1, 1
-    splits = min(length, triton.cdiv(few, programs)) if programs < few else 1
+    splits = max(1, min(length, triton.cdiv(tuning().programs, programs)))
     part = triton.cdiv(length, splits)
     return part, triton.cdiv(length, part)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .._choice import MOST_RANK
 from ._tiles import (
-    FEW,
     OPTIONS,
     UNIT,
     exact,
@@ -225,7 +224,7 @@ def launch_tucker_pairs_second_gradient(
     blocks = gradient_tiles(rank2, rank_out, False, exact(t))
     tiles2 = triton.cdiv(length2, blocks["BL2"])
     programs = batch * tiles2 * triton.cdiv(rank2, blocks["BJ"])
-    part, splits = shares(length1, programs, FEW)
+    part, splits = shares(length1, programs)
     dtype = t.dtype if splits == 1 else torch.float32
     dq = torch.empty(splits, batch, length2, rank2, dtype=dtype, device=t.device)
     tucker_pairs_second_gradient[programs, splits](
@@ -244,7 +243,7 @@ def launch_tucker_pairs_weight_gradient(
     (batch, length1, length2, outputs), (rank_out, rank2) = dy.shape, t.shape[2:]
     blocks = gradient_tiles(rank2, rank_out, True, exact(t))
     programs = triton.cdiv(outputs, blocks["BO"])
-    part, splits = shares(batch * length1, programs, FEW)
+    part, splits = shares(batch * length1, programs)
     dtype = t.dtype if splits == 1 else torch.float32
     dw = torch.empty(splits, outputs, rank_out, dtype=dtype, device=t.device)
     tucker_pairs_weight_gradient[programs, splits](

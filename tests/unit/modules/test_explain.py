@@ -35,13 +35,13 @@ def test_what_wraps_an_inner_layer_is_named_and_the_result_is_the_same(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_on_a_gpu_the_estimates_are_named(kind, monkeypatch):
-    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     assert "estimated" in LAYERS[kind]().explain(4096, device="cuda", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_core_that_gives_the_output_has_its_pairs_composed(gradient, monkeypatch):
-    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     sizes = {"rows": 100_000, "pairs": True, "gradient": gradient, "device": "cuda"}
     assert "Triton" in TuckerBilinear(64, 64, 32, (16, 32, 32)).explain(**sizes)
     assert "and there is none" in TuckerBilinear(64, 64, 16, (16, 32, 32)).explain(**sizes)

@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import _api as _layers
-from compress_bilinear.ops import _choice, _cp, _gemm
+from compress_bilinear.ops import _choice, _gemm
 from compress_bilinear.quantization import FORMATS
 
 RANK = (4, 5, 6)
@@ -46,32 +45,35 @@ def inputs(pairs, shape, dtype=torch.float64):
     return [normal(*lead, size).to(dtype) for lead, size in zip(leading, shape[:2], strict=True)]
 
 
-WAYS = [("cp", False, True), ("cp", False, False), ("cp", True, True), ("tucker", False, True), ("tucker", True, True)]
+WAYS = [("cp", False), ("cp", True), ("tucker", False), ("tucker", True)]
+NO_SMALL_CALLS = ops.Tuning(onednn_products=0)  # for which a CP has a path of its own
+# every shape with every way, every dtype with each of both
+PATHS = [
+    (shape, DTYPES[(row + column) % 4], *way, tuning)
+    for row, shape in enumerate(SHAPES)
+    for column, (way, tuning) in enumerate([(WAYS[0], NO_SMALL_CALLS), *((way, ops.Tuning()) for way in WAYS)])
+]
 
 
-@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)  # a CP of small products has a way of its own
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs, short, monkeypatch):
-    if not short:
-        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
+@pytest.mark.parametrize(("shape", "dtype", "kind", "pairs", "tuning"), PATHS)
+def test_composed_paths_have_the_references_outputs_and_gradients(shape, dtype, kind, pairs, tuning):
     tensors = [t.requires_grad_() for t in (*inputs(pairs, shape, dtype), *factors(kind, shape, dtype))]
     wide = [t.detach().double().requires_grad_() for t in tensors]
-    found, expected = call(kind, pairs, *tensors), reference(kind, pairs, *wide)
+    with ops.use_tuning(tuning):
+        found, expected = call(kind, pairs, *tensors), reference(kind, pairs, *wide)
+        with torch.no_grad():
+            values = call(kind, pairs, *tensors)
     factor = 10 if dtype in (torch.float16, torch.bfloat16) else 1  # three roundings in a row
     assert_matches_reference(found.detach(), expected.detach(), factor)
+    assert_matches_reference(values, expected.detach(), factor)
     direction = normal(*found.shape).to(dtype)
     ours = torch.autograd.grad(found, tensors, direction)
     for gradient, exact in zip(ours, torch.autograd.grad(expected, wide, direction.double()), strict=True):
         assert_matches_reference(gradient, exact, factor)
-    with torch.no_grad():
-        assert_matches_reference(call(kind, pairs, *tensors), expected.detach(), factor)
 
 
-@pytest.mark.parametrize(("kind", "pairs", "short"), WAYS)
-def test_first_and_second_derivatives(kind, pairs, short, monkeypatch):
-    if not short:
-        monkeypatch.setattr(_layers, "small_cp", lambda *operands: None)
+@pytest.mark.parametrize(("kind", "pairs"), WAYS)
+def test_first_and_second_derivatives(kind, pairs):
     shape = (3, 2, 2)
     tensors = [t.requires_grad_() for t in (*inputs(pairs, shape), *factors(kind, shape))]
     assert torch.autograd.gradcheck(lambda *args: call(kind, pairs, *args), tensors)
@@ -80,28 +82,27 @@ def test_first_and_second_derivatives(kind, pairs, short, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 10, 40, 150, 500])  # elements: from single pairs to several of the batch
 @pytest.mark.parametrize(("leading", "length1", "length2"), [((), 13, 3), ((3,), 4, 5), ((2, 3), 3, 4), ((7,), 1, 1)])
-def test_pairs_in_blocks_are_the_same(leading, length1, length2, most, monkeypatch):
+def test_pairs_in_blocks_are_the_same(leading, length1, length2, most):
     shape = (7, 5, 9)
     input1, input2 = normal(*leading, length1, 7), normal(*leading, length2, 5)
     tensors = [t.requires_grad_() for t in (input1, input2, *factors("cp", shape))]
     whole = ops.pairwise_cp(*tensors)
-    for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
-        monkeypatch.setattr(_cp, name, most)
-    blocks = ops.pairwise_cp(*tensors)
+    with ops.use_tuning(ops.Tuning(cp=most, cp_grad=most)):
+        blocks = ops.pairwise_cp(*tensors)
+        with torch.no_grad():
+            values = ops.pairwise_cp(*tensors)
     assert_matches_reference(blocks.detach(), whole.detach())
-    with torch.no_grad():
-        assert_matches_reference(ops.pairwise_cp(*tensors), whole.detach())
+    assert_matches_reference(values, whole.detach())
     for ours, exact in zip(*(torch.autograd.grad(y.sum(), tensors) for y in (blocks, whole)), strict=True):
         assert_matches_reference(ours, exact)
 
 
 @pytest.mark.parametrize("leading", [(40,), (4, 10)])
-def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading, monkeypatch):
-    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 2**12)
+def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading):
     rank, length, out = 64, 12, 5
     weights = [normal(*shape) for shape in ((rank, 9), (rank, 9), (out, rank), (out,))]
     input1, input2 = normal(*leading, length, 9), normal(*leading, length, 9)
-    with Memory() as memory, torch.no_grad():
+    with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(cp=2**12)):
         ops.pairwise_cp(input1, input2, *weights)
     output = 40 * length**2 * out
     assert memory.largest == output
@@ -110,15 +111,13 @@ def test_pairs_without_a_gradient_hold_their_output_and_a_few_blocks(leading, mo
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_more_outputs_than_components_are_held_little_more_than_once_or_twice(wanted, monkeypatch):
+def test_more_outputs_than_components_are_held_little_more_than_once_or_twice(wanted):
     weights = [normal(*shape) for shape in ((4, 9), (4, 9), (64, 4), (64,))]
     weights[0].requires_grad_(wanted)
     input1, input2 = normal(6, 32, 9), normal(6, 32, 9)
     output = 6 * 32**2 * 64
     for most, copies in ((2**22, 1), (2**12, 2 if wanted else 1)):  # pieces are joined where a gradient is wanted
-        for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
-            monkeypatch.setattr(_cp, name, most)
-        with Memory() as memory, torch.set_grad_enabled(wanted):
+        with Memory() as memory, torch.set_grad_enabled(wanted), ops.use_tuning(ops.Tuning(cp=most, cp_grad=most)):
             ops.pairwise_cp(input1, input2, *weights)
         assert output <= memory.peak < (copies + 0.3) * output
 
@@ -134,22 +133,24 @@ class OnlyLinear(torch.Tensor):
         return function(*plain, **(kwargs or {}))
 
 
-def test_weights_of_another_type_need_no_more_than_linear_layers(monkeypatch):
-    monkeypatch.setattr(_cp, "_PAIR_BLOCK", 10)
+def test_weights_of_another_type_need_no_more_than_linear_layers():
     input1, input2, *weights = *inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9))
     exact = reference("cp", True, input1, input2, *weights)
     others = [weight.as_subclass(OnlyLinear) for weight in weights[:3]]
-    with torch.no_grad():
+    with torch.no_grad(), ops.use_tuning(ops.Tuning(cp=10)):
         assert_matches_reference(ops.pairwise_cp(input1, input2, *others, weights[3]), exact)
 
 
 @pytest.mark.parametrize("enabled", [False, True])
 @pytest.mark.parametrize("most", [2**20, 10])
-def test_pairs_have_autocasts_dtype_with_and_without_a_gradient(most, enabled, monkeypatch):
-    monkeypatch.setattr(_cp, "_PAIR_BLOCK", most)
+def test_pairs_have_autocasts_dtype_with_and_without_a_gradient(most, enabled):
     input1, input2, *weights = [t.float() for t in (*inputs(True, (7, 5, 9)), *factors("cp", (7, 5, 9)))]
     for first in (input1, input1.double()):
-        with torch.set_grad_enabled(enabled), torch.autocast("cpu", dtype=torch.bfloat16):
+        with (
+            ops.use_tuning(ops.Tuning(cp=most)),
+            torch.set_grad_enabled(enabled),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
             wide = [t.double() if first.dtype == torch.float64 else t for t in (weights[0], weights[2])]
             assert ops.pairwise_cp(first, input2, wide[0], weights[1], *weights[2:3]).dtype == torch.bfloat16
 
@@ -223,7 +224,7 @@ def stored_in_int8(kind, tensors):
 @pytest.mark.parametrize(("kind", "pairs"), CASES)
 def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, int8, monkeypatch):
     # tensors without values: reading one, or a size that depends on one, would raise here, and on CUDA wait for it
-    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
     arguments, options = stored_in_int8(kind, tensors) if int8 else (tensors, {})
     if backend == "triton" and (kind, pairs) == ("dense", True):
@@ -284,7 +285,7 @@ def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, pa
 def test_pairs_that_want_a_gradient_take_the_path_of_fewer_bytes_until_its_products_cost_more(
     kind, shape, rank, runs, monkeypatch
 ):
-    monkeypatch.setattr(_choice, "refusal", lambda device, dtype: None)
+    monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     options = {"pairs": True, "device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
     found = ops.explain(kind, shape, rank, 250_000, gradient=True, **options)
     assert found.backend == runs
@@ -308,27 +309,22 @@ def test_int8_factors_have_the_step_of_the_format():
 
 
 @pytest.fixture
-def onednn(monkeypatch):
+def onednn():
     """Products of any size by oneDNN, whatever the processor."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(_gemm, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(_gemm, "LEAST_PRODUCTS", 1)
-    monkeypatch.setattr(_gemm, "onednn_is_faster", lambda: True)
+    with ops.use_tuning(ops.Tuning(onednn=True, onednn_rows=1, onednn_products=0)):
+        yield
 
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("shape", [(5,), (2, 3), (1,)])
 def test_onednn_products_are_linear_maps(shape):
     x, weight, bias = normal(*shape, 9).float(), normal(7, 9).float(), normal(7).float()
-    other = normal(*shape, 7).float()
     for w in (weight, weight.T.contiguous().T, normal(9, 7).float().T):
-        assert _gemm.prefers_onednn(x, w)
+        assert _gemm.uses_onednn(x, w)
         exact = torch.nn.functional.linear(x.double(), w.double())
         assert_matches_reference(ops.linear(x, w, bias), exact + bias.double())
-        kept = other.clone()
-        assert_matches_reference(ops.linear_times(x, w, other), exact * other.double())
-        assert torch.equal(other, kept)
 
 
 @pytest.mark.usefixtures("onednn")
@@ -370,9 +366,9 @@ def test_every_order_of_a_dense_layer_by_onednn(order):
 @pytest.mark.usefixtures("onednn")
 def test_whoever_watches_operators_sees_those_of_torch():
     x, weight = normal(4, 5).float(), normal(3, 5).float()
-    assert _gemm.prefers_onednn(x, weight)
+    assert _gemm.uses_onednn(x, weight)
     with torch.autocast("cpu"):
-        assert not _gemm.prefers_onednn(x, weight)
+        assert not _gemm.uses_onednn(x, weight)
     assert torch.func.vmap(lambda row: ops.linear(row, weight))(x.unsqueeze(1)).shape == (4, 1, 3)
     exported = torch.export.export(torch.nn.Linear(5, 3), (x,))
     assert "mkldnn" not in str(exported.graph)
@@ -401,7 +397,7 @@ def test_inputs_of_other_leading_dimensions_are_an_error_and_never_broadcast(kin
 
 
 def test_sizes_whose_products_agree_are_not_taken_for_the_weights():
-    with pytest.raises(RuntimeError):  # 2 x 6 entries, as of 3 x 4
+    with pytest.raises(InputError, match="should be 3 and 4"):  # 2 x 6 entries, as of 3 x 4
         ops.bilinear_dense(normal(3, 2), normal(3, 6), normal(5, 3, 4))
     for shape1, shape2 in itertools.permutations([(1, 8), (4, 2), (2, 4), (8,), (2, 2, 2)], 2):  # 8 entries each
         with pytest.raises(InputError, match="same leading dimensions"):
@@ -423,8 +419,8 @@ def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
 
 
-def problem(form, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):
-    return _choice.Problem(form, shape, rank, rows, False, torch.device("cuda"), dtype, bits)
+def problem(method, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):
+    return _choice.Problem(method, shape, rank, rows, False, torch.device("cuda"), dtype, bits)
 
 
 def test_the_model_prefers_fewer_launches_and_less_traffic():

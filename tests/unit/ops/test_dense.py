@@ -1,12 +1,14 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from quantized import int8_slices
 from support import DTYPES, SHAPES, Memory, assert_matches_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import _dense, _gemm, _small
 from compress_bilinear.quantization import decode_int8
 
 ROWS = 11
@@ -30,10 +32,10 @@ def operands(shape, leading=(ROWS,), leading2=None, **options):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
+def small_blocks():
     """Many blocks of rows and of outputs, even for small operands."""
-    for name in ("_CPU_BLOCK", "_CPU_BLOCK_GRAD", "_CPU_BLOCK_PAIRS", "_OUTER_BLOCK", "_WEIGHT_BLOCK"):
-        monkeypatch.setattr(_dense, name, 12)
+    with ops.use_tuning(ops.Tuning(block=12, block_grad=12, pairs=12, outer=12, weight=12)):
+        yield
 
 
 @pytest.fixture(params=["whole", "blocks"])
@@ -244,19 +246,17 @@ def test_peak_memory_without_gradients_is_a_few_blocks(order):
     tensors = operands((in1, in2, out), (count,), dtype=torch.float32)
     with Memory() as memory, torch.no_grad():
         ops.bilinear_dense(*tensors, order=order)
-    block = _dense._OUTER_BLOCK if order == "outer" else _dense._CPU_BLOCK
+    block = ops.Tuning().outer if order == "outer" else ops.Tuning().block
     assert memory.largest <= max(block, count * out)
     assert memory.peak <= 3 * block + 4 * count * out
     assert memory.peak < count * in1 * (in2 if order == "outer" else out) / 4
 
 
 @pytest.mark.parametrize("order", ops.ORDERS)
-def test_peak_memory_of_training_is_a_few_blocks(order, monkeypatch):
-    for name in ("_CPU_BLOCK_GRAD", "_OUTER_BLOCK"):
-        monkeypatch.setattr(_dense, name, 2**18)
+def test_peak_memory_of_training_is_a_few_blocks(order):
     count, (in1, in2, out) = 4096, (64, 64, 32)
     tensors = operands((in1, in2, out), (count,), dtype=torch.float32, requires_grad=True)
-    with Memory() as memory:
+    with Memory() as memory, ops.use_tuning(ops.Tuning(block_grad=2**18, outer=2**18)):
         ops.bilinear_dense(*tensors, order=order).sum().backward()
     assert memory.largest < count * in1 * out / 8
     assert memory.peak < count * in1 * out / 2
@@ -268,49 +268,56 @@ def test_peak_memory_of_pairs_is_their_output_and_a_few_blocks():
     with Memory() as memory, torch.no_grad():
         ops.pairwise_dense(*tensors)
     pairs = 16 * length1 * length2 * out
-    assert memory.largest <= max(pairs, _dense._CPU_BLOCK_PAIRS)
-    assert memory.peak <= pairs + 3 * _dense._CPU_BLOCK_PAIRS
+    assert memory.largest <= max(pairs, ops.Tuning().pairs)
+    assert memory.peak <= pairs + 3 * ops.Tuning().pairs
     assert memory.peak < 16 * length1 * in2 * out / 2  # T whole
 
 
 @pytest.mark.parametrize("order", ops.ORDERS)
-def test_an_int8_weight_is_never_dequantized_whole(order, monkeypatch):
-    monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", 2**13)
+def test_an_int8_weight_is_never_decoded_whole(order):
     input1, input2, weight, bias = operands((64, 64, 128), (3,), dtype=torch.float32)
     qdata, scale = int8_slices(weight, 2)
     for call in (
         lambda: ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order),
         lambda: ops.pairwise_dense(input1, input2, qdata, bias, scale=scale),
     ):
-        with Memory() as memory, torch.no_grad():
+        with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(weight=2**13)):
             call()
         assert memory.largest <= qdata.numel() / 16
         assert memory.peak < qdata.numel() / 2
 
 
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def intel(monkeypatch):
-    """As where MKL is at its best, whatever the processor; and no call is small."""
-    for module in (_gemm, _small):
-        monkeypatch.setattr(module, "has_slow_mkl", lambda: False)
-    monkeypatch.setattr(_small, "_LYING", 0)
-    monkeypatch.setattr(_small, "_PAIRS", 0)
-    monkeypatch.setattr(_small, "_ROW_PAIRS", 0)
+def intel():
+    """As where MKL has its fastest kernels, whatever the processor."""
+    with ops.use_tuning(replace(ops.tuning(), onednn=False)):
+        yield
 
 
 @pytest.mark.usefixtures("blocks", "intel")
-@pytest.mark.parametrize("loop", [False, True])
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(63, 37, 17), (9, 1, 3), (6, 6, 1)])
-def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch):
-    monkeypatch.setattr(_dense, "_contract", None)  # another way would fail
-    monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1 if loop else 2**17)
-    monkeypatch.setattr(_dense, "_LYING_OUT", 2**6 if loop else 4)
-    input1, input2, weight, bias = operands(shape, (rows,), dtype=dtype)
+def test_the_weight_is_read_in_its_stored_layout(shape, dtype, rows):
+    input1, input2, weight, bias = operands(shape, (1, rows), dtype=dtype)  # leading dimensions: not the small path
     qdata, scale = int8_slices(weight, 2)
     wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
-    output = ops.bilinear_dense(input1, input2, weight, bias)
+    with Operators() as operators:
+        output = ops.bilinear_dense(input1, input2, weight, bias)
+    assert "bmm" in operators.names
+    assert not operators.names & {"mm", "addmm"}
     assert output.is_contiguous()
     assert_matches_reference(output, ops.reference.bilinear_dense(*wide))
     wide[2] = decode_int8(qdata, scale, torch.float64)
@@ -319,22 +326,17 @@ def test_slices_that_are_taken_as_they_lie(shape, dtype, rows, loop, monkeypatch
     )
 
 
-@pytest.mark.usefixtures("intel")
-def test_slices_as_they_lie_copy_no_weight_and_hold_a_block(monkeypatch):
-    monkeypatch.setattr(_dense, "_CPU_BLOCK", 2**13)
-    monkeypatch.setattr(_dense, "_LOOP_BLOCK", 1)
-    monkeypatch.setattr(_dense, "_LOOP_MOST", 64 * 64 * 96 - 1)  # torch's loop would copy the weight
-    monkeypatch.setattr(_gemm, "is_recorded", lambda: False)  # the recorder of memory is such a mode
-    tensors = operands((64, 64, 96), (32,), dtype=torch.float32)
+def test_the_stored_layout_is_read_without_a_copy_of_the_weight():
+    tensors = operands((64, 64, 96), (1, 32), dtype=torch.float32)
     tensors[2].requires_grad_()
-    with Memory() as memory, torch.no_grad():
+    with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(onednn=False, block=2**13)):
         ops.bilinear_dense(*tensors)
     assert memory.peak <= 2**13 + 3 * 32 * 96
 
 
 @pytest.mark.usefixtures("intel")
 @pytest.mark.parametrize("wanted", range(4))
-def test_a_gradient_keeps_its_blocks_where_slices_would_lie_well(wanted):
+def test_a_gradient_does_without_the_stored_layout(wanted):
     tensors = operands((9, 7, 3))
     tensors[wanted].requires_grad_()
     found = torch.autograd.grad(ops.bilinear_dense(*tensors).sum(), tensors[wanted])
@@ -342,39 +344,37 @@ def test_a_gradient_keeps_its_blocks_where_slices_would_lie_well(wanted):
     assert_matches_reference(found[0], exact[0])
 
 
-@pytest.mark.parametrize("most", [None, 2**19, 0])  # None: MKL is slow
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("leading", [(), (1,), (5,), (1, 1), (2, 3)])
-@pytest.mark.parametrize("out", [1, 2, 3, 6])
-def test_small_calls(out, leading, dtype, most, monkeypatch):
-    monkeypatch.setattr(_small, "has_slow_mkl", lambda: most is None)
-    monkeypatch.setattr(_small, "_LYING", most or 0)
+# every value with every other, by turns
+SMALL_CALLS = [
+    (out, leading, DTYPES[(index + turn) % 4], onednn)
+    for index, leading in enumerate([(), (1,), (5,), (1, 1), (2, 3)])
+    for turn, out in enumerate([1, 2, 3, 6])
+    for onednn in (False, True)
+]
+
+
+@pytest.mark.parametrize(("out", "leading", "dtype", "onednn"), SMALL_CALLS)
+def test_small_calls(out, leading, dtype, onednn):
     tensors = operands((9, 7, out), leading, dtype=dtype)
     wide = [tensor.double() for tensor in tensors]
-    with torch.no_grad():
-        assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
-    assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
+    with ops.use_tuning(ops.Tuning(onednn=onednn)):
+        with torch.no_grad():
+            assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
+        assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
 
 
 @pytest.mark.usefixtures("intel")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(9, 7, 6), (7, 9, 6), (1, 5, 1), (5, 1, 300)])
-def test_a_call_whose_products_fit_the_cache_takes_the_slices_as_they_lie(shape, bias, monkeypatch):
-    products = 40 * shape[2] * min(shape[:2])
-    monkeypatch.setattr(_small, "_LYING", products)
+def test_a_small_call_reads_weights_of_any_strides(shape, bias):
     input1, input2, weight, added = operands(shape, (40,), dtype=torch.float32)
-    input1, weight = input1.T.contiguous().T, weight.mT.contiguous().mT  # of any strides
-    tensors = [input1, input2, weight, added if bias else None]
-    with torch.no_grad():
-        found = ops.small_dense(*tensors)
-        monkeypatch.setattr(_small, "_LYING", products - 1)
-        assert ops.small_dense(*tensors) is None
-    monkeypatch.setattr(_small, "_LYING", products)
-    assert found is not None
+    tensors = [input1.T.contiguous().T, input2, weight.mT.contiguous().mT, added if bias else None]
+    with torch.no_grad(), Operators() as operators:
+        found = ops.bilinear_dense(*tensors)
+    assert "bmm" in operators.names
     assert found.is_contiguous()
     wide = [tensor if tensor is None else tensor.double() for tensor in tensors]
     assert_matches_reference(found, ops.reference.bilinear_dense(*wide))
-    assert ops.small_dense(*tensors) is None  # a gradient may be wanted
 
 
 @pytest.mark.parametrize("wide", [0, 1])
@@ -382,19 +382,20 @@ def test_a_call_whose_products_fit_the_cache_takes_the_slices_as_they_lie(shape,
 def test_a_small_call_rounds_no_input_to_the_weights_dtype(shape, wide):
     tensors = operands(shape, dtype=torch.float32)
     tensors[wide] = tensors[wide].double()
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"dtype|scalar type"):
+    with torch.no_grad(), pytest.raises(InputError, match="should have the same dtype"):
         ops.bilinear_dense(*tensors)
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_a_single_row_takes_the_products_of_its_inputs_for_a_large_weight_as_it_lies(contiguous, monkeypatch):
-    monkeypatch.setattr(_small, "_PAIRS", 0)
-    tensors = operands((9, 7, 6), (1,))
+@pytest.mark.parametrize("out", [3, 6])
+def test_a_single_row_copies_no_weight(out, contiguous):
+    tensors = operands((90, 70, out), (1,))
     if not contiguous:
-        tensors[2] = tensors[2].mT.contiguous().mT
-    small = ops.small_dense(*tensors)
-    assert (small is not None) == contiguous
-    assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*tensors))
+        tensors[2] = tensors[2].transpose(0, 1).contiguous().transpose(0, 1)
+    with Memory() as memory:
+        found = ops.bilinear_dense(*tensors)
+    assert memory.largest < tensors[2].numel() / 2 or not contiguous
+    assert_matches_reference(found, ops.reference.bilinear_dense(*tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,0 +1,107 @@
+"""The one place that asks what surrounds a call: a graph being recorded, transforms, autocast, a gradient wanted."""
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+_Operation = TypeVar("_Operation", bound=Callable[..., Tensor])
+_SCALES = ("scale", "sigma")  # keyword arguments that keep float32 under autocast
+
+
+def traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit records a graph, which has to hold for other batches too."""
+    return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp) or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def observed() -> bool:
+    """Whether a dispatch mode (of fake tensors, of a FLOP counter) sees every operator."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def gradient_wanted(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def recorded(device_type: str) -> bool:
+    """Whether operators are recorded, transformed, seen or cast by something that knows none but torch's own."""
+    return traced() or transformed() or observed() or autocast_enabled(device_type)
+
+
+def only_values(*tensors: Tensor | None) -> bool:
+    """Whether nothing but values is computed from these tensors, so that results may be written in place."""
+    return not (traced() or transformed() or gradient_wanted(*tensors))
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether all tensors are ordinary ones: a subclass may lack operators, or place outputs itself."""
+    return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on; the meta device has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def autocast_dtype(device_type: str, *tensors: Tensor | None) -> torch.dtype | None:
+    """The dtype in which autocast runs a product of these tensors; None where it is off or finds float64."""
+    if not autocast_enabled(device_type) or any(t is not None and t.dtype == torch.float64 for t in tensors):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Autocast off, for operands that are in their final dtype already."""
+    return torch.autocast(device_type, enabled=False) if autocast_enabled(device_type) else nullcontext()
+
+
+def follows_autocast(operation: _Operation) -> _Operation:
+    """Give `operation` the dtype rule of a matrix product under autocast.
+
+    Floating operands are cast to autocast's dtype, and the operation runs without autocast. Scales keep their dtype.
+    With an operand in float64 nothing is cast, as in torch.
+    """
+
+    @functools.wraps(operation)
+    def with_rule(input1: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if input1.is_cpu and not torch.is_autocast_enabled("cpu"):  # at once, for calls may be short
+            return operation(input1, *args, **kwargs)
+        device = input1.device.type
+        named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _SCALES}
+        tensors = [value for value in (input1, *args, *named.values()) if isinstance(value, Tensor)]
+        dtype = autocast_dtype(device, *tensors)
+        if dtype is None:
+            return operation(input1, *args, **kwargs)
+
+        def in_dtype(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        named = {name: in_dtype(value) for name, value in named.items()}
+        with without_autocast(device):
+            return operation(*map(in_dtype, (input1, *args)), **(kwargs | named))
+
+    return cast(_Operation, with_rule)
+
+
+def reason_for_plain_operators(*tensors: Tensor | None) -> str | None:
+    """Why a call on these tensors needs operators that torch can transform and cast; None where it does not."""
+    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
+    if any(map(autocast_enabled, kinds)):
+        return "autocast is on, and leaves operands in float64 alone"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    other = next((tensor for tensor in tensors if not plain(tensor)), None)
+    return None if other is None else f"an operand is a {type(other).__name__}"
