@@ -92,7 +92,7 @@ def _backward(
         return _composed_gradients(composed, operands, wanted, dy)
     found = gradients(wanted, dy, *operands)
     kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=False)]
-    return *kept, *([None] * (len(operands) - len(kept)))
+    return (*kept, *[None] * (len(operands) - len(kept)))
 
 
 def _composed_gradients(
@@ -103,7 +103,7 @@ def _composed_gradients(
     operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
     chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
     found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
-    return [next(found) if want and t is not None else None for t, want in zip(operands, wanted, strict=True)]
+    return tuple(next(found) if want and t is not None else None for t, want in zip(operands, wanted, strict=True))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:

@@ -4,11 +4,11 @@ from support import DTYPES, assert_matches_reference, bilinear, low_rank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress_bilinear import CPBilinear, TuckerBilinear
+from compress_bilinear import CPBilinear, TuckerBilinear, ops
 from compress_bilinear.decomposition import CPDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.modules import QuantizedLinear
-from compress_bilinear.ops import _cp, reference
+from compress_bilinear.ops import reference
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
@@ -133,9 +133,9 @@ def test_large_weights_stay_in_the_range_of_float16():
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    for name in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
-        monkeypatch.setattr(_cp, name, 50)
+def small_blocks():
+    with ops.use_tuning(ops.Tuning(cp=50, cp_grad=50)):
+        yield
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -253,13 +253,13 @@ def elements_saved(call):
     return sum(saved.values())
 
 
-def test_blocks_of_pairs_are_not_kept_for_the_backward(monkeypatch):
+def test_blocks_of_pairs_are_not_kept_for_the_backward():
     layer, _ = example(rank=40)
     input1, input2 = normal(30, 9).requires_grad_(), normal(20, 7, seed=1).requires_grad_()
     product = 30 * 20 * 40
     assert elements_saved(lambda: layer.pairwise(input1, input2)) >= product  # one block is kept
-    monkeypatch.setattr(_cp, "_PAIR_BLOCK_GRAD", 2000)
-    assert elements_saved(lambda: layer.pairwise(input1, input2)) < product / 4
+    with ops.use_tuning(ops.Tuning(cp_grad=2000)):
+        assert elements_saved(lambda: layer.pairwise(input1, input2)) < product / 4
 
 
 def test_flops_are_those_of_the_matrix_products_and_one_product_a_component():

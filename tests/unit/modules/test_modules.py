@@ -12,10 +12,10 @@ from support import DTYPES, SHAPES, assert_matches_reference, assert_same_state,
 from torch import nn
 from torch.nn.utils import prune
 
-from compress_bilinear import CPBilinear, DenseBilinear, TuckerBilinear
+from compress_bilinear import CPBilinear, DenseBilinear, TuckerBilinear, ops
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, cp, tucker
 from compress_bilinear.errors import CompressionError, ConfigError, InputError
-from compress_bilinear.ops import _cp, _dense, reference
+from compress_bilinear.ops import reference
 
 KINDS = tuple(itertools.product((CPBilinear, TuckerBilinear, DenseBilinear), (None, "int8", "nf4")))
 EXACT = tuple(kind for kind in KINDS if kind[1] is None)
@@ -194,9 +194,9 @@ def test_messages_say_what_was_required_and_found(kind):
 
 
 @pytest.fixture
-def small_blocks(monkeypatch):
-    for size in ("_CPU_BLOCK", "_CPU_BLOCK_GRAD", "_CPU_BLOCK_PAIRS", "_OUTER_BLOCK", "_WEIGHT_BLOCK"):
-        monkeypatch.setattr(_dense, size, 12)
+def small_blocks():
+    with ops.use_tuning(ops.Tuning(block=12, block_grad=12, pairs=12, outer=12, weight=12, cp=12, cp_grad=12)):
+        yield
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -426,11 +426,9 @@ def test_the_weight_of_a_projected_layer_is_its_dense_weight(kind):
 @pytest.mark.parametrize("blocks", ["whole", "blocks"])
 @for_kinds()
 @pytest.mark.parametrize("call", ["forward", "pairwise"])
-def test_functional_gradients_are_those_of_autograd(call, kind, blocks, request, monkeypatch):
+def test_functional_gradients_are_those_of_autograd(call, kind, blocks, request):
     if blocks == "blocks":
         request.getfixturevalue("small_blocks")
-        for size in ("_PAIR_BLOCK", "_PAIR_BLOCK_GRAD"):
-            monkeypatch.setattr(_cp, size, 12)
     function = getattr(make(kind), call)
     input1, input2 = inputs(make(kind), 6)
     found = torch.func.grad(lambda values: function(values, input2).sum())(input1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from quantized import for_all, made, peak_bytes, rows
 
+from compress_bilinear import ops
 from compress_bilinear.modules import _int8_matmul, _linear
-from compress_bilinear.ops import _dense
 from compress_bilinear.quantization import QuantizedTensor
 
 
@@ -16,11 +16,10 @@ from compress_bilinear.quantization import QuantizedTensor
 def test_a_forward_holds_one_dequantized_part_beside_what_lies_between(method, quantize, dtype, monkeypatch):
     part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
     monkeypatch.setattr(_linear, "CHUNK", part)
-    monkeypatch.setattr(_dense, "_WEIGHT_BLOCK", part)
     layer, _ = made(method, quantize, shape, rank)
     layer = layer.to(dtype)
     values = rows(layer, count, dtype=dtype)
-    with torch.no_grad():
+    with torch.no_grad(), ops.use_tuning(ops.Tuning(weight=part)):
         layer(*values)
         peak = peak_bytes(lambda: layer(*values))
     # a part in float32, beside it the same in the inputs' dtype; of NF4, its indices, eight bytes each
@@ -52,15 +51,17 @@ def calls(layer, count=6):
 def test_no_dequantized_values_wait_for_a_backward(method, quantize, parts, way, monkeypatch):
     layer, _ = made(method, quantize, (20, 30, 24), 18)
     least = min(part.shape.numel() for part in layer.modules() if isinstance(part, QuantizedTensor)) // parts
-    for module, name in ((_linear, "CHUNK"), (_int8_matmul, "CHUNK"), (_dense, "_WEIGHT_BLOCK")):
-        monkeypatch.setattr(module, name, 2**20 if parts == 1 else least)
+    size = 2**20 if parts == 1 else least
+    for module in (_linear, _int8_matmul):
+        monkeypatch.setattr(module, "CHUNK", size)
     for compute in layer.computes:
         layer.set_compute(compute)
         held = [*layer.buffers(), *layer.parameters()]
         held += [part.resident for part in layer.modules() if getattr(part, "resident", None) is not None]
         there = {tensor.untyped_storage().data_ptr() for tensor in held}
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)
+        with ops.use_tuning(ops.Tuning(weight=size)), hooks:
             output = calls(layer)[way]()
         own = [tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in there]
         activations = max(6 * max(20 * 30, 18 * 18), 36 * 20 * 2, 6 * 30 * 24)  # T, pairs and products of inputs
@@ -71,13 +72,14 @@ def test_no_dequantized_values_wait_for_a_backward(method, quantize, parts, way,
 @for_all
 def test_a_backward_holds_one_dequantized_part_too(method, quantize, monkeypatch):
     part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
-    for module, name in ((_linear, "CHUNK"), (_int8_matmul, "CHUNK"), (_dense, "_WEIGHT_BLOCK")):
-        monkeypatch.setattr(module, name, part)
+    for module in (_linear, _int8_matmul):
+        monkeypatch.setattr(module, "CHUNK", part)
     layer, _ = made(method, quantize, shape, rank)
     inputs = [value.requires_grad_() for value in rows(layer, count)]
 
     def step():
-        torch.autograd.grad(layer(*inputs).sum(), inputs)
+        with ops.use_tuning(ops.Tuning(weight=part)):
+            torch.autograd.grad(layer(*inputs).sum(), inputs)
 
     whole = 4 * {"dense": math.prod(shape), "cp": 1024 * sum(shape), "tucker": 94**3}[method]
     elements = {"dense": 130 * 128, "cp": 4 * 1024, "tucker": 94 * 94}[method] + 2 * sum(shape)

@@ -1,9 +1,11 @@
 """Every Triton kernel under Triton's interpreter, against float64 references; `test_triton.py` runs this file.
 
-Not collected by itself: TRITON_INTERPRET has to be set before Triton is imported, and holds for the whole process.
-Fresh memory is filled with NaN, so what a kernel leaves unwritten is seen; operands lie in larger tensors of NaN, so
-what it reads beside them is seen too.
+It is not collected by itself: TRITON_INTERPRET has to be set before Triton is imported, and holds for the process.
+Fresh memory is filled with NaN, which shows what a kernel leaves unwritten. Operands are views of larger tensors of
+NaN, which shows what it reads outside of them.
 """
+
+import itertools
 
 import pytest
 import torch
@@ -17,15 +19,23 @@ from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _choice
 from compress_bilinear.ops.triton import _cp as _triton_cp
 from compress_bilinear.ops.triton import _cp_pairs as _triton_cp_pairs
-from compress_bilinear.ops.triton import _dense as _triton_dense
-from compress_bilinear.ops.triton import _operators as _dispatch
-from compress_bilinear.ops.triton import _pair_operators as _dispatch_pairs
+from compress_bilinear.ops.triton import _operators
 from compress_bilinear.ops.triton import _tucker_pairs as _triton_tucker_pairs
 from compress_bilinear.quantization import FORMATS, decode_int8
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
-SIZES = ((5, 37, 19, 21), (1, 1, 9, 3), (33, 9, 1, 1), (70, 70, 17, 33))
+SIZES = ((5, 18, 7, 17), (1, 1, 9, 3), (33, 9, 1, 1), (33, 18, 17, 33))
+
+
+def covering(*axes):
+    """The product of the axes' values. All but enough for each value to appear are slow."""
+    cases = []
+    for places in itertools.product(*(range(len(axis)) for axis in axes)):
+        usual = sum(places) % max(map(len, axes)) == 0
+        values = (axis[place] for axis, place in zip(axes, places, strict=True))
+        cases.append(pytest.param(*values, marks=[] if usual else pytest.mark.slow))
+    return cases
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +116,7 @@ def reference(kind, tensors):
 CALLS = {"dense": ops.bilinear_dense, "cp": ops.bilinear_cp, "tucker": ops.bilinear_tucker}
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("sizes", "turned"), covering(SIZES, [False, True, False, True]))
 @pytest.mark.parametrize("kind", CALLS)
 def test_outputs_and_gradients(kind, sizes, turned):
     tensors = leaves(operands(kind, sizes, torch.float32), turned)
@@ -118,8 +127,7 @@ def test_outputs_and_gradients(kind, sizes, turned):
     assert_gradients(found, exact, tensors, wide)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize(("kind", "dtype"), covering([*CALLS], DTYPES[1:]))
 def test_half_precision(kind, dtype):
     tensors = leaves([0.3 * tensor for tensor in operands(kind, SIZES[0], dtype)])
     wide = wide_of(tensors)
@@ -143,7 +151,7 @@ def test_only_the_gradients_that_are_wanted_are_taken(width):
             assert_matches_reference(ours, theirs.double())
 
 
-def test_a_split_product_is_the_same(monkeypatch):
+def test_a_split_product_is_the_same():
     # many outputs: the product of the projections, then a plain linear map
     tensors = leaves(operands("cp", (5, 9, 11, 300), torch.float32))
     assert _choice.cp_splits(5, 20, 300)
@@ -153,18 +161,17 @@ def test_a_split_product_is_the_same(monkeypatch):
     assert_gradients(found, exact, tensors, wide)
 
 
-def test_one_kernel_and_several_programs_sum_the_same_dense_layer(monkeypatch):
+def test_one_kernel_and_several_programs_sum_the_same_dense_layer():
     tensors = operands("dense", SIZES[3], torch.float32)
     expected = reference("dense", [tensor.double() for tensor in tensors])
-    for few in (1, 128):  # whole sums over i, and parts of them
-        monkeypatch.setattr(_triton_dense, "FEW", few)
-        assert_matches_reference(ops.bilinear_dense(*tensors, backend="triton"), expected)
+    for programs in (1, 128):  # whole sums over i, and parts of them
+        with ops.use_tuning(ops.Tuning(programs=programs)):
+            assert_matches_reference(ops.bilinear_dense(*tensors, backend="triton"), expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", [1, 2, "blocks"])
+@pytest.mark.parametrize(("layout", "dtype"), covering([1, 2, "blocks"], DTYPES))
 def test_int8_dense(layout, dtype):
-    x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 200, 5), dtype)
+    x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 140, 5), dtype)
     if layout == "blocks":
         stored = FORMATS["int8"].encode(weight, "weight")
         qdata, scale = stored.qdata, stored.scale
@@ -184,10 +191,9 @@ def unit_factor(factor):
     return framed(qdata), qdata.double() / 128
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("out", [21, 300])  # one kernel, and a fused product with a linear map
+@pytest.mark.parametrize(("out", "dtype"), covering([21, 300], DTYPES))  # one kernel; a product and a linear map
 def test_int8_cp_and_its_pairs(out, dtype):
-    x1, x2, *factors, bias = operands("cp", (5, 37, 19, out), torch.float32)
+    x1, x2, *factors, bias = operands("cp", (5, 18, 7, out), torch.float32)
     values, exact_factors = zip(*map(unit_factor, factors), strict=True)
     sigma = normal(len(factors[0]), dtype=torch.float32)
     inputs = leaves([x1.to(dtype), x2.to(dtype)])
@@ -205,8 +211,8 @@ def test_int8_cp_and_its_pairs(out, dtype):
     assert_gradients(pairs, every, inputs, wide)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [(5, 18, 20), (5, 20, 18), (129, 3, 4)])  # scales along either axis; its core alone
+# scales along either axis; its core alone
+@pytest.mark.parametrize(("rank", "dtype"), covering([(5, 18, 20), (5, 20, 18), (129, 3, 4)], DTYPES))
 def test_int8_tucker_and_its_pairs(rank, dtype):
     x1, x2, *factors, bias = operands("tucker", SIZES[0], torch.float32, rank)
     core = FORMATS["int8"].encode(factors.pop(2), "weight")
@@ -229,7 +235,7 @@ def test_int8_tucker_and_its_pairs(rank, dtype):
 
 PAIRS = {"cp": ops.pairwise_cp, "tucker": ops.pairwise_tucker}
 # (L1, L2, O, (R_o, R_i, R_j)): a size 1 in each place, odd, and wider than the tiles
-LENGTHS = ((1, 1, 1, (1, 1, 1)), (3, 37, 35, (5, 18, 20)), (7, 2, 70, (33, 7, 70)), (5, 17, 3, (66, 3, 9)))
+LENGTHS = ((1, 1, 1, (1, 1, 1)), (3, 18, 17, (5, 18, 20)), (3, 2, 33, (33, 7, 18)), (2, 17, 3, (66, 3, 9)))
 FEW_PAIRS = (2, 3, 5, (2, 3, 4))
 
 
@@ -240,25 +246,23 @@ def pair_operands(kind, sizes, dtype):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "few", "turned"),  # sums in one part or more
+    ("sizes", "programs", "turned"),  # sums in one part or more
     [(LENGTHS[0], 128, False), (LENGTHS[1], 4, True), (LENGTHS[2], 1, False), (LENGTHS[3], 8, True)],
 )
 @pytest.mark.parametrize("kind", PAIRS)
-def test_pairs_and_their_gradients(kind, sizes, few, turned, monkeypatch):
-    for module in (_triton_cp_pairs, _triton_tucker_pairs):
-        monkeypatch.setattr(module, "FEW", few)
+def test_pairs_and_their_gradients(kind, sizes, programs, turned):
     tensors = leaves(pair_operands(kind, sizes, torch.float32), turned)
     wide = wide_of(tensors)
     found, exact = PAIRS[kind](*tensors, backend="triton"), PAIRS[kind](*wide)
     assert_matches_reference(found.detach(), exact.detach())
     direction = framed(normal(*found.shape, dtype=torch.float32), turned)  # as an operator after it may hand it back
-    ours = torch.autograd.grad(found, tensors, direction)
+    with ops.use_tuning(ops.Tuning(programs=programs)):
+        ours = torch.autograd.grad(found, tensors, direction)
     for gradient, expected in zip(ours, torch.autograd.grad(exact, wide, direction.double()), strict=True):
         assert_matches_reference(gradient, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize(("kind", "dtype"), covering([*PAIRS], DTYPES[1:]))
 def test_pairs_in_half_precision(kind, dtype):
     tensors = leaves([0.3 * tensor for tensor in pair_operands(kind, LENGTHS[1], dtype)])
     wide = wide_of(tensors)
@@ -283,7 +287,7 @@ def test_scales_of_pairs_that_want_a_gradient_are_left_to_torch():
 
 def test_the_operator_for_a_dense_weight_takes_no_rows():
     tensors = [normal(*shape, dtype=torch.float32).requires_grad_() for shape in ((0, 4), (0, 5), (3, 4, 5))]
-    output = _dispatch.fused_dense(*tensors, None)
+    output = _operators.fused_dense(*tensors, None)
     assert output.shape == (0, 3)
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), tensors), tensors, strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
@@ -298,10 +302,8 @@ def test_operators_for_pairs_take_none(kind, lengths):
     out = normal(5, 4 if kind == "cp" else 2, dtype=torch.float32)
     tensors = [first, normal(batch, length2, 4, dtype=torch.float32), out, normal(5, dtype=torch.float32)]
     tensors = [tensor.requires_grad_() for tensor in tensors]
-    if kind == "cp":
-        output = _dispatch_pairs.fused_cp_pairs(*tensors, None)
-    else:
-        output = _dispatch_pairs.fused_tucker_pairs(*tensors)
+    pairs = _operators.fused_tucker_pairs if kind == "tucker" else _operators.fused_cp_pairs
+    output = pairs(*tensors, *([None] if kind == "cp" else []))
     assert output.shape == (*lengths, 5)
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), tensors), tensors, strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
@@ -335,7 +337,7 @@ def test_nothing_as_large_as_all_products_is_held_for_the_gradients_of_pairs(kin
             self.elements = max([self.elements, *sizes])
             return out
 
-    length1, length2, out, rank = 12, 17, 3, (66, 3, 9)
+    length1, length2, out, rank = 3, 17, 3, (66, 3, 9)
     tensors = [t.requires_grad_() for t in pair_operands(kind, (length1, length2, out, rank), torch.float32)]
     between = 2 * length1 * length2 * (9 if kind == "cp" else 66)
     held = []
@@ -371,13 +373,13 @@ def test_operators_for_pairs_are_registered_soundly(kind):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     scales = (None,) if kind == "cp" else ()
     forward, backward = {
-        "cp": (_dispatch_pairs.fused_cp_pairs, _dispatch_pairs.fused_cp_pairs_backward),
-        "tucker": (_dispatch_pairs.fused_tucker_pairs, _dispatch_pairs.fused_tucker_pairs_backward),
+        "cp": (_operators.fused_cp_pairs, _operators.fused_cp_pairs_backward),
+        "tucker": (_operators.fused_tucker_pairs, _operators.fused_tucker_pairs_backward),
     }[kind]
-    torch.library.opcheck(forward, (first, second, out, bias, *scales), test_utils=checks)
+    torch.library.opcheck(forward.registered, (first, second, out, bias, *scales), test_utils=checks)
     for wanted in ((True, True, True), (False, True, False)):
         args = (dy, first.detach(), second.detach(), out.detach(), *scales, *wanted)
-        torch.library.opcheck(backward, args, test_utils=checks[:2])
+        torch.library.opcheck(backward.registered, args, test_utils=checks[:2])
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -394,7 +396,7 @@ def test_second_derivatives_of_pairs_take_the_composed_path(kind):
 
 @pytest.mark.parametrize("absent", ["in1", "in2", "out", "rank"])
 def test_a_tucker_layer_that_does_not_fit_one_kernel_has_its_core_fused(absent, monkeypatch):
-    rank = (21, 37, 19) if absent != "rank" else (_choice.MOST_RANK + 1, 3, 4)
+    rank = (17, 18, 7) if absent != "rank" else (_choice.MOST_RANK + 1, 3, 4)
     tensors = operands("tucker", SIZES[0], torch.float32, rank)
     names = ["x1", "x2", "in1", "in2", "core", "out", "bias"]
     arguments = [None if name == absent else t for name, t in zip(names, tensors, strict=True)]
@@ -425,12 +427,13 @@ def test_operators_are_registered_soundly(kind):
     x1, x2, *rest, bias = tensors
     match kind:
         case "dense":
-            args, op = (x1, x2, rest[0], None), _dispatch.fused_dense
+            args, op = (x1, x2, rest[0], None), _operators.fused_dense
         case "cp":
-            args, op = (x1, x2, *rest, bias, None), _dispatch.fused_cp
+            args, op = (x1, x2, *rest, bias, None), _operators.fused_cp
         case _:
-            args, op = (x1, x2, *rest, bias, None), _dispatch.fused_tucker
-    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+            args, op = (x1, x2, *rest, bias, None), _operators.fused_tucker
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(op.registered, args, test_utils=checks)
 
 
 @pytest.mark.parametrize("kind", CALLS)

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU: under the interpreter, and as binaries. Each in a process of its own."""
+"""The Triton kernels under the interpreter, in processes of their own: it is chosen when Triton is imported."""
 
 import os
 import subprocess
@@ -8,13 +8,16 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SHARDS = {"dense": "dense and not pairs", "pairs": "pairs", "rest": "not dense and not pairs"}
 
 
-@pytest.mark.parametrize(("name", "interpreted"), [("interpreted.py", "1"), ("compiled.py", "0")])
-def test_every_kernel(name, interpreted, tmp_path):
+@pytest.mark.parametrize("shard", SHARDS)
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_every_kernel_under_the_interpreter(shard, marked, tmp_path):
     pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": interpreted, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / name)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", marked, "-k", SHARDS[shard]]
+    command = [sys.executable, "-m", "pytest", *options, str(HERE / "interpreted.py")]
     done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
