@@ -216,7 +216,7 @@ class DenseBilinear(CompressedBilinear):
         weight = self.weight
         if isinstance(weight, nn.Parameter) or (weight.resident is not None and weight.resident.dtype == flat.dtype):
             return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        return ops.stored_linear(flat, lambda dtype: weight.decode(dtype, rows).flatten(1), *weight.buffers())
+        return ops.stored_linear(flat, lambda dtype, *_: weight.decode(dtype, rows).flatten(1), *weight.buffers())
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         input1, input2, _, _, _ = self._operands(input1, input2)

@@ -142,7 +142,7 @@ def quantized_linear(
 def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
     if weight.resident is not None and weight.resident.dtype == input.dtype:
         return ops.linear(input, weight.decode(input.dtype, rows))
-    return ops.stored_linear(input, lambda dtype: weight.decode(dtype, rows), *weight.buffers())
+    return ops.stored_linear(input, lambda dtype, *_: weight.decode(dtype, rows), *weight.buffers())
 
 
 def make_linear(

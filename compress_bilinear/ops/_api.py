@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..quantization import dequantize
+from ..quantization import decode_int8
 from ._choice import TRACED_ROWS, Backend, Choice, Method, Problem, choose, fits_one_kernel, prefers_triton
 from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators
 from ._cp import composed_cp, composed_cp_pairs, small_cp
@@ -172,7 +172,7 @@ def pairwise_tucker(
     if not _fused("tucker", operands, shape, _shape(core), core, scale, backend, pairs=True, reason_against=reason):
         return composed_tucker_pairs(*operands, scale)
     left, right = _batches(project(input1, in1), project(input2, in2))
-    by_outputs = core if scale is None else dequantize(core, scale, left.dtype)
+    by_outputs = core if scale is None else decode_int8(core, scale, left.dtype)
     t = linear(left, by_outputs.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
     return _all_pairs(triton.fused_tucker_pairs(t, right, out, bias), input1, input2)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..quantization import dequantize
+from ..quantization import decode_int8
 from ._context import gradient_wanted, traced, transformed
 from ._gemm import stored_linear
 from ._tuning import tuning
@@ -56,7 +56,7 @@ def weight_parts(weight: Tensor, scale: Tensor | None, outputs: int) -> list[tup
 
 def decode_part(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """A part of the weight in `dtype`."""
-    return part if scale is None else dequantize(part, scale, dtype)
+    return part if scale is None else decode_int8(part, scale, dtype)
 
 
 def project_by_part(
@@ -66,8 +66,11 @@ def project_by_part(
     flatten: Callable[[Tensor], Tensor],  # (o, a, b) -> (M, K)
 ) -> Tensor:  # (..., M)
     """input times a flattened part of the weight. Its decoded or transposed copy is not kept for a backward."""
-    stored = (part,) if scale is None else (part, scale)
-    return stored_linear(input, lambda dtype: flatten(decode_part(part, scale, dtype)), *stored)
+
+    def decode(dtype: torch.dtype, part: Tensor, scale: Tensor | None = None) -> Tensor:
+        return flatten(decode_part(part, scale, dtype))
+
+    return stored_linear(input, decode, part) if scale is None else stored_linear(input, decode, part, scale)
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from ..quantization import dequantize
+from ..quantization import decode_int8
 from ._context import gradient_wanted, plain, recorded, traced
 from ._tuning import tuning
 
@@ -34,24 +34,24 @@ def linear(
 
 def stored_linear(
     input: Tensor,  # (..., K)
-    decode: Callable[[torch.dtype], Tensor],  # dtype -> the weight (M, K)
+    decode: Callable[..., Tensor],  # dtype and `stored` -> the weight (M, K)
     *stored: Tensor,
 ) -> Tensor:  # (..., M)
     """input weightᵀ of a weight that is decoded for this product, and again for the backward, but not kept.
 
     Args:
-        decode: reads the weight from `stored`.
+        decode: reads the weight from `stored`, and should hold none of them itself: it outlives what is not kept.
         stored: the tensors that hold the weight. A gradient's graph keeps them alive; they must not change before it.
     """
     if not gradient_wanted(input) or recorded(input.device.type) or any(tensor.requires_grad for tensor in stored):
-        return linear(input, decode(input.dtype))
+        return linear(input, decode(input.dtype, *stored))
     output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
     return output
 
 
 def decode_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor in `dtype`: int8 has the step 2⁻⁷, which every floating dtype holds exactly."""
-    return dequantize(factor, None, dtype) if factor.dtype == torch.int8 else factor
+    return decode_int8(factor, None, dtype) if factor.dtype == torch.int8 else factor
 
 
 def project(input: Tensor, weight: Tensor | None) -> Tensor:
@@ -63,15 +63,15 @@ class _StoredLinear(torch.autograd.Function):
     """`stored_linear` with the gradient of its input, which is differentiable too."""
 
     @staticmethod
-    def forward(context: Any, input: Tensor, decode: Callable[[torch.dtype], Tensor], *stored: Tensor) -> Tensor:
+    def forward(context: Any, input: Tensor, decode: Callable[..., Tensor], *stored: Tensor) -> Tensor:
         context.save_for_backward(*stored)
         context.decode = decode
-        return linear(input, decode(input.dtype))
+        return linear(input, decode(input.dtype, *stored))
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         stored = context.saved_tensors  # raises where one has been changed in place
-        return linear(gradient, context.decode(gradient.dtype).T), None, *([None] * len(stored))
+        return linear(gradient, context.decode(gradient.dtype, *stored).T), None, *([None] * len(stored))
 
 
 class _Linear(torch.autograd.Function):

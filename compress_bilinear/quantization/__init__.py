@@ -3,7 +3,6 @@
 from ._decode_bnb import missing
 from ._formats import FORMATS, Int8
 from ._int8 import LEVELS, UNIT, decode_int8, encode_int8, expand_scale, scale_grid
-from ._int8 import decode_int8 as dequantize
 from ._int8 import expand_scale as expanded
 from ._tensor import Buffer, Format, Layout, QuantizedTensor, restore_dtypes
 
@@ -17,7 +16,6 @@ __all__ = [
     "Layout",
     "QuantizedTensor",
     "decode_int8",
-    "dequantize",
     "encode_int8",
     "expand_scale",
     "expanded",
