@@ -240,7 +240,7 @@ def _fused(
 def _check(input1: Tensor, input2: Tensor, shape: tuple[int, int, int], last: int = 1) -> None:
     """Raise InputError for other sizes than the weight's, and where leading dimensions or dtypes differ."""
     shape1, shape2 = input1.shape, input2.shape
-    if shape1[:-last] != shape2[:-last] or min(len(shape1), len(shape2)) < last:
+    if min(len(shape1), len(shape2)) < last or shape1[:-last] != shape2[:-last]:
         raise InputError(
             f"The inputs should have the same leading dimensions. Found {tuple(shape1)} and {tuple(shape2)}."
         )
