@@ -38,7 +38,7 @@ def modes() -> tuple[ComputeMode, ...]:
         ComputeMode(
             mode="on_the_fly", chosen=False, latency_ms=0.7, latency_quartiles_ms=(0.6, 0.8), output_change=0.0
         ),
-        ComputeMode(mode="bitsandbytes", chosen=True, latency_ms=0.5, resident_bytes=12_000, output_change=1e-7),
+        ComputeMode(mode="bitsandbytes", chosen=True, latency_ms=0.5, output_change=1e-7),
         ComputeMode(mode="int8", chosen=False, latency_ms=0.6, output_change=0.0066, refused="it is <not> allowed"),
     )
 
@@ -48,7 +48,7 @@ def replaced(name: str = "rel", **changes: Any) -> LayerReport:
     known: dict[str, Any] = {
         "name": name, "shape": (50, 100, 100), "method": "cp", "rank": 8, "quantize": "int8", "decision": "replaced",
         "notes": (AS_CONFIGURED,), "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
-        "truncation_error": 0.59, "quantization_error": 0.01, "resident_bytes": 12_000, "compute": "bitsandbytes",
+        "truncation_error": 0.59, "quantization_error": 0.01, "compute": "bitsandbytes",
         "compute_modes": modes(),
         "params_before": 250_000, "params_after": 2000, "bytes_before": 1_000_000, "bytes_after": 9000,
         "flops_before": 10**6, "flops_after": 10**4, "dense_order": "one_gemm", "batch_size": 64,

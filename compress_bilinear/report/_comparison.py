@@ -112,9 +112,7 @@ def better(field: str) -> Better:
     """Which values of a figure are the best."""
     if "speedup" in field:
         return "higher"
-    return (
-        "lower" if any(part in field for part in ("error", "_after", "amplification", "latency", "resident")) else None
-    )
+    return "lower" if any(part in field for part in ("error", "_after", "amplification", "latency")) else None
 
 
 def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> Comparison:

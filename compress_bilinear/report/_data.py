@@ -92,7 +92,6 @@ class ComputeMode:
     Attributes:
         mode: "on_the_fly", "int8" or "bitsandbytes"; `chosen` says whether the layer computes so.
         latency_ms, latency_quartiles_ms: of a call, all modes measured in turn; None where it was not timed.
-        resident_bytes: in memory.
         output_change: ‖y − ŷ‖/‖ŷ − b‖ of its outputs y against those on the fly, ŷ, on the timed rows.
         refused: why the layer cannot or should not compute so; None where it may.
     """
@@ -101,7 +100,6 @@ class ComputeMode:
     chosen: bool
     latency_ms: Amount | None = None
     latency_quartiles_ms: tuple[Amount, Amount] | None = None
-    resident_bytes: Count | None = None
     output_change: Amount | None = None
     refused: str | None = None
 
@@ -128,7 +126,6 @@ class LayerReport:
         calibration_rows: the number of these rows.
         params_before, params_after: stored values, bias included.
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
-        resident_bytes: of a quantized layer: what it takes in memory.
         compute: the compute mode of a quantized layer, see `ComputeMode`. None for others.
         compute_modes: the modes among which it was chosen; empty where only the default was asked for.
         flops_before, flops_after: of a row, in the best order, multiply-add counted as 2.
@@ -160,7 +157,6 @@ class LayerReport:
     params_after: Count
     bytes_before: Count
     bytes_after: Count
-    resident_bytes: Count | None = None
     compute: str | None = None
     compute_modes: tuple[ComputeMode, ...] = ()
     flops_before: Count | None = None
@@ -239,7 +235,6 @@ def effective(layer: LayerReport) -> LayerReport:
         **exact,
         rank=None,
         quantize=None,
-        resident_bytes=None,
         compute=None,
         latency_after_ms=before,
         latency_after_quartiles_ms=layer.latency_before_quartiles_ms,

@@ -161,6 +161,7 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
             if rank:
                 axes.plot(rank, at(spectrum, rank), "osD"[k], ms=7, mfc=_SERIES[k], mec=_INK)
         heights = [value for _, values, _ in lines for value in values]
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(1, max(2, *(one.indices[-1] for one in layer.spectra)))
         axes.set_ylim(min(heights) / 1.2, max(heights) * 1.2)
         _round_ticks(axes.yaxis, max(heights) / min(heights), lambda value: f"{value:g}")

@@ -15,6 +15,7 @@ from ._html import render_html
 from ._text import render_markdown, render_text
 
 SCHEMA_VERSION = 3
+_DROPPED = ("reason", "backend", "compared", "resident_bytes")  # fields of layers in older schemas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +103,12 @@ def _current(data: Mapping[str, Any], version: int) -> dict[str, Any]:
 
 
 def _current_layer(layer: Mapping[str, Any], version: int) -> dict[str, Any]:
-    found = dict(layer)
-    reason = found.pop("reason", None)
-    if version < 3:
-        note = AS_CONFIGURED if reason == AS_CONFIGURED.text else Note("text", reason)
-        found = {key: value for key, value in found.items() if key not in ("backend", "compared")}
-        found["notes"] = [dataclasses.asdict(note)]
+    if version == SCHEMA_VERSION:
+        return {key: value for key, value in layer.items() if key != "reason"}
+    reason = layer.get("reason")
+    note = AS_CONFIGURED if reason == AS_CONFIGURED.text else Note("text", reason)  # type: ignore[arg-type]
+    found = {key: value for key, value in layer.items() if key not in _DROPPED} | {"notes": [dataclasses.asdict(note)]}
+    modes = found.get("compute_modes", ())
+    if isinstance(modes, (list, tuple)) and all(isinstance(one, Mapping) for one in modes):
+        found["compute_modes"] = [{key: one[key] for key in one if key != "resident_bytes"} for one in modes]
     return found

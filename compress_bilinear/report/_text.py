@@ -116,8 +116,6 @@ def _storage(layer: LayerReport) -> list[str]:
         return []
     by = "by " if layer.compute == "bitsandbytes" else ""
     line = f"computes {by}{layer.compute.replace('_', ' ')}"
-    if layer.resident_bytes is not None:
-        line += f", takes {size(layer.resident_bytes)} in memory"
     if layer.truncation_error is not None and layer.quantization_error is not None:
         line += f"; weight error {error(layer.truncation_error)} by truncation and "
         line += f"{error(layer.quantization_error)} by rounding"
@@ -126,12 +124,10 @@ def _storage(layer: LayerReport) -> list[str]:
 
 
 def compute_mode(one: ComputeMode) -> str:
-    """For instance "int8 (0.5 ms, 12 kB in memory, changes outputs by 0.0066)"."""
+    """For instance "int8 (0.5 ms, changes outputs by 0.0066)"."""
     facts = []
     if one.latency_ms is not None:
         facts.append(f"{one.latency_ms:.3g} ms")
-    if one.resident_bytes is not None:
-        facts.append(f"{size(one.resident_bytes)} in memory")
     if one.output_change is not None and one.output_change > _SAME:
         facts.append(f"changes outputs by {error(one.output_change)}")
     if one.refused is not None:

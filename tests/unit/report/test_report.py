@@ -13,6 +13,7 @@ from compress_bilinear.fitting import Latency, Timing, stored_bytes
 from compress_bilinear.report import (
     AS_CONFIGURED,
     SCHEMA_VERSION,
+    ComputeMode,
     FrontPoint,
     LayerReport,
     Note,
@@ -160,10 +161,13 @@ class TestJson:
     def test_older_schemas_are_read(self, version, reason, code):
         data = holding(layer()).to_dict() | {"schema_version": version, "call": "cb.compress()"}
         del data["layers"][0]["notes"]
-        data["layers"][0] |= {"reason": reason, "backend": "torch", "compared": []}
+        data["layers"][0] |= {"reason": reason, "backend": "torch", "compared": [], "resident_bytes": 9}
+        data["layers"][0]["compute_modes"] = [{"mode": "resident", "chosen": True, "resident_bytes": 9}]
         if version == 1:  # which had no metric, config and call
             data = {name: value for name, value in data.items() if name not in ("call", "config", "metric_before")}
-        assert Report.from_dict(data) == holding(layer(notes=(Note(code, reason),)))
+        assert Report.from_dict(data) == holding(
+            layer(notes=(Note(code, reason),), compute_modes=(ComputeMode(mode="resident", chosen=True),))
+        )
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
     def test_it_is_strict(self, value):
@@ -334,11 +338,9 @@ class TestNotes:
         assert "chosen of 4: cp 4 int8; runners-up: tucker 1,2,3 nf4 (0.2500 in 80 B)" in text
 
     def test_storage_and_its_share_of_the_error_are_told(self):
-        stored = layer(
-            compute="on_the_fly", resident_bytes=1500, truncation_error=0.5, quantization_error=0.25, quantize="int8"
-        )
+        stored = layer(compute="on_the_fly", truncation_error=0.5, quantization_error=0.25, quantize="int8")
         text = str(holding(stored))
-        assert "computes on the fly, takes 1.5 kB in memory; weight error 0.5000 by truncation and 0.2500" in text
+        assert "computes on the fly; weight error 0.5000 by truncation and 0.2500" in text
 
     def test_a_metric_is_told(self):
         report = dataclasses.replace(holding(layer()), metric_before=0.75, metric_after=0.5)
