@@ -187,9 +187,16 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
-    layer, adapted = found.layer, found.adapted
+    layer, adapted, module = found.layer, found.adapted, found.module
     modules = [layer] if adapted is None else adapted.owners
-    weights = [layer.weight] if adapted is None else [found.module.get_parameter(name) for name in adapted.weights]
+    weights = [layer.weight] if adapted is None else [module.get_parameter(name) for name in adapted.weights]
+    if any(is_parametrized(part) for part in module.modules()):
+        return (
+            "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
+            "parametrization into the weight"
+        )
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, which a replacement would not run"
     reasons = chain(
         [_reason_against_class(layer) if adapted is None else adapted.reason_against()],
         map(reason_against_hooks, modules),
@@ -202,17 +209,10 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
 def _reason_against_class(layer: nn.Bilinear) -> str | None:
     """What makes the layer more than an `nn.Bilinear`, or None."""
     kind = type(layer)
-    if is_parametrized(layer):
-        return (
-            "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') first, "
-            "which bakes the parametrization into the weight"
-        )
     for base in kind.__mro__[: kind.__mro__.index(nn.Bilinear)]:
         own = [name for name in vars(base) if name not in _HARMLESS]
         if own:
             return f"its class {kind.__name__} has its own {own[0]}, which a replacement would not have"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the instance, which a replacement would not run"
     parts = {*layer._parameters, *layer._buffers, *layer._modules}
     if parts != {"weight", "bias"} or layer._buffers or layer._modules:
         extra, missing = sorted(parts - {"weight", "bias"}), sorted({"weight", "bias"} - set(layer._parameters))

@@ -32,8 +32,7 @@ class Form:
         blocks: K.
         output: the order of the output's last axes: "o" for rows and blocks, say "oxy" for pairs. Without an o if that
             axis has size 1 and is squeezed away ("1" if nothing is left).
-        leading: leading dimensions that the module takes; `dims` are the numbers of dimensions of an input at which
-            the form was compared. They are no part of the name.
+        dims: the numbers of dimensions of an input at which the form holds. They are no part of the name.
     """
 
     parameter: str
@@ -44,7 +43,6 @@ class Form:
     mode: Mode = "rows"
     blocks: int = 1
     output: str = "o"
-    leading: Leading = ((3,), (3,))
     dims: tuple[int, ...] = (1, 2, 3)
 
     @property
@@ -116,7 +114,7 @@ class Form:
 
     def example(self, module: nn.Module) -> tuple[Tensor, Tensor]:
         """Random inputs: 256 rows, or a batch of 8 with 32 each."""
-        leading = (_TIMED_ROWS,) if len(self.leading[0]) == 1 else _TIMED_BATCH
+        leading = (_TIMED_ROWS,) if 2 in self.dims else _TIMED_BATCH
         return self.inputs(leading, leading)
 
 

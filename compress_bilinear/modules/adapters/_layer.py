@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_map
 
 from ...errors import CompressionError, ConfigError
@@ -93,14 +92,7 @@ class AdaptedLayer:
         return layer.train(self.module.training)
 
     def reason_against(self) -> str | None:
-        """Why the adapter cannot stand for the module's forward, or None; see also `verify`."""
-        if any(is_parametrized(part) for part in self.module.modules()):
-            return (
-                "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
-                "parametrization into the weight"
-            )
-        if "forward" in vars(self.module):
-            return "its forward was replaced on the instance, which a replacement would not run"
+        """Why the adapter cannot stand for a module of this class and place, or None; see also `verify`."""
         if hasattr(self.module, COMPRESSED):
             return f"it has an attribute {COMPRESSED!r} already, which is where its replacement holds the layer"
         if self.elsewhere:

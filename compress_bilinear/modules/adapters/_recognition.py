@@ -22,15 +22,14 @@ from ._copies import copied, difference
 from ._forms import Form, Leading, Ones, arranged
 
 _MOST = 2**28  # elements of a weight above which no form is tried: 2 GB of random values
-_MAGNITUDES = (1.0, 1e-3, 1e3)
-# leading dimensions of the two inputs: those that find a form, and those that confirm it. A form has to hold at all of
-# the latter that the module takes: a module that squeezes sizes of 1 shows it there.
-_FIND_ROWS: tuple[Leading, ...] = (((3,), (3,)), ((2, 3), (2, 3)))
-_FIND_PAIRS: tuple[Leading, ...] = (((2, 3), (2, 4)),)
-_CONFIRM_ROWS: tuple[Leading, ...] = tuple((size, size) for size in ((1,), (2, 1), (1, 3), (2, 3), (5,)))
-_CONFIRM_PAIRS: tuple[Leading, ...] = (((1, 1), (1, 1)), ((3, 1), (3, 2)), ((1, 4), (1, 1)), ((2, 3), (2, 4)))
+# Leading dimensions of the two inputs. A form has to hold at all that have a number of dimensions and that the module
+# takes: a module that squeezes sizes of 1 shows it there.
+_ROWS: tuple[Leading, ...] = tuple((size, size) for size in ((1,), (2, 1), (1, 3), (2, 3), (5,)))
+_PAIRS: tuple[Leading, ...] = (((1, 1), (1, 1)), ((3, 1), (3, 2)), ((1, 4), (1, 1)), ((2, 3), (2, 4)))
 _ROW_OUTPUTS = ("o", "1")
 _PAIR_OUTPUTS = (*("".join(order) for order in permutations("xyo")), "xy", "yx")
+
+_Outputs = dict[tuple[tuple[int, int], Leading], Tensor | None]  # of the twin, by the sizes of its inputs
 
 
 def recognise(module: nn.Module) -> Form | None:
@@ -50,8 +49,8 @@ def recognise(module: nn.Module) -> Form | None:
             twin = copied(module, random).eval()
         except CompressionError:
             return None
-        confirmed = (_confirmed(form, twin) for form in _matching(twin))
-        return _agreed(form for form in confirmed if form is not None)
+        outputs: _Outputs = {}
+        return _agreed(form for reading in _readings(twin) for form in _confirmed(reading, twin, outputs))
 
 
 def _agreed(forms: Iterable[Form]) -> Form | None:
@@ -96,58 +95,76 @@ def _takes_two_inputs(module: nn.Module) -> bool:
     return len(parameters) == 2 and all(p.kind in plain and p.default is p.empty for p in parameters)
 
 
-def _matching(twin: nn.Module) -> Iterator[Form]:
-    """The forms that give the twin's output in one call, each with the leading dimensions of that call."""
+def _readings(twin: nn.Module) -> Iterator[Form]:
+    """Every way to read the stored weight and to add ones to the inputs, without regard to the output's order."""
     named = dict(twin.named_parameters())
-    outputs: dict[tuple[torch.Size, torch.Size], Tensor | None] = {}
-    for reading in _readings({name: tuple(value.shape) for name, value in named.items()}):
-        layer, out = None, reading.to_weight(twin).shape[0]
-        if reading.bias is not None and named[reading.bias].shape != (out,):
-            continue
-        for form in _with_ones(reading):
-            input1, input2 = form.inputs(*form.leading, torch.float64)
-            key = input1.shape, input2.shape
-            if key not in outputs:
-                outputs[key] = _output(twin, input1, input2)
-            output = outputs[key]
-            rows = math.prod(form.leading[0]) * (form.leading[1][-1] if form.mode == "pairs" else 1)
-            if output is None or output.numel() != out * rows:
-                continue
-            layer = layer or DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-            whole = form.call(twin, layer, input1, input2)
-            for order in _PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS:
-                if ("o" in order or out == 1) and difference(output, arranged(whole, order)) is None:
-                    yield replace(form, output=order)
-
-
-def _readings(shapes: dict[str, tuple[int, ...]]) -> Iterator[Form]:
-    """Every way to read the stored weight, without regard to ones and the order of the output."""
-    weight, shape = next((name, shape) for name, shape in shapes.items() if len(shape) > 1)
-    bias = next((name for name, shape in shapes.items() if len(shape) == 1), None)
+    weight, shape = next((name, value.shape) for name, value in named.items() if value.dim() > 1)
+    bias = next((name for name, value in named.items() if value.dim() == 1), None)
+    readings: list[tuple[str, tuple[int, int]]] = []
     if len(shape) == 3:
         for letters in permutations("oij"):
-            axes = "".join(letters)
-            sizes = shape[axes.index("i")], shape[axes.index("j")]
-            yield Form(weight, bias, axes, sizes, mode="pairs", output="xyo")
-            yield Form(weight, bias, axes, sizes)
+            readings.append(("".join(letters), (shape[letters.index("i")], shape[letters.index("j")])))
+    else:
+        sizes = (size for size in range(1, shape[1] + 1) if shape[1] % size == 0)
+        readings += [(axes, (size, shape[1] // size)) for size, axes in product(sizes, ("o(ij)", "o(ji)"))]
+    places: tuple[Ones, ...] = ("none", "last", "first")
+    for axes, both in readings:
+        if bias is None or len(named[bias]) == shape[max(axes.find("o"), 0)]:
+            for ones in product(places, places):
+                yield Form(weight, bias, axes, both, ones, mode="pairs", output="xyo")
+            for ones in product(places, places):
+                yield Form(weight, bias, axes, both, ones)
+    for size in range(1, math.isqrt(shape[1] - 1) + 1) if len(shape) == 2 else ():
+        if shape[1] % size**2 == 0:
+            yield Form(weight, bias, "o(kij)", (shape[1] // size, size), mode="blocks", blocks=shape[1] // size**2)
+
+
+def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]:
+    """The form in every order of the output in which it gives what the twin gives, with the dimensions where it does.
+
+    That is at all leading dimensions that the twin takes, at other magnitudes, and in training mode.
+    """
+    if min(form.input_sizes) < 1:
         return
-    width = shape[1]
-    for size1, axes in product((size for size in range(1, width + 1) if width % size == 0), ("o(ij)", "o(ji)")):
-        sizes = size1, width // size1
-        yield Form(weight, bias, axes, sizes, mode="pairs", output="xyo")
-        yield Form(weight, bias, axes, sizes)
-    for size in range(1, math.isqrt(width - 1) + 1):
-        if width % size**2 == 0:
-            yield Form(weight, bias, "o(kij)", (width // size, size), mode="blocks", blocks=width // size**2)
+    layer, out = None, form.to_weight(twin).shape[0]
+    compared: list[tuple[int, Tensor, Tensor | None]] = []  # dimensions, the twin's output, and the form's
+    for leading in _leading(form):
+        key = form.input_sizes, leading
+        if key not in outputs:
+            outputs[key] = _output(twin, *form.inputs(*leading, torch.float64))
+        output, whole = outputs[key], None
+        if output is None:
+            continue
+        if output.numel() == out * math.prod(leading[0]) * (leading[1][-1] if form.mode == "pairs" else 1):
+            layer = layer or DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
+            whole = form.call(twin, layer, *form.inputs(*leading, torch.float64))
+        compared.append((len(leading[0]) + 1, output, whole))
+    for order in _PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS:
+        if layer is None or ("o" not in order and out > 1):
+            continue
+        right, wrong = set[int](), set[int]()
+        for dims, output, whole in compared:
+            same = whole is not None and difference(output, arranged(whole, order)) is None
+            (right if same else wrong).add(dims)
+        ordered = replace(form, output=order, dims=tuple(sorted(right - wrong)))
+        if ordered.dims and _holds_otherwise(ordered, twin, layer):
+            yield ordered
 
 
-def _with_ones(reading: Form) -> Iterator[Form]:
-    """The reading with every place of a 1 in each input, and with the leading dimensions to try."""
-    places: tuple[Ones, ...] = ("none",) if reading.mode == "blocks" else ("none", "last", "first")
-    for ones1, ones2, leading in product(places, places, _FIND_PAIRS if reading.mode == "pairs" else _FIND_ROWS):
-        form = replace(reading, ones=(ones1, ones2), leading=leading)
-        if min(form.input_sizes) > 0:
-            yield form
+def _holds_otherwise(form: Form, twin: nn.Module, layer: DenseBilinear) -> bool:
+    """Whether a form that holds in eval mode for values of magnitude 1 also holds at others, and in training mode."""
+    leading = next(each for each in reversed(_leading(form)) if len(each[0]) + 1 in form.dims)
+    for magnitude, training in ((1e-3, False), (1e3, False), (1.0, True)):
+        input1, input2 = (magnitude * value for value in form.inputs(*leading, torch.float64))
+        output = _output(twin.train(training), input1, input2)
+        twin.eval()
+        if output is None or difference(output, form.call(twin, layer, input1, input2)) is not None:
+            return False
+    return True
+
+
+def _leading(form: Form) -> tuple[Leading, ...]:
+    return _PAIRS if form.mode == "pairs" else _ROWS
 
 
 def _output(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
@@ -156,31 +173,3 @@ def _output(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
     except Exception:  # sizes that it does not take; whatever it raises, it is not this form
         return None
     return output if isinstance(output, Tensor) else None
-
-
-def _confirmed(form: Form, twin: nn.Module) -> Form | None:
-    """The form with the dimensions of inputs at all of whose sizes it holds.
-
-    None where it does not hold at the dimensions that found it, at another magnitude, or in training.
-    """
-    layer = DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-
-    def holds(leading: Leading, magnitude: float = 1.0) -> bool | None:
-        """None where the module does not take such inputs."""
-        input1, input2 = (magnitude * value for value in form.inputs(*leading, torch.float64))
-        output = _output(twin, input1, input2)
-        return None if output is None else difference(output, form.call(twin, layer, input1, input2)) is None
-
-    right: set[int] = set()
-    wrong: set[int] = set()
-    for leading in _CONFIRM_PAIRS if form.mode == "pairs" else _CONFIRM_ROWS:
-        held = holds(leading)
-        if held is not None:
-            (right if held else wrong).add(len(leading[0]) + 1)
-    dims = tuple(sorted(right - wrong))
-    if len(form.leading[0]) + 1 not in dims or not all(holds(form.leading, size) for size in _MAGNITUDES):
-        return None
-    twin.train()
-    same = holds(form.leading)
-    twin.eval()
-    return replace(form, dims=dims) if same else None
