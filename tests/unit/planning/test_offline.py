@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 import torch
 from support import bilinear, low_rank
@@ -208,6 +210,13 @@ class TestCompressing:
             compressed({"a.weight": torch.ones(4, 0, 17)})
 
 
+@cache
+def made() -> tuple[nn.Module, cb.Report]:
+    """A compressed network and its report."""
+    config = {"rel": TUCKER, "*": cb.CPConfig(rank=2, quantize="int8")}
+    return cb.compress(Net(), config, measure_latency=False)
+
+
 class TestComparing:
     @pytest.fixture
     def files(self, tmp_path, monkeypatch):
@@ -217,8 +226,7 @@ class TestComparing:
             selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows)
         )
         torch.save(Net().state_dict(), tmp_path / "net.pt")
-        config = {"rel": TUCKER, "*": cb.CPConfig(rank=2, quantize="int8")}
-        model, report = cb.compress(Net(), config, measure_latency=False)
+        model, report = made()
         cb.save(model, tmp_path / "small.safetensors")
         return tmp_path / "net.pt", tmp_path / "small.safetensors", report
 

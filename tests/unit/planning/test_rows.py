@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.files import read_state
-from compress_bilinear.planning import _offline, choose_weights, compress_state
-from compress_bilinear.planning._rows import read_rows
+from compress_bilinear.planning import choose_weights, compress_state
+from compress_bilinear.planning._rows import batches, read_rows
 
 IN1, IN2, OUT = 14, 13, 6
 SHAPES = {"rel": (OUT, IN1, IN2), "head": (OUT, IN1, IN2)}
@@ -41,29 +41,29 @@ def folder(tmp_path, monkeypatch):
 
 
 COMPRESS = ("compress", "net.pt", "-o", "small.safetensors", "--no-latency", "--layers", "rel")
-CP = ("--method", "cp", "--rank", "4")
+TUCKER = ("--method", "tucker", "--rank", "3,4,4")
 
 
 def test_it_fits_as_the_networks_own_calls_do(run, folder):
-    status, out, err = run(*COMPRESS, *CP, "--calibration", "rows.safetensors", "--json")
+    status, out, err = run(*COMPRESS, *TUCKER, "--calibration", "rows.safetensors", "--json")
     assert (status, err) == (0, "")
     (found,) = cb.Report.from_json(out).layers
     layer = nn.ModuleDict({"rel": folder["rel"]})
     layer.forward = lambda x, y: layer["rel"](x, y)
     first, second = rows()
     batches = list(zip(first.split(256), second.split(256), strict=True))
-    small, expected = cb.compress(layer, cb.CPConfig(rank=4), calibration=batches, measure_latency=False)
+    small, expected = cb.compress(layer, cb.TuckerConfig(rank=(3, 4, 4)), calibration=batches, measure_latency=False)
     assert found.output_error == pytest.approx(expected.layers[0].output_error, rel=1e-6)
     assert found.calibration_rows == expected.layers[0].calibration_rows == 150
     loaded = cb.load("small.safetensors", nn.ModuleDict({name: bilinear(IN1, IN2, OUT) for name in SHAPES}))
     torch.testing.assert_close(loaded["rel"].to_dense(), small["rel"].to_dense())
-    run(*COMPRESS, *CP, "--json")
+    run(*COMPRESS, *TUCKER, "--json")
     _, told, _ = run("report", "net.pt", "small.safetensors", "--calibration", "rows.safetensors", "--json")
     assert cb.Report.from_json(told).layers[0].output_error > found.output_error  # of what was fitted to the weight
 
 
 def test_the_report_on_two_files_measures_on_the_rows_that_were_held_out(run):
-    _, out, _ = run(*COMPRESS, *CP, "--calibration", "rows.safetensors", "--json")
+    _, out, _ = run(*COMPRESS, *TUCKER, "--calibration", "rows.safetensors", "--json")
     _, told, _ = run("report", "net.pt", "small.safetensors", "--calibration", "rows.safetensors", "--json")
     first, second = (cb.Report.from_json(text).layers[0] for text in (out, told))
     assert second.output_error == pytest.approx(first.output_error, rel=1e-9)
@@ -71,7 +71,7 @@ def test_the_report_on_two_files_measures_on_the_rows_that_were_held_out(run):
 
 
 def test_a_limit_may_count_on_the_outputs(run):
-    limit = ("--method", "cp", "--max-error", "0.3", "--on", "output")
+    limit = ("--method", "tucker", "--max-error", "0.3", "--on", "output")
     _, out, _ = run(*COMPRESS, *limit, "--calibration", "rows.safetensors", "--json")
     found = cb.Report.from_json(out)
     assert found.layers[0].output_error <= 0.3 < found.layers[0].weight_error
@@ -79,7 +79,7 @@ def test_a_limit_may_count_on_the_outputs(run):
 
 
 def test_a_layer_without_rows_is_told(run):
-    _, out, _ = run(*COMPRESS, "--layers", "head", *CP, "--calibration", "rows.safetensors", "--json")
+    _, out, _ = run(*COMPRESS, "--layers", "head", *TUCKER, "--calibration", "rows.safetensors", "--json")
     rel, head = cb.Report.from_json(out).layers
     assert rel.output_error is not None
     assert head.output_error is None
@@ -87,15 +87,21 @@ def test_a_layer_without_rows_is_told(run):
 
 
 def test_the_latency_is_of_256_rows_whatever_the_file_holds():
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_offline, "plan", lambda model, config, **options: seen.append(options) or 1 / 0)
-        state = read_state("net.pt")
-        chosen = choose_weights(state, ["rel"])
-        with pytest.raises(ZeroDivisionError):
-            compress_state(state, chosen, cb.CPConfig(rank=4), calibration="rows.safetensors")
-    assert seen[0]["batch_size"] == 256
-    assert [len(batch["rel"][0]) for batch in seen[0]["calibration"]] == [256, 256, 88]
+    state = read_state("net.pt")
+    chosen = choose_weights(state, ["rel"])
+    planned, _, _ = compress_state(state, chosen, cb.DenseConfig(quantize="int8"), calibration="rows.safetensors")
+    assert planned.report.layers[0].batch_size == 256
+
+
+def test_rows_come_in_batches_of_256(folder):
+    first, second = rows()
+    found = batches({"rel": (first, second), "head": (first[:300].double(), second[:300].double())}, folder)
+    assert [{name: len(pair[0]) for name, pair in batch.items()} for batch in found] == [
+        {"rel": 256, "head": 256},
+        {"rel": 256, "head": 44},
+        {"rel": 88},
+    ]
+    assert all(value.dtype == torch.float32 for batch in found for pair in batch.values() for value in pair)
 
 
 def test_a_shared_layer_has_the_rows_of_all_its_names(run, folder):
@@ -103,11 +109,11 @@ def test_a_shared_layer_has_the_rows_of_all_its_names(run, folder):
     torch.save(folder.state_dict(), "net.pt")
     first, second = rows(40)
     save_file({"again.input1": first, "again.input2": second}, "again.safetensors")
-    _, out, _ = run(*COMPRESS, *CP, "--calibration", "again.safetensors", "--json")
+    _, out, _ = run(*COMPRESS, *TUCKER, "--calibration", "again.safetensors", "--json")
     assert cb.Report.from_json(out).layers[0].calibration_rows == 10
     both = {f"{name}.input{k + 1}": rows(40, seed)[k] for seed, name in enumerate(("rel", "again")) for k in (0, 1)}
     save_file(both, "both.safetensors")
-    _, out, _ = run(*COMPRESS, *CP, "--calibration", "both.safetensors", "--json")
+    _, out, _ = run(*COMPRESS, *TUCKER, "--calibration", "both.safetensors", "--json")
     assert cb.Report.from_json(out).layers[0].calibration_rows == 20
     _, told, _ = run("report", "net.pt", "small.safetensors", "--calibration", "both.safetensors", "--json")
     assert cb.Report.from_json(told).layers[0].calibration_rows == 20
@@ -166,7 +172,7 @@ def test_a_mistake_is_told_by_the_tensors_name(case):
 
 def test_values_that_are_not_finite_are_told(run):
     save_file({"rel.input1": X * torch.inf, "rel.input2": Y}, "wrong.safetensors")
-    status, _, err = run(*COMPRESS, *CP, "--calibration", "wrong.safetensors")
+    status, _, err = run(*COMPRESS, *TUCKER, "--calibration", "wrong.safetensors")
     assert status == 2
     assert "The calibration inputs that reach layer 'rel' should be finite" in err
 
