@@ -69,7 +69,6 @@ def suite_contestants(source: Source) -> Contestants:
         "fp32": lambda: floating,
         "bf16": lambda: copy.deepcopy(floating).bfloat16(),
         "int8": lambda: int8,
-        "int8, resident": lambda: computing(int8, "resident"),
     }
     if "int8" in int8.computes:
         found["int8 x int8"] = lambda: computing(int8, "int8")
@@ -77,7 +76,6 @@ def suite_contestants(source: Source) -> Contestants:
     found["nf4"] = lambda: nf4
     if "bitsandbytes" in nf4.computes:
         found["nf4, bitsandbytes"] = lambda: computing(nf4, "bitsandbytes")
-    found["nf4, resident"] = lambda: computing(nf4, "resident")
     found["int8 per tensor"] = lambda: per_tensor(floating)
     if not isinstance(source, Tensor):
         found["torchao int8 weight-only"] = lambda: torchao(floating)

@@ -76,7 +76,7 @@ def choose_compute(
         chosen = min(faster, key=lambda mode: measured[mode].median, default=chosen)
     elif reasons[asked] is None:
         chosen = asked
-    layer.set_compute(chosen, inputs[0].dtype)
+    layer.set_compute(chosen)
     modes = tuple(
         ComputeMode(
             mode=mode,
@@ -98,7 +98,7 @@ def _considered(asked: ComputeAsked, timed: bool) -> list[Compute]:
 
 def _in_mode(layer: CompressedBilinear, mode: Compute, inputs: Inputs) -> CompressedBilinear:
     copied = copy.deepcopy(layer)
-    copied.set_compute(mode, inputs[0].dtype)
+    copied.set_compute(mode)
     return copied
 
 

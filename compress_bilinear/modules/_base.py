@@ -1,7 +1,6 @@
-"""What the three modules share: `nn.Bilinear`'s contract, its checks, and pairwise scoring."""
+"""What the layers of all methods share: the contract of `nn.Bilinear`, its checks, and pairs, blocks and indices."""
 
 from abc import abstractmethod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +9,15 @@ from .. import ops
 from ..config import Quantize
 from ..errors import CompressionError, InputError
 from ..quantization import FORMATS
-from ._autocast import autocast_enabled
 from ._compute import ComputeModes
 
 
 class CompressedBilinear(ComputeModes):
-    """A drop-in for `nn.Bilinear`: same attributes, same inputs and outputs, other storage.
+    """A drop-in replacement of `nn.Bilinear`: the same attributes, inputs and outputs, and another storage.
 
     Attributes:
         in1_features, in2_features, out_features: I, J and O.
-        quantize: None, "bf16", "int8" or "nf4".
+        quantize: the storage format, None for floating point.
         compute: how a quantized layer computes; see `set_compute`.
         method: "dense", "cp" or "tucker".
     """
@@ -36,7 +34,7 @@ class CompressedBilinear(ComputeModes):
 
     @property
     def rank(self) -> int | tuple[int, int, int] | None:
-        """R of a CP, (R_o, R_i, R_j) of a Tucker decomposition, None for a dense layer."""
+        """R of a CP layer, (R_o, R_i, R_j) of a Tucker layer, None for a dense one."""
         return None
 
     @property
@@ -46,18 +44,11 @@ class CompressedBilinear(ComputeModes):
 
     @abstractmethod
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The slice W[rows] of the weight (·, I, J) that the layer stands for, computed in `dtype`."""
+        """W[rows], a slice (·, I, J) of the weight that the layer stands for, computed in `dtype`."""
 
     @abstractmethod
     def set_bias(self, bias: nn.Parameter | None) -> None:
-        """Use this very Parameter (O,), or none; what is tied to it stays tied."""
-
-    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
-        """The forward on a CPU without the checks that would cost more than the sums of a few rows; None where needed.
-
-        It may raise what torch raises for inputs that do not fit.
-        """
-        return None
+        """Use this Parameter (O,) itself, or none. What it is tied to stays tied."""
 
     @abstractmethod
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
@@ -72,7 +63,7 @@ class CompressedBilinear(ComputeModes):
         """The weight (O, I, J) that the layer stands for; differentiable in the stored factors.
 
         Args:
-            dtype: of the result and of its computation. None takes the layer's own, float32 for int8.
+            dtype: of the result and of its computation. None takes the layer's own, float32 if it is quantized.
         """
         return self.dense_rows(slice(None), dtype or self.weight_dtype)
 
@@ -83,15 +74,8 @@ class CompressedBilinear(ComputeModes):
     ) -> Tensor:  # (..., O)
         """y_o = x1ᵀ W_o x2 + b_o.
 
-        Raises: InputError where `nn.Bilinear` would raise: other sizes, other leading dimensions, other dtypes.
+        Raises: InputError for other sizes, leading dimensions or dtypes, where `nn.Bilinear` raises RuntimeError.
         """
-        if input1.is_cpu and not torch.compiler.is_compiling():
-            try:
-                output = self._bare(input1, input2)
-            except (RuntimeError, IndexError, InputError):  # what is wrong with the inputs is found and said below
-                output = None
-            if output is not None:
-                return output
         self._check(input1, input2)
         if input1.shape[:-1] != input2.shape[:-1]:
             raise InputError(
@@ -128,30 +112,38 @@ class CompressedBilinear(ComputeModes):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> str:
-        """Which path a call takes, and why; nothing is computed.
+        """Which path a call takes, and why. Nothing is computed.
 
         Args:
-            rows: N of the call, or its pairs.
-            pairs: whether of `pairwise`.
+            rows: N of the call, or the number of its pairs.
+            pairs: whether the call is of `pairwise`.
             gradient: whether a gradient is wanted.
             device, dtype: of the inputs; None takes the layer's.
         """
-        tensors = [*self.parameters(), *self.buffers()]
-        where = tensors[0].device if device is None else torch.device(device)
-        reason = self._obstacle(where, pairs)
+        own = next(iter([*self.parameters(), *self.buffers()])).device
         rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
         shape = (self.out_features, self.in1_features, self.in2_features)
-        of = dtype or self.weight_dtype
-        bits = 8 * of.itemsize if self.quantize is None else max(8, FORMATS[self.quantize].bits)
-        return str(
-            ops.explain(
-                self.method, shape, rank, rows, where, of, bits, pairs=pairs, gradient=gradient, reason_against=reason
-            )
+        inputs_dtype = dtype or self.weight_dtype
+        bits = 8 * inputs_dtype.itemsize if self.quantize is None else max(8, FORMATS[self.quantize].bits)
+        choice = ops.explain(
+            self.method,
+            shape,
+            rank,
+            rows,
+            own if device is None else torch.device(device),
+            inputs_dtype,
+            bits,
+            pairs=pairs,
+            gradient=gradient,
+            reason_against=self._reason_against_kernels(pairs),
         )
+        return str(choice)
 
-    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
-        """Why the layer's tensors cannot be handed to `ops` at once."""
-        return None
+    def _reason_against_kernels(self, pairs: bool) -> str | None:
+        """Why no fused kernel can run the layer, whatever the inputs are."""
+        if self.quantize is None or FORMATS[self.quantize].integers:
+            return None
+        return f"the fused kernels read int8, not {self.quantize}"
 
     def blockwise(
         self,
@@ -160,7 +152,7 @@ class CompressedBilinear(ComputeModes):
     ) -> Tensor:  # (..., O)
         """A sum of K bilinear forms, whose weights (O, I / K, J) are the blocks of W along its in1 axis.
 
-        y_o = Σ_k x1_kᵀ W_ok x2_k + b_o: what a grouped bilinear classifier computes, in the FLOPs of its blocks alone.
+        y_o = Σ_k x1_kᵀ W_ok x2_k + b_o. A grouped bilinear classifier computes this. It takes the FLOPs of the blocks.
 
         Raises: InputError for inputs of less than two dimensions, other sizes, or other dtypes.
         """
@@ -177,7 +169,7 @@ class CompressedBilinear(ComputeModes):
         input1: Tensor,  # (..., I)
         index: Tensor,  # (...), integers in 0..J − 1
     ) -> Tensor:  # (..., O)
-        """y_o = Σ_i x1_i W_oij + b_o for j = `index`: `forward` with a one-hot `input2`, as of relations or labels.
+        """y_o = Σ_i x1_i W_oij + b_o for j = `index`: `forward` with a one-hot `input2`, for relations or labels.
 
         Raises: InputError for other sizes, leading dimensions or dtypes.
         """
@@ -196,26 +188,29 @@ class CompressedBilinear(ComputeModes):
         return self._forward(input1, one_hot.to(input1.dtype))
 
     def _check(self, input1: Tensor, input2: Tensor) -> None:
-        for name, value, size in (("input1", input1, self.in1_features), ("input2", input2, self.in2_features)):
-            if value.dim() < 1 or value.shape[-1] != size:
-                raise InputError(f"`{name}` should have shape (..., {size}). Found {tuple(value.shape)}.")
-        if input1.dtype != input2.dtype and not autocast_enabled(input1.device.type):
-            raise InputError(
-                f"`input1` and `input2` should have the same dtype. Found {input1.dtype} and {input2.dtype}."
-            )
-        if not input1.is_floating_point() or not input2.is_floating_point():
-            raise InputError(f"`input1` and `input2` should be floating. Found {input1.dtype} and {input2.dtype}.")
-        weight = self._first_weight()
-        if weight is not None and weight.dtype != input1.dtype and not autocast_enabled(input1.device.type):
-            raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {input1.dtype}.")
+        """Raise InputError for inputs of other sizes or dtypes than the layer takes."""
+        shape1, shape2, dtype, weight = input1.shape, input2.shape, input1.dtype, self._first_weight()
+        if not shape1 or shape1[-1] != self.in1_features:
+            raise InputError(f"`input1` should have shape (..., {self.in1_features}). Found {tuple(shape1)}.")
+        if not shape2 or shape2[-1] != self.in2_features:
+            raise InputError(f"`input2` should have shape (..., {self.in2_features}). Found {tuple(shape2)}.")
+        if dtype == input2.dtype and dtype.is_floating_point and (weight is None or weight.dtype == dtype):
+            return
+        mixed = ops.autocast_enabled(input1.device.type)
+        if dtype != input2.dtype and not mixed:
+            raise InputError(f"`input1` and `input2` should have the same dtype. Found {dtype} and {input2.dtype}.")
+        if not (dtype.is_floating_point and input2.dtype.is_floating_point):
+            raise InputError(f"`input1` and `input2` should be floating. Found {dtype} and {input2.dtype}.")
+        if weight is not None and weight.dtype != dtype and not mixed:
+            raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {dtype}.")
 
     @abstractmethod
     def _first_weight(self) -> Tensor | None:
-        """The floating weight whose dtype the inputs should have, None where any will do."""
+        """The floating weight whose dtype the inputs should have; None if they may have any."""
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the stored weight, float32 for int8; wrapped inner layers are looked through."""
+        """The dtype of the stored weight, float32 if it is quantized. An inner layer may be wrapped."""
         if self.quantize is None:
             for name, parameter in self.named_parameters():
                 if name.endswith("weight") and parameter.is_floating_point():
@@ -236,46 +231,7 @@ class CompressedBilinear(ComputeModes):
 def block_rows(
     input1: Tensor,  # (..., K, I / K)
 ) -> Tensor:  # (..., K, I)
-    """Each block by itself in a row of zeros, where it was in the whole."""
+    """Each block in a row of zeros, at its place in the whole row."""
     count, size = input1.shape[-2:]
     rows = input1.new_zeros(*input1.shape[:-1], count, size)
     return rows.diagonal_scatter(input1.mT, dim1=-3, dim2=-2).flatten(-2)
-
-
-class ProjectedBilinear(CompressedBilinear):
-    """A small product between linear layers: what CP and Tucker have in common.
-
-    Attributes:
-        in1_proj, in2_proj, out_proj: linear layers (without, without and with the bias), ordinary ones but for a
-            Tucker mode of rank near its size: see `InterpolativeLinear`; at full rank, the identity.
-    """
-
-    in1_proj: nn.Module
-    in2_proj: nn.Module
-    out_proj: nn.Module
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight (O, I, J) that the layer stands for, computed anew at each access (`to_dense()`)."""
-        return self.to_dense()
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The bias (O,) of `out_proj`."""
-        bias: nn.Parameter | None = getattr(self.out_proj, "bias", None)
-        return bias
-
-    def _first_weight(self) -> Tensor | None:
-        weight = getattr(self.in1_proj, "weight", None)
-        return weight if isinstance(weight, Tensor) and weight.is_floating_point() else None
-
-    def set_bias(self, bias: nn.Parameter | None) -> None:
-        self.out_proj.register_parameter("bias", bias)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias"):
-            raise AttributeError(
-                f"`{name}` of a {type(self).__name__} is computed from its parts: set out_proj.bias, or the weights of "
-                "in1_proj, in2_proj and out_proj."
-            )
-        super().__setattr__(name, value)

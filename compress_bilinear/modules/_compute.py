@@ -1,10 +1,9 @@
-"""How a quantized layer computes: the modes that it has, and which one is set."""
+"""How a quantized layer computes: the modes that it has, and the one that is set."""
 
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, cast, get_args
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -12,9 +11,11 @@ from ..config import Compute, Quantize
 from ..errors import ConfigError
 from ..quantization import FORMATS, QuantizedTensor
 
+_GONE = "`compress_bilinear.dequantize` stores the weights in floating point instead"
+
 
 class ComputeModes(nn.Module):
-    """A layer that may be quantized, and then computes in one of several ways.
+    """A layer that may be quantized, and then computes in one of several modes.
 
     Attributes:
         quantize: None, "bf16", "int8" or "nf4".
@@ -34,13 +35,15 @@ class ComputeModes(nn.Module):
         """The modes that `set_compute` takes."""
         return tuple(mode for mode in get_args(Compute) if self.refused_compute(mode) is None)
 
-    def refused_compute(self, compute: Compute) -> str | None:
-        """Why `set_compute` does not take a mode, or None where it does.
+    def refused_compute(self, compute: str) -> str | None:
+        """The reason why `set_compute` does not take a mode, or None where it does.
 
-        bitsandbytes is imported where the layer's format and device allow it, and tried on the layer's values.
+        bitsandbytes is imported if the layer's format and device allow it, and tried on the layer's values.
         """
         if self.quantize is None:
             return "the layer is in floating point"
+        if compute not in get_args(Compute):
+            return _GONE if compute == "resident" else "there is no such mode"
         if compute == "bitsandbytes":
             reasons = [part.reason_against_bitsandbytes() for part in self._stored()]
             return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
@@ -51,36 +54,33 @@ class ComputeModes(nn.Module):
             return f"its values have {bits} bits, in {self.quantize}, and only int8 is multiplied as integers"
         return "none of its projections is in int8 without scales of its own"
 
-    def set_compute(self, compute: Compute, dtype: torch.dtype = torch.float32) -> None:
+    def set_compute(self, compute: Compute) -> None:
         """Choose how a quantized layer computes. It is no part of its `state_dict`; `compress_bilinear.save` keeps it.
 
         Args:
-            compute: "on_the_fly" de-quantizes part by part at each call: the least memory. "resident" keeps the weights
-                de-quantized as well, in `dtype`, for inputs of that dtype: the same outputs up to the order of sums.
-                "int8" rounds each row of the longer input of a dense layer, or of a CP's or Tucker's inputs and hidden
-                values, to int8 and multiplies integers (`torch._int_mm`), which costs about 1% of the outputs' norm;
-                a Tucker's core is computed on the fly. "bitsandbytes" is "on_the_fly" with its kernels, to the same
-                values: for nf4, and on CUDA for int8 whose blocks of scales are consecutive. Compiled graphs and
-                transforms of torch.func de-quantize by torch. Where the layer moves to a device on which these
-                kernels cannot be used, it warns and computes on the fly.
-            dtype: of the resident weights.
+            compute: "on_the_fly" decodes the weights slab by slab in each call. "int8" rounds each row of the longer
+                input of a dense layer, or of a CP's or Tucker's inputs and intermediates, to int8 and multiplies
+                integers (`torch._int_mm`), which costs about 1% of the outputs' norm; a Tucker's core is computed on
+                the fly. "bitsandbytes" is "on_the_fly" with its kernels, to the same values: for nf4, and on CUDA for
+                int8 whose blocks of scales are consecutive. Compiled graphs and transforms of torch.func decode by
+                torch. Where the layer moves to a device on which these kernels cannot be used, it warns and computes
+                on the fly.
 
         Raises: ConfigError for another mode, an unquantized layer, or a mode that is refused: see `refused_compute`.
         """
         if self.quantize is None:
             raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
-        refused = self.refused_compute(compute) if compute in get_args(Compute) else None
-        if refused is not None or compute not in get_args(Compute):
+        reason = self.refused_compute(compute)
+        if reason is not None:
             raise ConfigError(
                 f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
-                f"Found {compute!r}{f': {refused}' if refused else ''}."
+                f"Found {compute!r}: {reason}."
             )
         for part in self.modules():
             if hasattr(part, "takes_int8"):  # also a core, which may have a mode of its own
                 cast(Any, part).integer = False
             if isinstance(part, QuantizedTensor):
                 part.use_bitsandbytes(compute == "bitsandbytes")
-                part.keep_resident(dtype if compute == "resident" else None)
             elif isinstance(part, ComputeModes):
                 part.compute = "on_the_fly" if compute == "int8" and part is not self else compute
         for part in self._computing():
@@ -96,7 +96,7 @@ class ComputeModes(nn.Module):
             return self
         devices = [part.device.type for part in self._stored()]
         nested = {part: part.compute for part in self.modules() if isinstance(part, ComputeModes)}
-        for part in nested:  # this layer speaks for its core too
+        for part in nested:  # one warning, of this layer, is enough for its core too
             part.compute = "on_the_fly"
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -119,9 +119,9 @@ class ComputeModes(nn.Module):
         absent = missing()
         if absent is not None:  # it was pickled where there is one
             self.set_compute("on_the_fly")
-            # of a core and of its Tucker, which is read later, in the same words: told once
+            # the core of a Tucker layer warns in the same words, so that Python shows the warning once
             warnings.warn(f"A pickled layer that computes by bitsandbytes does so on the fly: {absent}.", stacklevel=2)
 
     def _computing(self) -> list[nn.Module]:
-        """The layer and its linear parts: what may multiply integers."""
+        """The layer and its linear parts, which may multiply integers."""
         return [part for part in self.modules() if part is self or not isinstance(part, ComputeModes)]

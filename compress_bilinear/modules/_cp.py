@@ -1,7 +1,6 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,17 @@ from .. import ops
 from ..config import CPRank, Quantize, check_quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
-from ._autocast import autocast_dtype
-from ._base import ProjectedBilinear
-from ._linear import QuantizedLinear, fill_linear, is_plain, linear_weight, make_linear, project_blocks
-from ._operands import bare_operands, obstacle, on_tensors
+from ._linear import QuantizedLinear, fill_linear, linear_weight, make_linear
+from ._operands import reason_against
+from ._projected import ProjectedBilinear, project_blocks
 
 
 class CPBilinear(ProjectedBilinear):
     """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
 
-    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. Quantized, the three weights hold columns of equal
-    magnitude, and `out_proj.sigma` (R,) in float32 all of each component's scale: CP's freedom to move scale between
-    factors costs no accuracy. It multiplies the product of the projections, which is formed in float32.
+    R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. Quantized, the columns of the three weights have equal
+    magnitudes, and `out_proj.sigma` (R,) in float32 has the whole scale of each component: scale that moves between the
+    factors of a CP costs no accuracy. It multiplies the product of the projections, which is formed in float32.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -38,6 +36,7 @@ class CPBilinear(ProjectedBilinear):
     """
 
     method = "cp"
+    part_names = ("in1_proj", "in2_proj", "out_proj")
 
     def __init__(
         self,
@@ -107,7 +106,7 @@ class CPBilinear(ProjectedBilinear):
         return cls.from_decomposition(found, bias, quantize=quantize)
 
     def to_decomposition(self, dtype: torch.dtype = torch.float64) -> CPDecomposition:
-        """The decomposition that is stored: unit scales apart, the factors as the layer holds them."""
+        """The stored decomposition: the layer's factors, with weights of one."""
         factors = [linear_weight(layer)(dtype).detach() for layer in (self.out_proj, self.in1_proj, self.in2_proj)]
         return CPDecomposition(factors[0].new_ones(self.rank), (factors[0], factors[1].T, factors[2].T))
 
@@ -119,51 +118,44 @@ class CPBilinear(ProjectedBilinear):
         out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
         return torch.einsum("or,ri->oir", out[rows], in1) @ in2
 
-    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
-        operands = bare_operands(self._modules, ("in1_proj", "in2_proj", "out_proj"))
-        if operands is None or operands[0] is None or operands[1] is None or operands[2] is None:
-            return None
-        return ops.bilinear_cp(input1, input2, *operands)
-
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if self._obstacle(input1.device) is None:
-            return self._operation(ops.bilinear_cp, input1, input2)
-        return self._product(self.in1_proj(input1), self.in2_proj(input2), input1)
+        found = self._operands()
+        if isinstance(found, str):
+            return self._of_product(self.in1_proj(input1), self.in2_proj(input2), input1)
+        in1, in2, out = found.weights
+        return ops.bilinear_cp(input1, input2, in1, in2, out, found.bias, sigma=self._sigma())
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if self._obstacle(input1.device) is None:
-            return self._operation(ops.pairwise_cp, input1, input2)
+        found = self._operands()
+        if not isinstance(found, str):
+            in1, in2, out = found.weights
+            return ops.pairwise_cp(input1, input2, in1, in2, out, found.bias, sigma=self._sigma())
         left, right = self.in1_proj(input1), self.in2_proj(input2)
         blocks = ops.pair_blocks(left, right, self.out_features)
-        return ops.over_pairs(lambda p, q: self._product(p, q, input1), left, right, blocks)
-
-    def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
-        sigma = getattr(self.out_proj, "sigma", None)
-        return on_tensors(operation, input1, input2, list(self._parts().values()), sigma=sigma)
-
-    def _parts(self) -> dict[str, nn.Module]:
-        return {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj, "out_proj": self.out_proj}
-
-    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
-        parts = self._parts()
-        for name, part in parts.items():  # which of a Tucker's are ordinary
-            if type(part) is nn.Identity:
-                return f"`{name}` is an Identity"
-        return obstacle(parts, device)
+        return ops.over_pairs(lambda p, q: self._of_product(p, q, input1), left, right, blocks)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
-        if is_plain(self.out_proj, QuantizedLinear):  # as in `_product`
-            wide = torch.promote_types(left.dtype, torch.float32)
-            summed = (left.to(wide) * right.to(wide)).sum(-2)
-            return self._product(summed, summed.new_ones(1), input1)
-        output: Tensor = self.out_proj((left * right).sum(-2))
+        if not self._wants_wide_products():
+            output: Tensor = self.out_proj((left * right).sum(-2))
+            return output
+        wide = torch.promote_types(left.dtype, torch.float32)
+        summed = (left.to(wide) * right.to(wide)).sum(-2)
+        return self._of_product(summed, summed.new_ones(1), input1)
+
+    def _of_product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
+        """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""
+        if not self._wants_wide_products():
+            output: Tensor = self.out_proj(left * right)
+            return output
+        wide = torch.promote_types(left.dtype, torch.float32)
+        dtype = ops.autocast_dtype(input.device.type, input) or input.dtype
+        output = self.out_proj(left.to(wide) * right.to(wide), dtype)
         return output
 
-    def _product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
-        """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""
-        if is_plain(self.out_proj, QuantizedLinear):
-            dtype = autocast_dtype(input.device.type, input) or input.dtype
-            return self.out_proj.of_product(left, right, dtype)
-        output: Tensor = self.out_proj(left * right)
-        return output
+    def _wants_wide_products(self) -> bool:
+        """Whether `out_proj` takes products in float32. Those of int8 factors have no scale yet, and could overflow."""
+        return type(self.out_proj) is QuantizedLinear and reason_against(self.out_proj) is None
+
+    def _sigma(self) -> Tensor | None:
+        return None if self.quantize is None else self.out_proj._buffers.get("sigma")

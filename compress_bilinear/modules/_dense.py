@@ -1,7 +1,6 @@
 """`DenseBilinear`: the weight itself, exact or in 16, 8 or 4 bits, evaluated in the best order."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +10,8 @@ from .. import ops
 from ..config import Quantize, check_quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import FORMATS, QuantizedTensor
-from ._autocast import autocast_dtype, autocast_enabled, without_autocast
 from ._base import CompressedBilinear
 from ._int8_matmul import int8_bilinear
-from ._linear import row_parts
 
 
 class DenseBilinear(CompressedBilinear):
@@ -132,63 +129,18 @@ class DenseBilinear(CompressedBilinear):
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.bias = bias
 
-    def _operands(self, input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Inputs, weight, bias and scale in the dtype to compute in."""
-        device = input1.device.type
-        if isinstance(self.weight, QuantizedTensor):
-            dtype = autocast_dtype(device, input1, input2) or input1.dtype
-            weight, scale = self.weight.qdata, self.weight.scale
-            if self.weight.resident is not None and self.weight.resident.dtype == dtype:
-                weight, scale = self.weight.resident, None
-        else:
-            dtype = autocast_dtype(device, input1, input2, self.weight) or self.weight.dtype
-            weight, scale = self.weight.to(dtype), None
-        bias = self.bias if self.bias is None else self.bias.to(dtype)
-        return input1.to(dtype), input2.to(dtype), weight, bias, scale
-
-    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
-        weight = self._parameters.get("weight")
-        if (
-            weight is None
-            or "bias" not in self._parameters
-            or not input1.dtype == input2.dtype == weight.dtype
-            or autocast_enabled("cpu")
-        ):
-            return None
-        bias = self._parameters["bias"]
-        if bias is not None and bias.dtype != weight.dtype:  # the output is to have the weight's
-            return None
-        return ops.bilinear_dense(input1, input2, weight, bias)
-
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if self.integer:
-            input1, input2, weight, bias, scale = self._operands(input1, input2)
-            assert scale is not None
-            with without_autocast(input1.device.type):
-                output = int8_bilinear(input1, input2, weight, scale)
-            return output if bias is None else output + bias
-        return self._evaluated(ops.bilinear_dense, input1, input2)
+        if not self.integer:
+            return ops.bilinear_dense(input1, input2, self.weight, self.bias)
+        assert isinstance(self.weight, QuantizedTensor) and self.weight.scale is not None  # noqa: PT018
+        device = input1.device.type
+        dtype = ops.autocast_dtype(device, input1, input2) or input1.dtype
+        with ops.without_autocast(device):
+            output = int8_bilinear(input1.to(dtype), input2.to(dtype), self.weight.qdata, self.weight.scale)
+            return output if self.bias is None else output + self.bias.to(dtype)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        return self._evaluated(ops.pairwise_dense, input1, input2)
-
-    def _evaluated(self, evaluate: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
-        input1, input2, weight, bias, scale = self._operands(input1, input2)
-        with without_autocast(input1.device.type):
-            stored = self.weight
-            if not isinstance(stored, QuantizedTensor) or weight is stored.resident:
-                return evaluate(input1, input2, weight, bias, scale=scale)
-            if stored.is_int8 and stored.decoder(input1.dtype) == "torch":  # `ops` decodes it
-                return evaluate(input1, input2, weight, bias, scale=scale)
-            parts = list(row_parts(stored))
-
-            def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
-                return evaluate(input1, input2, stored.decode(input1.dtype, rows))
-
-            run = ops.block_runner(True, input1, input2)  # a part's values do not wait for a backward
-            pieces = [run(outputs, input1, input2, rows) for rows in parts]
-            output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-            return output if bias is None else output + bias
+        return ops.pairwise_dense(input1, input2, self.weight, self.bias)
 
     def contract(
         self,
@@ -198,28 +150,17 @@ class DenseBilinear(CompressedBilinear):
         """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product.
 
         Args:
-            dtype: of the output; sums are in the product's. None takes both from a call with the product's.
+            dtype: of the output; sums are in the product's. None takes both as of a call with inputs like the product.
         """
-        flat = product.flatten(-2)
-        bias: Tensor | None = self.bias
         if dtype is None:
-            flat, _, _, bias, _ = self._operands(flat, flat)
-            dtype = flat.dtype
-        with without_autocast(flat.device.type):
-            pieces = [self._contracted(flat, rows) for rows in self._row_parts()]
-            output = torch.cat(pieces, dim=-1)
-            output = output if bias is None else output + bias.to(output.dtype)
-        return output.to(dtype)
-
-    def _contracted(self, flat: Tensor, rows: slice) -> Tensor:
-        """(..., I·J) -> (..., rows)."""
-        weight = self.weight
-        if isinstance(weight, nn.Parameter) or (weight.resident is not None and weight.resident.dtype == flat.dtype):
-            return nn.functional.linear(flat, self.dense_rows(rows, flat.dtype).flatten(1))
-        return ops.stored_linear(flat, lambda dtype, *_: weight.decode(dtype, rows).flatten(1), *weight.buffers())
+            (product,) = self._inputs(product)
+            dtype = product.dtype
+        with ops.without_autocast(product.device.type):
+            bias = self.bias if self.bias is None else self.bias.to(product.dtype)
+            return ops.project(product.flatten(-2), self._flat_weight(product.dtype), bias).to(dtype)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        input1, input2, _, _, _ = self._operands(input1, input2)
+        input1, input2 = self._inputs(input1, input2)
         dtype = input1.dtype
         if dtype == torch.float16:  # in which products of inputs, and their sums, could overflow
             input1, input2 = input1.float(), input2.float()
@@ -227,18 +168,25 @@ class DenseBilinear(CompressedBilinear):
         return self.contract(product.flatten(-3, -2), dtype)
 
     def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
-        input1, _, _, bias, _ = self._operands(input1, input1)
+        (input1,) = self._inputs(input1)
         rows, columns = input1.reshape(index.numel(), self.in1_features, 1), index.reshape(-1)
-        with without_autocast(input1.device.type):
-            parts = self._row_parts()
-            run = ops.block_runner(isinstance(self.weight, QuantizedTensor) or len(parts) > 1, rows)
-            output = torch.cat([run(self._of_columns, rows, columns, part) for part in parts], dim=1)
+        with ops.without_autocast(input1.device.type):
+            slabs = ops.slabs(self.weight)
+            run = ops.block_runner(isinstance(self.weight, QuantizedTensor) or len(slabs) > 1, rows)
+            output = torch.cat([run(self._of_columns, rows, columns, slab) for slab in slabs], dim=1)
         output = output.reshape(*index.shape, self.out_features)
-        return output if bias is None else output + bias
+        return output if self.bias is None else output + self.bias.to(output.dtype)
 
-    def _of_columns(self, rows: Tensor, columns: Tensor, part: slice) -> Tensor:
-        """(N, I, 1), (N,) -> (N, part, 1), by each row's own matrix."""
-        return torch.bmm(self.dense_rows(part, rows.dtype).movedim(2, 0)[columns], rows)
+    def _of_columns(self, rows: Tensor, columns: Tensor, slab: slice) -> Tensor:
+        """(N, I, 1), (N,) -> (N, slab, 1): each row times its own matrix."""
+        return torch.bmm(self.dense_rows(slab, rows.dtype).movedim(2, 0)[columns], rows)
 
-    def _row_parts(self) -> list[slice]:
-        return list(row_parts(self.weight)) if isinstance(self.weight, QuantizedTensor) else [slice(None)]
+    def _inputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The inputs in the dtype to compute in: autocast's, or the weight's."""
+        weight = self._first_weight()
+        dtype = ops.autocast_dtype(inputs[0].device.type, *inputs, weight)
+        dtype = dtype or (inputs[0] if weight is None else weight).dtype
+        return tuple(input.to(dtype) for input in inputs)
+
+    def _flat_weight(self, dtype: torch.dtype) -> ops.Weight:
+        return self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.to(dtype).flatten(1)

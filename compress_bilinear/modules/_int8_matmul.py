@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import ops
 from ..quantization import LEVELS, UNIT, expanded
 
-CHUNK = 2**20  # of the weight's values that are multiplied or de-quantized at once (or one output's)
 _BLOCK = 2**19  # products that are held at once, which a CPU's cache holds
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
 _TRACED = 4096  # columns in a traced graph, where the number of rows is not known
@@ -45,7 +44,7 @@ class _Int8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (weight,), (grad,) = ctx.saved_tensors, grads
-        rows = max(1, CHUNK // max(1, weight.shape[1]))
+        rows = max(1, ops.tuning().weight // max(1, weight.shape[1]))
         parts = zip(grad.split(rows, dim=-1), weight.split(rows), strict=True)
         total = sum((part @ values.to(grad.dtype) for part, values in parts), start=grad.new_zeros(()))
         return total * UNIT, None
@@ -65,7 +64,7 @@ def int8_bilinear(
     """
     if not (torch.is_grad_enabled() and (input1.requires_grad or input2.requires_grad)):
         return _bilinear(input1, input2, weight, scale)
-    if ops.traced() or torch._C._are_functorch_transforms_active():
+    if ops.traced() or ops.transformed():
         exact = ops.bilinear_dense(input1, input2, weight, scale=scale)
         return exact + (_bilinear(input1, input2, weight, scale) - exact).detach()
     output: Tensor = _Int8Bilinear.apply(input1, input2, weight, scale)  # type: ignore[no-untyped-call]
@@ -106,7 +105,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> 
     tracing = ops.traced()
     count = 1 if tracing else max(1, len(kept))
     most = max(_BLOCK_WIDTH, _TRACED if tracing else _BLOCK // count)
-    outputs = min(out, max(1, min(most // width, CHUNK // (width * long))))
+    outputs = min(out, max(1, min(most // width, ops.tuning().weight // (width * long))))
     outputs = max(outputs, -(-out // _TRACED_PARTS)) if tracing else outputs
     rows = max(1, _BLOCK // (outputs * width))
     blocks = list(zip(*((v,) if tracing else v.split(rows) for v in (qdata, kept)), strict=True))

@@ -1,8 +1,6 @@
-"""A linear layer, plain or stored in 16, 8 or 4 bits."""
+"""Linear layers: in a storage format, with an identity in the matrix, and the bias alone."""
 
-import math
-from collections.abc import Callable, Iterator
-from typing import TypeGuard, TypeVar
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,28 +9,20 @@ from typing_extensions import Self
 from .. import ops
 from ..config import Quantize
 from ..quantization import FORMATS, Layout, QuantizedTensor, restore_dtypes
-from ._autocast import autocast_dtype, without_autocast
-from ._base import block_rows
 from ._int8_matmul import int8_linear
-
-CHUNK = 2**20  # values that are de-quantized at once (or one row of them): four megabytes in float32
-_TRACED_PARTS = 16
-
-_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 class QuantizedLinear(nn.Module):
-    """`nn.Linear` with its weight in 16, 8 or 4 bits, de-quantized on the fly to the input's dtype, part by part.
+    """`nn.Linear` with its weight in 16, 8 or 4 bits. Each call decodes it to the input's dtype, slab by slab.
 
-    Beside input and output, a forward holds one part of at most 2²⁰ de-quantized values (or one row). For a backward
-    none are kept: parts are de-quantized again, one by one.
+    Besides input and output, a forward holds one decoded slab of at most 2²⁰ values (or one row). A backward decodes
+    the slabs again, one by one.
 
     Attributes:
         weight: a `QuantizedTensor` of shape (out_features, in_features).
         sigma: (in_features,) float32, by which the input is multiplied first, in float32 or wider; or None.
         bias: (out_features,) in floating point, or None.
-        integer: whether to round each row of the input to int8 as well and to multiply integers, where the weight is
-            int8 without scales: see `set_compute`.
+        integer: whether the rows of the input are rounded to int8 too, and integers multiplied: see `set_compute`.
     """
 
     bias: nn.Parameter | None
@@ -48,38 +38,25 @@ class QuantizedLinear(nn.Module):
 
     @property
     def takes_int8(self) -> bool:
-        """Whether `integer` may be set: the weight is int8 without scales."""
+        """Whether `integer` may be set: the weight is int8 and has no scales of its own."""
         return self.weight.is_int8 and self.weight.scale is None
 
     def forward(
         self,
         input: Tensor,  # (..., in_features)
+        dtype: torch.dtype | None = None,
     ) -> Tensor:  # (..., out_features)
-        dtype = autocast_dtype(input.device.type, input) or input.dtype
-        return self._scaled(input, dtype)
-
-    def of_product(
-        self,
-        left: Tensor,  # (..., in_features)
-        right: Tensor,  # broadcastable to that
-        dtype: torch.dtype,
-    ) -> Tensor:  # (..., out_features)
-        """`forward(left * right)` in `dtype`; the product is formed in float32, for in float16 it could overflow."""
-        wide = torch.promote_types(left.dtype, torch.float32)
-        return self._scaled(left.to(wide) * right.to(wide), dtype, own=True)
-
-    def _scaled(self, input: Tensor, dtype: torch.dtype, own: bool = False) -> Tensor:
-        """The output; `own` says that nobody else has this float32 or wider input."""
-        with without_autocast(input.device.type):
-            if self.sigma is not None and own and not (torch.is_grad_enabled() or ops.traced()):
-                input = input.mul_(self.sigma)
-            elif self.sigma is not None:
+        """The product, computed in `dtype`; None takes the input's, or autocast's."""
+        device = input.device.type
+        dtype = dtype or ops.autocast_dtype(device, input) or input.dtype
+        with ops.without_autocast(device):
+            if self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
             bias = self.bias if self.bias is None else self.bias.to(dtype)
-            if self.integer:
-                output = int8_linear(input.to(dtype), self.weight.qdata)
-                return output if bias is None else output + bias
-            return quantized_linear(input.to(dtype), self.weight, bias)
+            if not self.integer:
+                return ops.project(input.to(dtype), self.weight, bias)
+            output = int8_linear(input.to(dtype), self.weight.qdata)
+            return output if bias is None else output + bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
@@ -89,60 +66,6 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def is_plain(layer: nn.Module, kind: type[_Kind]) -> TypeGuard[_Kind]:
-    """A layer of this very type that does nothing else: not wrapped, hooked or patched."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is kind and "forward" not in vars(layer) and not any(hooks)
-
-
-def project_blocks(
-    linear: nn.Module,
-    input: Tensor,  # (..., K, I / K)
-) -> Tensor:  # (..., K, out_features)
-    """Each of K blocks of the input projected by its own columns of a linear layer of I inputs."""
-    if is_plain(linear, nn.Linear) and linear.bias is None:
-        weight = linear.weight.unflatten(1, tuple(input.shape[-2:]))
-        return torch.einsum("...kb,rkb->...kr", input, weight)
-    projected: Tensor = linear(block_rows(input))  # any other module takes whole rows
-    return projected
-
-
-def row_parts(tensor: QuantizedTensor) -> Iterator[slice]:
-    """The first axis in parts of at most `CHUNK` values each, or one row; in a traced graph, of at most 16 parts."""
-    rows = max(1, CHUNK // max(1, math.prod(tensor.shape[1:])))
-    if ops.traced():
-        rows = max(rows, -(-tensor.shape[0] // _TRACED_PARTS))
-    for start in range(0, tensor.shape[0], rows):
-        yield slice(start, min(start + rows, tensor.shape[0]))
-
-
-def quantized_linear(
-    input: Tensor,  # (..., I)
-    weight: QuantizedTensor,  # (O, I)
-    bias: Tensor | None,  # (O,)
-) -> Tensor:  # (..., O)
-    """x Wᵀ + b in the input's dtype, de-quantizing one part of W after another."""
-    parts = list(row_parts(weight))
-    tracing = ops.traced()
-    recorded = torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad))
-    if len(parts) <= 1 and (tracing or not recorded):
-        return ops.linear(input, weight.decode(input.dtype), bias)
-    if recorded or tracing:
-        pieces = [_linear_part(input, weight, rows) for rows in parts]
-        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        return output if bias is None else output + bias
-    output = input.new_empty(*input.shape[:-1], weight.shape[0])
-    for rows in parts:
-        output[..., rows] = _linear_part(input, weight, rows)
-    return output if bias is None else output.add_(bias)
-
-
-def _linear_part(input: Tensor, weight: QuantizedTensor, rows: slice) -> Tensor:
-    if weight.resident is not None and weight.resident.dtype == input.dtype:
-        return ops.linear(input, weight.decode(input.dtype, rows))
-    return ops.stored_linear(input, lambda dtype, *_: weight.decode(dtype, rows), *weight.buffers())
 
 
 def make_linear(
@@ -175,16 +98,16 @@ def _zero_bias(
 
 
 def fill_linear(linear: nn.Module, weight: Tensor) -> None:
-    """Store a weight (out_features, in_features), quantizing it where the layer is quantized."""
+    """Store a weight (out_features, in_features), in the layer's format."""
     if isinstance(linear, QuantizedLinear):
         linear.weight = linear.weight.encode(weight)
     else:
-        # a Parameter of its own, which shares no storage with the decomposition
+        # a new Parameter, which shares no memory with the decomposition
         linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
 def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
-    """How to read a (possibly wrapped) linear layer's weight in a given dtype, `sigma` multiplied into it."""
+    """A function that reads a linear layer's weight in a given dtype, times `sigma`. The layer may be wrapped."""
     if isinstance(linear, InterpolativeLinear):
         return linear.dense
     weight = linear.weight
@@ -197,7 +120,7 @@ def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
 
 
 class AddBias(nn.Module):
-    """What is left of an output projection that has been absorbed into the core: its bias (O,), or nothing."""
+    """The rest of an output projection that has been absorbed into the core: the bias (O,), or nothing."""
 
     bias: nn.Parameter | None
 
@@ -213,12 +136,12 @@ class AddBias(nn.Module):
 
 
 class InterpolativeLinear(nn.Module):
-    """A linear map between d and r < d dimensions that takes r of the d as they are: its matrix holds an identity.
+    """A linear map between d and r < d dimensions whose matrix contains an identity: r of the d are copied.
 
     Narrowing, y = x[kept] + F x[others]; widening, y[kept] = x and y[others] = F x. r (d − r) weights instead of r d.
 
     Attributes:
-        index: (d,), int32. Narrowing, the kept inputs and then the others; widening, where each output is among these.
+        index: (d,), int32. Narrowing: the kept inputs, then the others. Widening: the place of each output among these.
         rest: the linear map F of the others, plain or quantized.
         bias: (out_features,) in floating point, or None.
 
@@ -243,13 +166,13 @@ class InterpolativeLinear(nn.Module):
         size, rank = max(in_features, out_features), min(in_features, out_features)
         self.register_buffer("index", torch.arange(size, dtype=torch.int32, device=device))
         ends = (rank, size - rank) if self.widening else (size - rank, rank)
-        # scales for each of the others, which are fewer than the kept
+        # one scale for each of the others, of which there are fewer than of the kept
         self.rest = make_linear(*ends, False, quantize, device, dtype, "rows" if self.widening else "columns")
         self.register_parameter("bias", _zero_bias(out_features, bias, device, dtype))
 
     @property
     def widening(self) -> bool:
-        """Whether the output has the d dimensions."""
+        """Whether the output is the side of d dimensions."""
         return self.out_features > self.in_features
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

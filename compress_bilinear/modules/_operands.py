@@ -1,97 +1,91 @@
-"""When a layer's tensors may be handed to `ops` at once, and how: its inner layers do nothing but multiply."""
+"""The tensors of a layer's inner modules, or the reason why these modules have to be called one by one."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..quantization import QuantizedTensor
-from ._autocast import autocast_dtype, without_autocast
 from ._dense import DenseBilinear
 from ._linear import AddBias, QuantizedLinear
 
-_KINDS = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)
+_PLAIN = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)  # modules that only multiply, or add a bias
 
 
-def bare_operands(parts: Mapping[str, Any], names: Sequence[str]) -> list[Any] | None:
-    """The weights of these inner layers (None for an identity) and the last one's bias, where they only multiply.
+class Operands(NamedTuple):
+    """What an operation of `ops` takes besides the inputs.
 
-    None where that is not so, or a graph is recorded: then `obstacle` knows more. Tensors are read from where
-    `nn.Module` keeps them, for each of its `__getattr__` costs as much as a small sum.
+    Attributes:
+        weights: of the inner modules, in their order: `ops.Weight`, or None where a module has none.
+        bias: (O,), of the last module.
     """
-    if torch.compiler.is_compiling() or torch.nn.modules.module._has_any_global_hook():
-        return None
-    operands: list[Any] = []
-    bias = None
-    for name in names:
-        layer = parts[name]
-        own, kind = layer.__dict__, type(layer)
-        if bias is not None or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-            return None  # a bias belongs to the last layer
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return None
-        if kind is nn.Identity:
-            operands.append(None)
-            continue
-        parameters = own["_parameters"]
-        if "bias" not in parameters:
-            return None  # it is pruned, parametrized or a plain tensor
-        weight, bias = parameters.get("weight"), parameters["bias"]
-        if kind is not AddBias and (weight is None or (kind is not nn.Linear and kind is not DenseBilinear)):
-            return None
-        operands.append(weight)
-    operands.append(bias)
-    return operands
+
+    weights: list[Any]
+    bias: Tensor | None
 
 
-def obstacle(parts: dict[str, nn.Module], device: torch.device) -> str | None:
-    """Why these inner layers have to be called one by one; None where they need not."""
+def operands(modules: Mapping[str, Any], names: Sequence[str], identities: bool) -> Operands | str:
+    """The tensors of the inner modules of these names, or the reason to call the modules instead.
+
+    A user may wrap an inner module (hooks, parametrizations, LoRA, sharding, a `forward` set on the instance): then it
+    does more than to multiply. Every call asks this, so tensors are read from the dicts where `nn.Module` keeps them: a
+    lookup through its `__getattr__` takes as long as a small sum.
+
+    Args:
+        identities: whether the operation takes modules without a weight.
+    """
     if torch.nn.modules.module._has_any_global_hook():
         return "a global module hook is set"
-    stored = set()
-    *inner, _ = parts
-    for name, layer in parts.items():
-        if type(layer) not in _KINDS:
-            return f"`{name}` is a {type(layer).__name__}"
-        if name in inner and getattr(layer, "bias", None) is not None:
-            return f"`{name}` has a bias"
-        hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-        if any(hooks):
-            return f"`{name}` has hooks"
-        if "forward" in vars(layer):
-            return f"`{name}` has a `forward` of its own"
-        weight = getattr(layer, "weight", None)
+    weights: list[Any] = []
+    bias: Tensor | None = None
+    quantized = 0
+    for name in names:
+        if bias is not None:
+            return f"`{names[len(weights) - 1]}` has a bias"
+        module = modules[name]
+        if type(module) is not nn.Linear or _is_wrapped(module):
+            reason = reason_against(module)
+            if reason is not None:
+                return f"`{name}` {reason}"
+        weight, bias = tensor_of(module, "weight"), tensor_of(module, "bias")
+        weights.append(weight)
+        if weight is None and not identities:
+            return f"`{name}` has no weight"
         if isinstance(weight, QuantizedTensor):
-            if device.type == "cpu":
-                return "quantized factors are de-quantized part by part"
-            if not weight.is_int8:
-                return f"the fused kernels read int8, not {weight.format.name}"
-            if weight.resident is not None or weight.backend != "torch" or getattr(layer, "integer", False):
-                return f"`{name}` computes in another way than from its int8 values"
-        if weight is not None:
-            stored.add(isinstance(weight, QuantizedTensor))
-    return "some inner layers are quantized and some are not" if len(stored) > 1 else None
+            quantized += 1
+            if module.integer:
+                return f"`{name}` multiplies integers"
+    if quantized and quantized != sum(weight is not None for weight in weights):
+        return "some inner layers are quantized and some are not"
+    return Operands(weights, bias)
 
 
-def on_tensors(
-    operation: Callable[..., Tensor],
-    input1: Tensor,
-    input2: Tensor,
-    parts: Sequence[nn.Module],
-    **scales: Tensor | None,
-) -> Tensor:
-    """`operation` on the inputs, the parts' weights (None for an identity) and the last one's bias, in one dtype."""
-    tensors = [getattr(part, "weight", None) for part in parts]
-    device = input1.device.type
-    floating = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-    bias: Any = getattr(parts[-1], "bias", None)
-    operands = [weight.qdata if isinstance(weight, QuantizedTensor) else weight for weight in tensors]
-    dtype = autocast_dtype(device, input1, input2, *floating)
-    if dtype is None:
-        if bias is not None and not floating:
-            bias = bias.to(input1.dtype)
-        return operation(input1, input2, *operands, bias, **scales)
-    cast = [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (*operands, bias)]
-    with without_autocast(device):
-        return operation(input1.to(dtype), input2.to(dtype), *cast, **scales)
+def reason_against(module: nn.Module) -> str | None:
+    """What the module does besides multiplying by its weight and adding its bias; None where it does nothing else."""
+    if type(module) not in _PLAIN:
+        return f"is a {type(module).__name__}"
+    if "forward" in module.__dict__:
+        return "has a `forward` of its own"
+    return "has hooks" if _is_wrapped(module) else None
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def tensor_of(module: Any, name: str) -> Any:
+    """A parameter of the module, or what takes its place: a `QuantizedTensor`, or any attribute of a wrapper."""
+    parameters = module._parameters
+    if name in parameters:
+        return parameters[name]
+    if name in module._modules:
+        return module._modules[name]
+    return None if type(module) in (nn.Identity, AddBias) else getattr(module, name, None)

@@ -1,7 +1,5 @@
 """`TuckerBilinear`: a small dense bilinear core between three linear layers."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
@@ -18,12 +16,9 @@ from ..decomposition import (
     tucker_flops,
     unit_columns,
 )
-from ..quantization import QuantizedTensor
-from ._autocast import without_autocast
-from ._base import ProjectedBilinear
 from ._dense import DenseBilinear
-from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear, project_blocks
-from ._operands import bare_operands, obstacle, on_tensors
+from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
+from ._projected import ProjectedBilinear, project_blocks
 
 
 class TuckerBilinear(ProjectedBilinear):
@@ -34,8 +29,8 @@ class TuckerBilinear(ProjectedBilinear):
     interpolative projection, `InterpolativeLinear`, of R (d - R) parameters instead of R d. A mode whose rank is its
     size is absorbed into the core: it has no projection (`nn.Identity` on an input, the bias alone on the output).
 
-    Quantized, the columns of a projection have equal magnitudes, and their scales are in the core, which has those
-    of a `DenseBilinear`: Tucker's freedom to move scale between core and factors costs no accuracy.
+    Quantized, the columns of a projection have equal magnitudes. Their scales are multiplied into the core, which is
+    stored like a `DenseBilinear`: scale that moves between core and factors costs no accuracy.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -50,10 +45,8 @@ class TuckerBilinear(ProjectedBilinear):
     """
 
     method = "tucker"
-
-    in1_proj: nn.Module
-    in2_proj: nn.Module
-    out_proj: nn.Module
+    part_names = ("in1_proj", "in2_proj", "core", "out_proj")
+    takes_identities = True
 
     def __init__(
         self,
@@ -99,7 +92,7 @@ class TuckerBilinear(ProjectedBilinear):
     ) -> Self:
         """The layer whose weight is `decomposition.to_tensor()`, up to rounding, in its dtype and on its device.
 
-        Of a factor (d, r) with r > 3 d / 4, what is not stored is multiplied into the core: see `interpolation`.
+        A factor (d, r) with r > 3 d / 4 is stored in part; the rest is multiplied into the core: see `interpolation`.
         """
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
@@ -149,53 +142,34 @@ class TuckerBilinear(ProjectedBilinear):
             dense = dense @ linear_weight(self.in2_proj)(dtype)
         return dense
 
-    def _first_weight(self) -> Tensor | None:
-        for layer in (self.in1_proj, self.in2_proj, self.core, self.out_proj):
-            weight = getattr(layer, "weight", None)
-            if isinstance(weight, Tensor) and weight.is_floating_point():
-                return weight
-        return None
-
-    def _bare(self, input1: Tensor, input2: Tensor) -> Tensor | None:
-        operands = bare_operands(self._modules, ("in1_proj", "in2_proj", "core", "out_proj"))
-        if operands is None or not input1.dtype == input2.dtype == operands[2].dtype:
-            return None
-        if operands[3] is None and operands[4] is not None and operands[4].dtype != input1.dtype:
-            return None
-        return ops.bilinear_tucker(input1, input2, *operands)
-
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if obstacle(self._parts(), input1.device) is None:
-            return self._operation(ops.bilinear_tucker, input1, input2)
+        found = self._operands()
+        if not isinstance(found, str):
+            in1, in2, core, out = found.weights
+            return ops.bilinear_tucker(input1, input2, in1, in2, core, out, found.bias)
         output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if obstacle(self._parts(), input1.device) is None:
-            return self._operation(ops.pairwise_tucker, input1, input2)
+        found = self._operands()
+        if not isinstance(found, str):
+            in1, in2, core, out = found.weights
+            return ops.pairwise_tucker(input1, input2, in1, in2, core, out, found.bias)
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
-    def _operation(self, operation: Callable[..., Tensor], input1: Tensor, input2: Tensor) -> Tensor:
-        scale = self.core.weight.scale if isinstance(self.core.weight, QuantizedTensor) else None
-        return on_tensors(operation, input1, input2, list(self._parts().values()), scale=scale)
-
-    def _parts(self) -> dict[str, nn.Module]:
-        layers = {"in1_proj": self.in1_proj, "in2_proj": self.in2_proj}
-        return layers | {"core": self.core, "out_proj": self.out_proj}
-
-    def _obstacle(self, device: torch.device, pairs: bool = False) -> str | None:
-        found = obstacle(self._parts(), device)
-        if found is None and pairs and getattr(self.out_proj, "weight", None) is None:  # as `ops` has it
+    def _reason_against_kernels(self, pairs: bool) -> str | None:
+        reason = super()._reason_against_kernels(pairs)
+        if reason is None and pairs and isinstance(self.out_proj, AddBias):  # `ops` decides so too
             return "the kernel for pairs fuses the output's projection, and there is none"
-        return found
+        return reason
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        # the core on Σ_k p_k ⊗ q_k, as one row
+        # the core of Σ_k p_k ⊗ q_k, as of one row
         left, right = project_blocks(self.in1_proj, input1).mT, self.in2_proj(input2)
         dtype = torch.promote_types(left.dtype, right.dtype)
         if dtype == torch.float16:  # in which the sums could overflow
-            with without_autocast(left.device.type):
+            with ops.without_autocast(left.device.type):
                 inner = self.core.contract(left.float() @ right.float(), dtype)
         else:
             inner = self.core.contract(left @ right)

@@ -8,6 +8,7 @@ from ._context import autocast_dtype, autocast_enabled, traced, transformed, wit
 from ._cp import over_pairs, pair_blocks
 from ._dense import ORDERS, Order, best_order, dense_flops
 from ._gemm import linear, stored_linear
+from ._stored import Weight, project, slabs
 from ._tuning import Tuning, tuning, use_tuning
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Choice",
     "Order",
     "Tuning",
+    "Weight",
     "autocast_dtype",
     "autocast_enabled",
     "best_order",
@@ -32,7 +34,9 @@ __all__ = [
     "pairwise_cp",
     "pairwise_dense",
     "pairwise_tucker",
+    "project",
     "reference",
+    "slabs",
     "stored_linear",
     "traced",
     "transformed",

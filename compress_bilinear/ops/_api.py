@@ -13,7 +13,8 @@ from ._context import autocast_enabled, follows_autocast, gradient_wanted, reaso
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, small_dense
 from ._dense_pairs import composed_dense_pairs
-from ._gemm import decode_factor, linear, project
+from ._gemm import linear
+from ._stored import Weight, project, read_by_kernels, reason_against_kernels, unpacked
 from ._tucker import composed_tucker, composed_tucker_pairs
 from .triton import _operators as triton
 
@@ -22,7 +23,7 @@ from .triton import _operators as triton
 def bilinear_dense(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    weight: Tensor,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J); int8 with `scale`
     bias: Tensor | None = None,  # (O,)
     *,
     scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
@@ -37,7 +38,7 @@ def bilinear_dense(
 
     Raises: InputError for different leading dimensions, an unknown `order`, or a `backend` that cannot run here.
     """
-    if order is None and backend is None and scale is None:
+    if order is None and backend is None and scale is None and isinstance(weight, Tensor):
         output = small_dense(input1, input2, weight, bias)
         if output is not None:
             return output
@@ -47,10 +48,11 @@ def bilinear_dense(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
+    weight, scale = unpacked(weight, scale)
     operands = (input1, input2, weight, bias)
     if order is not None or not _fused("dense", operands, shape, (), weight, scale, backend):
         return composed_dense(input1, input2, weight, bias, scale, order)
-    output = triton.fused_dense(*_rows(input1, input2), weight, scale)
+    output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight), scale)
     return _leading(output if bias is None else output + bias, input1)
 
 
@@ -58,16 +60,16 @@ def bilinear_dense(
 def bilinear_cp(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Tensor,  # (R, I), floating, or int8 of step 2⁻⁷
-    in2: Tensor,  # (R, J)
-    out: Tensor,  # (O, R)
+    in1: Weight,  # (R, I)
+    in2: Weight,  # (R, J)
+    out: Weight,  # (O, R)
     bias: Tensor | None = None,  # (O,)
     *,
     sigma: Tensor | None = None,  # (R,), float32
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = (σ * (A x1) * (B x2)) Cᵀ + b, with σ applied in float32. Raises InputError as `bilinear_dense` does."""
-    if backend is None and sigma is None:
+    if backend is None and sigma is None and isinstance(in1, Tensor):
         output = small_cp(input1, input2, in1, in2, out, bias)
         if output is not None:
             return output
@@ -75,17 +77,18 @@ def bilinear_cp(
     operands = (input1, input2, in1, in2, out, bias)
     if not _fused("cp", operands, shape, in1.shape[:1], in1, sigma, backend):
         return composed_cp(*operands, sigma)
-    return _leading(triton.fused_cp(*_rows(input1, input2), *operands[2:], sigma), input1)
+    factors = [read_by_kernels(weight) for weight in (in1, in2, out)]
+    return _leading(triton.fused_cp(*_rows(input1, input2), *factors, bias, sigma), input1)
 
 
 @follows_autocast
 def bilinear_tucker(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Tensor | None,  # (R_i, I), floating, or int8 of step 2⁻⁷; None where the core takes the input itself
-    in2: Tensor | None,  # (R_j, J)
-    core: Tensor,  # (R_o, R_i, R_j)
-    out: Tensor | None,  # (O, R_o); None where the core gives the output
+    in1: Weight | None,  # (R_i, I); None where the core takes the input itself
+    in2: Weight | None,  # (R_j, J)
+    core: Weight,  # (R_o, R_i, R_j)
+    out: Weight | None,  # (O, R_o); None where the core gives the output
     bias: Tensor | None = None,  # (O,)
     *,
     scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
@@ -99,17 +102,20 @@ def bilinear_tucker(
     Raises: InputError as `bilinear_dense` does.
     """
     _check(input1, input2, shape := _tucker_shape(in1, in2, core, out))
+    core, scale = unpacked(core, scale)
     operands = (input1, input2, in1, in2, core, out, bias)
     if not _fused("tucker", operands, shape, _shape(core), core, scale, backend):
         return composed_tucker(*operands, scale)
     rows1, rows2 = _rows(input1, input2)
+    in1, in2, out = (None if weight is None else read_by_kernels(weight) for weight in (in1, in2, out))
+    core = read_by_kernels(core)
     int8 = {tensor is not None and tensor.dtype == torch.int8 for tensor in (in1, in2, core, out)}
     wide = True in int8 or input1.dtype == torch.float32
     if not (in1 is None or in2 is None or out is None or len(int8) > 1) and fits_one_kernel(core.shape, wide):
         return _leading(triton.fused_tucker(rows1, rows2, in1, in2, core, out, bias, scale), input1)
     output = triton.fused_dense(project(rows1, in1), project(rows2, in2), core, scale)
     if out is not None:
-        output = linear(output, decode_factor(out, output.dtype), bias)
+        output = project(output, out, bias)
     elif bias is not None:
         output = output + bias
     return _leading(output, input1)
@@ -119,7 +125,7 @@ def bilinear_tucker(
 def pairwise_dense(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    weight: Tensor,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J); int8 with `scale`
     bias: Tensor | None = None,  # (O,)
     *,
     scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
@@ -135,9 +141,9 @@ def pairwise_dense(
 def pairwise_cp(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Tensor,  # (R, I), floating, or int8 of step 2⁻⁷
-    in2: Tensor,  # (R, J)
-    out: Tensor,  # (O, R)
+    in1: Weight,  # (R, I)
+    in2: Weight,  # (R, J)
+    out: Weight,  # (O, R)
     bias: Tensor | None = None,  # (O,)
     *,
     sigma: Tensor | None = None,  # (R,), float32
@@ -149,17 +155,17 @@ def pairwise_cp(
     if not _fused("cp", operands, shape, in1.shape[:1], in1, sigma, backend, pairs=True):
         return composed_cp_pairs(*operands, sigma)
     left, right = project(input1, in1), project(input2, in2)
-    return _all_pairs(triton.fused_cp_pairs(*_batches(left, right), out, bias, sigma), input1, input2)
+    return _all_pairs(triton.fused_cp_pairs(*_batches(left, right), read_by_kernels(out), bias, sigma), input1, input2)
 
 
 @follows_autocast
 def pairwise_tucker(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Tensor | None,  # (R_i, I), floating or int8
-    in2: Tensor | None,  # (R_j, J)
-    core: Tensor,  # (R_o, R_i, R_j)
-    out: Tensor | None,  # (O, R_o)
+    in1: Weight | None,  # (R_i, I)
+    in2: Weight | None,  # (R_j, J)
+    core: Weight,  # (R_o, R_i, R_j)
+    out: Weight | None,  # (O, R_o)
     bias: Tensor | None = None,  # (O,)
     *,
     scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
@@ -167,10 +173,13 @@ def pairwise_tucker(
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
     _check(input1, input2, shape := _tucker_shape(in1, in2, core, out), 2)
+    core, scale = unpacked(core, scale)
     operands = (input1, input2, in1, in2, core, out, bias)
     reason = "the kernel for pairs fuses the output's projection, and there is none" if out is None else None
     if not _fused("tucker", operands, shape, _shape(core), core, scale, backend, pairs=True, reason_against=reason):
         return composed_tucker_pairs(*operands, scale)
+    assert out is not None
+    core, out = read_by_kernels(core), read_by_kernels(out)
     left, right = _batches(project(input1, in1), project(input2, in2))
     by_outputs = core if scale is None else decode_int8(core, scale, left.dtype)
     t = linear(left, by_outputs.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
@@ -205,10 +214,10 @@ def explain(
 
 def _fused(
     method: Method,
-    operands: Sequence[Tensor | None],
+    operands: Sequence[Weight | None],
     shape: tuple[int, int, int],
     rank: tuple[int, ...],
-    stored: Tensor,
+    stored: Weight,
     scale: Tensor | None,
     backend: Backend | None,
     *,
@@ -217,20 +226,23 @@ def _fused(
 ) -> bool:
     """Whether a fused kernel runs. On a CPU, without a `backend`, that is decided at once."""
     input1, input2 = operands[:2]
-    assert input1 is not None and input2 is not None  # noqa: PT018
+    assert isinstance(input1, Tensor) and isinstance(input2, Tensor)  # noqa: PT018
     if backend is None and input1.is_cpu:
         return False
-    reason = reason_for_plain_operators(*operands, scale)
+    tensors = [value for value in operands if isinstance(value, Tensor)]
+    reason = reason_for_plain_operators(*tensors, scale)
+    reason = reason or next(filter(None, map(reason_against_kernels, operands)), None)
     if reason is None and scale is not None and scale.requires_grad:
         reason = "the fused kernels take scales as constants, and one requires a gradient"
     reason = reason or reason_against
-    dtypes = {tensor.dtype for tensor in operands if tensor is not None and tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if reason is None and dtypes != {input1.dtype}:
         reason = f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}"
     compiling = torch.compiler.is_compiling()
     # the choice must not tie a graph to a number of rows
     rows = TRACED_ROWS if compiling else math.prod(input1.shape[:-1]) * (input2.shape[-2] if pairs else 1)
-    bits, gradient = 8 * stored.element_size(), gradient_wanted(*operands)
+    bits = 8 * (stored.element_size() if isinstance(stored, Tensor) else 1)
+    gradient = gradient_wanted(*tensors)
     problem = (method, shape, tuple(rank), rows, pairs, input1.device, input1.dtype, bits, gradient)
     if backend is None and reason is None and not compiling:
         return prefers_triton(*problem)
@@ -253,12 +265,12 @@ def _check(input1: Tensor, input2: Tensor, shape: tuple[int, int, int], last: in
         raise InputError(f"The inputs should have the same dtype. Found {input1.dtype} and {input2.dtype}.")
 
 
-def _shape(weight: Tensor) -> tuple[int, int, int]:
+def _shape(weight: Weight) -> tuple[int, int, int]:
     out, in1, in2 = weight.shape
     return out, in1, in2
 
 
-def _tucker_shape(in1: Tensor | None, in2: Tensor | None, core: Tensor, out: Tensor | None) -> tuple[int, int, int]:
+def _tucker_shape(in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None) -> tuple[int, int, int]:
     return (
         core.shape[0] if out is None else out.shape[0],
         core.shape[1] if in1 is None else in1.shape[1],

@@ -12,7 +12,7 @@ from ._gemm import stored_linear
 from ._tuning import tuning
 
 TRACED_ROW = 4096  # elements of an intermediate for one row of a traced graph, whose number of rows is not known
-_TRACED_PARTS = 16  # parts of a weight in a traced graph, at most
+TRACED_PARTS = 16  # parts of a weight in a traced graph, at most
 
 
 def block_size(like: Tensor, size: int, size_grad: int) -> int:
@@ -43,7 +43,7 @@ def row_blocks(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 def weight_parts(weight: Tensor, scale: Tensor | None, outputs: int) -> list[tuple[Tensor, Tensor | None]]:
     """The weight (O, I, J) in groups of about `outputs` outputs, each with its scales."""
     if traced():
-        outputs = max(outputs, -(-weight.shape[0] // _TRACED_PARTS))
+        outputs = max(outputs, -(-weight.shape[0] // TRACED_PARTS))
     elif scale is not None:
         outputs = min(outputs, tuning().weight // (weight.shape[1] * weight.shape[2]))
     if outputs >= weight.shape[0]:

@@ -9,18 +9,20 @@ from torch.nn.functional import linear as torch_linear
 
 from ._blocks import block_runner, block_size, joined
 from ._context import autocast_enabled, only_values, plain, traced
-from ._gemm import decode_factor, linear, project
+from ._stored import Weight, project
 from ._tuning import tuning
 
 
 def small_cp(
-    input1: Tensor, input2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, bias: Tensor | None
+    input1: Tensor, input2: Tensor, in1: Tensor, in2: Weight, out: Weight, bias: Tensor | None
 ) -> Tensor | None:
     """(x1 Aᵀ * x2 Bᵀ) Cᵀ + b on a CPU where all products are small; None for anything else.
 
     It is tried before all checks, which would take a tenth to a half of the time of a layer such as 32 x 32 -> 16.
     """
     if not input1.is_cpu or traced() or input1.dtype != in1.dtype:
+        return None
+    if not isinstance(in2, Tensor) or not isinstance(out, Tensor):
         return None
     (rank, width), limit, count = in1.shape, tuning().onednn_products, input1.numel()
     if count * rank > limit or input2.numel() * rank > limit or count * out.numel() > limit * width:
@@ -32,66 +34,64 @@ def small_cp(
 def composed_cp(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J)
-    in1: Tensor,  # (R, I), floating, or int8 of step 2⁻⁷
-    in2: Tensor,  # (R, J)
-    out: Tensor,  # (O, R)
+    in1: Weight,  # (R, I)
+    in2: Weight,  # (R, J)
+    out: Weight,  # (O, R)
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
 ) -> Tensor:  # (..., O)
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b."""
     left, right = project(input1, in1), project(input2, in2)
+    if sigma is None and isinstance(in2, Tensor) and in2.dtype != torch.int8:
+        return project(left * right, out, bias)
+    product = _wide(left) * right  # of int8 factors it could overflow in float16
     if sigma is not None:
-        product = (_wide(left) * right * sigma).to(input1.dtype)
-    elif in2.is_floating_point():
-        product = left * right
-    else:
-        product = (_wide(left) * right).to(input1.dtype)
-    return linear(product, decode_factor(out, input1.dtype), bias)
+        product = product.mul_(sigma) if only_values(product, sigma) else product * sigma
+    return project(product.to(input1.dtype), out, bias)
 
 
 def composed_cp_pairs(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Tensor,  # (R, I)
-    in2: Tensor,  # (R, J)
-    out: Tensor,  # (O, R)
+    in1: Weight,  # (R, I)
+    in2: Weight,  # (R, J)
+    out: Weight,  # (O, R)
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
 ) -> Tensor:  # (..., L1, L2, O)
     """The same for all pairs. Where only values are computed, the projections too are held for some of the batch."""
-    in1, in2, out = (decode_factor(factor, input1.dtype) for factor in (in1, in2, out))
     leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
     batch, rank = math.prod(leading), in1.shape[0]
-    tensors = (input1, input2, in1, in2, out, bias, sigma)
+    tensors = [value for value in (input1, input2, in1, in2, out, bias, sigma) if isinstance(value, Tensor)]
     if (  # in one block, writing in place would only add a copy
         not (only_values(*tensors) and plain(*tensors))
         or autocast_enabled(input1.device.type)
         or rank * batch * max(length1, length2, length1 * length2) <= _block(input1)
     ):
-        return cp_of_pairs(linear(input1, in1), linear(input2, in2), out, bias, sigma)
+        return cp_of_pairs(project(input1, in1), project(input2, in2), out, bias, sigma)
     batch1, batch2 = input1.reshape(batch, *input1.shape[-2:]), input2.reshape(batch, *input2.shape[-2:])
-    output = out.new_empty(batch, length1, length2, out.shape[0])
+    output = input1.new_empty(batch, length1, length2, out.shape[0])
     items = max(1, _block(input1) // max(1, rank * max(length1, length2)))
     for part1, part2, target in zip(batch1.split(items), batch2.split(items), output.split(items), strict=True):
-        cp_of_pairs(linear(part1, in1), linear(part2, in2), out, bias, sigma, output=target)
+        cp_of_pairs(project(part1, in1), project(part2, in2), out, bias, sigma, output=target)
     return output.view(*leading, length1, length2, out.shape[0])
 
 
 def cp_of_pairs(
     left: Tensor,  # (..., L1, R)
     right: Tensor,  # (..., L2, R), the same leading dimensions
-    out: Tensor,  # (O, R), floating, or int8 of step 2⁻⁷
+    out: Weight,  # (O, R)
     bias: Tensor | None,  # (O,)
     sigma: Tensor | None,  # (R,), float32
     output: Tensor | None = None,  # (B, L1, L2, O), to write into where only values are computed
 ) -> Tensor:  # (..., L1, L2, O)
     """All pairs of projected inputs. The products of the projections are held for a block of pairs at once."""
-    out = decode_factor(out, right.dtype)
     if sigma is not None:
         left = _wide(left) * sigma  # in float32, and so is the product
     blocks = pair_blocks(left, right, out.shape[0])
-    run = block_runner(blocks is not None, left, right, out)
-    return over_pairs(lambda p, q: run(_linear_of_product, p, q, out, bias), left, right, blocks, output)
+    run = block_runner(blocks is not None, left, right, *([out] if isinstance(out, Tensor) else []))
+    dtype = right.dtype
+    return over_pairs(lambda p, q: run(_project_product, p, q, out, bias, dtype), left, right, blocks, output)
 
 
 def pair_blocks(
@@ -142,8 +142,8 @@ def over_pairs(
     return output.view(*leading, *lengths, output.shape[-1])
 
 
-def _linear_of_product(left: Tensor, right: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
-    return linear((left * right).to(out.dtype), out, bias)
+def _project_product(left: Tensor, right: Tensor, out: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return project((left * right).to(dtype), out, bias)
 
 
 def _block(like: Tensor) -> int:

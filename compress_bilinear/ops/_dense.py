@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from ..quantization import QuantizedTensor
 from ._blocks import (
     TRACED_ROW,
     block_runner,
@@ -32,6 +33,7 @@ from ._blocks import (
 )
 from ._context import autocast_enabled, gradient_wanted, only_values, traced
 from ._gemm import uses_fast_mkl
+from ._stored import Weight, in_slabs
 from ._tuning import tuning
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
@@ -110,7 +112,7 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
 def composed_dense(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    weight: Tensor,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J); int8 with `scale`
     bias: Tensor | None,  # (O,)
     scale: Tensor | None,  # float32, broadcastable to `weight`
     order: Order | None,
@@ -121,6 +123,8 @@ def composed_dense(
     is decoded block by block into the inputs' dtype, and once more for a backward. The output has the inputs' dtype,
     whatever the bias has.
     """
+    if isinstance(weight, QuantizedTensor):
+        return in_slabs(lambda x1, x2, w: composed_dense(x1, x2, w, None, None, order), input1, input2, weight, bias)
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
     rows = math.prod(leading)

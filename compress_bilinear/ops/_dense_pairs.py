@@ -5,20 +5,24 @@ import math
 import torch
 from torch import Tensor
 
+from ..quantization import QuantizedTensor
 from ._blocks import TRACED_ROW, block_runner, block_size, project_by_part, weight_parts
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, uses_onednn
+from ._stored import Weight, in_slabs
 from ._tuning import tuning
 
 
 def composed_dense_pairs(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    weight: Tensor,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J); int8 with `scale`
     bias: Tensor | None,  # (O,)
     scale: Tensor | None,  # float32, broadcastable to `weight`
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
+    if isinstance(weight, QuantizedTensor):
+        return in_slabs(lambda x1, x2, w: composed_dense_pairs(x1, x2, w, None, None), input1, input2, weight, bias)
     leading, (length1, in1), (length2, in2) = input1.shape[:-2], input1.shape[-2:], input2.shape[-2:]
     batch, out = math.prod(leading), weight.shape[0]
     first, second = input1.reshape(batch, length1, in1), input2.reshape(batch, length2, in2)

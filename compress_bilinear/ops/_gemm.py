@@ -54,11 +54,6 @@ def decode_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return decode_int8(factor, None, dtype) if factor.dtype == torch.int8 else factor
 
 
-def project(input: Tensor, weight: Tensor | None) -> Tensor:
-    """input weightᵀ of a factor; the input itself where there is no weight."""
-    return input if weight is None else linear(input, decode_factor(weight, input.dtype))
-
-
 class _StoredLinear(torch.autograd.Function):
     """`stored_linear` with the gradient of its input, which is differentiable too."""
 

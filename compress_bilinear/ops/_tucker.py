@@ -5,35 +5,35 @@ from torch import Tensor
 
 from ._dense import composed_dense, small_dense
 from ._dense_pairs import composed_dense_pairs
-from ._gemm import decode_factor, linear, project
+from ._stored import Weight, project
 
 
 def composed_tucker(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Tensor | None,  # (R_i, I); None where R_i = I and the core takes the input itself
-    in2: Tensor | None,  # (R_j, J)
-    core: Tensor,  # (R_o, R_i, R_j)
-    out: Tensor | None,  # (O, R_o); None where the core gives the output
+    in1: Weight | None,  # (R_i, I); None where R_i = I and the core takes the input itself
+    in2: Weight | None,  # (R_j, J)
+    core: Weight,  # (R_o, R_i, R_j)
+    out: Weight | None,  # (O, R_o); None where the core gives the output
     bias: Tensor | None,  # (O,)
     scale: Tensor | None,  # of an int8 core; int8 factors have the step 2⁻⁷
 ) -> Tensor:  # (..., O)
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b."""
     left, right = project(input1, in1), project(input2, in2)
     last = bias if out is None else None
-    inner = small_dense(left, right, core, last) if scale is None else None
+    inner = small_dense(left, right, core, last) if scale is None and isinstance(core, Tensor) else None
     if inner is None:
         inner = composed_dense(left, right, core, last, scale, None)
-    return inner if out is None else linear(inner, decode_factor(out, input1.dtype), bias)
+    return inner if out is None else project(inner, out, bias)
 
 
 def composed_tucker_pairs(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Tensor | None,
-    in2: Tensor | None,
-    core: Tensor,  # (R_o, R_i, R_j)
-    out: Tensor | None,
+    in1: Weight | None,
+    in2: Weight | None,
+    core: Weight,  # (R_o, R_i, R_j)
+    out: Weight | None,
     bias: Tensor | None,
     scale: Tensor | None,
 ) -> Tensor:  # (..., L1, L2, O)
@@ -41,7 +41,7 @@ def composed_tucker_pairs(
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense_pairs(left, right, core, bias, scale)
-    return linear(composed_dense_pairs(left, right, core, None, scale), decode_factor(out, input1.dtype), bias)
+    return project(composed_dense_pairs(left, right, core, None, scale), out, bias)
 
 
 def tucker_of_pairs(
@@ -52,4 +52,4 @@ def tucker_of_pairs(
 ) -> Tensor:  # (B, L1, L2, O)
     """All pairs of a first input multiplied by its projection and the core, and a second one that is projected."""
     inner = torch.bmm(t.flatten(1, 2), right.mT).unflatten(1, t.shape[1:3]).transpose(2, 3)
-    return linear(inner, decode_factor(out, right.dtype), bias)
+    return project(inner, out, bias)

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -45,7 +47,7 @@ _ACTIVE = ContextVar("tuning", default=_DEFAULT)
 
 def tuning() -> Tuning:
     """The sizes in use."""
-    return _ACTIVE.get()
+    return _DEFAULT if torch.compiler.is_compiling() else _ACTIVE.get()  # Dynamo reads no context variables
 
 
 @contextmanager

@@ -252,7 +252,7 @@ def _record_distilled(job: Job, module: CompressedBilinear, found: Distilled) ->
         text = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
         note = Note("refined", text)
         if module.quantize is not None:
-            module.set_compute(job.chosen.module.compute, job.layer.weight.dtype)
+            module.set_compute(job.chosen.module.compute)
         job.chosen = replace(job.chosen, module=module, decomposition=None, on_output=False)
         known = _errors_of_distilled(job, job.chosen)
     elif METHODS[module.method].solve is not None:

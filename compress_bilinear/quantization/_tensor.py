@@ -138,8 +138,6 @@ class QuantizedTensor(nn.Module):
         format: the storage format.
         layout: what the tensor is in its layer; see `Layout`.
         shape: of the tensor that is stored.
-        resident: the tensor in floating point where `keep_resident` has asked for it, None otherwise. It is no buffer:
-            it is not saved, and follows what is loaded.
         backend: which code decodes it: "torch", or "bitsandbytes" after `use_bitsandbytes`.
 
     Raises: CompressionError for buffers of other shapes or dtypes than the format has.
@@ -147,7 +145,6 @@ class QuantizedTensor(nn.Module):
 
     qdata: Tensor
     scale: Tensor | None
-    resident: Tensor | None
     backend: Decoder
 
     def __init__(
@@ -163,7 +160,6 @@ class QuantizedTensor(nn.Module):
                     f"`{name}` of a {format.name} {layout} {tuple(shape)} should be {expected[name]}. Found {found}."
                 )
             self.register_buffer(name, tensor)
-        self.resident = None
         self.backend = "torch"
 
     @property
@@ -181,8 +177,6 @@ class QuantizedTensor(nn.Module):
 
     def decode(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
         """The stored tensor in `dtype`, or only a slice along its first axis; not to be changed in place."""
-        if self.resident is not None and self.resident.dtype == dtype:
-            return self.resident[rows]
         if self.decoder(dtype) == "bitsandbytes":
             return self.format.decode_by_bitsandbytes(self, rows, dtype)
         return self.format.decode(self, rows, dtype)
@@ -225,25 +219,12 @@ class QuantizedTensor(nn.Module):
                     return f"bitsandbytes decodes it wrongly to {dtype}"
         return None
 
-    def keep_resident(self, dtype: torch.dtype | None) -> None:
-        """Hold the tensor in `dtype` too, for calls in that dtype; None holds it no longer."""
-        with torch.inference_mode(False), torch.no_grad():  # a backward cannot save what inference mode makes
-            self.resident = None
-            self.resident = None if dtype is None else self.decode(dtype)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # .half() on the parent would round the scales for good, and .type(dtype) also convert the integers
         restore_dtypes(self, before)
-        if self.resident is not None:
-            self.keep_resident(fn(self.resident).dtype)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.resident is not None:
-            self.keep_resident(self.resident.dtype)
 
     def extra_repr(self) -> str:
         scales = "none" if self.scale is None else tuple(self.scale.shape)

@@ -1,0 +1,102 @@
+"""Products with a weight in a storage format: decoded slab by slab, and once more for a backward."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..quantization import QuantizedTensor, decode_int8
+from ._blocks import TRACED_PARTS, block_runner, joined
+from ._context import gradient_wanted, only_values, traced
+from ._gemm import linear, stored_linear
+from ._tuning import tuning
+
+Weight: TypeAlias = Tensor | QuantizedTensor
+"""A weight of an operation: floating, int8 with the step 2⁻⁷ (or with scales beside it), or in a storage format."""
+
+
+def unpacked(weight: Weight, scale: Tensor | None) -> tuple[Weight, Tensor | None]:
+    """The integers and scales of an int8 weight; any other weight as it is."""
+    if isinstance(weight, QuantizedTensor) and weight.is_int8 and weight.backend == "torch":
+        return weight.qdata, weight.scale
+    return weight, scale
+
+
+def reason_against_kernels(weight: Weight | None) -> str | None:
+    """Why the fused kernels cannot read a factor, or a weight that is `unpacked`; None where they can."""
+    if not isinstance(weight, QuantizedTensor):
+        return None
+    if not weight.is_int8 or weight.scale is not None:
+        return f"the fused kernels read int8 without scales, not {weight.extra_repr()}"
+    return None if weight.backend == "torch" else f"the weight is decoded by {weight.backend}"
+
+
+def read_by_kernels(weight: Weight) -> Tensor:
+    """The tensor that the fused kernels read, where nothing is against it."""
+    return weight if isinstance(weight, Tensor) else weight.qdata
+
+
+def slabs(weight: Weight) -> list[slice]:
+    """The rows of the first axis in slabs of at most `tuning().weight` entries, or one row; in a graph at most 16."""
+    if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+        return [slice(None)]
+    count = weight.shape[0]
+    rows = max(1, tuning().weight // max(1, math.prod(weight.shape[1:])))
+    if traced():
+        rows = max(rows, -(-count // TRACED_PARTS))
+    return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+
+
+def project(
+    input: Tensor,  # (..., K)
+    weight: Weight | None,  # (M, K), or (M, a, b) with a b = K
+    bias: Tensor | None = None,  # (M,)
+) -> Tensor:  # (..., M)
+    """input weightᵀ + bias in the input's dtype; the input itself where there is no weight.
+
+    One decoded slab of the weight is held at once. A backward keeps none, and decodes them again.
+    """
+    if weight is None:
+        return input
+    if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+        return linear(input, weight, bias)
+    bias = bias if bias is None else bias.to(input.dtype)
+    stored = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers())
+    parts = slabs(weight)
+    if len(parts) <= 1 and (traced() or not gradient_wanted(input, bias)):
+        return linear(input, _decoded(weight, slice(None), input.dtype), bias)
+    if len(parts) > 1 and only_values(input, bias):
+        output = input.new_empty(*input.shape[:-1], weight.shape[0])
+        for rows in parts:
+            output[..., rows] = linear(input, _decoded(weight, rows, input.dtype))
+        return output if bias is None else output.add_(bias)
+    pieces = [stored_linear(input, partial(_decoded, weight, rows), *stored) for rows in parts]
+    output = joined(pieces, -1)
+    return output if bias is None else output + bias
+
+
+def in_slabs(
+    operation: Callable[[Tensor, Tensor, Tensor], Tensor],  # of the inputs and a floating weight
+    input1: Tensor,
+    input2: Tensor,
+    weight: QuantizedTensor,  # (O, I, J)
+    bias: Tensor | None,  # (O,)
+) -> Tensor:  # (..., O)
+    """The operation on one decoded slab of outputs after another. Slabs are decoded again for a backward."""
+
+    def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
+        return operation(input1, input2, weight.decode(input1.dtype, rows))
+
+    run = block_runner(True, input1, input2)
+    output = joined([run(outputs, input1, input2, rows) for rows in slabs(weight)], -1)
+    return output if bias is None else output + bias.to(output.dtype)
+
+
+def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
+    """Rows of the weight as a matrix in `dtype`."""
+    if isinstance(weight, QuantizedTensor):
+        return weight.decode(dtype, rows).flatten(1)
+    return decode_int8(weight[rows], None, dtype)
