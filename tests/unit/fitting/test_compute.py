@@ -131,8 +131,8 @@ class TestChoice:
         layer, _ = made(method, quantize)
         choice = choose_compute(layer, "int8", rows(layer))
         assert choice.compute == "on_the_fly"
-        assert "four bits" in {one.mode: one for one in choice.modes}["int8"].refused
-        with pytest.raises(ConfigError, match="Found 'int8': its values have four bits"):
+        assert "4 bits" in {one.mode: one for one in choice.modes}["int8"].refused
+        with pytest.raises(ConfigError, match="Found 'int8': its values have 4 bits"):
             layer.set_compute("int8")
 
     def test_a_tucker_of_which_nothing_but_the_core_is_left_has_no_integer_mode(self):
@@ -259,11 +259,20 @@ class TestFiles:
         assert (plain.compute, plain.core.weight.backend) == ("on_the_fly", "torch")
         assert torch.equal(plain(*inputs), expected)
 
+    def test_a_file_of_an_earlier_version_with_resident_weights_computes_on_the_fly(self, tmp_path):
+        net = nn.Sequential(cb.DenseBilinear.from_bilinear(bilinear(6, 5, 4), quantize="int8"))
+        net[0].compute = "resident"  # a mode that there was
+        cb.save(net, tmp_path / "net.safetensors")
+        again = cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(6, 5, 4)))[0]
+        assert again.compute == "on_the_fly"
+        inputs = rows(again)
+        assert torch.equal(again(*inputs), net[0](*inputs))
+
     def test_a_description_with_a_mode_that_the_layer_lacks_is_an_error(self, tmp_path):
         net = nn.Sequential(cb.DenseBilinear.from_bilinear(bilinear(6, 5, 4), quantize="nf4"))
         net[0].compute = "int8"  # not by `set_compute`
         cb.save(net, tmp_path / "net.safetensors")
-        with pytest.raises(CheckpointError, match=r"not valid.*four bits"):
+        with pytest.raises(CheckpointError, match=r"not valid.*4 bits"):
             cb.load(tmp_path / "net.safetensors", nn.Sequential(bilinear(6, 5, 4)))
 
     def test_the_command_line_writes_it(self, tmp_path, monkeypatch, capsys):

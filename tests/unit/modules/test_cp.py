@@ -4,11 +4,11 @@ from support import DTYPES, assert_matches_reference, bilinear, low_rank
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from compress_bilinear import CPBilinear, TuckerBilinear, ops
+from compress_bilinear import CPBilinear, TuckerBilinear
 from compress_bilinear.decomposition import CPDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.modules import QuantizedLinear
-from compress_bilinear.ops import reference
+from compress_bilinear.ops import Tuning, reference, use_tuning
 
 
 def normal(*shape, dtype=torch.float64, seed=0):
@@ -134,7 +134,7 @@ def test_large_weights_stay_in_the_range_of_float16():
 
 @pytest.fixture
 def small_blocks():
-    with ops.use_tuning(ops.Tuning(cp=50, cp_grad=50)):
+    with use_tuning(Tuning(cp=50, cp_grad=50)):
         yield
 
 
@@ -182,6 +182,7 @@ def test_pairs_in_blocks_are_differentiated_at_the_parameters_of_the_call():
         assert_matches_reference(gradient, own)
 
 
+PROJECTED = (CPBilinear, TuckerBilinear)
 HOOKS = {
     "forward pre-hook": lambda linear, seen: linear.register_forward_pre_hook(lambda *_: seen.append(1)),
     "forward hook": lambda linear, seen: linear.register_forward_hook(lambda *_: seen.append(1)),
@@ -191,11 +192,8 @@ HOOKS = {
 
 
 @pytest.mark.parametrize("hook", [*HOOKS, "global", "forward of its own"])
-@pytest.mark.parametrize("kind", [CPBilinear, TuckerBilinear])
-@pytest.mark.parametrize("name", ["in1_proj", "in2_proj", "out_proj", "core"])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in PROJECTED for name in kind.part_names])
 def test_a_call_of_few_rows_calls_the_hooks_of_the_inner_layers(kind, name, hook):
-    if kind is CPBilinear and name == "core":
-        pytest.skip("a CP has none")
     layer = kind(9, 7, 5, rank=3 if kind is CPBilinear else (2, 3, 3))
     input1, input2 = (value.float().requires_grad_() for value in (normal(3, 9), normal(3, 7, seed=1)))
     part, seen = layer.get_submodule(name), []
@@ -258,7 +256,7 @@ def test_blocks_of_pairs_are_not_kept_for_the_backward():
     input1, input2 = normal(30, 9).requires_grad_(), normal(20, 7, seed=1).requires_grad_()
     product = 30 * 20 * 40
     assert elements_saved(lambda: layer.pairwise(input1, input2)) >= product  # one block is kept
-    with ops.use_tuning(ops.Tuning(cp_grad=2000)):
+    with use_tuning(Tuning(cp_grad=2000)):
         assert elements_saved(lambda: layer.pairwise(input1, input2)) < product / 4
 
 

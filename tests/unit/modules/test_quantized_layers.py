@@ -1,50 +1,45 @@
-"""What every quantized layer promises, by form and format: small, accurate, finite, movable, in bounded memory."""
+"""What every quantized layer promises, by method and format: small, accurate, finite, movable."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
-from quantized import BOUND, FORMATS, exact_parts, for_all, for_factors, made, normal, relative, rows
+from quantized import BOUND, FORMATS, METHODS, exact_parts, for_all, for_factors, made, normal, relative, rows
 from support import assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
 from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
-from compress_bilinear.fitting import resident_bytes, stored_bytes, weight_error
-from compress_bilinear.modules import _linear
+from compress_bilinear.fitting import stored_bytes, weight_error
 from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
-from compress_bilinear.quantization import decode_int8, scale_grid
+from compress_bilinear.quantization import decode_int8, missing, scale_grid
+
+SHAPES = [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)]
+COMPUTES = [(*kind, "on_the_fly") for kind in product(METHODS, FORMATS)]
+COMPUTES += [(method, *mode) for method in METHODS for mode in (("int8", "int8"), ("nf4", "bitsandbytes"))]
+# compiled and exported by default: each method, and each mode; the rest is slow
+FEW = [("dense", "int8", "int8"), ("cp", "nf4", "bitsandbytes"), ("tucker", "int8", "on_the_fly")]
 
 
 class TestAccuracy:
     @for_all
-    @pytest.mark.parametrize("rank", [1, 7, 16, 48])
-    @pytest.mark.parametrize("shape", [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)], ids=str)
-    def test_odd_sizes_and_ranks(self, method, quantize, shape, rank):
-        layer, exact = made(method, quantize, shape, rank)
-        assert relative(layer.to_dense(torch.float64), exact) < BOUND[quantize]
-        input1, input2 = rows(layer)
-        expected = reference.bilinear_dense(
-            input1.double(), input2.double(), layer.to_dense(torch.float64), layer.bias.double()
-        )
-        assert_matches_reference(layer(input1, input2).detach(), expected.detach())
-
-    @for_all
-    @pytest.mark.parametrize("rank", [1, 7, 16, 48])
-    @pytest.mark.parametrize("shape", [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)], ids=str)
-    @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
-    def test_extreme_magnitudes_stay_finite_and_accurate(self, method, quantize, scale, shape, rank):
-        layer, exact = made(method, quantize, shape, rank, scale=scale, bias=False)
-        assert relative(layer.to_dense(torch.float64), exact) < BOUND[quantize]
-        assert all(bool(value.isfinite().all()) for value in layer.state_dict().values())
-        input1, input2 = rows(layer)
-        expected = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64))
-        assert float(expected.abs().max()) < torch.finfo(torch.float32).max
-        for compute in layer.computes:
-            layer.set_compute(compute)
-            assert relative(layer(input1, input2).detach(), expected) < (0.06 if compute == "int8" else 1e-4)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_all_sizes_ranks_and_magnitudes(self, method, quantize, shape):
+        for at, scale in enumerate([1.0, 1e-30, 1e-12, 1e12, 1e30]):
+            rank = (1, 7, 16, 48)[(at + SHAPES.index(shape)) % 4]  # each with every shape and with every scale
+            layer, exact = made(method, quantize, shape, rank, scale=scale, bias=scale == 1)
+            assert relative(layer.to_dense(torch.float64), exact) < BOUND[quantize]
+            assert all(bool(value.isfinite().all()) for value in layer.state_dict().values())
+            input1, input2 = rows(layer)
+            bias = None if layer.bias is None else layer.bias.detach().double()
+            expected = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64), bias)
+            assert float(expected.abs().max()) < torch.finfo(torch.float32).max
+            for compute in layer.computes:
+                layer.set_compute(compute)
+                assert relative(layer(input1, input2).detach(), expected) < (0.06 if compute == "int8" else 1e-4)
 
     @for_all
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -126,20 +121,44 @@ def test_a_save_a_cast_and_a_copy_reload_bit_for_bit_also_after_forwards(method,
     assert torch.equal(fresh["rel"](*inputs), expected)
 
 
-@for_all
-@pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8", "bitsandbytes"])
-class TestComputeModes:
-    def made(self, method, quantize, compute, **options):
-        layer, _ = made(method, quantize, **options)
-        if compute not in layer.computes:
-            with pytest.raises(ConfigError, match="`compute` should be one of"):
-                layer.set_compute(compute)
-            pytest.skip("this form does not have the mode")
-        layer.set_compute(compute)
-        return layer
+def in_mode(method, quantize, compute, **options):
+    layer, _ = made(method, quantize, **options)
+    if compute == "bitsandbytes" and missing() is not None:
+        pytest.skip(missing())
+    layer.set_compute(compute)
+    return layer
 
+
+@for_all
+def test_a_mode_that_a_layer_does_not_have_is_an_error(method, quantize):
+    layer, _ = made(method, quantize)
+    modes = {compute for *kind, compute in COMPUTES if kind == [method, quantize]}
+    assert {*layer.computes} == modes - ({"bitsandbytes"} if missing() else set())
+    for compute in {"on_the_fly", "int8", "bitsandbytes", "resident", "fast", None, 8} - {*layer.computes}:
+        with pytest.raises(ConfigError, match="`compute` should be one of"):
+            layer.set_compute(compute)
+
+
+@pytest.mark.parametrize(
+    ("method", "quantize", "compute"),
+    [pytest.param(*case, marks=() if case in FEW else pytest.mark.slow) for case in COMPUTES],
+)
+def test_it_compiles_whole_and_exports(method, quantize, compute):
+    layer = in_mode(method, quantize, compute).eval()
+    inputs = rows(layer)
+    expected = layer(*inputs).detach()
+    layer.requires_grad_(False)
+    torch.compiler.reset()  # each case is a compilation of the same code
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_matches_reference(compiled(*inputs), expected.double())
+    exported = torch.export.export(layer, inputs).module()
+    assert_matches_reference(exported(*inputs), expected.double())
+
+
+@pytest.mark.parametrize(("method", "quantize", "compute"), COMPUTES)
+class TestComputeModes:
     def test_outputs_and_gradients_are_those_of_the_dense_weight(self, method, quantize, compute):
-        layer = self.made(method, quantize, compute)
+        layer = in_mode(method, quantize, compute)
         inputs = [value.requires_grad_() for value in rows(layer)]
         layer.train()
         output = layer(*inputs)
@@ -155,7 +174,7 @@ class TestComputeModes:
 
     @pytest.mark.parametrize("derived", [False, True])
     def test_derivatives_by_what_both_inputs_are_computed_from(self, method, quantize, compute, derived):
-        layer = self.made(method, quantize, compute, shape=(19, 23, 23))
+        layer = in_mode(method, quantize, compute, shape=(19, 23, 23))
         derivatives = []
         for dtype in (torch.float32, torch.float64):
             input = normal(5, 23, seed=20, dtype=dtype).requires_grad_()
@@ -173,91 +192,70 @@ class TestComputeModes:
         for found, expected in zip(*derivatives, strict=True):
             assert relative(found, expected) < (0.04 if compute == "int8" else 1e-5)
 
-    @pytest.mark.parametrize("count", [0, 1, 33])
-    def test_rows_are_independent(self, method, quantize, compute, count):
-        layer = self.made(method, quantize, compute)
-        input1, input2 = rows(layer, count)
-        output = layer(input1, input2)
-        assert output.shape == (count, layer.out_features)
-        for k in range(count):
-            assert relative(output[k].detach(), layer(input1[k], input2[k]).detach().double()) < 1e-5
-
-    def test_it_compiles_whole_and_exports(self, method, quantize, compute):
-        layer = self.made(method, quantize, compute).eval()
-        inputs = rows(layer)
-        expected = layer(*inputs).detach()
-        layer.requires_grad_(False)
-        torch.compiler.reset()  # each case is a compilation of the same code
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        assert_matches_reference(compiled(*inputs), expected.double())
-        exported = torch.export.export(layer, inputs).module()
-        assert_matches_reference(exported(*inputs), expected.double())
+    def test_rows_are_independent(self, method, quantize, compute):
+        layer = in_mode(method, quantize, compute)
+        for count in (0, 1, 33):
+            input1, input2 = rows(layer, count)
+            output = layer(input1, input2)
+            assert output.shape == (count, layer.out_features)
+            for k in range(count):
+                assert relative(output[k].detach(), layer(input1[k], input2[k]).detach().double()) < 1e-5
 
     def test_what_is_stored_does_not_change(self, method, quantize, compute):
-        layer = self.made(method, quantize, compute)
-        size, state = stored_bytes(layer), state_of(layer)
-        values = sum(part.shape.numel() for part in layer.modules() if isinstance(part, _linear.QuantizedTensor))
-        assert resident_bytes(layer) == size + (4 * values if compute == "resident" else 0)
-        layer.set_compute("on_the_fly")
-        assert resident_bytes(layer) == stored_bytes(layer) == size
-        assert_same_state(layer, state)
+        layer = in_mode(method, quantize, compute)
+        other, _ = made(method, quantize)
+        assert stored_bytes(layer) == stored_bytes(other)
+        assert_same_state(layer, state_of(other))
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 40])
 @pytest.mark.parametrize("out", [1, 2, 7, 64])
 @pytest.mark.parametrize("width", [1, 2, 7, 64])
-def test_integer_products_are_exact_for_all_sizes(width, out, count):
-    # integers whose rows have a largest one of 127 are rounded to themselves
-    input = (31 * normal(count, width)).round().clamp(-126, 126)
-    input[:, :1] = 127
-    weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
-    found = int8_linear(input.double(), weight)
-    torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
+def test_integer_products_are_exact_for_all_sizes(width, out):
+    for count in (0, 1, 5, 40):
+        # integers whose rows have a largest one of 127 are rounded to themselves
+        input = (31 * normal(count, width)).round().clamp(-126, 126)
+        input[:, :1] = 127
+        weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
+        found = int8_linear(input.double(), weight)
+        torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 40])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 9), (2, 9, 1), (5, 13, 300), (4, 300, 13), (130, 40, 37)], ids=str)
-def test_integer_bilinear_products_are_exact_for_all_sizes(shape, count):
+def test_integer_bilinear_products_are_exact_for_all_sizes(shape):
     _, in1, in2 = shape
-    grid = scale_grid(shape)
     weight = (40 * normal(*shape)).round().clamp(-127, 127).to(torch.int8)
-    scale = (1e-3 * normal(*grid, seed=1).abs()).bfloat16()
-    input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
-    longer = input1 if in1 > in2 else input2
-    longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
-    exact = reference.bilinear_dense(input1, input2, decode_int8(weight, scale, torch.float64))
-    torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
-    halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
-    assert halves.dtype == torch.float16
-    assert count == 0 or relative(halves, exact) < 2e-3
+    scale = (1e-3 * normal(*scale_grid(shape), seed=1).abs()).bfloat16()
+    for count in (0, 1, 2, 40):
+        input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
+        longer = input1 if in1 > in2 else input2
+        longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
+        exact = reference.bilinear_dense(input1, input2, decode_int8(weight, scale, torch.float64))
+        torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
+        halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
+        assert halves.dtype == torch.float16
+        assert count == 0 or relative(halves, exact) < 2e-3
 
 
-@pytest.mark.parametrize("method", ["dense", "cp", "tucker"])
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(5, 13, 64), (3, 9, 1), (1, 1, 1)], ids=str)
-def test_integer_products_stay_accurate_at_extreme_magnitudes_and_show_nan(method, scale, shape):
-    layer, _ = made(method, "int8", shape, scale=scale, bias=False)
-    if "int8" not in layer.computes:
-        pytest.skip("only a core is left")
-    layer.set_compute("int8")
-    input1, input2 = rows(layer)
-    exact = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64))
-    assert relative(layer(input1, input2), exact) < 0.06
-    assert bool(torch.isfinite(layer(0 * input1, input2)).all())
-    input1[0, 0] = torch.nan
-    found = layer(input1, input2)
-    assert bool(found[0].isnan().any())
-    assert bool(found[1:].isfinite().all())
+def test_integer_products_stay_accurate_at_extreme_magnitudes_and_show_nan(method, shape):
+    for scale in (1e-30, 1e-6, 1e6, 1e30):
+        layer, _ = made(method, "int8", shape, scale=scale, bias=False)
+        if "int8" not in layer.computes:
+            pytest.skip("only a core is left")
+        layer.set_compute("int8")
+        input1, input2 = rows(layer)
+        exact = reference.bilinear_dense(input1.double(), input2.double(), layer.to_dense(torch.float64))
+        assert relative(layer(input1, input2), exact) < 0.06
+        assert bool(torch.isfinite(layer(0 * input1, input2)).all())
+        input1[0, 0] = torch.nan
+        found = layer(input1, input2)
+        assert bool(found[0].isnan().any())
+        assert bool(found[1:].isfinite().all())
 
 
 class TestBitsOfTheApi:
-    @pytest.mark.parametrize("compute", ["fast", None, 8], ids=str)
-    def test_an_unknown_mode(self, compute):
-        layer, _ = made("cp", "int8")
-        with pytest.raises(ConfigError, match="should be one of"):
-            layer.set_compute(compute)
-
-    @pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+    @pytest.mark.parametrize("compute", ["on_the_fly", "int8"])
     def test_a_layers_mode_replaces_its_cores_own(self, compute):
         layer, _ = made("tucker", "int8")
         layer.set_compute(compute)
@@ -271,26 +269,26 @@ class TestBitsOfTheApi:
     def test_a_layer_in_floating_point(self):
         layer = cb.CPBilinear.from_bilinear(bilinear(4, 5, 6), 2)
         with pytest.raises(ConfigError, match=r"quantized layer\. Found one in floating point"):
-            layer.set_compute("resident")
+            layer.set_compute("int8")
 
     @for_factors
-    def test_the_error_is_split_in_the_candidate(self, method):
-        from compress_bilinear.fitting import solve
-
+    def test_the_report_splits_the_error(self, method):
         layer = bilinear(30, 23, 19)
         with torch.no_grad():
             layer.weight.copy_(low_rank((19, 30, 23), 9, noise=0.3))
-        config = (
-            cb.CPConfig(rank=9, quantize="nf4") if method == "cp" else cb.TuckerConfig(rank=(9,) * 3, quantize="nf4")
-        )
-        found = solve(layer, config)
-        module = found.module
-        assert found.weight_error == weight_error(layer.weight, module)
-        assert found.storage["truncation_error"] < found.weight_error
-        assert 0.01 < found.storage["quantization_error"] < 0.25
-        assert found.weight_error < found.truncation_error + found.quantization_error
-        assert (found.storage["compute"], found.storage["resident_bytes"]) == ("on_the_fly", stored_bytes(module))
-        dense = solve(layer, cb.DenseConfig(quantize="int8"))
-        assert dense.storage["truncation_error"] == 0
-        assert dense.storage["quantization_error"] == dense.weight_error > 0
-        assert solve(layer, cb.DenseConfig()).storage == {}
+        config = cb.CPConfig(rank=9, quantize="nf4")
+        if method == "tucker":
+            config = cb.TuckerConfig(rank=(9,) * 3, quantize="nf4")
+        reports = []
+        for asked in (config, cb.DenseConfig(quantize="int8"), cb.DenseConfig()):
+            model, report = cb.compress(nn.Sequential(layer), asked, force=True, measure_latency=False)
+            reports.append(report.layers[0])
+            assert reports[-1].weight_error == pytest.approx(weight_error(layer.weight, model[0]), rel=1e-9)
+        of_factors, of_dense, exact = reports
+        assert of_factors.truncation_error < of_factors.weight_error
+        assert 0.01 < of_factors.quantization_error < 0.25
+        assert of_factors.weight_error < of_factors.truncation_error + of_factors.quantization_error
+        assert of_factors.compute == "on_the_fly"
+        assert of_dense.truncation_error == 0
+        assert of_dense.quantization_error == of_dense.weight_error > 0
+        assert exact.quantization_error is None

@@ -1,4 +1,4 @@
-"""What a quantized layer holds beside its inputs and outputs: one de-quantized part, and for a backward none."""
+"""What a quantized layer holds besides its inputs and outputs: one decoded slab, and for a backward none."""
 
 import math
 
@@ -6,20 +6,18 @@ import pytest
 import torch
 from quantized import for_all, made, peak_bytes, rows
 
-from compress_bilinear import ops
-from compress_bilinear.modules import _int8_matmul, _linear
+from compress_bilinear.ops import Tuning, use_tuning
 from compress_bilinear.quantization import QuantizedTensor
 
 
 @for_all
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_forward_holds_one_dequantized_part_beside_what_lies_between(method, quantize, dtype, monkeypatch):
+def test_a_forward_holds_one_decoded_slab_besides_the_intermediates(method, quantize, dtype):
     part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
-    monkeypatch.setattr(_linear, "CHUNK", part)
     layer, _ = made(method, quantize, shape, rank)
     layer = layer.to(dtype)
     values = rows(layer, count, dtype=dtype)
-    with torch.no_grad(), ops.use_tuning(ops.Tuning(weight=part)):
+    with torch.no_grad(), use_tuning(Tuning(weight=part)):
         layer(*values)
         peak = peak_bytes(lambda: layer(*values))
     # a part in float32, beside it the same in the inputs' dtype; of NF4, its indices, eight bytes each
@@ -48,20 +46,16 @@ def calls(layer, count=6):
 @for_all
 @pytest.mark.parametrize("parts", [1, 8])
 @pytest.mark.parametrize("way", ["forward", "pairwise", "blockwise", "indexed"])
-def test_no_dequantized_values_wait_for_a_backward(method, quantize, parts, way, monkeypatch):
+def test_no_decoded_values_are_kept_for_a_backward(method, quantize, parts, way):
     layer, _ = made(method, quantize, (20, 30, 24), 18)
     least = min(part.shape.numel() for part in layer.modules() if isinstance(part, QuantizedTensor)) // parts
-    size = 2**20 if parts == 1 else least
-    for module in (_linear, _int8_matmul):
-        monkeypatch.setattr(module, "CHUNK", size)
+    sizes = Tuning(weight=2**20 if parts == 1 else least)
     for compute in layer.computes:
         layer.set_compute(compute)
-        held = [*layer.buffers(), *layer.parameters()]
-        held += [part.resident for part in layer.modules() if getattr(part, "resident", None) is not None]
-        there = {tensor.untyped_storage().data_ptr() for tensor in held}
+        there = {tensor.untyped_storage().data_ptr() for tensor in (*layer.buffers(), *layer.parameters())}
         saved = []
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t)
-        with ops.use_tuning(ops.Tuning(weight=size)), hooks:
+        with use_tuning(sizes), hooks:
             output = calls(layer)[way]()
         own = [tensor.numel() for tensor in saved if tensor.untyped_storage().data_ptr() not in there]
         activations = max(6 * max(20 * 30, 18 * 18), 36 * 20 * 2, 6 * 30 * 24)  # T, pairs and products of inputs
@@ -70,25 +64,24 @@ def test_no_dequantized_values_wait_for_a_backward(method, quantize, parts, way,
 
 
 @for_all
-def test_a_backward_holds_one_dequantized_part_too(method, quantize, monkeypatch):
+def test_a_backward_holds_one_decoded_slab_too(method, quantize):
     part, shape, rank, count = 2**14, (130, 128, 128), {"dense": None, "cp": 1024, "tucker": 94}[method], 2
-    for module in (_linear, _int8_matmul):
-        monkeypatch.setattr(module, "CHUNK", part)
     layer, _ = made(method, quantize, shape, rank)
     inputs = [value.requires_grad_() for value in rows(layer, count)]
 
     def step():
-        with ops.use_tuning(ops.Tuning(weight=part)):
-            torch.autograd.grad(layer(*inputs).sum(), inputs)
+        torch.autograd.grad(layer(*inputs).sum(), inputs)
 
     whole = 4 * {"dense": math.prod(shape), "cp": 1024 * sum(shape), "tucker": 94**3}[method]
     elements = {"dense": 130 * 128, "cp": 4 * 1024, "tucker": 94 * 94}[method] + 2 * sum(shape)
     for compute in layer.computes:
         layer.set_compute(compute)
-        step()
+        with use_tuning(Tuning(weight=part)):
+            step()
+            peak = peak_bytes(step)
         # a part, what it is turned or copied to for a product, and of NF4 its indices; twice what lies between
         held = part * (8 + (8 if quantize == "nf4" else 0)) + 2 * 4 * count * elements
-        assert peak_bytes(step) <= held < whole
+        assert peak <= held < whole
 
 
 @for_all

@@ -221,6 +221,12 @@ class TestComputeModes:
             cb.set_compute(layer, rows=3, dtype=dtype)
         assert list(dict.fromkeys(seen)) == [torch.bfloat16, torch.float64]
 
+    def test_weights_that_are_kept_decoded_are_those_of_dequantize(self):
+        with pytest.raises(ConfigError, match=r"cb\.dequantize"):
+            cb.set_compute(nn.Sequential(made("dense")), "resident")
+        with pytest.raises(ConfigError, match=r"compress_bilinear\.dequantize"):
+            made("dense").set_compute("resident")
+
     @pytest.mark.parametrize(
         ("model", "asked", "error", "message"),
         [

@@ -199,7 +199,7 @@ def test_outputs_that_are_infinite_refine_nothing():
     assert distil(model, {id(model.rel): module}, batches(), seconds=30).modules[id(model.rel)] is module
 
 
-@pytest.mark.parametrize("compute", ["on_the_fly", "resident", "int8"])
+@pytest.mark.parametrize("compute", ["on_the_fly", "int8"])
 def test_a_trained_replacement_is_judged_in_the_mode_of_the_one_before(compute):
     before = cb.TuckerBilinear.from_bilinear(bilinear(6, 5, 4), rank=(2, 3, 3), quantize="int8")
     before.set_compute(compute)
