@@ -158,7 +158,7 @@ def filled(
     if description.compute not in ("on_the_fly", "resident"):
         reason = layer.refused_compute(description.compute)
         if reason is None:
-            layer.set_compute(description.compute)
+            layer.set_compute(description.compute)  # type: ignore[arg-type]  # any but "resident"
         else:
             warnings.warn(f"Layer {description.label!r} of the file computes on the fly: {reason}.", stacklevel=3)
     return layer
