@@ -19,7 +19,7 @@ _SHOWN_ELSEWHERE = {"name", "aliases", "shape", "notes", "front", "spectra"}
 _KEYS: dict[Callable[[LayerReport], Plot | None], tuple[tuple[str, str], ...]] = {
     front_plot: (
         *(("cp", "CP"), ("tucker", "Tucker"), ("dense", "dense"), ("keep", "kept")),
-        *(("hollow", "8 bits or fewer"), ("ring", "chosen")),
+        *(("hollow", "quantized"), ("ring", "chosen")),
     ),
     spectra_plot: (("l1", "out"), ("l2", "in1"), ("l3", "in2")),
     latency_plot: (),
