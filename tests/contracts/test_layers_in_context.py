@@ -61,6 +61,7 @@ def test_compiling_needs_one_graph(method, quantize, call):
             assert_matches_reference(gradient, own)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None, reason="no C++ compiler"
 )

@@ -246,7 +246,10 @@ class TestImport:
     @pytest.mark.parametrize(
         ("module", "error", "told"),
         [
-            ("bitsandbytes.backends.cpu.ops", "OSError('libcudart\\nand pages')", "cannot be imported: libcudart"),
+            pytest.param(
+                *("bitsandbytes.backends.cpu.ops", "OSError('libcudart\\nand pages')", "cannot be imported: libcudart"),
+                marks=pytest.mark.slow,
+            ),
             (
                 "bitsandbytes.functional",
                 "ModuleNotFoundError('no other', name='other')",
@@ -269,6 +272,7 @@ print({{tensor.reason_against_bitsandbytes() for _ in range(3)}})
 """
         assert interpreter(code) == str({f"bitsandbytes {told}"})
 
+    @pytest.mark.slow
     def test_threads_wait_for_the_whole_of_it(self, interpreter):
         code = """
 import logging, threading
