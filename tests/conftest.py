@@ -2,10 +2,13 @@
 
 import gc
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
 from support import Run, command_line
+
+from compress_bilinear.quantization import _decode_bnb
 
 # one thread: the tests' tensors are small, and on a busy machine threads that wait for each other cost most of the time
 torch.set_num_threads(1)
@@ -44,6 +47,13 @@ def pytest_collection_finish() -> None:
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # extension modules complain of objects that survive the interpreter
+
+
+@pytest.fixture
+def without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes bitsandbytes one that is not installed."""
+    error = ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes")
+    return lambda: monkeypatch.setattr(_decode_bnb, "imported", lambda: error)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..quantization import LEVELS, UNIT, expanded
+from ..quantization import LEVELS, UNIT, expand_scale
 
 _BLOCK = 2**19  # products that are held at once, which a CPU's cache holds
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
@@ -111,7 +111,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> 
     blocks = list(zip(*((v,) if tracing else v.split(rows) for v in (qdata, kept)), strict=True))
     columns = []
     for part, part_scale in zip(weight.split(outputs), scale.expand(out, -1, -1).split(outputs), strict=True):
-        steps = expanded(part_scale, (len(part), width, part_scale.shape[2])).to(wide)
+        steps = expand_scale(part_scale, (len(part), width, part_scale.shape[2])).to(wide)
         pieces = [_block(integers, values, part, steps) for integers, values in blocks]
         columns.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
     output = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)

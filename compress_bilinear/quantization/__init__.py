@@ -3,7 +3,6 @@
 from ._decode_bnb import missing
 from ._formats import FORMATS, Int8
 from ._int8 import LEVELS, UNIT, decode_int8, encode_int8, expand_scale, scale_grid
-from ._int8 import expand_scale as expanded
 from ._tensor import Buffer, Format, Layout, QuantizedTensor, restore_dtypes
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "decode_int8",
     "encode_int8",
     "expand_scale",
-    "expanded",
     "missing",
     "restore_dtypes",
     "scale_grid",

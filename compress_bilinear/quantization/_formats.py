@@ -1,7 +1,7 @@
 """The storage formats: a class and a row of the table each."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,9 +100,12 @@ class Nf4(Format):
         return encode_nf4(values)
 
     def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        assert stored.scale is not None
-        values = decode_nf4(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype)
-        return values.view(_slice_shape(stored, rows))
+        return self._decode_by(decode_nf4, stored, rows, dtype)
+
+    def _decode_by(
+        self, decode: Callable[..., Tensor], stored: QuantizedTensor, rows: slice, dtype: torch.dtype
+    ) -> Tensor:
+        return decode(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype).view(_slice_shape(stored, rows))
 
     def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
         start, stop = _flat_range(stored, rows)
@@ -122,9 +125,7 @@ class Nf4(Format):
         return f"bitsandbytes' kernels are for CPUs and CUDA, and the values are on {stored.device.type}"
 
     def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        assert stored.scale is not None
-        values = nf4_values(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype)
-        return values.view(_slice_shape(stored, rows))
+        return self._decode_by(nf4_values, stored, rows, dtype)
 
 
 FORMATS: dict[str, Format] = {form.name: form for form in (Bf16(), Int8(), Nf4())}

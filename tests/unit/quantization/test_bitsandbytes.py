@@ -20,8 +20,8 @@ from compress_bilinear.errors import ConfigError
 from compress_bilinear.quantization import (
     FORMATS,
     LEVELS,
+    _decode_bnb,
     _formats,
-    _tensor,
     decode_int8,
     encode_int8,
     expand_scale,
@@ -202,7 +202,7 @@ class TestDecoding:
         ],
     )
     def test_what_it_is_not_for_is_said_and_not_tried(self, tensor, reason, monkeypatch):
-        monkeypatch.setattr(_tensor, "missing", lambda: pytest.fail("bitsandbytes was asked for"))
+        monkeypatch.setattr(_decode_bnb, "imported", lambda: pytest.fail("bitsandbytes was imported"))
         assert reason in tensor.use_bitsandbytes(True)
         assert tensor.backend == "torch"
 
@@ -215,9 +215,8 @@ class TestDecoding:
             layer.set_compute("bitsandbytes")
         assert (layer.compute, layer.weight.backend) == ("on_the_fly", "torch")
 
-    def test_a_machine_without_it(self, monkeypatch):
-        monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
-        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    def test_a_machine_without_it(self, without_bitsandbytes):
+        without_bitsandbytes()
         layer = cb.CPBilinear.from_bilinear(bilinear(8, 9, 7), 3, quantize="nf4")
         assert "not installed" in layer.refused_compute("bitsandbytes")
         with pytest.raises(ConfigError, match="Found none: bitsandbytes is not installed"):
@@ -367,13 +366,12 @@ class TestLayers:
             layer._apply(no_room)
         assert {part.compute for part in layer.modules() if hasattr(part, "compute")} == {"bitsandbytes"}
 
-    def test_a_pickle_is_read_where_it_is_missing(self, layer, monkeypatch):
+    def test_a_pickle_is_read_where_it_is_missing(self, layer, without_bitsandbytes):
         layer.set_compute("bitsandbytes")
         inputs, pickled = rows(layer), pickle.dumps(layer)
         expected = layer(*inputs)
         assert pickle.loads(pickled).compute == "bitsandbytes"
-        monkeypatch.delitem(sys.modules, "bitsandbytes.functional")
-        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+        without_bitsandbytes()
         with pytest.warns(UserWarning, match="pickled layer .* does so on the fly: bitsandbytes is not installed"):
             again = pickle.loads(pickled)
         assert again.compute == "on_the_fly"
