@@ -132,9 +132,24 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere() -> Non
 
 def test_the_reference_has_every_public_name() -> None:
     shown = set(
-        re.findall(r"^::: compress_bilinear\.(\w+)", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+        re.findall(r"^::: compress_bilinear\.(\w+)$", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
     )
     assert shown == set(cb.__all__)
+
+
+def test_the_architecture_lists_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    _, _, tree = text.partition("## Rooms and files")
+    listed, folders = set(), dict[int, str]()
+    for indent, name in re.findall(r"^( {4,})(\S+)", tree.partition("\n## ")[0], flags=re.MULTILINE):
+        folders = {depth: folder for depth, folder in folders.items() if depth < len(indent)}
+        if name.endswith("/"):
+            folders[len(indent)] = name
+        else:
+            listed.add("".join(folders.values()) + name)
+    package = Path(cb.__file__).parent
+    files = {path for path in package.rglob("*.py") if path.name != "__init__.py"} | {package / "__init__.py"}
+    assert listed == {str(path.relative_to(package.parent)) for path in files}
 
 
 def test_every_example_has_its_section_and_its_own_words() -> None:
