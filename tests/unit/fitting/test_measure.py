@@ -5,8 +5,7 @@ from torch import Tensor, nn
 
 from compress_bilinear import ops
 from compress_bilinear.decomposition import cp, tucker
-from compress_bilinear.fitting import Latency, LayerInputs, Timing
-from compress_bilinear.fitting import _measure as measure
+from compress_bilinear.fitting import Latency, LayerInputs, OutputError, Timing, _latency, _measure
 from compress_bilinear.modules import CPBilinear, DenseBilinear, TuckerBilinear
 
 SHAPE = (8, 12, 10)  # (O, I, J)
@@ -49,30 +48,34 @@ def rows(count: int) -> LayerInputs:
     )
 
 
+def output_error(layer, module, inputs):
+    return OutputError(layer, inputs).of(module)
+
+
 class TestBytes:
     def test_parameters_and_buffers_count(self):
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
         # 16 of the linear, 4 x 4 of the normalisation, and one int64 counter
-        assert measure.stored_bytes(model) == 4 * (16 + 16) + 8
-        assert measure.parameter_count(model) == 16 + 8
+        assert _measure.stored_bytes(model) == 4 * (16 + 16) + 8
+        assert _measure.parameter_count(model) == 16 + 8
 
     def test_half_precision_takes_half(self):
-        assert measure.stored_bytes(bilinear(12, 10, 8, dtype=torch.bfloat16)) == 2 * 968
+        assert _measure.stored_bytes(bilinear(12, 10, 8, dtype=torch.bfloat16)) == 2 * 968
 
     def test_what_is_shared_counts_once(self):
         layer, other = bilinear(12, 10, 8), nn.Linear(8, 8, bias=False)
         other.bias = layer.bias
         model = nn.ModuleList([layer, layer, other])
-        assert measure.stored_bytes(model) == 4 * (968 + 64)
-        assert measure.parameter_count(model) == 968 + 64
+        assert _measure.stored_bytes(model) == 4 * (968 + 64)
+        assert _measure.parameter_count(model) == 968 + 64
 
     def test_what_has_no_size_yet_does_not_count(self):
-        assert measure.stored_bytes(nn.LazyLinear(3, bias=False)) == 0
+        assert _measure.stored_bytes(nn.LazyLinear(3, bias=False)) == 0
 
     def test_int8_counts_values_and_scales(self, layer):
         dense = replacement(layer, "dense", "int8")
-        assert measure.stored_bytes(dense) == 960 + 2 * 8 * 4 + 4 * 8  # short rows share a scale by three
-        assert measure.parameter_count(dense) == 968
+        assert _measure.stored_bytes(dense) == 960 + 2 * 8 * 4 + 4 * 8  # short rows share a scale by three
+        assert _measure.parameter_count(dense) == 968
 
 
 class TestErrors:
@@ -80,10 +83,10 @@ class TestErrors:
         module = replacement(layer, method, quantize)
         exact = layer.weight.detach().double()
         expected = float((exact - module.to_dense(torch.float64).detach()).norm() / exact.norm())
-        assert measure.weight_error(layer.weight, module) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+        assert _measure.weight_error(layer.weight, module) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
     def test_exact_layers_have_no_weight_error(self, layer):
-        assert measure.weight_error(layer.weight, replacement(layer, "dense")) == 0
+        assert _measure.weight_error(layer.weight, replacement(layer, "dense")) == 0
 
     @pytest.mark.parametrize("bias", [True, False])
     def test_output_error_is_against_float64_and_without_bias_below(self, layer, method, quantize, bias):
@@ -100,31 +103,31 @@ class TestErrors:
         with torch.no_grad():
             found = module(input1, input2).double() - added
         expected = float((exact - found).norm() / exact.norm())
-        error = measure.output_error(layer, module, inputs)
+        error = output_error(layer, module, inputs)
         assert error == pytest.approx(expected, rel=1e-3, abs=1e-6)  # rounding differs from block to block
 
     def test_a_bias_does_not_flatter(self, layer):
         inputs = rows(64)
-        plain = measure.output_error(layer, replacement(layer, "dense", "int8"), inputs)
+        plain = output_error(layer, replacement(layer, "dense", "int8"), inputs)
         with torch.no_grad():
             layer.bias += 100
-        biased = measure.output_error(layer, replacement(layer, "dense", "int8"), inputs)
+        biased = output_error(layer, replacement(layer, "dense", "int8"), inputs)
         assert biased == pytest.approx(plain, rel=1e-2)
 
     def test_zero_against_zero_is_no_error_of_the_weight_and_says_nothing_of_the_output(self, layer):
         with torch.no_grad():
             layer.weight.zero_()
         module = replacement(layer, "dense", "int8")
-        assert measure.weight_error(layer.weight, module) == 0
-        assert measure.output_error(layer, module, rows(4)) is None
+        assert _measure.weight_error(layer.weight, module) == 0
+        assert output_error(layer, module, rows(4)) is None
 
     @pytest.mark.parametrize("scale", [1e-200, 1.0, 1e150])
     def test_the_scale_of_the_rows_does_not_matter(self, scale):
         layer = bilinear(12, 10, 8, bias=False, dtype=torch.float64)
         module = replacement(layer, "dense", "int8")
         inputs = [torch.randn(8, size, generator=torch.Generator().manual_seed(0)).double() for size in (12, 10)]
-        plain = measure.output_error(layer, module, LayerInputs(inputs[0], inputs[1], 8, 1))
-        scaled = measure.output_error(layer, module, LayerInputs(inputs[0] * scale, inputs[1], 8, 1))
+        plain = output_error(layer, module, LayerInputs(inputs[0], inputs[1], 8, 1))
+        scaled = output_error(layer, module, LayerInputs(inputs[0] * scale, inputs[1], 8, 1))
         assert plain is not None
         assert scaled == pytest.approx(plain, rel=1e-6)
 
@@ -137,7 +140,7 @@ class TestLatencies:
             made[name] += 1
             torch.ones(200, 200) @ torch.ones(200, 200)
 
-        found = measure.latencies({name: lambda name=name: call(name) for name in made}, CPU, seconds=0.02)
+        found = _latency.latencies({name: lambda name=name: call(name) for name in made}, CPU, seconds=0.02)
         assert set(found) == {"a", "b"}
         for name, latency in found.items():
             assert 0 < latency.lower <= latency.median <= latency.upper
@@ -150,7 +153,7 @@ class TestLatencies:
         x1, x2 = torch.randn(33, shape[0]), torch.randn(33, shape[1])
         wide = [t.detach().double() for t in (x1, x2, layer.weight)]
         expected = ops.reference.bilinear_dense(*wide, layer.bias.detach().double() if bias else None)
-        calls = measure.dense_calls(layer, x1, x2)
+        calls = _latency.dense_calls(layer, x1, x2)
         assert set(calls) == {"in1_first", "in2_first", "outer", "one_gemm", "einsum", "DenseBilinear"}
         for call in calls.values():
             assert_matches_reference(call(), expected)
@@ -158,11 +161,11 @@ class TestLatencies:
     def test_contestants_that_need_too_much_memory_are_left_out(self):
         layer = nn.Bilinear(1024, 512, 4, device="meta")
         x1, x2 = torch.empty(2**15, 1024, device="meta"), torch.empty(2**15, 512, device="meta")
-        assert set(measure.dense_calls(layer, x1, x2)) == {"in1_first", "in2_first", "DenseBilinear"}
+        assert set(_latency.dense_calls(layer, x1, x2)) == {"in1_first", "in2_first", "DenseBilinear"}
 
     def test_figures_are_positive_and_nothing_is_disturbed(self, layer, method):
         random = torch.get_rng_state()
-        found = measure.time_replacement(layer, replacement(layer, method), 16, seconds=0.02)
+        found = _latency.time_replacement(layer, replacement(layer, method), 16, seconds=0.02)
         assert torch.equal(torch.get_rng_state(), random)
         assert layer.weight.grad is None
         assert found.batch_size == 16
@@ -177,7 +180,7 @@ class TestLatencies:
         layer = bilinear(12, 10, 8, dtype=torch.bfloat16)
         module = DenseBilinear.from_bilinear(layer)
         monkeypatch.setattr(DenseBilinear, "forward", lambda self, x1, x2: seen.extend((x1, x2)))
-        measure.time_replacement(layer, module, 3, seconds=0.001)
+        _latency.time_replacement(layer, module, 3, seconds=0.001)
         assert {(tuple(x.shape), x.dtype) for x in seen} == {((3, 12), torch.bfloat16), ((3, 10), torch.bfloat16)}
 
     @pytest.mark.parametrize(
@@ -192,22 +195,22 @@ class TestLatencies:
             of = {name: medians.get(name, 5.0 if name == "one_gemm" else 6.0) for name in calls}
             return {name: Latency(value, value, value) for name, value in of.items()}
 
-        monkeypatch.setattr(measure, "latencies", latencies)
-        monkeypatch.setattr(measure, "_first_try", lambda call, device: 1.0)
-        found = measure.time_replacement(layer, replacement(layer, "dense"), 16)
+        monkeypatch.setattr(_latency, "latencies", latencies)
+        monkeypatch.setattr(_latency, "_first_try", lambda call, device: 1.0)
+        found = _latency.time_replacement(layer, replacement(layer, "dense"), 16)
         assert (found.dense_order, found.speedup, found.speedup_vs_dense) == (order, speedup, vs_dense)
 
     def test_contestants_that_start_far_behind_are_not_timed(self, layer, monkeypatch):
         timed: list[str] = []
         tries = iter([1.0, 10.0, 1.5, 10.0, 10.0, 10.0])
-        monkeypatch.setattr(measure, "_first_try", lambda call, device: next(tries))
+        monkeypatch.setattr(_latency, "_first_try", lambda call, device: next(tries))
 
         def latencies(calls, device, seconds):
             timed.extend(calls)
             return dict.fromkeys(calls, Latency(1, 1, 1))
 
-        monkeypatch.setattr(measure, "latencies", latencies)
-        measure.time_replacement(layer, replacement(layer, "dense"), 16)
+        monkeypatch.setattr(_latency, "latencies", latencies)
+        _latency.time_replacement(layer, replacement(layer, "dense"), 16)
         assert timed == ["before", "after", "in1_first", "outer"]
 
 
@@ -217,7 +220,7 @@ def test_speedups_are_of_the_medians():
 
 
 def test_the_environment_says_what_figures_hold_for():
-    found = measure.environment(CPU, torch.bfloat16)
+    found = _measure.environment(CPU, torch.bfloat16)
     assert (found["device"], found["dtype"]) == ("cpu", "bfloat16")
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()

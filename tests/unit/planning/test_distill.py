@@ -10,7 +10,6 @@ import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.modules import CompressedBilinear
 from compress_bilinear.planning import BatchSample, _batches, _distill, distil
-from compress_bilinear.planning import _planner as planning
 
 IN1, IN2, OUT = 8, 7, 5
 
@@ -83,7 +82,7 @@ def solves_nothing(monkeypatch) -> None:
     def solve(*args, **options):
         raise AssertionError("solved before everything was checked")
 
-    monkeypatch.setattr(planning, "solve", solve)
+    monkeypatch.setattr(_planner, "fit", solve)
 
 
 def test_one_batch_is_an_error_before_anything_is_solved(monkeypatch):

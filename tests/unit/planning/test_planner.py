@@ -5,7 +5,15 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import ConfigError
-from compress_bilinear.fitting import Candidate, Latency, LayerInputs, OutputFitting, Search, stored_bytes
+from compress_bilinear.fitting import (
+    Candidate,
+    Latency,
+    LayerInputs,
+    OutputFitting,
+    Search,
+    WeightFitting,
+    stored_bytes,
+)
 from compress_bilinear.fitting import _search as automatic
 from compress_bilinear.report import Report
 
@@ -96,14 +104,16 @@ def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
     assert not any(point.quantize == "bf16" for point in front)
 
 
-def test_what_cannot_win_is_not_searched_for(monkeypatch):
-    found = []
-    for nearly in (automatic._NEARLY, float("inf")):
-        monkeypatch.setattr(automatic, "_NEARLY", nearly)
-        found.append(planned({"a": cb.AutoConfig(error=0.3)}).report.layers[0])
+def test_what_cannot_win_is_not_searched_for():
+    layer, inputs, found = Net().a, LayerInputs(*rows(), 160, 160), []
+    for nearly in ({}, {"nearly": float("inf")}):
+        search = Search(layer, OutputFitting(layer, inputs), **nearly)
+        search.within(0.3)
+        found.append(search.candidates)
     few, all_of_them = found
-    assert len(few.front) < 0.8 * len(all_of_them.front)
-    assert few.bytes_after == all_of_them.bytes_after
+    assert len(few) < 0.8 * len(all_of_them)
+    smallest = [min(each.bytes for each in candidates if each.error <= 0.3) for candidates in found]
+    assert smallest[0] == smallest[1]
 
 
 def test_a_size_has_every_format_at_the_largest_it_can_fill():
@@ -147,11 +157,13 @@ def test_output_targets_say_where_there_are_too_few_rows_or_none_that_meet_them(
     assert "out of reach of a tucker that is smaller" in layer.reason
 
 
-class Stub(OutputFitting):
-    """Fits nothing: it tells the errors that it is given, and remembers what it was asked for."""
+class Stub(WeightFitting):
+    """Fits nothing: it gives the errors that it is told, and remembers what it was asked for."""
+
+    on_output = True
 
     def __init__(self, layer: nn.Bilinear, error, dense: float) -> None:
-        super().__init__(layer, LayerInputs(*rows(), 160, 160))
+        super().__init__(layer)
         self._error_of, self._dense_error, self.asked = error, dense, []
 
     def _made(self, config, size: float, error: float, rank) -> Candidate:
