@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.planning import BatchSample, _batches, _distill, distil
+from compress_bilinear.planning import BatchSample, _batches, _distill, _planner, distil
 
 IN1, IN2, OUT = 8, 7, 5
 
