@@ -1,7 +1,7 @@
 """The command `compress`."""
 
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any, get_args
@@ -202,13 +202,10 @@ def _plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _narrowed(configs: Mapping[str, Config | None], chosen: list[StoredWeight]) -> dict[str, Config | None]:
     """For --config with --layers: each chosen layer by its name, with the first config that matches it."""
-    firsts: dict[Hashable, StoredWeight] = {}
-    for one in chosen:  # a shared layer by its first name
-        firsts.setdefault(one.place, one)
     narrowed: dict[str, Config | None] = {}
-    for one in firsts.values():
-        config = next((config for glob, config in configs.items() if one.matches(glob)), None)
-        narrowed[escape(one.label)] = config
+    for stored in chosen:
+        config = next((config for glob, config in configs.items() if stored.matches(glob)), None)
+        narrowed[escape(stored.labels[0])] = config
     if not any(narrowed.values()):
         raise ConfigError(f"--layers should leave a layer that --config is about. Found globs {', '.join(configs)}.")
     return narrowed

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -50,11 +50,11 @@ def inspect(path: Path, as_json: bool) -> None:
     found = stored_weights(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
     if inside:
-        found = [stored for stored in found if not f"{stored.name}.weight".startswith(inside)]
+        found = [stored for stored in found if not f"{stored.names[0]}.weight".startswith(inside)]
     if as_json:
         listed = {
             "compressed": [dataclasses.asdict(layer) for layer in compressed],
-            "layers": [_plain(c) for c in found],
+            "layers": [_plain(name, stored) for stored in found for name in stored.names],
         }
         print(json.dumps(listed, indent=2))
         return
@@ -66,10 +66,10 @@ def inspect(path: Path, as_json: bool) -> None:
             show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + unknown_weights(state))
 
 
-def _plain(stored: StoredWeight) -> dict[str, object]:
+def _plain(name: str, stored: StoredWeight) -> dict[str, object]:
     weight = stored.weight
     return {
-        "name": stored.name,
+        "name": name,
         "shape": list(weight.shape),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "bytes": weight.numel() * weight.element_size(),
@@ -89,20 +89,15 @@ def _compressed_table(path: Path, layers: Sequence[LayerDescription]) -> Table:
 
 def _weights_table(path: Path, found: list[StoredWeight]) -> Table:
     table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
-    firsts: dict[Hashable, str] = {}
     for stored in found:
         weight = stored.weight
-        note = "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else ""
-        first = firsts.setdefault(stored.place, stored.name)
-        if first != stored.name:
-            note = f"the same as {first or '(root)'}"
         table.add_row(
-            Text(printable(stored.name) or "(root)"),
+            Text(printable(", ".join(stored.labels))),
             "x".join(str(d) for d in weight.shape),
             str(weight.dtype).removeprefix("torch."),
             size(weight.numel() * weight.element_size()),
             "yes" if stored.bias is not None else "no",
-            note,
+            "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else "",
         )
     return table
 

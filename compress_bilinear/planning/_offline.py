@@ -27,24 +27,19 @@ class StoredWeight:
     """A three-dimensional floating tensor "....weight", which may be an `nn.Bilinear`'s (O, I, J).
 
     Attributes:
-        name: of the layer: the key without ".weight"; "" for a bare "weight".
+        names: all names of the layer: the keys of the same tensors without ".weight"; "" for a bare "weight".
         weight: (O, I, J).
         bias: (O,), or None where the file has none.
     """
 
-    name: str
+    names: tuple[str, ...]
     weight: Tensor
     bias: Tensor | None
 
     @property
-    def label(self) -> str:
-        """The name as messages show it."""
-        return self.name or "(root)"
-
-    @property
-    def place(self) -> Hashable:
-        """Where weight and bias are in memory: equal for one layer under two names."""
-        return place(self.weight), self.bias if self.bias is None else place(self.bias)
+    def labels(self) -> list[str]:
+        """The names as messages show them."""
+        return [name or "(root)" for name in self.names]
 
     @property
     def maybe_convolution(self) -> bool:
@@ -64,17 +59,20 @@ class StoredWeight:
 
     def matches(self, glob: str) -> bool:
         """Whether a glob names it; one that is the whole file is "(root)" too."""
-        return fnmatchcase(self.name, glob) or fnmatchcase(self.label, glob)
+        return any(fnmatchcase(name, glob) for name in (*self.names, *self.labels))
 
 
 def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
-    """All three-dimensional floating weights that stand alone or with a bias, in the file's order."""
+    """All three-dimensional floating weights that stand alone or with a bias, in the file's order.
+
+    One layer under several names comes once: weight and bias are in the same memory.
+    """
     parts: dict[str, set[str]] = {}  # of each module, the names of its tensors and submodules
     for key in state:
         path = key.split(".")
         for count in range(len(path)):
             parts.setdefault(".".join(path[:count]), set()).add(path[count])
-    weights = []
+    layers: dict[Hashable, tuple[list[str], Tensor, Tensor | None]] = {}
     for key, value in state.items():
         name, _, last = key.rpartition(".")
         bias = state.get(f"{name}.bias" if name else "bias")
@@ -82,17 +80,18 @@ def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
             continue
         fits = bias is None or (bias.shape == value.shape[:1] and bias.dtype == value.dtype)
         if fits and parts[name] <= {"weight", "bias"}:  # an nn.Bilinear holds these and nothing else
-            weights.append(StoredWeight(name, value, bias))
-    return weights
+            where = place(value), bias if bias is None else place(bias)
+            layers.setdefault(where, ([], value, bias))[0].append(name)
+    return [StoredWeight(tuple(names), weight, bias) for names, weight, bias in layers.values()]
 
 
 def unknown_weights(state: Mapping[str, Tensor]) -> str:
     """A sentence about three-dimensional tensors that other modules may hold, or nothing."""
-    known = {id(stored.weight) for stored in stored_weights(state)}
+    known = {f"{name}.weight" if name else "weight" for stored in stored_weights(state) for name in stored.names}
     others = [
         f"{key} ({'x'.join(map(str, value.shape))})"
         for key, value in state.items()
-        if value.dim() == 3 and value.is_floating_point() and id(value) not in known
+        if value.dim() == 3 and value.is_floating_point() and key not in known
     ]
     if not others:
         return ""
@@ -110,15 +109,16 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
         required = "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none."
         raise MatchError(required + unknown_weights(state))
     listing = ", ".join(
-        f"{w.label} ({'x'.join(map(str, w.weight.shape))}{', conv1d?' if w.maybe_convolution else ''})" for w in weights
+        f"{' = '.join(stored.labels)} ({'x'.join(map(str, stored.weight.shape))}"
+        f"{', conv1d?' if stored.maybe_convolution else ''})"
+        for stored in weights
     )
     for glob in globs:
         if not any(stored.matches(glob) for stored in weights):
             required = f"--layers {glob!r} should match a three-dimensional weight. Found: {listing}."
             raise MatchError(required + unknown_weights(state))
     if globs:
-        named = {stored.place for stored in weights for glob in globs if stored.matches(glob)}
-        return [stored for stored in weights if stored.place in named]  # a shared layer under all its names
+        return [stored for stored in weights if any(stored.matches(glob) for glob in globs)]
     if len(weights) == 1 and not weights[0].maybe_convolution:
         return weights
     raise MatchError(
@@ -149,12 +149,13 @@ def compress_state(
     """
     stored_dtype = chosen[0].weight.dtype
     if dtype is not None:
-        state, names = _cast(state, dtype), {stored.name for stored in chosen}
-        chosen = [stored for stored in stored_weights(state) if stored.name in names]
-    model, labels = _model_of(chosen)
+        state, names = _cast(state, dtype), {stored.names for stored in chosen}
+        chosen = [stored for stored in stored_weights(state) if stored.names in names]
+    model = _model_of(chosen)
     model = model if device is None else model.to(device)
     if calibration is not None:
-        rows = read_rows(calibration, {s.name: s.weight.shape for s in stored_weights(state)}, labels)
+        wanted = {name: stored.names[0] for stored in chosen for name in stored.names}
+        rows = read_rows(calibration, _shapes(state), wanted)
         options = {"batch_size": _TIMED_ROWS, **options, "calibration": batches(rows, model), "forward_fn": call_rows}
     planned = plan(model, config, **options)
     compressed, _ = planned.apply()
@@ -192,20 +193,21 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
     return sum(value.numel() * value.element_size() for value in unique.values())
 
 
-def _model_of(chosen: Sequence[StoredWeight]) -> tuple[nn.Module, dict[str, str]]:
-    """A module that holds an `nn.Bilinear` under each weight's name, and by each name the first of the same layer.
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """(O, I, J) of each weight, by all its names."""
+    return {name: stored.weight.shape for stored in stored_weights(state) for name in stored.names}
 
-    A weight that is the whole file is the module.
-    """
-    model, labels = nn.Module(), dict[str, str]()
-    layers: dict[Hashable, tuple[str, nn.Bilinear]] = {}
+
+def _model_of(chosen: Sequence[StoredWeight]) -> nn.Module:
+    """A module that holds an `nn.Bilinear` under all names of each weight; the layer itself if it is the whole file."""
+    model = nn.Module()
     for stored in chosen:
-        first, layer = layers.setdefault(stored.place, (stored.name, stored.layer()))
-        labels[stored.name] = first
-        if not stored.name:
-            return layer, labels
-        model._modules[stored.name] = layer  # not add_module, which refuses dots and the names of methods
-    return model, labels
+        layer = stored.layer()
+        if stored.names == ("",):
+            return layer
+        for name in stored.names:
+            model._modules[name] = layer  # not add_module, which refuses dots and the names of methods
+    return model
 
 
 def compare_files(
@@ -232,8 +234,7 @@ def compare_files(
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
     names = {name: description.name for description in descriptions for name in description.names}
-    shapes = {stored.name: stored.weight.shape for stored in stored_weights(before)}
-    rows = {} if calibration is None else read_rows(calibration, shapes, names)
+    rows = {} if calibration is None else read_rows(calibration, _shapes(before), names)
     own, _ = by_layer(after, descriptions)
     layers = []
     for description in descriptions:
@@ -277,4 +278,4 @@ def _original_layer(
         found += f" and a bias {tuple(bias.shape)}" if weight is not None and bias is not None else ""
         required = f"{prefix}weight of shape {shape}{' and a bias' if description.bias else ''}"
         raise CheckpointError(f"{str(original)!r} should hold {required}. Found {found}.")
-    return StoredWeight(description.name, weight, bias).layer()
+    return StoredWeight(description.names, weight, bias).layer()

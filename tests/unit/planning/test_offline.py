@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def names(found) -> list[str]:
-    return [stored.name for stored in found]
+    return [stored.names[0] for stored in found]
 
 
 def compressed(state, patterns=("*",), config=TUCKER, **options):
