@@ -232,7 +232,7 @@ def _weights(problem: Problem) -> int:
 
 
 def _intermediate(problem: Problem) -> int:
-    """Elements for one row that the composed path writes and reads between inputs and outputs, each as often."""
+    """Elements of the composed path's intermediates for one row, counted each time that they are written or read."""
     (out, in1, in2), rank = problem.shape, problem.rank
     match problem.method:
         case "dense":
@@ -244,7 +244,7 @@ def _intermediate(problem: Problem) -> int:
 
 
 def _pairs_work(problem: Problem, fused: bool) -> tuple[float, int, int, int]:
-    """FLOPs, elements of the intermediate and of the outputs, each as often as written or read, and backward launches.
+    """FLOPs, elements written or read of the intermediate and of the outputs, and launches of the backward.
 
     The inputs' projections are the same on both paths, and left out. Backward traffic: the composed path writes the
     intermediate's gradient once; for CP it also recomputes the product, and writes gradient x input twice. The fused

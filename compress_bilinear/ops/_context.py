@@ -28,7 +28,7 @@ def observed() -> bool:
 
 
 def gradient_wanted(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is computed from these tensors."""
+    """Whether autograd records operations on these tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
@@ -38,7 +38,7 @@ def recorded(device_type: str) -> bool:
 
 
 def only_values(*tensors: Tensor | None) -> bool:
-    """Whether nothing but values is computed from these tensors, so that results may be written in place."""
+    """Whether a call on these tensors gives values and nothing else, so that it may write in place."""
     return not (traced() or transformed() or gradient_wanted(*tensors))
 
 

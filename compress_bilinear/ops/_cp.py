@@ -32,15 +32,9 @@ def small_cp(
 
 
 def composed_cp(
-    input1: Tensor,  # (..., I)
-    input2: Tensor,  # (..., J)
-    in1: Weight,  # (R, I)
-    in2: Weight,  # (R, J)
-    out: Weight,  # (O, R)
-    bias: Tensor | None,  # (O,)
-    sigma: Tensor | None,  # (R,), float32
-) -> Tensor:  # (..., O)
-    """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b."""
+    input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, out: Weight, bias: Tensor | None, sigma: Tensor | None
+) -> Tensor:
+    """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b; shapes as of `bilinear_cp`."""
     left, right = project(input1, in1), project(input2, in2)
     if sigma is None and isinstance(in2, Tensor) and in2.dtype != torch.int8:
         return project(left * right, out, bias)
@@ -51,15 +45,12 @@ def composed_cp(
 
 
 def composed_cp_pairs(
-    input1: Tensor,  # (..., L1, I)
-    input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Weight,  # (R, I)
-    in2: Weight,  # (R, J)
-    out: Weight,  # (O, R)
-    bias: Tensor | None,  # (O,)
-    sigma: Tensor | None,  # (R,), float32
-) -> Tensor:  # (..., L1, L2, O)
-    """The same for all pairs. Where only values are computed, the projections too are held for some of the batch."""
+    input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, out: Weight, bias: Tensor | None, sigma: Tensor | None
+) -> Tensor:
+    """The same for all pairs; shapes as of `pairwise_cp`.
+
+    Where only values are computed, the projections too are held for a part of the batch at once.
+    """
     leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
     batch, rank = math.prod(leading), in1.shape[0]
     tensors = [value for value in (input1, input2, in1, in2, out, bias, sigma) if isinstance(value, Tensor)]

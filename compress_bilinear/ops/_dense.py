@@ -110,14 +110,9 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def composed_dense(
-    input1: Tensor,  # (..., I)
-    input2: Tensor,  # (..., J), the same leading dimensions
-    weight: Weight,  # (O, I, J); int8 with `scale`
-    bias: Tensor | None,  # (O,)
-    scale: Tensor | None,  # float32, broadcastable to `weight`
-    order: Order | None,
-) -> Tensor:  # (..., O)
-    """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch.
+    input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, order: Order | None
+) -> Tensor:
+    """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch; shapes as of `bilinear_dense`.
 
     Besides inputs and output it holds a few blocks of T (two megabytes each on a CPU without gradients). An int8 weight
     is decoded block by block into the inputs' dtype, and once more for a backward. The output has the inputs' dtype,

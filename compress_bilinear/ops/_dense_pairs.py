@@ -14,13 +14,9 @@ from ._tuning import tuning
 
 
 def composed_dense_pairs(
-    input1: Tensor,  # (..., L1, I)
-    input2: Tensor,  # (..., L2, J), the same leading dimensions
-    weight: Weight,  # (O, I, J); int8 with `scale`
-    bias: Tensor | None,  # (O,)
-    scale: Tensor | None,  # float32, broadcastable to `weight`
-) -> Tensor:  # (..., L1, L2, O)
-    """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
+    input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l; shapes as of `pairwise_dense`."""
     if isinstance(weight, QuantizedTensor):
         return in_slabs(lambda x1, x2, w: composed_dense_pairs(x1, x2, w, None, None), input1, input2, weight, bias)
     leading, (length1, in1), (length2, in2) = input1.shape[:-2], input1.shape[-2:], input2.shape[-2:]

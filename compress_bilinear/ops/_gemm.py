@@ -40,7 +40,7 @@ def stored_linear(
     """input weightᵀ of a weight that is decoded for this product, and again for the backward, but not kept.
 
     Args:
-        decode: reads the weight from `stored`, and should hold none of them itself: it outlives what is not kept.
+        decode: reads the weight from `stored`. It should not refer to them otherwise: a graph keeps it alive.
         stored: the tensors that hold the weight. A gradient's graph keeps them alive; they must not change before it.
     """
     if not gradient_wanted(input) or recorded(input.device.type) or any(tensor.requires_grad for tensor in stored):

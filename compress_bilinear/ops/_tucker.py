@@ -9,16 +9,10 @@ from ._stored import Weight, project
 
 
 def composed_tucker(
-    input1: Tensor,  # (..., I)
-    input2: Tensor,  # (..., J), the same leading dimensions
-    in1: Weight | None,  # (R_i, I); None where R_i = I and the core takes the input itself
-    in2: Weight | None,  # (R_j, J)
-    core: Weight,  # (R_o, R_i, R_j)
-    out: Weight | None,  # (O, R_o); None where the core gives the output
-    bias: Tensor | None,  # (O,)
-    scale: Tensor | None,  # of an int8 core; int8 factors have the step 2⁻⁷
-) -> Tensor:  # (..., O)
-    """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b."""
+    input1: Tensor, input2: Tensor, in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None,
+    bias: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b; shapes as of `bilinear_tucker`."""
     left, right = project(input1, in1), project(input2, in2)
     last = bias if out is None else None
     inner = small_dense(left, right, core, last) if scale is None and isinstance(core, Tensor) else None
@@ -28,16 +22,10 @@ def composed_tucker(
 
 
 def composed_tucker_pairs(
-    input1: Tensor,  # (..., L1, I)
-    input2: Tensor,  # (..., L2, J), the same leading dimensions
-    in1: Weight | None,
-    in2: Weight | None,
-    core: Weight,  # (R_o, R_i, R_j)
-    out: Weight | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-) -> Tensor:  # (..., L1, L2, O)
-    """The same for all pairs."""
+    input1: Tensor, input2: Tensor, in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None,
+    bias: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The same for all pairs; shapes as of `pairwise_tucker`."""
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense_pairs(left, right, core, bias, scale)

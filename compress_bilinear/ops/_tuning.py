@@ -24,7 +24,7 @@ class Tuning:
         programs: of a Triton kernel, below which a long sum is split among more of them.
         onednn: whether oneDNN multiplies in float32 on a CPU; None: on an AMD processor if torch brings MKL too.
         onednn_rows, onednn_products: the fewest rows, and multiply-adds, of a product for oneDNN. It lays out the
-            weight anew in each call, and a call takes some 12 microseconds more.
+            weight again in each call, and a call takes some 12 microseconds more.
     """
 
     block: int = 2**19

@@ -1,8 +1,8 @@
 """Fused CP: y = (σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b in one kernel, its product alone, and its backward.
 
 A program owns some rows. For each block of components it projects them in float32 registers, multiplies, and adds
-the product's share of the outputs; nothing of size N x R reaches memory. `cp_product` writes the product instead, in
-parallel over the components too: the better half where rows are few or outputs many, the other being a plain GEMM.
+the product's share of the outputs; nothing of size N x R reaches memory. `cp_product` writes the product instead, and
+runs in parallel over components too: with a plain GEMM after it, that is better for few rows or many outputs.
 """
 
 from functools import cache
@@ -92,7 +92,7 @@ def cp_backward(
     SCALED: tl.constexpr, WEIGHTS: tl.constexpr, INPUTS: tl.constexpr, PRECISION: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows: the projections anew, then the inputs' gradients, or the factors of all gradients, or both."""
+    """A block of rows, projected again: the inputs' gradients, or the factors of all gradients, or both."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     i, j = tl.arange(0, BI), tl.arange(0, BJ)
     if INPUTS:
@@ -160,15 +160,9 @@ def cp_tiles(kind: str, width: int, rank: int, outputs: int, bits: int, exact: b
 
 
 def launch_forward(
-    x1: Tensor,  # (N, I)
-    x2: Tensor,  # (N, J)
-    in1: Tensor,  # (R, I)
-    in2: Tensor,  # (R, J)
-    out: Tensor,  # (O, R)
-    sigma: Tensor | None,  # (R,)
-    bias: Tensor | None,  # (O,)
-) -> Tensor:  # (N, O)
-    """The whole layer, one launch."""
+    x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The whole layer in one launch; shapes as of `fused_cp`."""
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
     blocks = cp_tiles("forward", 1, rank, outputs, 8 * x1.element_size(), exact(x1), sigma is not None)
@@ -196,19 +190,12 @@ def launch_product(x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, sigma: Tens
 
 
 def launch_backward(
-    dy: Tensor,  # (N, O)
-    x1: Tensor,
-    x2: Tensor,
-    in1: Tensor,
-    in2: Tensor,
-    out: Tensor,
-    sigma: Tensor | None,
-    inputs: bool,
-    weights: bool,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x1 and x2 where `inputs`, and the product and both projections' gradients where `weights`.
+    dy: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Tensor | None,
+    inputs: bool, weights: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """With `inputs` the gradients of x1 and x2; with `weights` the product and the gradients of both projections.
 
-    Inputs' gradients wider than `MOST_IN` are left to the caller: None, and `weights` has to be asked for.
+    Of inputs wider than `MOST_IN` the gradients are None: the caller computes them from those of the projections.
     """
     rows, (rank, width1), width2, outputs = x1.shape[0], in1.shape, in2.shape[1], out.shape[0]
     inputs = inputs and max(width1, width2) <= MOST_IN

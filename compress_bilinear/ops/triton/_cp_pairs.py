@@ -1,7 +1,7 @@
 """CP of all pairs of projected inputs: fused outputs, and gradients that read the outputs' gradient once each.
 
-The products of the projections, B x L1 x L2 x R, and their gradients are as large as the outputs: they stay in a
-program's registers, and are computed anew in each gradient.
+The products of the projections, B x L1 x L2 x R, and their gradients are as large as the outputs. They stay in a
+program's registers, and each gradient recomputes them.
 """
 
 from functools import cache
@@ -135,7 +135,7 @@ def gradient_tiles(length2: int, rank: int, outputs: int, weight: bool, exact: b
     """Block sizes and warps of the backward.
 
     Args:
-        length2: rows of the input that is summed over, beside the one whose gradient is taken.
+        length2: rows of the input that the gradient sums over.
         weight: whether that of the output's projection is taken.
     """
     blocks = {"BL2": 16 if length2 <= 16 else 32, "BR": 32 if exact or rank <= 32 else 64}
@@ -147,14 +147,8 @@ def gradient_tiles(length2: int, rank: int, outputs: int, weight: bool, exact: b
     return blocks | {"BL1": (32 if exact else 64) // blocks["BL2"], "num_warps": warps, "num_stages": 2} | OPTIONS
 
 
-def launch_cp_pairs(
-    p: Tensor,  # (B, L1, R), contiguous
-    q: Tensor,  # (B, L2, R), contiguous
-    out: Tensor,  # (O, R)
-    sigma: Tensor | None,  # (R,)
-    bias: Tensor | None,  # (O,)
-) -> Tensor:  # (B, L1, L2, O)
-    """All pairs of projected inputs, one launch."""
+def launch_cp_pairs(p: Tensor, q: Tensor, out: Tensor, sigma: Tensor | None, bias: Tensor | None) -> Tensor:
+    """All pairs of contiguous projected inputs in one launch; shapes as of `fused_cp_pairs`."""
     (batch, length1, rank), length2, outputs = p.shape, q.shape[1], out.shape[0]
     y = torch.empty(batch, length1, length2, outputs, dtype=p.dtype, device=p.device)
     blocks = pair_tiles(length2, outputs, exact(p))
@@ -173,7 +167,7 @@ def launch_cp_pairs_gradient(
     out: Tensor,  # (O, R)
     sigma: Tensor | None,  # (R,)
 ) -> Tensor:  # (B, L, R)
-    """The gradient of one projected input; of the second with `dy` and the first turned around."""
+    """The gradient of the first projected input; of the second with `dy` transposed and the first as `other`."""
     (batch, length, length_other, outputs), rank = dy.shape, other.shape[2]
     dx = torch.empty(batch, length, rank, dtype=other.dtype, device=other.device)
     blocks = gradient_tiles(length_other, rank, outputs, False, exact(other))
@@ -186,13 +180,8 @@ def launch_cp_pairs_gradient(
     return dx
 
 
-def launch_cp_pairs_weight_gradient(
-    dy: Tensor,  # (B, L1, L2, O)
-    p: Tensor,  # (B, L1, R), contiguous
-    q: Tensor,  # (B, L2, R), contiguous
-    sigma: Tensor | None,  # (R,)
-) -> Tensor:  # (O, R)
-    """The gradient of the output's projection, from sums over few parts of the pairs."""
+def launch_cp_pairs_weight_gradient(dy: Tensor, p: Tensor, q: Tensor, sigma: Tensor | None) -> Tensor:
+    """The gradient (O, R) of the output's projection, summed from a few parts of the pairs."""
     (batch, length1, length2, outputs), rank = dy.shape, p.shape[2]
     blocks = gradient_tiles(length2, rank, outputs, True, exact(p))
     tiles1, tiles2 = triton.cdiv(length1, blocks["BL1"]), triton.cdiv(length2, blocks["BL2"])

@@ -1,7 +1,7 @@
 """Fused dense bilinear: y_no = Σ_ij x1_ni W_oij x2_nj, never N x O x J, and the gradient of W, never N x I x J.
 
 For each i the rows of x2, times column i of x1, are multiplied with the slice W[:, i, :] on tensor cores and summed in
-float32. The inputs' gradients are the same form with the weight's axes in another order, so the same kernel.
+float32. The inputs' gradients are dense bilinears of the weight with its axes in another order: the same kernel.
 """
 
 from functools import cache
@@ -38,7 +38,7 @@ def dense_forward(
     o = tl.program_id(1) * BO + tl.arange(0, BO)
     split = tl.program_id(2)
     total = tl.zeros((BN, BO), tl.float32)
-    wide = tl.full([], 0, tl.int64)  # makes what is added to it 64 bits wide, whatever it is specialised to
+    wide = tl.full([], 0, tl.int64)  # 64-bit also where an index added to it is specialised to a constant
     first = split * part
     last = tl.minimum(first + part, width1)
     for start in range(0, width2, BJ):
@@ -101,13 +101,8 @@ def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
     return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
-def launch_dense(
-    x1: Tensor,  # (N, I)
-    x2: Tensor,  # (N, J)
-    weight: Tensor,  # (O, I, J), floating or int8
-    scale: Tensor | None = None,  # one for each block of entries, or of all along an axis
-) -> Tensor:  # (N, O)
-    """All outputs; the wider input is summed over inside the products."""
+def launch_dense(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """All outputs, shapes as of `fused_dense`; the products sum over the wider input."""
     if x1.shape[1] > x2.shape[1]:
         x1, x2, weight, scale = x2, x1, weight.mT, None if scale is None else scale.mT
     rows, (outputs, width1, width2) = x1.shape[0], weight.shape
@@ -126,12 +121,8 @@ def launch_dense(
     return y[0] if splits == 1 else y.sum(0).to(x1.dtype)
 
 
-def launch_weight_gradient(
-    dy: Tensor,  # (N, O)
-    x1: Tensor,  # (N, I)
-    x2: Tensor,  # (N, J)
-) -> Tensor:  # (O, I, J)
-    """Σ_n dy_no x1_ni x2_nj."""
+def launch_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
+    """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     rows, outputs, width1, width2 = *dy.shape, x1.shape[1], x2.shape[1]
     dw = torch.empty(outputs, width1, width2, dtype=x1.dtype, device=x1.device)
     blocks = gradient_tiles(width1, width2, exact(x1))

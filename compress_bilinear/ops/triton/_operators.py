@@ -33,7 +33,7 @@ class Operator:
 
     Attributes:
         registered: the operator.
-        launch: what it runs.
+        launch: the Python function that it runs.
     """
 
     def __init__(self, name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -90,8 +90,8 @@ def _backward(
     operands, wanted = context.saved_tensors, context.needs_input_grad
     if torch.is_grad_enabled():
         return _composed_gradients(composed, operands, wanted, dy)
-    found = gradients(wanted, dy, *operands)
-    kept = [gradient if want else None for gradient, want in zip(found, wanted, strict=False)]
+    computed = gradients(wanted, dy, *operands)
+    kept = [gradient if want else None for gradient, want in zip(computed, wanted, strict=False)]
     return (*kept, *[None] * (len(operands) - len(kept)))
 
 
@@ -102,8 +102,8 @@ def _composed_gradients(
     # views: apart from each other and from what they were computed by, whose gradients autograd sums itself
     operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
     chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
-    found = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
-    return tuple(next(found) if want and t is not None else None for t, want in zip(operands, wanted, strict=True))
+    computed = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
+    return tuple(next(computed) if want and t is not None else None for t, want in zip(operands, wanted, strict=True))
 
 
 def _empty(like: Tensor, *shape: int) -> Tensor:
@@ -158,8 +158,8 @@ def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
 
 def _cp_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
     x1, x2, in1, in2, out, _, sigma = operands
-    found = fused_cp_backward(dy, x1, x2, in1, in2, out, sigma, any(wanted[:2]), any(wanted[2:5]))
-    return *found, dy.sum(0) if wanted[5] else None
+    first = fused_cp_backward(dy, x1, x2, in1, in2, out, sigma, any(wanted[:2]), any(wanted[2:5]))
+    return *first, dy.sum(0) if wanted[5] else None
 
 
 @operator("cp", lambda x1, x2, in1, in2, out, *_: _empty(x1, x1.shape[0], out.shape[0]), _cp_gradients, composed_cp)
@@ -188,22 +188,15 @@ def _cp_backward_like(
 
 @operator("cp_backward", _cp_backward_like)
 def fused_cp_backward(
-    dy: Tensor,  # (N, O)
-    x1: Tensor,
-    x2: Tensor,
-    in1: Tensor,
-    in2: Tensor,
-    out: Tensor,
-    sigma: Tensor | None,
-    inputs: bool,
-    weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dy: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, out: Tensor, sigma: Tensor | None,
+    inputs: bool, weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of x1, x2, in1, in2 and out; those not wanted are empty."""
     from ._cp import MOST_IN, launch_backward
 
     stored = weights or max(x1.shape[1], x2.shape[1]) > MOST_IN
-    found: tuple[Any, ...] = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
-    dx1, dx2, h, dp, dq = found
+    launched: tuple[Any, ...] = launch_backward(dy, x1, x2, in1, in2, out, sigma, inputs, stored)
+    dx1, dx2, h, dp, dq = launched
     if inputs and dx1 is None:  # too wide for the kernel
         dx1, dx2 = dp @ decode_factor(in1, x1.dtype), dq @ decode_factor(in2, x1.dtype)
     by_weights = (dp.T @ x1, dq.T @ x2, dy.T @ h) if weights else [_empty(x1) for _ in range(3)]
@@ -251,8 +244,8 @@ def fused_tucker(
 
 def _cp_pairs_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
     p, q, out, _, sigma = operands
-    found = fused_cp_pairs_backward(dy, p, q, out, sigma, *wanted[:3])
-    return *found, dy.sum((0, 1, 2)) if wanted[3] else None
+    first = fused_cp_pairs_backward(dy, p, q, out, sigma, *wanted[:3])
+    return *first, dy.sum((0, 1, 2)) if wanted[3] else None
 
 
 @operator(
@@ -280,14 +273,7 @@ def _pairs_backward_like(dy: Tensor, left: Tensor, right: Tensor, out: Tensor, *
 
 @operator("cp_pairs_backward", _pairs_backward_like)
 def fused_cp_pairs_backward(
-    dy: Tensor,  # (B, L1, L2, O)
-    p: Tensor,
-    q: Tensor,
-    out: Tensor,
-    sigma: Tensor | None,
-    first: bool,
-    second: bool,
-    weight: bool,
+    dy: Tensor, p: Tensor, q: Tensor, out: Tensor, sigma: Tensor | None, first: bool, second: bool, weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of p, q and out; those not wanted are empty."""
     from ._cp_pairs import launch_cp_pairs_gradient, launch_cp_pairs_weight_gradient
@@ -302,8 +288,8 @@ def fused_cp_pairs_backward(
 
 def _tucker_pairs_gradients(wanted: Sequence[bool], dy: Tensor, *operands: Any) -> Gradients:
     t, q, out, _ = operands
-    found = fused_tucker_pairs_backward(dy, t, q, out, *wanted[:3])
-    return *found, dy.sum((0, 1, 2)) if wanted[3] else None
+    first = fused_tucker_pairs_backward(dy, t, q, out, *wanted[:3])
+    return *first, dy.sum((0, 1, 2)) if wanted[3] else None
 
 
 @operator(
@@ -326,13 +312,7 @@ def fused_tucker_pairs(
 
 @operator("tucker_pairs_backward", _pairs_backward_like)
 def fused_tucker_pairs_backward(
-    dy: Tensor,  # (B, L1, L2, O)
-    t: Tensor,
-    q: Tensor,
-    out: Tensor,
-    first: bool,
-    second: bool,
-    weight: bool,
+    dy: Tensor, t: Tensor, q: Tensor, out: Tensor, first: bool, second: bool, weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of t, q and out; those not wanted are empty."""
     from . import _tucker_pairs as kernels

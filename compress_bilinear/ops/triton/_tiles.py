@@ -1,7 +1,7 @@
-"""What the Triton kernels share: a masked tile, a projection of rows, and how a dtype is multiplied.
+"""What the Triton kernels share: masked tiles, a projection of rows, and products of each dtype.
 
-Loads outside a tensor give zero and stores outside are masked, so that any size will do; offsets of rows and outputs
-are 64-bit. Sums are in float32. int8 values are exact in each of the dtypes that they are multiplied in.
+Loads outside a tensor give zero and stores outside are masked, so any size works. Offsets of rows and outputs are
+64-bit. Sums are in float32. An int8 entry is exact in each dtype in which it is multiplied.
 """
 
 import os
@@ -15,11 +15,11 @@ from .._tuning import tuning
 
 UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
 OPTIONS = {
-    "enable_fp_fusion": True,  # what has been the default, which Triton 3.9 warns will change
-    "maxnreg": 255,  # all there are: by itself ptxas may spill a few of 130 to have 128, for more programs at once
+    "enable_fp_fusion": True,  # the default until now; Triton 3.9 warns that it will change
+    "maxnreg": 255,  # all registers: ptxas may otherwise spill a few of 130 to use 128, for more programs at once
 }
 
-# the interpreter takes the bits of bfloat16 for integers, so there both products below are of float32
+# the interpreter reads the bits of bfloat16 as integers, so there both products below are taken in float32
 _INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -124,22 +124,10 @@ def store_tile(pointer, value, row, rows, row_stride, column, columns, column_st
 
 @triton.jit
 def project(
-    x,  # (rows, width)
-    weight,  # (components, width), floating or int8
-    row,
-    rows,
-    x_row,
-    x_column,
-    component,
-    components,
-    w_row,
-    w_column,
-    width,
-    accumulator,  # (BN, BR), float32
-    BK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """accumulator + x[row] weight[component]ᵀ, in float32."""
+    x, weight, row, rows, x_row, x_column, component, components, w_row, w_column, width, accumulator,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """accumulator (BN, BR) + x[row] weight[component]ᵀ, in float32; the weight may be int8."""
     for start in range(0, width, BK):
         k = start + tl.arange(0, BK)
         left = load_tile(x, row, rows, x_row, k, width, x_column)
@@ -166,24 +154,10 @@ def biased(total, bias, o, outputs, bias_stride, BIASED: tl.constexpr):
 
 @triton.jit
 def write_outputs(
-    inner,  # (BN, BR), all R_o of them
-    out,  # (outputs, rank_out)
-    bias,
-    y,
-    row,
-    rows,
-    r,
-    rank_out,
-    outputs,
-    out_row,
-    out_column,
-    bias_stride,
-    y_row,
-    BIASED: tl.constexpr,
-    BO: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """y[row] = inner outᵀ + b, a block of outputs after the other."""
+    inner, out, bias, y, row, rows, r, rank_out, outputs, out_row, out_column, bias_stride, y_row,
+    BIASED: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """y[row] = inner outᵀ + b for the core's outputs `inner` (BN, R_o), one block of outputs after the other."""
     for start in range(0, outputs, BO):
         o = start + tl.arange(0, BO)
         weight = operand(load_tile(out, r, rank_out, out_column, o, outputs, out_row), inner.dtype)

@@ -83,16 +83,13 @@ def tucker_tiles(rows: int, rank2: int, rank_out: int, bits: int, exact: bool) -
 
 
 def launch_tucker(
-    x1: Tensor,  # (N, I)
-    x2: Tensor,  # (N, J)
-    in1: Tensor,  # (R_i, I)
-    in2: Tensor,  # (R_j, J)
-    core: Tensor,  # (R_o, R_i, R_j)
-    out: Tensor,  # (O, R_o)
-    bias: Tensor | None,  # (O,)
-    scale: Tensor | None,  # of an int8 core, one for each block of entries; the factors are int8 of step 2⁻⁷ then
-) -> Tensor:  # (N, O)
-    """The whole layer, one launch; R_j and R_o at most `MOST_RANK`."""
+    x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, core: Tensor, out: Tensor, bias: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The whole layer in one launch, shapes as of `fused_tucker`; R_j and R_o at most `MOST_RANK`.
+
+    With a scale the core and the factors are int8, else none of them is.
+    """
     rows, (rank_out, rank1, rank2), outputs = x1.shape[0], core.shape, out.shape[0]
     y = torch.empty(rows, outputs, dtype=x1.dtype, device=x1.device)
     blocks = tucker_tiles(rows, rank2, rank_out, 8 * x1.element_size(), exact(x1))

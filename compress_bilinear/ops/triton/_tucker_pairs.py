@@ -1,7 +1,7 @@
 """Tucker of all pairs of projected inputs: fused outputs, and gradients that read the outputs' gradient once each.
 
-The core's outputs for all pairs, B x L1 x L2 x R_o, and their gradient stay in a program's registers, and are computed
-anew in each gradient.
+The core's outputs for all pairs, B x L1 x L2 x R_o, and their gradient stay in a program's registers. Each gradient
+recomputes them.
 """
 
 from functools import cache
@@ -114,7 +114,7 @@ def tucker_pairs_second_gradient(
     n = (program % tiles2) * BL2 + tl.arange(0, BL2)
     r = tl.arange(0, BR)
     split = tl.program_id(1)
-    wide = tl.full([], 0, tl.int64)  # makes what is added to it 64 bits wide, whatever it is specialised to
+    wide = tl.full([], 0, tl.int64)  # 64-bit also where an index added to it is specialised to a constant
     total = tl.zeros((BL2, BJ), tl.float32)
     for k in range(split * part, tl.minimum(split * part + part, length1)):
         dz = tl.zeros((BL2, BR), tl.float32)
@@ -165,10 +165,10 @@ def tucker_pair_tiles(length2: int, rank_out: int, bits: int, exact: bool) -> di
 
 @cache
 def gradient_tiles(rank2: int, rank_out: int, weight: bool, exact: bool) -> dict[str, int]:
-    """Block sizes and warps of the backward; what is wide leaves registers for little else.
+    """Block sizes and warps of the backward; wide tiles leave registers for little else.
 
     Args:
-        weight: whether the gradient of the output's projection is taken, which forms the core's outputs anew.
+        weight: of the gradient of the output's projection, which recomputes the core's outputs.
     """
     wide = tile(rank_out, MOST_RANK)
     blocks = {"BL2": 32, "BJ": 32 if rank2 <= 32 or wide == 128 else 64, "BR": wide, "BO": 32}
@@ -179,13 +179,8 @@ def gradient_tiles(rank2: int, rank_out: int, weight: bool, exact: bool) -> dict
     return blocks | {"num_warps": 8 if wide > 32 else 4, "num_stages": 1 if exact else 2} | OPTIONS
 
 
-def launch_tucker_pairs(
-    t: Tensor,  # (B, L1, R_o, R_j), contiguous
-    q: Tensor,  # (B, L2, R_j), contiguous
-    out: Tensor,  # (O, R_o)
-    bias: Tensor | None,  # (O,)
-) -> Tensor:  # (B, L1, L2, O)
-    """All pairs, one launch; R_o at most `MOST_RANK`."""
+def launch_tucker_pairs(t: Tensor, q: Tensor, out: Tensor, bias: Tensor | None) -> Tensor:
+    """All pairs in one launch, t and q contiguous, shapes as of `fused_tucker_pairs`; R_o at most `MOST_RANK`."""
     (batch, length1, rank_out, rank2), length2, outputs = t.shape, q.shape[1], out.shape[0]
     y = torch.empty(batch, length1, length2, outputs, dtype=q.dtype, device=q.device)
     blocks = tucker_pair_tiles(length2, rank_out, 8 * q.element_size(), exact(q))
@@ -198,12 +193,8 @@ def launch_tucker_pairs(
     return y
 
 
-def launch_tucker_pairs_first_gradient(
-    dy: Tensor,  # (B, L1, L2, O)
-    q: Tensor,  # (B, L2, R_j), contiguous
-    out: Tensor,  # (O, R_o)
-) -> Tensor:  # (B, L1, R_o, R_j)
-    """The gradient of t; R_o at most `MOST_RANK`."""
+def launch_tucker_pairs_first_gradient(dy: Tensor, q: Tensor, out: Tensor) -> Tensor:
+    """The gradient of t, from q contiguous and dy (B, L1, L2, O)."""
     (batch, length1, length2, outputs), rank2, rank_out = dy.shape, q.shape[2], out.shape[1]
     dt = torch.empty(batch, length1, rank_out, rank2, dtype=q.dtype, device=q.device)
     blocks = gradient_tiles(rank2, rank_out, False, exact(q))
@@ -214,12 +205,8 @@ def launch_tucker_pairs_first_gradient(
     return dt
 
 
-def launch_tucker_pairs_second_gradient(
-    dy: Tensor,  # (B, L1, L2, O)
-    t: Tensor,  # (B, L1, R_o, R_j), contiguous
-    out: Tensor,  # (O, R_o)
-) -> Tensor:  # (B, L2, R_j)
-    """The gradient of q, from sums over parts of the first input's rows where there are few programs."""
+def launch_tucker_pairs_second_gradient(dy: Tensor, t: Tensor, out: Tensor) -> Tensor:
+    """The gradient of q, from t contiguous; with few programs, summed from parts of the first input's rows."""
     (batch, length1, length2, outputs), (rank_out, rank2) = dy.shape, t.shape[2:]
     blocks = gradient_tiles(rank2, rank_out, False, exact(t))
     tiles2 = triton.cdiv(length2, blocks["BL2"])
@@ -234,12 +221,8 @@ def launch_tucker_pairs_second_gradient(
     return dq[0] if splits == 1 else dq.sum(0).to(t.dtype)
 
 
-def launch_tucker_pairs_weight_gradient(
-    dy: Tensor,  # (B, L1, L2, O)
-    t: Tensor,  # (B, L1, R_o, R_j), contiguous
-    q: Tensor,  # (B, L2, R_j), contiguous
-) -> Tensor:  # (O, R_o)
-    """The gradient of the output's projection, from sums over few parts of t's rows."""
+def launch_tucker_pairs_weight_gradient(dy: Tensor, t: Tensor, q: Tensor) -> Tensor:
+    """The gradient (O, R_o) of the output's projection, summed from a few parts of t's rows."""
     (batch, length1, length2, outputs), (rank_out, rank2) = dy.shape, t.shape[2:]
     blocks = gradient_tiles(rank2, rank_out, True, exact(t))
     programs = triton.cdiv(outputs, blocks["BO"])
