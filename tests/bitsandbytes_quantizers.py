@@ -1,4 +1,4 @@
-"""What bitsandbytes' own quantizers store, in the shapes and units of ours."""
+"""What the quantizers of bitsandbytes store, in the shapes and units of this package."""
 
 import logging
 
@@ -16,7 +16,7 @@ def bitsandbytes_int8(tensor, dim):
     moved = tensor.float().movedim(dim, -1)
     rows = moved.reshape(-1, moved.shape[-1]).contiguous()
     qdata, absmax, _ = functional.int8_vectorwise_quant(rows.half() if rows.is_cuda else rows)
-    scale = absmax.to(torch.float32).reshape(*moved.shape[:-1], 1) / LEVELS  # theirs is absmax, ours is a step
+    scale = absmax.to(torch.float32).reshape(*moved.shape[:-1], 1) / LEVELS  # a step, not the largest magnitude
     return qdata.reshape(moved.shape).movedim(-1, dim).contiguous(), scale.movedim(-1, dim).contiguous()
 
 

@@ -18,7 +18,7 @@ class ComputeModes(nn.Module):
     """A layer that may be quantized, and then computes in one of several modes.
 
     Attributes:
-        quantize: None, "bf16", "int8" or "nf4".
+        quantize: the name of a storage format; None for floating point.
         compute: how a quantized layer computes; see `set_compute`.
         method: "dense", "cp" or "tucker".
     """

@@ -26,7 +26,7 @@ class CPBilinear(ProjectedBilinear):
         in1_features, in2_features, out_features: I, J and O.
         rank: R, any positive int.
         bias: whether to add a bias (O,).
-        quantize: None, "bf16", "int8" or "nf4".
+        quantize: the name of a storage format; None for floating point.
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `rank` or `quantize`.

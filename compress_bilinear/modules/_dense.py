@@ -31,7 +31,7 @@ class DenseBilinear(CompressedBilinear):
     Args:
         in1_features, in2_features, out_features: I, J and O.
         bias: whether to add a bias (O,).
-        quantize: None, "bf16", "int8" or "nf4".
+        quantize: the name of a storage format; None for floating point.
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize`.
@@ -68,7 +68,7 @@ class DenseBilinear(CompressedBilinear):
     @property
     def takes_int8(self) -> bool:
         """Whether `integer` may be set: the weight is int8."""
-        return isinstance(self.weight, QuantizedTensor) and self.weight.is_int8
+        return isinstance(self.weight, QuantizedTensor) and self.weight.format.integers
 
     def reset_parameters(self) -> None:
         """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""

@@ -39,7 +39,7 @@ class QuantizedLinear(nn.Module):
     @property
     def takes_int8(self) -> bool:
         """Whether `integer` may be set: the weight is int8 and has no scales of its own."""
-        return self.weight.is_int8 and self.weight.scale is None
+        return self.weight.format.integers and self.weight.scale is None
 
     def forward(
         self,

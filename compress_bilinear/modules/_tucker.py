@@ -36,7 +36,7 @@ class TuckerBilinear(ProjectedBilinear):
         in1_features, in2_features, out_features: I, J and O.
         rank: (R_o, R_i, R_j), in the order of the weight's axes (O, I, J).
         bias: whether to add a bias (O,).
-        quantize: None, "bf16", "int8" or "nf4".
+        quantize: the name of a storage format; None for floating point.
         device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize` or a rank outside 1..size.

@@ -20,7 +20,7 @@ Weight: TypeAlias = Tensor | QuantizedTensor
 
 def unpacked(weight: Weight, scale: Tensor | None) -> tuple[Weight, Tensor | None]:
     """The integers and scales of an int8 weight; any other weight as it is."""
-    if isinstance(weight, QuantizedTensor) and weight.is_int8 and weight.backend == "torch":
+    if isinstance(weight, QuantizedTensor) and weight.format.integers and weight.backend == "torch":
         return weight.qdata, weight.scale
     return weight, scale
 
@@ -29,7 +29,7 @@ def reason_against_kernels(weight: Weight | None) -> str | None:
     """Why the fused kernels cannot read a factor, or a weight that is `unpacked`; None where they can."""
     if not isinstance(weight, QuantizedTensor):
         return None
-    if not weight.is_int8 or weight.scale is not None:
+    if not weight.format.integers or weight.scale is not None:
         return f"the fused kernels read int8 without scales, not {weight.extra_repr()}"
     return None if weight.backend == "torch" else f"the weight is decoded by {weight.backend}"
 

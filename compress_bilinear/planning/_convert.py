@@ -54,7 +54,7 @@ def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = Fals
 
     Args:
         model: any module; a compressed layer itself too.
-        quantize: the storage format, "bf16", "int8" or "nf4".
+        quantize: the name of a storage format.
         inplace: False leaves the model as it is and returns a copy.
 
     Raises:

@@ -55,24 +55,20 @@ def brief(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def imported() -> ModuleType | Exception:
-    """The functions of bitsandbytes, or what their import failed with."""
-    with _IMPORTING:
-        return _imported()
-
-
 _IMPORTING = threading.Lock()
 
 
 @cache  # after a failure too: another import would take as long, and hide the cause
-def _imported() -> ModuleType | Exception:
+def imported() -> ModuleType | Exception:
+    """The functions of bitsandbytes, or what their import failed with."""
     logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # or it would warn of a package that nothing here needs
-    try:
-        from bitsandbytes import functional
-    except Exception as error:  # whatever its libraries raise where they do not fit the machine
-        return error
-    finally:
-        logger.setLevel(level)
+    with _IMPORTING:
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # or it would warn of a package that nothing here needs
+        try:
+            from bitsandbytes import functional
+        except Exception as error:  # whatever its libraries raise where they do not fit the machine
+            return error
+        finally:
+            logger.setLevel(level)
     return functional

@@ -156,16 +156,10 @@ class QuantizedTensor(nn.Module):
         for name, tensor in (("qdata", qdata), ("scale", scale)):
             found = None if tensor is None else Buffer(tuple(tensor.shape), tensor.dtype)
             if found != expected[name]:
-                raise CompressionError(
-                    f"`{name}` of a {format.name} {layout} {tuple(shape)} should be {expected[name]}. Found {found}."
-                )
+                what = f"`{name}` of {tuple(shape)} values in {format.name}"
+                raise CompressionError(f"{what} should be {expected[name]}. Found {found}.")
             self.register_buffer(name, tensor)
         self.backend = "torch"
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether `qdata` are integers that the kernels read; else values have to be decoded."""
-        return self.format.integers
 
     @property
     def device(self) -> torch.device:
