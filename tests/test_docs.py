@@ -152,6 +152,14 @@ def test_the_architecture_lists_every_file() -> None:
     assert listed == {str(path.relative_to(package.parent)) for path in files}
 
 
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_pages_for_developers_name_files_that_there_are(page: str) -> None:
+    named = set(re.findall(r"`([a-z]\w*/[\w/]+\.(?:py|md))`", (ROOT / page).read_text(encoding="utf-8")))
+    assert len(named) > 10
+    missing = {path for path in named if not (ROOT / path).exists() and not (Path(cb.__file__).parent / path).exists()}
+    assert not missing
+
+
 def test_every_example_has_its_section_and_its_own_words() -> None:
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
     for path in (ROOT / "examples").glob("*.py"):
