@@ -16,6 +16,7 @@ from ..modules import (
     FoundLayer,
     find,
     find_compressed,
+    is_writable,
     module_names,
     reason_against,
     swap,
@@ -181,7 +182,7 @@ def _check_fits(current: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> No
                 f"Tensor {name!r} should be {tuple(value.shape)} {value.dtype}, as the network has it. "
                 f"Found {tuple(rest[name].shape)} {rest[name].dtype}."
             )
-        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        if not (value.is_meta or is_writable(value)):
             raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
 
 

@@ -19,7 +19,7 @@ from ._in_model import (
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import LAYERS, METHODS, Decomposition, Method, Rank, method_name, method_of
-from ._run import Call, call, undisturbed
+from ._run import Call, call, is_writable, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear
 from .adapters import (
@@ -59,6 +59,7 @@ __all__ = [
     "find_compressed",
     "fingerprint",
     "is_lazy",
+    "is_writable",
     "method_name",
     "method_of",
     "module_names",

@@ -1,4 +1,4 @@
-"""Run a model on a batch, and leave it as it was."""
+"""Run a model on a batch without changing it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,20 +20,21 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
-def _is_writable(buffer: Tensor) -> bool:
-    """Whether there are values that a forward could change in place, and that could be put back."""
-    overlaps = buffer.layout == torch.strided and any(
-        size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True)
+def is_writable(tensor: Tensor) -> bool:
+    """Whether the tensor has values that can be overwritten in place: it is dense, not on meta, and not expanded."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_meta
+        and all(size < 2 or stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     )
-    return buffer.layout == torch.strided and not buffer.is_meta and not overlaps
 
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; training flags, buffers and the CPU's random state as before afterwards."""
+    """Inside: eval mode and no gradients. Afterwards: training flags, buffers and the CPU's random state as before."""
     training = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module._buffers, name, buffer, buffer.clone() if _is_writable(buffer) else None)
+        (module._buffers, name, buffer, buffer.clone() if is_writable(buffer) else None)
         for module, _ in training
         for name, buffer in module._buffers.items()
         if buffer is not None
