@@ -1,7 +1,7 @@
 """What a layer sees, taken by hooks while the model runs: its inputs' moments, and a bounded sample of its rows."""
 
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -80,28 +80,6 @@ class LayerInputs:
         return first, second, cross
 
 
-class _Moments:
-    """Sums of products over a stream of rows, in float64 and in constant memory."""
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] | None = None
-        self._count = 0
-
-    def add(self, input1: Tensor, input2: Tensor) -> None:
-        first, second = input1.detach(), input2.detach()
-        parts = [_product_sum(first, first), _product_sum(second, second), _product_sum(first, second)]
-        self._count += first.shape[:-1].numel()
-        if self._sums is None:
-            self._sums = parts
-        else:
-            self._sums = [total + part.to(total) for total, part in zip(self._sums, parts, strict=True)]
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        assert self._sums is not None
-        first, second, cross = (total / max(self._count, 1) for total in self._sums)
-        return first, second, cross
-
-
 def _product_sum(first: Tensor, second: Tensor) -> Tensor:
     """Σ x yᵀ over the rows of (..., a) and (..., b), in float64; dimensions that were expanded are not written out."""
     factor = 1
@@ -123,54 +101,64 @@ def _product_sum(first: Tensor, second: Tensor) -> Tensor:
     return total.mul_(factor)
 
 
-class _Reservoir:
-    """A uniform sample of a stream of rows in constant memory: every row draws a key, the largest keys stay."""
+class _Watch:
+    """What one layer sees: the moments of all rows in float64, and a uniform sample of the rows, in constant memory.
+
+    Every row draws a key, and the rows with the largest keys stay.
+    """
 
     def __init__(self, max_rows: int, seed: int) -> None:
         self._max_rows = max_rows
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = torch.empty(0)
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._moments = _Moments()
-        self.rows_seen = 0
-        self.calls = 0
+        self._sums: tuple[Tensor, ...] = ()
+        self._seen = self._calls = 0
+        self.gradients = _Gradients()
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook that takes the inputs of a call."""
+        bound = dict(zip(("input1", "input2"), args, strict=False)) | kwargs
+        input1, input2 = bound.get("input1"), bound.get("input2")
+        if isinstance(input1, Tensor) and isinstance(input2, Tensor) and input1.shape[:-1] == input2.shape[:-1]:
+            self.add(torch.atleast_2d(input1.detach()), torch.atleast_2d(input2.detach()))
 
     def add(self, input1: Tensor, input2: Tensor) -> None:
-        if input1.dim() == 1:
-            input1, input2 = input1.unsqueeze(0), input2.unsqueeze(0)
+        """Take rows (..., I) and (..., J)."""
+        parts = (_product_sum(input1, input1), _product_sum(input2, input2), _product_sum(input1, input2))
+        self._sums = tuple(a + b.to(a) for a, b in zip(self._sums, parts, strict=True)) if self._sums else parts
         leading = input1.shape[:-1]
-        count = leading.numel()
-        self._moments.add(input1, input2)
-        keys = torch.cat([self._keys, torch.rand(count, generator=self._generator)])
-        self.calls += 1
-        self.rows_seen += count
+        keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator)])
+        self._calls += 1
+        self._seen += leading.numel()
         chosen = keys.topk(min(self._max_rows, len(keys))).indices
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
         index = torch.unravel_index(new.to(input1.device), leading)
-        picked = [value.detach()[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
+        picked = [value[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
         if self._rows is not None:
             # rows may come from another device, where one module is called on several
             picked = [
-                torch.cat([kept[old.to(kept.device)], new_rows.to(kept)])
-                for kept, new_rows in zip(self._rows, picked, strict=True)
+                torch.cat([kept[old.to(kept.device)], rows.to(kept)])
+                for kept, rows in zip(self._rows, picked, strict=True)
             ]
         self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
         self._rows = (picked[0], picked[1])
 
-    def result(self, name: str, gradient: Tensor | None) -> LayerInputs | None:
-        if self._rows is None or self.rows_seen == 0:
+    def result(self, name: str) -> LayerInputs | None:
+        """What was seen. Raises: CompressionError where it is not finite."""
+        if self._rows is None or self._seen == 0:
             return None
-        moments = self._moments.result()
-        if not all(bool(torch.isfinite(moment).all()) for moment in moments):
+        first, second, cross = (total / self._seen for total in self._sums)
+        if not all(bool(torch.isfinite(moment).all()) for moment in (first, second, cross)):
             bad = sum(int((~torch.isfinite(rows)).any(1).sum()) for rows in self._rows)
             raise CompressionError(
                 f"The calibration inputs that reach layer {name or '(root)'!r} should be finite, and their squares in "
                 f"float64's range. Found NaN, infinity or larger values (in {bad} of {len(self._keys)} sampled rows)."
             )
         order = self._keys.argsort(descending=True)  # random: what is held out must not be the end of the stream
-        first, second = (rows[order.to(rows.device)] for rows in self._rows)
-        return LayerInputs(first, second, self.rows_seen, self.calls, moments, gradient)
+        input1, input2 = (rows[order.to(rows.device)] for rows in self._rows)
+        return LayerInputs(input1, input2, self._seen, self._calls, (first, second, cross), self.gradients.result())
 
 
 class _Gradients:
@@ -181,7 +169,8 @@ class _Gradients:
         self._total: Tensor | None = None
         self._rows = 0
 
-    def probed(self, output: Tensor) -> Tensor:
+    def probe(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        """A forward hook that adds a probe to the output."""
         probe = torch.zeros_like(output, requires_grad=True)
         self._probes.append(probe)
         return output + probe
@@ -209,20 +198,17 @@ def collect_inputs(
     max_rows: int = MAX_ROWS,
     seed: int = 0,
 ) -> dict[str, LayerInputs | None]:
-    """Run the model over `batches`; take the moments of the rows that reach each layer, and sample these.
+    """Run the model over `batches`; take the moments of the rows that reach each layer, and sample the rows.
 
-    The model runs in eval mode, without gradients but for `loss_fn`; training flags, buffers and the random state are
-    restored afterwards, whatever happens. A layer that is called several times, or under several names, sees the union.
-    Memory does not grow with the stream, and inputs that were expanded over pairs stay so.
+    The model runs in eval mode, without gradients but for `loss_fn`. Training flags, buffers and the random state are
+    restored afterwards. A layer that is called several times, or under several names, sees the union. Memory does not
+    grow with the stream, and inputs that were expanded over pairs stay so.
 
     Args:
-        model: the network; nothing of it is changed.
+        model: the network, which is not changed.
         layers: two-input modules inside it, by a name of the caller's.
-        batches: an iterable of what the model takes: a tensor, or a tuple or dict of its arguments.
-        forward_fn: how to run it on a batch that is something else, for instance one with labels:
-            `lambda model, batch: model(batch[0])`.
-        loss_fn: instead, a scalar loss of model and batch, which may use labels: besides, the outer products of its
-            gradients by the layers' outputs are averaged. Parameters' own gradients are left alone.
+        batches, forward_fn, loss_fn: see `PlanOptions`. With `loss_fn` the outer products of its gradients by the
+            layers' outputs are averaged too; parameters' own gradients are left alone.
         max_rows: the most rows to keep for a layer.
         seed: of the sample.
 
@@ -238,51 +224,42 @@ def collect_inputs(
             f"The model should be initialised before calibration, which would initialise it. Found {', '.join(lazy)} "
             "without a shape: run the model once first."
         )
-    reservoirs = {name: _Reservoir(max_rows, seed) for name in layers}
-    gradients = {name: _Gradients() for name in layers}
-    run = loss_fn or forward_fn or call
-    handles = []
-
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            bound = dict(zip(("input1", "input2"), args, strict=False)) | kwargs
-            input1, input2 = bound.get("input1"), bound.get("input2")
-            if isinstance(input1, Tensor) and isinstance(input2, Tensor) and input1.shape[:-1] == input2.shape[:-1]:
-                reservoirs[name].add(input1, input2)
-
-        return hook
-
-    def probe_for(name: str) -> Any:
-        return lambda module, args, output: gradients[name].probed(output)
-
+    watches = {name: _Watch(max_rows, seed) for name in layers}
     count = 0
-    with undisturbed(model):
-        try:
-            for name, layer in layers.items():
-                handles.append(layer.register_forward_pre_hook(hook_for(name), with_kwargs=True))
-                if loss_fn is not None:
-                    handles.append(layer.register_forward_hook(probe_for(name)))
-            for count, batch in enumerate(batches, start=1):
-                try:
-                    with nullcontext() if loss_fn is None else torch.enable_grad():
-                        result = run(model, batch)
-                except Exception as error:
-                    raise CompressionError(
-                        f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
-                        "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments "
-                        "(or pass `forward_fn`, say `lambda model, batch: model(batch[0])` for batches with labels). "
-                        f"Found {_describe(batch)}."
-                    ) from error
-                if loss_fn is not None:
-                    loss = _checked_loss(result)
-                    for each in gradients.values():
-                        each.take(loss)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with undisturbed(model), _watching(layers, watches, with_gradients=loss_fn is not None):
+        for count, batch in enumerate(batches, start=1):
+            try:
+                with nullcontext() if loss_fn is None else torch.enable_grad():
+                    result = (loss_fn or forward_fn or call)(model, batch)
+            except Exception as error:
+                raise CompressionError(
+                    f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
+                    "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments "
+                    "(or pass `forward_fn`, say `lambda model, batch: model(batch[0])` for batches with labels). "
+                    f"Found {_describe(batch)}."
+                ) from error
+            if loss_fn is not None:
+                loss = _checked_loss(result)
+                for watch in watches.values():
+                    watch.gradients.take(loss)
     if count == 0:
         raise CompressionError("`calibration` should yield at least one batch. Found none.")
-    return {name: each.result(name, gradients[name].result()) for name, each in reservoirs.items()}
+    return {name: watch.result(name) for name, watch in watches.items()}
+
+
+@contextmanager
+def _watching(layers: Mapping[str, nn.Module], watches: Mapping[str, _Watch], with_gradients: bool) -> Iterator[None]:
+    """Hooks on the layers, and probes of their outputs' gradients where these are wanted."""
+    handles = []
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(watches[name].hook, with_kwargs=True))
+            if with_gradients:
+                handles.append(layer.register_forward_hook(watches[name].gradients.probe))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _checked_loss(loss: object) -> Tensor:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from ..modules import (
 )
 
 DEFAULT_SECONDS = 60.0
+Example: TypeAlias = tuple[Any, list[Tensor]]  # a batch, and what the network makes of it
 _HELD_OUT = 4  # one batch in so many
 _RATE = 1e-2  # of a parameter's root mean square, at first
 _CHECKS = 12  # of the error on held-out batches
@@ -153,7 +154,7 @@ class _Network:
         replacements: Mapping[int, CompressedBilinear],
         adapted: Mapping[int, AdaptedLayer],
         run: Call,
-        held_out: Sequence[tuple[Any, list[Tensor]]],
+        held_out: Sequence[Example],
     ) -> None:
         self._model, self._replacements, self._adapted = model, replacements, adapted
         self._run, self._held_out = run, held_out
@@ -161,12 +162,33 @@ class _Network:
         self.dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
 
     def student(self, changed: Mapping[int, CompressedBilinear]) -> nn.Module:
-        """A copy of the network with the replacements, of which some are changed."""
-        return _student(self._model, {**self._replacements, **changed}, self._adapted)
+        """A copy in eval mode that holds the replacements themselves, of which some are changed."""
+        modules, adapted = {**self._replacements, **changed}, self._adapted
+        memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
+        try:
+            for key in modules.keys() & adapted.keys():
+                memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
+            copied = copy.deepcopy(self._model, memo)
+        except Exception as error:
+            raise CompressionError(
+                f"The model could not be copied to be distilled ({type(error).__name__}: {error})."
+            ) from error
+        own = {id(parameter) for module in modules.values() for parameter in module.parameters()}
+        for parameter in copied.parameters():
+            if id(parameter) not in own:
+                parameter.requires_grad_(False)
+        return copied.eval()
 
     def error(self, changed: Mapping[int, CompressedBilinear]) -> float:
-        """‖f − f̂‖/‖f‖ of that copy on the held-out batches."""
-        return _error(self.student(changed), self._run, self._held_out)
+        """‖f − f̂‖/‖f‖ of such a copy on the held-out batches, in float64; infinite where it is no number."""
+        student, lost, total = self.student(changed), 0.0, 0.0
+        with torch.no_grad():
+            for batch, targets in self._held_out:
+                found = zip(_outputs(self._run(student, batch)), _checked(targets), strict=True)
+                lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in found))
+                total = math.hypot(total, _norm(targets))
+        error = lost / total if total else 0.0
+        return error if math.isfinite(error) else math.inf
 
 
 def _parameters(floating: Mapping[int, CompressedBilinear], trained_bias: Iterable[int]) -> list[nn.Parameter]:
@@ -179,7 +201,7 @@ def _parameters(floating: Mapping[int, CompressedBilinear], trained_bias: Iterab
 def _trained(
     student: nn.Module,
     parameters: Sequence[nn.Parameter],
-    data: Sequence[tuple[Any, list[Tensor]]],
+    data: Sequence[Example],
     run: Call,
     begun: float,
     seconds: float,
@@ -206,7 +228,7 @@ def _step(
     student: nn.Module,
     parameters: Sequence[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    example: tuple[Any, list[Tensor]],
+    example: Example,
     run: Call,
     norm: float,
 ) -> None:
@@ -219,25 +241,6 @@ def _step(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
-
-
-def _student(
-    model: nn.Module, modules: Mapping[int, CompressedBilinear], adapted: Mapping[int, AdaptedLayer]
-) -> nn.Module:
-    """A copy of the network in eval mode, in which these modules, not copies, are in the places of layers."""
-    memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
-    try:
-        for key in modules.keys() & adapted.keys():
-            memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
-        copied = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CompressionError(
-            f"The model could not be copied to be distilled ({type(error).__name__}: {error})."
-        ) from error
-    for parameter in copied.parameters():
-        if not any(parameter is own for module in modules.values() for own in module.parameters()):
-            parameter.requires_grad_(False)
-    return copied.eval()
 
 
 def _ran(run: Call, model: nn.Module, batch: Any) -> Any:
@@ -331,19 +334,6 @@ def _not_differentiable() -> CompressionError:
         "The model's outputs should be differentiable by those of its bilinear layers, for `refine='network'`. "
         "Found outputs without gradients: is it run under no_grad, or detached?"
     )
-
-
-def _error(student: nn.Module, run: Call, data: Sequence[tuple[Any, list[Tensor]]]) -> float:
-    """‖f − f̂‖/‖f‖ over batches, in float64; infinite where it is no number."""
-    lost = total = 0.0
-    with torch.no_grad():
-        for batch, targets in data:
-            _checked(targets)
-            found = _outputs(run(student, batch))
-            lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in zip(found, targets, strict=True)))
-            total = math.hypot(total, _norm(targets))
-    error = lost / total if total else 0.0
-    return error if math.isfinite(error) else math.inf
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
