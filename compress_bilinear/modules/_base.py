@@ -77,10 +77,11 @@ class CompressedBilinear(ComputeModes):
         Raises: InputError for other sizes, leading dimensions or dtypes, where `nn.Bilinear` raises RuntimeError.
         """
         self._check(input1, input2)
-        if input1.shape[:-1] != input2.shape[:-1]:
+        shape1, shape2 = input1.shape, input2.shape
+        if shape1[:-1] != shape2[:-1]:
             raise InputError(
                 "`input1` and `input2` should have the same leading dimensions. "
-                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
+                f"Found {tuple(shape1)} and {tuple(shape2)}."
             )
         return self._forward(input1, input2)
 

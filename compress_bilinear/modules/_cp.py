@@ -102,12 +102,12 @@ class CPBilinear(ProjectedBilinear):
         """The layer whose weight is `decomposition.cp(layer.weight, rank, seed=seed)`; raises what that raises."""
         bias = None if layer.bias is None else layer.bias.detach()
         weight = layer.weight.detach()
-        found = rounded(cp(weight, rank, seed=seed, quantize=quantize), weight, quantize)
-        return cls.from_decomposition(found, bias, quantize=quantize)
+        decomposition = rounded(cp(weight, rank, seed=seed, quantize=quantize), weight, quantize)
+        return cls.from_decomposition(decomposition, bias, quantize=quantize)
 
     def to_decomposition(self, dtype: torch.dtype = torch.float64) -> CPDecomposition:
         """The stored decomposition: the layer's factors, with weights of one."""
-        factors = [linear_weight(layer)(dtype).detach() for layer in (self.out_proj, self.in1_proj, self.in2_proj)]
+        factors = [linear_weight(layer, dtype).detach() for layer in (self.out_proj, self.in1_proj, self.in2_proj)]
         return CPDecomposition(factors[0].new_ones(self.rank), (factors[0], factors[1].T, factors[2].T))
 
     @property
@@ -115,47 +115,41 @@ class CPBilinear(ProjectedBilinear):
         return 2 * self.rank * (self.in1_features + self.in2_features + self.out_features) + self.rank
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        out, in1, in2 = (linear_weight(layer)(dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
+        out, in1, in2 = (linear_weight(layer, dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
         return torch.einsum("or,ri->oir", out[rows], in1) @ in2
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        found = self._operands()
-        if isinstance(found, str):
+        operands = self._operands()
+        if isinstance(operands, str):
             return self._of_product(self.in1_proj(input1), self.in2_proj(input2), input1)
-        in1, in2, out = found.weights
-        return ops.bilinear_cp(input1, input2, in1, in2, out, found.bias, sigma=self._sigma())
+        in1, in2, out = operands.weights
+        return ops.bilinear_cp(input1, input2, in1, in2, out, operands.bias, sigma=self._sigma())
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        found = self._operands()
-        if not isinstance(found, str):
-            in1, in2, out = found.weights
-            return ops.pairwise_cp(input1, input2, in1, in2, out, found.bias, sigma=self._sigma())
+        operands = self._operands()
+        if not isinstance(operands, str):
+            in1, in2, out = operands.weights
+            return ops.pairwise_cp(input1, input2, in1, in2, out, operands.bias, sigma=self._sigma())
         left, right = self.in1_proj(input1), self.in2_proj(input2)
         blocks = ops.pair_blocks(left, right, self.out_features)
         return ops.over_pairs(lambda p, q: self._of_product(p, q, input1), left, right, blocks)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        left, right = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
-        if not self._wants_wide_products():
-            output: Tensor = self.out_proj((left * right).sum(-2))
-            return output
-        wide = torch.promote_types(left.dtype, torch.float32)
-        summed = (left.to(wide) * right.to(wide)).sum(-2)
-        return self._of_product(summed, summed.new_ones(1), input1)
+        return self._of_product(project_blocks(self.in1_proj, input1), self.in2_proj(input2), input1, blocks=True)
 
-    def _of_product(self, left: Tensor, right: Tensor, input: Tensor) -> Tensor:
-        """`out_proj(left * right)`, in the dtype that a linear layer of `input` has."""
-        if not self._wants_wide_products():
-            output: Tensor = self.out_proj(left * right)
-            return output
-        wide = torch.promote_types(left.dtype, torch.float32)
-        dtype = ops.autocast_dtype(input.device.type, input) or input.dtype
-        output = self.out_proj(left.to(wide) * right.to(wide), dtype)
+    def _of_product(self, left: Tensor, right: Tensor, input: Tensor, *, blocks: bool = False) -> Tensor:
+        """`out_proj(left * right)`, summed over blocks before, in the dtype that a linear layer of `input` has.
+
+        With a quantized `out_proj`, products and sums are in float32: without their scale they could overflow.
+        """
+        wide = type(self.out_proj) is QuantizedLinear and reason_against(self.out_proj) is None
+        options: list[torch.dtype] = []
+        if wide:
+            options = [ops.autocast_dtype(input.device.type, input) or input.dtype]
+            left, right = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (left, right))
+        product = (left * right).sum(-2) if blocks else left * right
+        output: Tensor = self.out_proj(product, *options)
         return output
-
-    def _wants_wide_products(self) -> bool:
-        """Whether `out_proj` takes products in float32. Those of int8 factors have no scale yet, and could overflow."""
-        return type(self.out_proj) is QuantizedLinear and reason_against(self.out_proj) is None
 
     def _sigma(self) -> Tensor | None:
         return None if self.quantize is None else self.out_proj._buffers.get("sigma")

@@ -1,4 +1,4 @@
-"""`DenseBilinear`: the weight itself, exact or in 16, 8 or 4 bits, evaluated in the best order."""
+"""`DenseBilinear`: the weight itself, exact or in a storage format, evaluated in the best order."""
 
 import math
 
@@ -15,18 +15,18 @@ from ._int8_matmul import int8_bilinear
 
 
 class DenseBilinear(CompressedBilinear):
-    """`nn.Bilinear` with the same weight, summed in the order that suits its shape, in bounded memory.
+    """`nn.Bilinear` with the same weight, evaluated in the best order for its shape, in bounded memory.
 
     Without `quantize` it is exact, has `nn.Bilinear`'s state_dict, and trains as it does. With it the weight is a
-    `QuantizedTensor`, a module (`to_dense()` gives the tensor); an int8 weight has one bfloat16 scale for each output
+    `QuantizedTensor`, a module (`to_dense()` gives the tensor). An int8 weight has one bfloat16 scale for each output
     and each row along the longer input axis, or part of a row of at most 128 entries (`quantization.scale_grid`).
-    Inputs may then have any floating dtype, and beside inputs and output
-    a forward holds at most 2²⁰ de-quantized values (or one output's), and a block of T (see `ops`). For a backward,
-    inputs and at most one block of T are kept, but no de-quantized values: those are read again, part by part.
+    Inputs may then have any floating dtype. Besides inputs and output, a forward holds at most 2²⁰ decoded values (or
+    one output's) and a block of the intermediate (see `ops`). A backward keeps the inputs and at most one block of the
+    intermediate; it decodes the weight again, slab by slab.
 
     Attributes:
-        integer: whether `forward` also rounds the longer input's rows to int8 and multiplies integers, where the weight
-            is int8: see `set_compute`. Pairs, blocks and indices are computed on the fly then.
+        integer: whether `forward` rounds the longer input's rows to int8 too, and multiplies integers: see
+            `set_compute`. Pairs, blocks and indices are computed on the fly then.
 
     Args:
         in1_features, in2_features, out_features: I, J and O.
@@ -124,7 +124,7 @@ class DenseBilinear(CompressedBilinear):
         return self.weight[rows].to(dtype)
 
     def _first_weight(self) -> Tensor | None:
-        return self.weight if isinstance(self.weight, nn.Parameter) else None
+        return self._parameters.get("weight")
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.bias = bias

@@ -1,4 +1,4 @@
-"""Products of int8 matrices, with the inputs' rows rounded to int8 at each call."""
+"""Products of integers: the inputs' rows are rounded to int8 in each call, and multiplied by an int8 weight."""
 
 from typing import Any
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from .. import ops
 from ..quantization import LEVELS, UNIT, expand_scale
 
-_BLOCK = 2**19  # products that are held at once, which a CPU's cache holds
+_BLOCK = 2**19  # products that are held at once: they fit a CPU's cache
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
-_TRACED = 4096  # columns in a traced graph, where the number of rows is not known
-_TRACED_PARTS = 16
-_LEAST = 2e-36  # of a row's largest magnitude, for a row of zeros: 127 over it, and its step, are normal in float32
+_TRACED = 4096  # columns of a block in a traced graph, whose number of rows is not known
+_TRACED_PARTS = 16  # of a weight in a traced graph, at most
+_LEAST = 2e-36  # stands for the largest magnitude of a row of zeros: 127 / _LEAST and the step are normal in float32
 
 
 def int8_linear(
     input: Tensor,  # (..., I)
     weight: Tensor,  # (O, I), int8 in steps of 2⁻⁷
 ) -> Tensor:  # (..., O)
-    """x Wᵀ through `torch._int_mm`; the inputs' rounding costs about 1% of the output.
+    """x Wᵀ by `torch._int_mm`. Rounding the inputs costs about 1% of the output.
 
-    The gradient is that of the product without rounding; the weight's parts are read for it one by one. Where CUDA's
-    kernel does not take the sizes (it needs more than 16 rows, and multiples of 8), integers are padded.
+    The gradient is that of the product without rounding, for which the weight is decoded slab by slab. Integers are
+    padded to sizes that the kernel takes: on CUDA more than 16 rows, and multiples of 8.
     """
     if torch.is_grad_enabled() and input.requires_grad:
         output: Tensor = _Int8Linear.apply(input, weight)  # type: ignore[no-untyped-call]
@@ -56,11 +56,11 @@ def int8_bilinear(
     weight: Tensor,  # (O, I, J), int8
     scale: Tensor,  # of its blocks, as `quantization.scale_grid` cuts them
 ) -> Tensor:  # (..., O)
-    """y_o = x1ᵀ W_o x2, the longer input's rows rounded to int8 and multiplied as integers within each block.
+    """y_o = x1ᵀ W_o x2. The longer input's rows are rounded to int8, and multiplied as integers within each block.
 
-    The rounding costs about 0.7% of the output. The gradient is that of the product without it. Beside inputs and
-    output a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and what a kernel lays out
-    anew of at most 2²⁰ of the weight's integers (or one output's).
+    The rounding costs about 0.7% of the output. The gradient is that of the product without rounding. Besides inputs
+    and output, a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and the copy that a
+    kernel makes of at most 2²⁰ of the weight's integers (or one output's).
     """
     if not (torch.is_grad_enabled() and (input1.requires_grad or input2.requires_grad)):
         return _bilinear(input1, input2, weight, scale)
@@ -82,14 +82,14 @@ class _Int8Bilinear(torch.autograd.Function):
         input1, input2, weight, scale = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            # apart from each other and from what they were computed by, whose gradients are autograd's to sum
+            # two tensors, also where both inputs are one: autograd sums the gradients
             first, second = (
                 v.view_as(v) if twice else v.detach().requires_grad_(v.requires_grad) for v in (input1, input2)
             )
             exact = ops.bilinear_dense(first, second, weight, scale=scale)
-            wanted = [value for value in (first, second) if value.requires_grad]
-            found = iter(torch.autograd.grad(exact, wanted, grads, create_graph=twice))
-        return *(next(found) if value.requires_grad else None for value in (first, second)), None, None
+            inputs = [value for value in (first, second) if value.requires_grad]
+            gradients = iter(torch.autograd.grad(exact, inputs, grads, create_graph=twice))
+        return *(next(gradients) if value.requires_grad else None for value in (first, second)), None, None
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def _integers(
     qdata: Tensor,  # (N, K) int8
     weight: Tensor,  # (M, K) int8
 ) -> Tensor:  # (N, M) int32
-    """The product of integers, padded where a kernel does not take the sizes."""
+    """The product of integers, padded to sizes that the kernel takes."""
     count, (out, width) = qdata.shape[0], weight.shape
     if qdata.is_cuda and (count <= 16 or out % 8 or width % 8):
         qdata = torch.nn.functional.pad(qdata, [0, -width % 8, 0, max(0, 17 - count)])

@@ -1,6 +1,7 @@
 """Linear layers: in a storage format, with an identity in the matrix, and the bias alone."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,17 +107,16 @@ def fill_linear(linear: nn.Module, weight: Tensor) -> None:
         linear.weight = nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
-def linear_weight(linear: nn.Module) -> Callable[[torch.dtype], Tensor]:
-    """A function that reads a linear layer's weight in a given dtype, times `sigma`. The layer may be wrapped."""
+def linear_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight (out_features, in_features) of a linear layer, times `sigma`. The layer may be wrapped."""
     if isinstance(linear, InterpolativeLinear):
-        return linear.dense
-    weight = linear.weight
+        return linear.dense(dtype)
+    weight, sigma = linear.weight, getattr(linear, "sigma", None)
     if not isinstance(weight, QuantizedTensor):
-        return weight.to  # type: ignore[return-value]
-    sigma = getattr(linear, "sigma", None)
+        return cast(Tensor, weight).to(dtype)
     if not isinstance(sigma, Tensor):
-        return weight.decode
-    return lambda dtype: (weight.decode(torch.promote_types(dtype, torch.float32)) * sigma).to(dtype)
+        return weight.decode(dtype)
+    return (weight.decode(torch.promote_types(dtype, torch.float32)) * sigma).to(dtype)
 
 
 class AddBias(nn.Module):
@@ -204,7 +204,7 @@ class InterpolativeLinear(nn.Module):
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out_features, in_features), differentiable in what is stored."""
-        weight = linear_weight(self.rest)(dtype)
+        weight = linear_weight(self.rest, dtype)
         identity = torch.eye(min(self.in_features, self.out_features), dtype=dtype, device=weight.device)
         if self.widening:
             return torch.cat([identity, weight]).index_select(0, self.index)

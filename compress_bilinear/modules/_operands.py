@@ -44,11 +44,12 @@ def operands(modules: Mapping[str, Any], names: Sequence[str], identities: bool)
         if bias is not None:
             return f"`{names[len(weights) - 1]}` has a bias"
         module = modules[name]
-        if type(module) is not nn.Linear or _is_wrapped(module):
-            reason = reason_against(module)
-            if reason is not None:
-                return f"`{name}` {reason}"
-        weight, bias = tensor_of(module, "weight"), tensor_of(module, "bias")
+        reason = reason_against(module)
+        if reason is not None:
+            return f"`{name}` {reason}"
+        parameters = module._parameters
+        weight = parameters["weight"] if "weight" in parameters else tensor_of(module, "weight")
+        bias = parameters["bias"] if "bias" in parameters else tensor_of(module, "bias")
         weights.append(weight)
         if weight is None and not identities:
             return f"`{name}` has no weight"
@@ -63,22 +64,12 @@ def operands(modules: Mapping[str, Any], names: Sequence[str], identities: bool)
 
 def reason_against(module: nn.Module) -> str | None:
     """What the module does besides multiplying by its weight and adding its bias; None where it does nothing else."""
-    if type(module) not in _PLAIN:
-        return f"is a {type(module).__name__}"
-    if "forward" in module.__dict__:
-        return "has a `forward` of its own"
-    return "has hooks" if _is_wrapped(module) else None
-
-
-def _is_wrapped(module: nn.Module) -> bool:
     own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has hooks"
+    if "forward" in own:
+        return "has a `forward` of its own"
+    return None if type(module) in _PLAIN else f"is a {type(module).__name__}"
 
 
 def tensor_of(module: Any, name: str) -> Any:

@@ -47,8 +47,8 @@ class ProjectedBilinear(CompressedBilinear):
         return operands(self._modules, self.part_names, self.takes_identities)
 
     def _reason_against_kernels(self, pairs: bool) -> str | None:
-        found = self._operands()
-        return found if isinstance(found, str) else super()._reason_against_kernels(pairs)
+        reason = self._operands()
+        return reason if isinstance(reason, str) else super()._reason_against_kernels(pairs)
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.out_proj.register_parameter("bias", bias)

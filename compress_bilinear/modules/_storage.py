@@ -18,11 +18,11 @@ _Layer = TypeVar("_Layer", bound=CompressedBilinear)
 
 
 def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _Layer:
-    """A layer of the same factors, rounded to `quantize`, or in `dtype` where that is None.
+    """A layer of the same factors in the format `quantize`, or in `dtype` where that is None.
 
-    Its floating factors require gradients. The bias is the very Parameter of `layer`, unless its dtype is another.
+    Its floating factors require gradients. It has the bias Parameter of `layer` itself, unless the dtype changes.
 
-    Raises: CompressionError where an inner layer is not one of those that this package puts there.
+    Raises: CompressionError where an inner layer is not one that this package puts there.
     """
     rank = () if layer.rank is None else (layer.rank,)
     sizes = (layer.in1_features, layer.in2_features, layer.out_features)
@@ -66,9 +66,9 @@ def _fill_tucker(layer: TuckerBilinear, new: TuckerBilinear, dtype: torch.dtype)
         if isinstance(part, InterpolativeLinear):
             part.index = old.get_buffer("index").clone()
             old, part = old.get_submodule("rest"), part.rest
-            fill_linear(part, linear_weight(old)(dtype))
+            fill_linear(part, linear_weight(old, dtype))
         elif isinstance(part, (nn.Linear, QuantizedLinear)):
-            weight = linear_weight(old)(dtype)
+            weight = linear_weight(old, dtype)
             if isinstance(part, QuantizedLinear):
                 unit, scale = unit_columns(weight if mode == 0 else weight.T)
                 weight = unit if mode == 0 else unit.T

@@ -122,8 +122,8 @@ class TuckerBilinear(ProjectedBilinear):
         """The layer of `decomposition.tucker(layer.weight, rank)`, up to rounding; raises what that raises."""
         bias = None if layer.bias is None else layer.bias.detach()
         weight = layer.weight.detach()
-        found = rounded(tucker(weight, rank, quantize=quantize), weight, quantize)
-        return cls.from_decomposition(found, bias, quantize=quantize)
+        decomposition = rounded(tucker(weight, rank, quantize=quantize), weight, quantize)
+        return cls.from_decomposition(decomposition, bias, quantize=quantize)
 
     @property
     def flops_per_row(self) -> int:
@@ -135,26 +135,26 @@ class TuckerBilinear(ProjectedBilinear):
         if isinstance(self.out_proj, AddBias):
             dense = dense[rows]
         else:
-            dense = torch.einsum("oa,abc->obc", linear_weight(self.out_proj)(dtype)[rows], dense)
+            dense = torch.einsum("oa,abc->obc", linear_weight(self.out_proj, dtype)[rows], dense)
         if not isinstance(self.in1_proj, nn.Identity):
-            dense = linear_weight(self.in1_proj)(dtype).T @ dense
+            dense = linear_weight(self.in1_proj, dtype).T @ dense
         if not isinstance(self.in2_proj, nn.Identity):
-            dense = dense @ linear_weight(self.in2_proj)(dtype)
+            dense = dense @ linear_weight(self.in2_proj, dtype)
         return dense
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        found = self._operands()
-        if not isinstance(found, str):
-            in1, in2, core, out = found.weights
-            return ops.bilinear_tucker(input1, input2, in1, in2, core, out, found.bias)
+        operands = self._operands()
+        if not isinstance(operands, str):
+            in1, in2, core, out = operands.weights
+            return ops.bilinear_tucker(input1, input2, in1, in2, core, out, operands.bias)
         output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        found = self._operands()
-        if not isinstance(found, str):
-            in1, in2, core, out = found.weights
-            return ops.pairwise_tucker(input1, input2, in1, in2, core, out, found.bias)
+        operands = self._operands()
+        if not isinstance(operands, str):
+            in1, in2, core, out = operands.weights
+            return ops.pairwise_tucker(input1, input2, in1, in2, core, out, operands.bias)
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 

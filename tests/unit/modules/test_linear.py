@@ -73,6 +73,6 @@ def test_the_weight_is_read_in_the_dtype_that_is_asked_for(quantize):
     fill_linear(made, normal(5, 9) / 4)
     stored = made.weight if quantize is None else made.weight.decode(torch.float64)
     for dtype in DTYPES:
-        read = linear_weight(made)(dtype)
+        read = linear_weight(made, dtype)
         assert read.dtype == dtype
         assert_matches_reference(read.detach(), stored.detach().double())
