@@ -36,6 +36,12 @@ def assert_matches_reference(found: Tensor, reference: Tensor, factor: float = 1
     torch.testing.assert_close(found.double(), reference.double(), rtol=0, atol=tolerance)
 
 
+def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int | None = None) -> Tensor:
+    """Gaussian numbers, the same in every dtype up to rounding; without a seed, others for every sum of sizes."""
+    generator = torch.Generator().manual_seed(sum(shape) if seed is None else seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
 def bilinear(
     in1: int, in2: int, out: int, *, bias: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> nn.Bilinear:

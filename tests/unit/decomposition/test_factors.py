@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import tensorly
 import torch
-from support import DTYPES, assert_matches_reference
+from support import DTYPES, assert_matches_reference, normal
 from tensorly.cp_tensor import cp_to_tensor
 from tensorly.tucker_tensor import tucker_to_tensor
 
@@ -12,10 +12,6 @@ from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import CompressionError
 
 SHAPE = (5, 7, 9)
-
-
-def normal(*shape, dtype=torch.float64):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
 
 
 def cp_example(dtype=torch.float64, rank=4):

@@ -1,11 +1,8 @@
 import pytest
 import torch
+from support import normal
 
 from compress_bilinear.decomposition import interpolation
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (9, 6), (37, 36), (63, 17), (64, 49)], ids=str)

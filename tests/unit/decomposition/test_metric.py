@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import low_rank
+from support import low_rank, normal
 from torch import Tensor
 
 from compress_bilinear import decomposition
@@ -8,10 +8,6 @@ from compress_bilinear.decomposition import Metric, unwhitened_cp, unwhitened_tu
 from compress_bilinear.errors import CompressionError
 
 SHAPE = (4, 6, 5)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moment(size: int, rows: int = 400, seed: int = 0) -> Tensor:

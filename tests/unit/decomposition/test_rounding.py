@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import low_rank
+from support import low_rank, normal
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import (
@@ -32,10 +32,6 @@ CP, TUCKER = cp(WEIGHT, 16), tucker(WEIGHT, (12, 14, 13))
 def layer_of(decomposition, quantize):
     kind = cb.CPBilinear if isinstance(decomposition, CPDecomposition) else cb.TuckerBilinear
     return kind.from_decomposition(decomposition, quantize=quantize)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from quantized import made, rows
+from layers import made, rows
 from support import bilinear, command_line
 from torch import nn
 

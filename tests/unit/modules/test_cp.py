@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import DTYPES, assert_matches_reference, bilinear, low_rank
+from support import DTYPES, assert_matches_reference, bilinear, low_rank, normal
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -9,10 +9,6 @@ from compress_bilinear.decomposition import CPDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.modules import QuantizedLinear
 from compress_bilinear.ops import Tuning, reference, use_tuning
-
-
-def normal(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def test_a_projection_with_a_bias_of_its_own_keeps_it():

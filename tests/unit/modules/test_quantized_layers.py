@@ -1,25 +1,25 @@
 """What every quantized layer promises, by method and format: small, accurate, finite, movable."""
 
 import copy
-from itertools import product
 
 import pytest
 import torch
-from quantized import BOUND, FORMATS, METHODS, exact_parts, for_all, for_factors, made, normal, relative, rows
-from support import assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
+from layers import BOUND, QUANTIZED, exact_parts, for_all, for_factors, made, relative, rows
+from support import assert_matches_reference, assert_same_state, bilinear, low_rank, normal, state_of
 from torch import nn
 
 import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import stored_bytes, weight_error
+from compress_bilinear.modules import LAYERS
 from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
-from compress_bilinear.quantization import decode_int8, missing, scale_grid
+from compress_bilinear.quantization import FORMATS, decode_int8, missing, scale_grid
 
 SHAPES = [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)]
-COMPUTES = [(*kind, "on_the_fly") for kind in product(METHODS, FORMATS)]
-COMPUTES += [(method, *mode) for method in METHODS for mode in (("int8", "int8"), ("nf4", "bitsandbytes"))]
+COMPUTES = [(*kind, "on_the_fly") for kind in QUANTIZED]
+COMPUTES += [(method, *mode) for method in LAYERS for mode in (("int8", "int8"), ("nf4", "bitsandbytes"))]
 # compiled and exported by default: each method, and each mode; the rest is slow
 FEW = [("dense", "int8", "int8"), ("cp", "nf4", "bitsandbytes"), ("tucker", "int8", "on_the_fly")]
 
@@ -76,7 +76,7 @@ class TestAccuracy:
     def test_int8_takes_027_of_the_bytes_also_with_columns_scaled_by_a_million(self, method, shape, rank):
         parts = exact_parts(method, shape, rank)
         exact = parts.to_tensor().double()
-        moved = [10.0 ** normal(rank, seed=seed).clamp(-1, 1).mul(6) for seed in (1, 2)]
+        moved = [10.0 ** normal(rank, seed=seed, dtype=torch.float32).clamp(-1, 1).mul(6) for seed in (1, 2)]
         out, in1, in2 = (factor.double() for factor in parts.factors)
         if method == "cp":
             skewed = CPDecomposition(
@@ -213,9 +213,9 @@ class TestComputeModes:
 def test_integer_products_are_exact_for_all_sizes(width, out):
     for count in (0, 1, 5, 40):
         # integers whose rows have a largest one of 127 are rounded to themselves
-        input = (31 * normal(count, width)).round().clamp(-126, 126)
+        input = (31 * normal(count, width, dtype=torch.float32)).round().clamp(-126, 126)
         input[:, :1] = 127
-        weight = (40 * normal(out, width, seed=1)).round().clamp(-127, 127).to(torch.int8)
+        weight = (40 * normal(out, width, seed=1, dtype=torch.float32)).round().clamp(-127, 127).to(torch.int8)
         found = int8_linear(input.double(), weight)
         torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
 
@@ -223,10 +223,10 @@ def test_integer_products_are_exact_for_all_sizes(width, out):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 1, 9), (2, 9, 1), (5, 13, 300), (4, 300, 13), (130, 40, 37)], ids=str)
 def test_integer_bilinear_products_are_exact_for_all_sizes(shape):
     _, in1, in2 = shape
-    weight = (40 * normal(*shape)).round().clamp(-127, 127).to(torch.int8)
-    scale = (1e-3 * normal(*scale_grid(shape), seed=1).abs()).bfloat16()
+    weight = (40 * normal(*shape, dtype=torch.float32)).round().clamp(-127, 127).to(torch.int8)
+    scale = (1e-3 * normal(*scale_grid(shape), seed=1, dtype=torch.float32).abs()).bfloat16()
     for count in (0, 1, 2, 40):
-        input1, input2 = (value.double() for value in (normal(count, in1, seed=2), normal(count, in2, seed=3)))
+        input1, input2 = normal(count, in1, seed=2), normal(count, in2, seed=3)
         longer = input1 if in1 > in2 else input2
         longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
         exact = reference.bilinear_dense(input1, input2, decode_int8(weight, scale, torch.float64))
@@ -236,7 +236,7 @@ def test_integer_bilinear_products_are_exact_for_all_sizes(shape):
         assert count == 0 or relative(halves, exact) < 2e-3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LAYERS)
 @pytest.mark.parametrize("shape", [(5, 13, 64), (3, 9, 1), (1, 1, 1)], ids=str)
 def test_integer_products_stay_accurate_at_extreme_magnitudes_and_show_nan(method, shape):
     for scale in (1e-30, 1e-6, 1e6, 1e30):

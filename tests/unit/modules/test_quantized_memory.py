@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from quantized import for_all, made, peak_bytes, rows
+from layers import for_all, made, peak_bytes, rows
 
 from compress_bilinear.ops import Tuning, use_tuning
 from compress_bilinear.quantization import QuantizedTensor

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import DTYPES, assert_matches_reference
+from support import DTYPES, assert_matches_reference, normal
 from torch import nn
 
 from compress_bilinear import DenseBilinear, TuckerBilinear, ops
@@ -13,10 +13,6 @@ from compress_bilinear.ops import reference
 
 RANK = (4, 3, 6)  # of (5, 9, 7): two modes are near their sizes
 PLAIN = (2, 3, 3)
-
-
-def normal(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def example(rank=RANK, *, dtype=torch.float64, quantize=None):

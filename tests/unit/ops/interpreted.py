@@ -9,7 +9,7 @@ import itertools
 
 import pytest
 import torch
-from quantized import int8_slices
+from layers import int8_slices
 from support import assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

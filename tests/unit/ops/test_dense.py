@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quantized import int8_slices
+from layers import int8_slices
 from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode

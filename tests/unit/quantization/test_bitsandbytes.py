@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from bitsandbytes_quantizers import bitsandbytes_blocks, bitsandbytes_int8, bitsandbytes_nf4
-from quantized import int8_slices, made, rows
+from layers import int8_slices, made, rows
 from support import bilinear
 
 import compress_bilinear as cb

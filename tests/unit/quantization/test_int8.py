@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bitsandbytes_quantizers import bitsandbytes_int8
-from quantized import int8_slices
+from layers import int8_slices
 from support import DTYPES, TOLERANCES
 
 from compress_bilinear.quantization import FORMATS, LEVELS, decode_int8, encode_int8, expand_scale
