@@ -154,8 +154,8 @@ def compress_state(
     model = _model_of(chosen)
     model = model if device is None else model.to(device)
     if calibration is not None:
-        wanted = {name: stored.names[0] for stored in chosen for name in stored.names}
-        rows = read_rows(calibration, _shapes(state), wanted)
+        selected = {name: stored.names[0] for stored in chosen for name in stored.names}
+        rows = read_rows(calibration, _shapes(state), selected)
         options = {"batch_size": _TIMED_ROWS, **options, "calibration": batches(rows, model), "forward_fn": call_rows}
     planned = plan(model, config, **options)
     compressed, _ = planned.apply()

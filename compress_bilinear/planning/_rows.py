@@ -28,12 +28,12 @@ _ROWS = 256  # of a batch
 def read_rows(
     path: str | os.PathLike[str],
     shapes: Mapping[str, Sequence[int]],  # (O, I, J) of every layer that the file may know
-    wanted: Mapping[str, str],  # of these, the ones to calibrate, each with the first name of the same layer
+    selected: Mapping[str, str],  # of these, the ones to calibrate, each with the first name of the same layer
 ) -> Rows:
-    """The rows of the wanted layers; a file need not have all. A layer of several names has the rows of all.
+    """The rows of the selected layers; a file need not have all. A layer of several names has the rows of all.
 
     Raises: CheckpointError where the file is no safetensors, has a name that is no layer's, an input without the other,
-        another shape or dtype than floating rows, or no row of any wanted layer.
+        another shape or dtype than floating rows, or no row of any selected layer.
     """
     if Path(path).suffix != ".safetensors":
         raise CheckpointError(
@@ -44,15 +44,15 @@ def read_rows(
     known = {_key(layer, which): layer for layer in shapes for which in _INPUTS}
     for name in tensors:
         if name not in known:
-            some = ", ".join(_key(layer, which) for layer in wanted for which in _INPUTS)
+            some = ", ".join(_key(layer, which) for layer in selected for which in _INPUTS)
             raise CheckpointError(f"{str(path)!r} should have {some}. Found {name!r}.{nearest(name, known)}")
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for layer in dict.fromkeys(known[name] for name in tensors):
         pair = _pair(tensors, layer, shapes[layer], str(path))
-        if layer in wanted:
-            pairs.setdefault(wanted[layer], []).append(pair)
+        if layer in selected:
+            pairs.setdefault(selected[layer], []).append(pair)
     if not pairs:
-        raise CheckpointError(f"{str(path)!r} should have rows of {', '.join(wanted) or '(root)'}. Found none.")
+        raise CheckpointError(f"{str(path)!r} should have rows of {', '.join(selected) or '(root)'}. Found none.")
     return {name: (torch.cat([x for x, _ in some]), torch.cat([y for _, y in some])) for name, some in pairs.items()}
 
 
