@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests sta
 # files, or functions of them, with tests of several seconds: started first, so that none of them runs alone at the end
 LONGEST = (
     "test_triton.py",
+    "test_compiled.py",
+    "test_worked_examples.py",
     "test_benchmarks.py",
     "test_docs.py",
     "test_public_forms.py",

@@ -26,9 +26,10 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
+MOST_LINES = 15_000  # of the package
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60  # with its docstring
-STILL_LONG = {"cp", "collect_inputs"}  # which wait to be divided
+STILL_LONG = {"cp"}  # which waits to be divided
 
 # what may be imported where, always inside a function: these cost seconds, or are not always there
 LAZY = {
@@ -210,6 +211,11 @@ def test_what_a_room_offers_is_documented(room):
     }
     assert own
     assert not [name for name, value in own.items() if not inspect.getdoc(value)]
+
+
+@pytest.mark.xfail(reason="the rooms are still being made smaller")  # strict: take this line away when they are small
+def test_the_package_stays_small():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) <= MOST_LINES
 
 
 def test_files_stay_short():
