@@ -25,7 +25,6 @@ _EDGES = (16, 64, 128, 1024)  # rows of the blocks that kernels take
 _BLOCK = 64  # rows of which one has a gradient
 # rows in a direction, by the bytes of the dtype, of which one left out exceeds the tolerance; for pairs, of the batch
 _TOGETHER = {4: 32, 2: 8}
-_SLICE = 2**25  # elements of a weight that are widened at once
 # exact outputs by the function that gave them, which holds the case's weights and is not to outlive it
 _kept: WeakKeyDictionary[Callable[..., Tensor], Tensor] = WeakKeyDictionary()
 
@@ -49,8 +48,12 @@ def others(count: int, together: int, pairs: bool = False) -> list[list[int]]:
     return [rows[start : start + together] for start in range(0, len(rows), together)]
 
 
-def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
-    """What is wrong with a contestant, "" where all is within tolerance."""
+def wrong(contestant: Contestant, pairs: bool, training: bool = False, most_widened: int = 2**25) -> str:
+    """What is wrong with a contestant, "" where all is within tolerance.
+
+    Args:
+        most_widened: elements of a dense weight that are converted to float64 at once.
+    """
     inputs = contestant.tensors[:2]
     rows = torch.tensor(checked(inputs[0].shape[0], pairs), device=inputs[0].device)
     with torch.no_grad():
@@ -68,7 +71,7 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False) -> str:
     groups = others(inputs[0].shape[0], _TOGETHER[inputs[0].itemsize], pairs) if contestant.ours else []
     rounds = [rows, *(torch.tensor(group, device=rows.device) for group in groups)]
     for number, chosen in enumerate(rounds):
-        for what, error, tolerance in _training_errors(contestant, chosen, None if number else exact):
+        for what, error, tolerance in _training_errors(contestant, chosen, None if number else exact, most_widened):
             if not error <= tolerance:
                 return f"relative error {error:.3g} in {what}"
     return ""
@@ -97,7 +100,7 @@ def _exact(contestant: Contestant, rows: Tensor) -> Tensor:
 
 
 def _training_errors(
-    contestant: Contestant, rows: Tensor, exact_rows: Tensor | None
+    contestant: Contestant, rows: Tensor, exact_rows: Tensor | None, most_widened: int
 ) -> Iterator[tuple[str, float, float]]:
     """Of each tensor's gradient in the parts that are compared, each with what it is of, and its tolerance.
 
@@ -120,7 +123,7 @@ def _training_errors(
     totals = [torch.zeros_like(tensor) for tensor in inputs]
     stored = contestant.tensors[2:]
     outputs = stored[-1].shape[0]
-    step = max(1, _SLICE // stored[0][0].numel()) if contestant.family == "dense" else outputs
+    step = max(1, most_widened // stored[0][0].numel()) if contestant.family == "dense" else outputs
     for start in range(0, outputs, step):
         part = slice(start, start + step)
         whole = step >= outputs
