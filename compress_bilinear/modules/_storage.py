@@ -9,7 +9,6 @@ from ..config import Quantize
 from ..decomposition import unit_columns
 from ..errors import CompressionError
 from ._base import CompressedBilinear
-from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear, fill_linear, linear_weight
 from ._tucker import TuckerBilinear
@@ -30,10 +29,11 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
     kind: Any = type(layer)  # dense layers take no rank
     new: _Layer = kind(*sizes, *rank, bias is not None, "meta", dtype, quantize=quantize)
     _check_parts(layer, new)
-    if isinstance(layer, CPBilinear):
-        new = kind.from_decomposition(layer.to_decomposition(dtype), None, quantize=quantize)
-    elif isinstance(layer, TuckerBilinear):
+    decomposition: Any = getattr(layer, "to_decomposition", None)
+    if isinstance(layer, TuckerBilinear):
         _fill_tucker(layer, cast(TuckerBilinear, new), dtype)
+    elif decomposition is not None:
+        new = kind.from_decomposition(decomposition(dtype), None, quantize=quantize)
     else:
         cast(Any, new).weight = DenseBilinear.from_weight(
             layer.dense_rows(slice(None), dtype), quantize=quantize
