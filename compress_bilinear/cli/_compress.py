@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from glob import escape
 from pathlib import Path
 from typing import Any, get_args
@@ -178,8 +179,8 @@ def _recipe(file: Path | None, given: Mapping[str, Any], on_line: set[str]) -> R
     table = {name: given[name] for name in ("method", *named)}
     if "rank" in table:
         table["rank"] = _rank(table["rank"])
-    if table["method"] in ("tucker", "dense"):
-        table.pop("seed", None)  # they have no random starts
+    if "seed" not in {field.name for field in fields(CONFIGS[table["method"]])}:
+        table.pop("seed", None)  # the method has no random starts
     try:
         return Recipe(configs={"*": parse_config(table)}, options={})
     except ConfigError as error:

@@ -147,14 +147,14 @@ class OutputFitting(WeightFitting):
 
     def _fits_to_outputs(self, config: LayerConfig, rank: Rank, budget: Budget, thorough: bool) -> Iterator[Candidate]:
         """Of the whitened weight, and of that refitted to rows."""
+        if method_of(config).unwhiten is None:
+            return
         found = self._solved(self.whitened, config, rank, budget.child(0.4, (0.0, 0.4)))
         whitened = self._best_rounded(config, found, self.whitened, "whitened")
         yield whitened
-        kind = (type(config), config.quantize)
-        if not thorough and not self._rows_help.get(kind, True):
+        kind, refit = (type(config), config.quantize), method_of(config).refit
+        if refit is None or not (thorough or self._rows_help.get(kind, True)):
             return
-        refit = method_of(config).refit
-        assert refit is not None
         found = refit(found, self._fit_rows(), budget.child(0.5, (0.4, 0.6)))
         # rounded to what the rows have found, which is not what is nearest to the weight
         refitted = self._best_rounded(config, found, None, "rows")

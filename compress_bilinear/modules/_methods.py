@@ -34,8 +34,10 @@ class Method:
         layer: the class that computes with it; `layer.from_decomposition` makes one.
         solve: (weight, rank, config, budget) -> decomposition. None where the weight itself is stored.
         refit: (decomposition, rows, budget) -> decomposition with factors fitted to rows; see `decomposition.Rows`.
-        round: (decomposition, weight, format, metric) -> decomposition of values of that format.
-        unwhiten: (decomposition of a whitened weight, metric, dtype) -> decomposition of the weight.
+            None leaves them as they are.
+        round: (decomposition, weight, format, metric) -> decomposition whose values the format has.
+        unwhiten: (decomposition of a whitened weight, metric, dtype) -> decomposition of the weight. None where the
+            method is only ever fitted to the weight.
         check: raises ConfigError where (rank, shape, name of the layer) do not fit.
         configure: (rank, format, seed) -> config.
         slow: whether a search tries it only where quicker methods leave something to gain.
@@ -48,7 +50,7 @@ class Method:
     layer: type[CompressedBilinear]
     solve: Callable[[Tensor, Rank, Any, Budget], Decomposition] | None = None
     refit: Callable[[Decomposition, decompose.Rows, Budget], Decomposition] | None = None
-    round: Callable[..., Decomposition] = decompose.rounded
+    round: Callable[..., Decomposition] = lambda found, weight, quantize, metric=None: found
     unwhiten: Callable[..., Decomposition] | None = None
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]
@@ -97,6 +99,7 @@ METHODS: dict[str, Method] = {
         layer=TuckerBilinear,
         solve=_solve_tucker,
         refit=decompose.refit_tucker,
+        round=decompose.rounded,
         unwhiten=decompose.unwhitened_tucker,
         check=_check_tucker,
         configure=lambda rank, quantize, seed: TuckerConfig(rank=rank or (1, 1, 1), quantize=quantize),
@@ -107,6 +110,7 @@ METHODS: dict[str, Method] = {
         layer=CPBilinear,
         solve=_solve_cp,
         refit=decompose.refit_cp,
+        round=decompose.rounded,
         unwhiten=decompose.unwhitened_cp,
         configure=lambda rank, quantize, seed: CPConfig(rank=rank or 1, quantize=quantize, seed=seed),
         slow=True,
