@@ -21,6 +21,7 @@ CONTRACTS = ROOT / "tests" / "contracts"
 
 # how many files the diff of a section may touch, and with which arguments pytest then runs in the copy
 EXAMPLES = {
+    "Add a method": (5, [CONTRACTS / "added_method.py"]),
     "Add a format": (2, [CONTRACTS / "test_formats.py", CONTRACTS / "added_format.py", "-k", "fp8"]),
 }
 
