@@ -19,7 +19,7 @@ PROJECTED = tuple(kind for kind in KINDS if kind[0] != "dense")
 FEW = tuple(kind for kind in KINDS if kind[1] in (None, "int8"))  # of a test that takes long; the others are slow
 SMALL_BLOCKS = Tuning(block=12, block_grad=12, pairs=12, outer=12, cp=12, cp_grad=12, weight=12)
 CP_RANK = 8
-BOUND = {"bf16": 0.01, "int8": 0.03, "nf4": 0.3}  # of a small layer's weight, far above what is usual
+BOUND = {name: 3.3 * form.error for name, form in FORMATS.items()}  # of a small layer's weight, far above what is usual
 
 
 def for_kinds(kinds=KINDS, fast=KINDS):

@@ -19,10 +19,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = Path(cb.__file__).parent
 CONTRACTS = ROOT / "tests" / "contracts"
 
-# how many files the diff of a section may touch, and with which arguments pytest then runs in the copy
+# how many files the diff of a section may touch, what pytest then runs in the copy, and what it runs too in a slow test
 EXAMPLES = {
-    "Add a method": (5, [CONTRACTS / "added_method.py"]),
-    "Add a format": (2, [CONTRACTS / "test_formats.py", CONTRACTS / "added_format.py", "-k", "fp8"]),
+    "Add a method": (5, ["added_method.py"], []),
+    "Add a format": (2, ["test_formats.py", "added_format.py", "-k", "fp8"], ["test_layers.py", "test_pipeline.py"]),
 }
 
 
@@ -43,10 +43,10 @@ def test_every_diff_of_the_page_is_an_example() -> None:
     assert diffs().keys() == EXAMPLES.keys()
 
 
-@pytest.mark.parametrize("tests", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_a_worked_example_touches_few_files_and_works(title: str, tests: str, tmp_path: Path) -> None:
-    diff, (most, arguments) = diffs()[title], EXAMPLES[title]
+def test_a_worked_example_touches_few_files_and_works(title: str, slow: bool, tmp_path: Path) -> None:
+    diff, (most, tests, more) = diffs()[title], EXAMPLES[title]
     touched = re.findall(r"^\+\+\+ b/(.*)$", diff, flags=re.MULTILINE)
     assert 1 <= len(touched) <= most
     assert all(name.startswith("compress_bilinear/") for name in touched)
@@ -56,6 +56,8 @@ def test_a_worked_example_touches_few_files_and_works(title: str, tests: str, tm
     applied = run(["git", "apply", "-"], input=diff)
     assert applied.returncode == 0, applied.stderr
     options = "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"
-    done = run([sys.executable, "-m", "pytest", *options, "-m", tests, "-c", ROOT / "pyproject.toml", *arguments])
+    chosen = ["-m", "" if slow else "not slow", *tests, *(more if slow else [])]
+    chosen = [str(CONTRACTS / one) if one.endswith(".py") else one for one in chosen]
+    done = run([sys.executable, "-m", "pytest", *options, "-c", ROOT / "pyproject.toml", *chosen])
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     assert re.search(r"\d+ passed", done.stdout)

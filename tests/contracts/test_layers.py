@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from layers import (
+    BOUND,
     CP_RANK,
     EXACT,
     FEW,
@@ -331,7 +332,7 @@ class TestMaking:
         made = [kind.from_bilinear(layer, *SOLVED[method], quantize=quantize)]
         for decomposition in decompositions.values() if method == "dense" else [decompositions[method]]:
             made.append(kind.from_decomposition(decomposition, layer.bias, quantize=quantize))
-        bound = {None: 1e-5, "bf16": 0.01, "int8": 0.03, "nf4": 0.3}[quantize]  # the solver stops at about 1e-7
+        bound = BOUND.get(quantize, 1e-5)  # the solver stops at about 1e-7
         for new in made:
             assert float((new.to_dense(torch.float64).detach() - weight).norm() / weight.norm()) < bound
             assert torch.equal(new.bias, layer.bias)
