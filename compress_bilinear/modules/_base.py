@@ -136,11 +136,11 @@ class CompressedBilinear(ComputeModes):
             bits,
             pairs=pairs,
             gradient=gradient,
-            reason_against=self._reason_against_kernels(pairs),
+            reason_against=self._reason_against_kernels(),
         )
         return str(choice)
 
-    def _reason_against_kernels(self, pairs: bool) -> str | None:
+    def _reason_against_kernels(self) -> str | None:
         """Why no fused kernel can run the layer, whatever the inputs are."""
         if self.quantize is None or FORMATS[self.quantize].integers:
             return None

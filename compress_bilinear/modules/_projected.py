@@ -46,9 +46,9 @@ class ProjectedBilinear(CompressedBilinear):
         """The tensors of the inner layers, or the reason to call these layers one by one."""
         return operands(self._modules, self.part_names, self.takes_identities)
 
-    def _reason_against_kernels(self, pairs: bool) -> str | None:
+    def _reason_against_kernels(self) -> str | None:
         reason = self._operands()
-        return reason if isinstance(reason, str) else super()._reason_against_kernels(pairs)
+        return reason if isinstance(reason, str) else super()._reason_against_kernels()
 
     def set_bias(self, bias: nn.Parameter | None) -> None:
         self.out_proj.register_parameter("bias", bias)

@@ -158,12 +158,6 @@ class TuckerBilinear(ProjectedBilinear):
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
-    def _reason_against_kernels(self, pairs: bool) -> str | None:
-        reason = super()._reason_against_kernels(pairs)
-        if reason is None and pairs and isinstance(self.out_proj, AddBias):  # `ops` decides so too
-            return "the kernel for pairs fuses the output's projection, and there is none"
-        return reason
-
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # the core of Σ_k p_k ⊗ q_k, as of one row
         left, right = project_blocks(self.in1_proj, input1).mT, self.in2_proj(input2)

@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..quantization import decode_int8
-from ._choice import TRACED_ROWS, Backend, Choice, Method, Problem, choose, fits_one_kernel, prefers_triton
-from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators
+from ._choice import Backend, Choice, Method, Problem, choose
+from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators, traced
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, small_dense
 from ._dense_pairs import composed_dense_pairs
-from ._gemm import linear
 from ._stored import Weight, project, read_by_kernels, reason_against_kernels, unpacked
 from ._tucker import composed_tucker, composed_tucker_pairs
 from .triton import _operators as triton
@@ -34,7 +32,7 @@ def bilinear_dense(
 
     Args:
         order: "in1_first", "in2_first" or "outer", which the composed path takes; None chooses by shape (`best_order`).
-        backend: None, "composed" or "triton"; None takes the path that should be faster.
+        backend: None, "composed" or "triton", the fused kernel; None takes the one that is predicted to be faster.
 
     Raises: InputError for different leading dimensions, an unknown `order`, or a `backend` that cannot run here.
     """
@@ -50,7 +48,7 @@ def bilinear_dense(
         )
     weight, scale = unpacked(weight, scale)
     operands = (input1, input2, weight, bias)
-    if order is not None or not _fused("dense", operands, shape, (), weight, scale, backend):
+    if order is not None or not _fused("dense", operands, shape, scale, backend):
         return composed_dense(input1, input2, weight, bias, scale, order)
     output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight), scale)
     return _leading(output if bias is None else output + bias, input1)
@@ -74,11 +72,10 @@ def bilinear_cp(
         if output is not None:
             return output
     _check(input1, input2, shape := (out.shape[0], in1.shape[1], in2.shape[1]))
-    operands = (input1, input2, in1, in2, out, bias)
-    if not _fused("cp", operands, shape, in1.shape[:1], in1, sigma, backend):
-        return composed_cp(*operands, sigma)
-    factors = [read_by_kernels(weight) for weight in (in1, in2, out)]
-    return _leading(triton.fused_cp(*_rows(input1, input2), *factors, bias, sigma), input1)
+    if not _fused("cp", (input1, input2, in1, in2, out, bias), shape, sigma, backend):
+        return composed_cp(input1, input2, in1, in2, out, bias, sigma)
+    product = triton.fused_product(*_rows(input1, input2), read_by_kernels(in1), read_by_kernels(in2), sigma)
+    return _leading(project(product, out, bias), input1)
 
 
 @follows_autocast
@@ -94,31 +91,11 @@ def bilinear_tucker(
     scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
-    """y = G(A x1, B x2) Uᵀ + b.
-
-    Args:
-        backend: None, "composed" or "triton"; None takes the path that should be faster.
-
-    Raises: InputError as `bilinear_dense` does.
-    """
-    _check(input1, input2, shape := _tucker_shape(in1, in2, core, out))
+    """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
+    _check(input1, input2, _tucker_shape(in1, in2, core, out))
+    _check_composed("tucker", input1, backend)
     core, scale = unpacked(core, scale)
-    operands = (input1, input2, in1, in2, core, out, bias)
-    if not _fused("tucker", operands, shape, _shape(core), core, scale, backend):
-        return composed_tucker(*operands, scale)
-    rows1, rows2 = _rows(input1, input2)
-    in1, in2, out = (None if weight is None else read_by_kernels(weight) for weight in (in1, in2, out))
-    core = read_by_kernels(core)
-    int8 = {tensor is not None and tensor.dtype == torch.int8 for tensor in (in1, in2, core, out)}
-    wide = True in int8 or input1.dtype == torch.float32
-    if not (in1 is None or in2 is None or out is None or len(int8) > 1) and fits_one_kernel(core.shape, wide):
-        return _leading(triton.fused_tucker(rows1, rows2, in1, in2, core, out, bias, scale), input1)
-    output = triton.fused_dense(project(rows1, in1), project(rows2, in2), core, scale)
-    if out is not None:
-        output = project(output, out, bias)
-    elif bias is not None:
-        output = output + bias
-    return _leading(output, input1)
+    return composed_tucker(input1, input2, in1, in2, core, out, bias, scale)
 
 
 @follows_autocast
@@ -131,9 +108,12 @@ def pairwise_dense(
     scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
-    """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs."""
-    _check(input1, input2, shape := _shape(weight), 2)
-    _fused("dense", (input1, input2, weight, bias), shape, (), weight, scale, backend, pairs=True)
+    """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs.
+
+    Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
+    """
+    _check(input1, input2, _shape(weight), 2)
+    _check_composed("dense", input1, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias, scale)
 
 
@@ -150,12 +130,9 @@ def pairwise_cp(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
-    _check(input1, input2, shape := (out.shape[0], in1.shape[1], in2.shape[1]), 2)
-    operands = (input1, input2, in1, in2, out, bias)
-    if not _fused("cp", operands, shape, in1.shape[:1], in1, sigma, backend, pairs=True):
-        return composed_cp_pairs(*operands, sigma)
-    left, right = project(input1, in1), project(input2, in2)
-    return _all_pairs(triton.fused_cp_pairs(*_batches(left, right), read_by_kernels(out), bias, sigma), input1, input2)
+    _check(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
+    _check_composed("cp", input1, backend, pairs=True)
+    return composed_cp_pairs(input1, input2, in1, in2, out, bias, sigma)
 
 
 @follows_autocast
@@ -172,18 +149,10 @@ def pairwise_tucker(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
-    _check(input1, input2, shape := _tucker_shape(in1, in2, core, out), 2)
+    _check(input1, input2, _tucker_shape(in1, in2, core, out), 2)
+    _check_composed("tucker", input1, backend, pairs=True)
     core, scale = unpacked(core, scale)
-    operands = (input1, input2, in1, in2, core, out, bias)
-    reason = "the kernel for pairs fuses the output's projection, and there is none" if out is None else None
-    if not _fused("tucker", operands, shape, _shape(core), core, scale, backend, pairs=True, reason_against=reason):
-        return composed_tucker_pairs(*operands, scale)
-    assert out is not None
-    core, out = read_by_kernels(core), read_by_kernels(out)
-    left, right = _batches(project(input1, in1), project(input2, in2))
-    by_outputs = core if scale is None else decode_int8(core, scale, left.dtype)
-    t = linear(left, by_outputs.transpose(1, 2).flatten(0, 1)).unflatten(-1, (core.shape[0], core.shape[2]))
-    return _all_pairs(triton.fused_tucker_pairs(t, right, out, bias), input1, input2)
+    return composed_tucker_pairs(input1, input2, in1, in2, core, out, bias, scale)
 
 
 def explain(
@@ -204,49 +173,47 @@ def explain(
     Args:
         method: "dense", "cp" or "tucker".
         shape: (O, I, J).
-        rank: () of a dense weight, (R,) or (R_o, R_i, R_j).
+        rank: () of a dense weight, (R,) or (R_o, R_i, R_j). No choice depends on it at present.
         weight_bits: 8 for int8.
         reason_against: what the caller knows to rule the fused kernels out.
     """
-    problem = Problem(method, shape, rank, rows, pairs, device, dtype, weight_bits, gradient)  # type: ignore[arg-type]
+    problem = Problem(method, shape, rows, pairs, device, dtype, weight_bits, gradient)  # type: ignore[arg-type]
     return choose(problem, None, reason_against)
 
 
 def _fused(
     method: Method,
-    operands: Sequence[Weight | None],
+    operands: Sequence[Weight | None],  # inputs first, then what is stored
     shape: tuple[int, int, int],
-    rank: tuple[int, ...],
-    stored: Weight,
     scale: Tensor | None,
     backend: Backend | None,
-    *,
-    pairs: bool = False,
-    reason_against: str | None = None,
 ) -> bool:
-    """Whether a fused kernel runs. On a CPU, without a `backend`, that is decided at once."""
-    input1, input2 = operands[:2]
+    """Whether a fused kernel runs. Without a `backend` none does on a CPU, or in a graph for any number of rows."""
+    input1, input2, stored = operands[:3]
     assert isinstance(input1, Tensor) and isinstance(input2, Tensor)  # noqa: PT018
-    if backend is None and input1.is_cpu:
+    if backend is None and (input1.is_cpu or traced()):
         return False
     tensors = [value for value in operands if isinstance(value, Tensor)]
+    bits = 8 * (stored.element_size() if isinstance(stored, Tensor) else 1)
+    rows = 1 if traced() else math.prod(input1.shape[:-1])  # any number, which must not tie the graph to it
+    problem = Problem(method, shape, rows, False, input1.device, input1.dtype, bits, gradient_wanted(*tensors))
+    if backend is None and not problem.kernel_is_faster:
+        return False
     reason = reason_for_plain_operators(*tensors, scale)
-    reason = reason or next(filter(None, map(reason_against_kernels, operands)), None)
+    read = operands[2:4] if method == "cp" else operands[2:3]
+    reason = reason or next(filter(None, map(reason_against_kernels, read)), None)
     if reason is None and scale is not None and scale.requires_grad:
         reason = "the fused kernels take scales as constants, and one requires a gradient"
-    reason = reason or reason_against
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if reason is None and dtypes != {input1.dtype}:
         reason = f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}"
-    compiling = torch.compiler.is_compiling()
-    # the choice must not tie a graph to a number of rows
-    rows = TRACED_ROWS if compiling else math.prod(input1.shape[:-1]) * (input2.shape[-2] if pairs else 1)
-    bits = 8 * (stored.element_size() if isinstance(stored, Tensor) else 1)
-    gradient = gradient_wanted(*tensors)
-    problem = (method, shape, tuple(rank), rows, pairs, input1.device, input1.dtype, bits, gradient)
-    if backend is None and reason is None and not compiling:
-        return prefers_triton(*problem)
-    return choose(Problem(*problem), backend, reason).backend == "triton"
+    return choose(problem, backend, reason).backend == "triton"
+
+
+def _check_composed(method: Method, input1: Tensor, backend: Backend | None, pairs: bool = False) -> None:
+    """Raise InputError for another `backend` than the composed one, where there is no kernel."""
+    if backend is not None:
+        choose(Problem(method, (0, 0, 0), 0, pairs, input1.device, input1.dtype, 0), backend)
 
 
 def _check(input1: Tensor, input2: Tensor, shape: tuple[int, int, int], last: int = 1) -> None:
@@ -282,13 +249,5 @@ def _rows(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:
     return input1.reshape(-1, input1.shape[-1]), input2.reshape(-1, input2.shape[-1])
 
 
-def _batches(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    return left.reshape(-1, *left.shape[-2:]), right.reshape(-1, *right.shape[-2:])
-
-
 def _leading(output: Tensor, input1: Tensor) -> Tensor:
     return output.reshape(*input1.shape[:-1], output.shape[-1])
-
-
-def _all_pairs(output: Tensor, input1: Tensor, input2: Tensor) -> Tensor:
-    return output.reshape(*input1.shape[:-1], input2.shape[-2], output.shape[-1])

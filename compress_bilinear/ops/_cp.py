@@ -1,4 +1,4 @@
-"""CP as three linear maps around a product, on any device and in any dtype. The fused kernels compute the same."""
+"""CP as three linear maps around a product, on any device and in any dtype."""
 
 import math
 from collections.abc import Callable
@@ -35,13 +35,18 @@ def composed_cp(
     input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, out: Weight, bias: Tensor | None, sigma: Tensor | None
 ) -> Tensor:
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b; shapes as of `bilinear_cp`."""
+    return project(composed_product(input1, input2, in1, in2, sigma), out, bias)
+
+
+def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, sigma: Tensor | None) -> Tensor:
+    """σ * (x1 Aᵀ) * (x2 Bᵀ), (..., R); shapes as of `bilinear_cp`."""
     left, right = project(input1, in1), project(input2, in2)
     if sigma is None and isinstance(in2, Tensor) and in2.dtype != torch.int8:
-        return project(left * right, out, bias)
+        return left * right
     product = _wide(left) * right  # of int8 factors it could overflow in float16
     if sigma is not None:
         product = product.mul_(sigma) if only_values(product, sigma) else product * sigma
-    return project(product.to(input1.dtype), out, bias)
+    return product.to(input1.dtype)
 
 
 def composed_cp_pairs(

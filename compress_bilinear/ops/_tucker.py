@@ -1,6 +1,5 @@
-"""Tucker as a small dense bilinear core between linear maps. The fused kernels compute the same."""
+"""Tucker as a small dense bilinear core between linear maps."""
 
-import torch
 from torch import Tensor
 
 from ._dense import composed_dense, small_dense
@@ -30,14 +29,3 @@ def composed_tucker_pairs(
     if out is None:
         return composed_dense_pairs(left, right, core, bias, scale)
     return project(composed_dense_pairs(left, right, core, None, scale), out, bias)
-
-
-def tucker_of_pairs(
-    t: Tensor,  # (B, L1, R_o, R_j)
-    right: Tensor,  # (B, L2, R_j)
-    out: Tensor,  # (O, R_o), floating or int8
-    bias: Tensor | None,  # (O,)
-) -> Tensor:  # (B, L1, L2, O)
-    """All pairs of a first input multiplied by its projection and the core, and a second one that is projected."""
-    inner = torch.bmm(t.flatten(1, 2), right.mT).unflatten(1, t.shape[1:3]).transpose(2, 3)
-    return project(inner, out, bias)

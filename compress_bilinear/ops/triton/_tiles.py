@@ -1,4 +1,4 @@
-"""What the Triton kernels share: masked tiles, a projection of rows, and products of each dtype.
+"""What the Triton kernels share: masked tiles, and products of each dtype.
 
 Loads outside a tensor give zero and stores outside are masked, so any size works. Offsets of rows and outputs are
 64-bit. Sums are in float32. An int8 entry is exact in each dtype in which it is multiplied.
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .._tuning import tuning
 
-UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
 OPTIONS = {
     "enable_fp_fusion": True,  # the default until now; Triton 3.9 warns that it will change
     "maxnreg": 255,  # all registers: ptxas may otherwise spill a few of 130 to use 128, for more programs at once
@@ -83,14 +82,6 @@ def multiply(left, right, accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def operand(value, dtype: tl.constexpr):
-    """`value` in `dtype`; int8 by way of float32, which the interpreter needs for bfloat16."""
-    if value.dtype == tl.int8:
-        value = value.to(tl.float32)
-    return value.to(dtype)
-
-
-@triton.jit
 def load_tile(pointer, row, rows, row_stride, column, columns, column_stride):
     """The tile pointer[row, column]; zero where an index is out of range."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
@@ -106,60 +97,8 @@ def load_scales(pointer, row, rows, row_stride, row_block, column, columns, colu
 
 
 @triton.jit
-def load_pairs(pointer, k, length1, stride1, row, length2, stride2, column, columns, column_stride):
-    """The tile pointer[k, row, column] of pairs (k, row); zero where an index is out of range."""
-    offset = (k.to(tl.int64) * stride1 + row.to(tl.int64) * stride2)[:, None]
-    offset += column.to(tl.int64)[None, :] * column_stride
-    mask = ((k < length1) & (row < length2))[:, None] & (column < columns)[None, :]
-    return tl.load(pointer + offset, mask=mask, other=0.0)
-
-
-@triton.jit
 def store_tile(pointer, value, row, rows, row_stride, column, columns, column_stride):
     """Write the part of a tile that is in range, in the pointer's dtype."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     tl.store(pointer + offset, value.to(pointer.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def project(
-    x, weight, row, rows, x_row, x_column, component, components, w_row, w_column, width, accumulator,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """accumulator (BN, BR) + x[row] weight[component]ᵀ, in float32; the weight may be int8."""
-    for start in range(0, width, BK):
-        k = start + tl.arange(0, BK)
-        left = load_tile(x, row, rows, x_row, k, width, x_column)
-        right = load_tile(weight, k, width, w_column, component, components, w_row)
-        accumulator = multiply(left, operand(right, left.dtype), accumulator, PRECISION)
-    return accumulator
-
-
-@triton.jit
-def scaled(product, sigma, r, rank, sigma_stride, SCALED: tl.constexpr):
-    """σ_r * product[:, r], in float32."""
-    if SCALED:
-        product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
-    return product
-
-
-@triton.jit
-def biased(total, bias, o, outputs, bias_stride, BIASED: tl.constexpr):
-    """total[:, o] + b_o, in float32."""
-    if BIASED:
-        total += tl.load(bias + o * bias_stride, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
-    return total
-
-
-@triton.jit
-def write_outputs(
-    inner, out, bias, y, row, rows, r, rank_out, outputs, out_row, out_column, bias_stride, y_row,
-    BIASED: tl.constexpr, BO: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """y[row] = inner outᵀ + b for the core's outputs `inner` (BN, R_o), one block of outputs after the other."""
-    for start in range(0, outputs, BO):
-        o = start + tl.arange(0, BO)
-        weight = operand(load_tile(out, r, rank_out, out_column, o, outputs, out_row), inner.dtype)
-        result = multiply(inner, weight, tl.zeros((inner.shape[0], BO), tl.float32), PRECISION)
-        store_tile(y, biased(result, bias, o, outputs, bias_stride, BIASED), row, rows, y_row, o, outputs, 1)

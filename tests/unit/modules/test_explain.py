@@ -16,7 +16,8 @@ LAYERS = {
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_on_a_cpu_says_that_it_is_composed_and_why(kind, quantize):
     text = LAYERS[kind](quantize=quantize).explain()
-    assert any(reason in text for reason in ("on cpu", "not installed", "read int8"))
+    reasons = ("the only one",) if kind == "tucker" else ("on cpu", "not installed", "read int8")
+    assert any(reason in text for reason in reasons)
 
 
 @pytest.mark.parametrize("kind", ["cp", "tucker"])
@@ -34,14 +35,19 @@ def test_what_wraps_an_inner_layer_is_named_and_the_result_is_the_same(kind):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_on_a_gpu_the_estimates_are_named(kind, monkeypatch):
+def test_on_a_gpu_a_small_layer_says_why_no_kernel_is_chosen(kind, monkeypatch):
     monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
-    assert "estimated" in LAYERS[kind]().explain(4096, device="cuda", dtype=torch.bfloat16)
+    reason = "the only one for a Tucker layer" if kind == "tucker" else "not predicted to be clearly faster"
+    assert reason in LAYERS[kind]().explain(4096, device="cuda", dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-def test_a_core_that_gives_the_output_has_its_pairs_composed(gradient, monkeypatch):
+def test_on_a_gpu_a_large_dense_layer_of_few_rows_takes_its_kernel(monkeypatch):
     monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
-    sizes = {"rows": 100_000, "pairs": True, "gradient": gradient, "device": "cuda"}
-    assert "Triton" in TuckerBilinear(64, 64, 32, (16, 32, 32)).explain(**sizes)
-    assert "and there is none" in TuckerBilinear(64, 64, 16, (16, 32, 32)).explain(**sizes)
+    layer = DenseBilinear(512, 512, 512, device="meta", dtype=torch.bfloat16)
+    assert "Triton" in layer.explain(128, device="cuda")
+    assert "Triton" not in layer.explain(4096, device="cuda")
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_all_pairs_are_composed(kind):
+    assert "the only one for pairs" in LAYERS[kind]().explain(100_000, pairs=True, device="cuda")

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import _choice, _gemm
+from compress_bilinear.ops import _api, _choice, _gemm
 from compress_bilinear.quantization import FORMATS
 
 RANK = (4, 5, 6)
@@ -227,8 +227,8 @@ def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, i
     monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
     arguments, options = stored_in_int8(kind, tensors) if int8 else (tensors, {})
-    if backend == "triton" and (kind, pairs) == ("dense", True):
-        return  # which has no kernel
+    if backend == "triton" and (pairs or kind == "tucker"):
+        return  # which have no kernel
     with OnTheDevice():
         found = call(kind, pairs, *arguments, backend=backend, **options)
         wanted = [t for t in arguments if t.requires_grad]
@@ -255,44 +255,97 @@ def test_an_exported_graph_holds_for_other_numbers_of_rows(kind, pairs):
     assert_matches_reference(program.module()(*more, *rest), call(kind, pairs, *more, *rest))
 
 
-@pytest.mark.parametrize(
-    ("kind", "pairs"), [("dense", False), ("cp", False), ("tucker", False), ("cp", True), ("tucker", True)]
-)
-def test_on_a_gpu_a_graph_has_the_fused_operator_for_any_number_of_rows(kind, pairs, monkeypatch):
+@pytest.mark.parametrize("kind", ["dense", "cp"])
+@pytest.mark.parametrize("backend", [None, "triton"])
+def test_on_a_gpu_a_graph_has_the_kernels_operator_only_on_request(kind, backend):
     pytest.importorskip("triton")
-    monkeypatch.setattr(_choice, "seconds", lambda problem, backend: {"triton": 1.0, "composed": 2.0}[backend])
-    tensors = operands_of(kind, pairs, (64, 48, 32), torch.bfloat16)
+
+    class Asked(torch.nn.Module):
+        def forward(self, *tensors):
+            return call(kind, False, *tensors, backend=backend)
+
+    tensors = operands_of(kind, False, (64, 48, 32), torch.bfloat16)
     rows = torch.export.Dim("rows")
     dynamic = {"tensors": ({0: rows}, {0: rows}, *({} for _ in tensors[2:]))}
     with FakeTensorMode():  # which knows a GPU's tensors without a GPU
         fake = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda") for tensor in tensors)
-        program = torch.export.export(Layer(kind, pairs), fake, dynamic_shapes=dynamic)
+        program = torch.export.export(Asked(), fake, dynamic_shapes=dynamic)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert f"compress_bilinear.{kind}{'_pairs' * pairs}.default" in targets
-    assert pairs or not any("linear" in target.split(".")[1] for target in targets if target.startswith("aten"))
+    name = {"dense": "dense", "cp": "cp_product"}[kind]
+    assert (f"compress_bilinear.{name}.default" in targets) == (backend == "triton")
+
+
+ON_A_GPU = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
+LARGE = (512, 512, 512)
 
 
 @pytest.mark.parametrize(
-    ("kind", "shape", "rank", "runs"),
+    ("method", "shape", "rows", "changes", "reason"),
     [
-        ("cp", (50, 401, 401), (64,), "triton"),  # narrow: what is written and read decides
-        ("cp", (2000, 401, 401), (64,), "composed"),  # many outputs: the products that are taken again
-        ("tucker", (50, 401, 401), (32, 64, 32), "triton"),
-        ("tucker", (50, 401, 401), (128, 64, 512), "composed"),
-        ("tucker", (50, 401, 401), (129, 64, 16), "composed"),
+        ("dense", LARGE, 256, {}, None),
+        ("dense", (1024, 1024, 1024), 64, {"gradient": True}, None),
+        ("dense", LARGE, 257, {}, "not predicted"),
+        ("dense", LARGE, 63, {}, "not predicted"),
+        ("dense", (256, 512, 512), 256, {}, "not predicted"),
+        ("dense", (520, 505, 512), 256, {}, "not predicted"),
+        ("dense", (512, 1024, 512), 256, {}, "not predicted"),
+        ("dense", LARGE, 256, {"dtype": torch.float32}, "not predicted"),
+        ("dense", LARGE, 256, {"weight_bits": 8}, "not predicted"),
+        ("dense", LARGE, 256, {"dtype": torch.float16}, "overflow in float16"),
+        ("dense", LARGE, 256, {"dtype": torch.float64}, "inputs are torch.float64"),
+        ("dense", LARGE, 256, {"reason_against": "it has hooks"}, "it has hooks"),
+        ("dense", LARGE, 256, {"pairs": True}, "the only one for pairs"),
+        ("dense", LARGE, 0, {}, "no rows"),
+        ("cp", LARGE, 256, {}, "not predicted"),
+        ("cp", LARGE, 256, {"pairs": True}, "the only one for pairs"),
+        ("tucker", LARGE, 256, {}, "the only one for a Tucker layer"),
     ],
 )
-def test_pairs_that_want_a_gradient_take_the_path_of_fewer_bytes_until_its_products_cost_more(
-    kind, shape, rank, runs, monkeypatch
-):
+def test_a_kernel_is_chosen_only_where_a_gain_is_predicted(method, shape, rows, changes, reason, monkeypatch):
+    monkeypatch.setattr(_choice, "HAS_TRITON", True)
+    monkeypatch.setattr(_choice, "reason_against_gpu", lambda index: None)
+    found = ops.explain(method, shape, (), rows, **(ON_A_GPU | changes))
+    assert found.backend == ("triton" if reason is None else "composed")
+    assert (reason or "predicted to be faster") in found.reason
+    if reason is None:
+        assert ("backward" in found.runs) == changes.get("gradient", False)
+
+
+@pytest.mark.parametrize(("rows", "fused"), [(256, True), (257, False)])
+def test_the_call_takes_the_path_that_is_chosen(rows, fused, monkeypatch):
     monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
-    options = {"pairs": True, "device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
-    found = ops.explain(kind, shape, rank, 250_000, gradient=True, **options)
-    assert found.backend == runs
-    assert ("backward" in found.runs) == (runs == "triton")
-    assert ("holds R_o up to 128" if rank[0] == 129 else "µs fused") in found.reason
-    forward = ops.explain(kind, shape, rank, 250_000, **options)
-    assert "backward" not in forward.runs
+    meta = [torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in ((rows, 512), (rows, 512), LARGE)]
+    launched = []
+    monkeypatch.setattr(_api.triton, "fused_dense", lambda *args: launched.append(args) or args[0])
+    assert ops.bilinear_dense(*meta).shape == (rows, 512)
+    assert bool(launched) == fused
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "reason"),
+    [
+        ((9, 0), (3, 8), "Triton before 3.9 compiles the kernels wrongly for compute capability 9.0"),
+        ((9, 0), (0, 0), "Triton before 3.9"),  # of a build that does not say its version
+        ((9, 0), (3, 9), None),
+        ((9, 0), (4, 0), None),
+        ((8, 6), (3, 6), None),
+        ((10, 0), (3, 6), None),
+        ((7, 5), (3, 9), "need compute capability 8.0, and the device has 7.5"),
+        (None, (3, 9), "finds no GPU"),
+    ],
+)
+def test_a_gpu_or_a_triton_that_would_compute_wrongly_is_refused(capability, version, reason, monkeypatch):
+    monkeypatch.setattr(_choice, "HAS_TRITON", True)
+    monkeypatch.setattr(_choice, "_capability", lambda index: capability)
+    monkeypatch.setattr(_choice, "_triton_version", lambda: version)
+    found = ops.explain("dense", LARGE, (), 256, **ON_A_GPU)
+    assert found.backend == ("triton" if reason is None else "composed")
+    assert (reason or "predicted to be faster") in found.reason
+
+
+def test_the_installed_version_of_triton_is_read():
+    triton = pytest.importorskip("triton")
+    assert ".".join(map(str, _choice._triton_version())) == ".".join(triton.__version__.split(".")[:2])
 
 
 def test_int8_factors_have_the_step_of_the_format():
@@ -383,6 +436,16 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_reason():
     assert_matches_reference(ops.bilinear_cp(*tensors, backend="composed"), ops.bilinear_cp(*tensors))
 
 
+@pytest.mark.parametrize(("kind", "pairs"), [case for case in CASES if case[1] or case[0] == "tucker"])
+def test_pairs_and_tucker_layers_have_no_kernel_to_ask_for(kind, pairs):
+    tensors = operands_of(kind, pairs, (7, 5, 3))
+    with pytest.raises(InputError, match="the composed path is the only one for"):
+        call(kind, pairs, *tensors, backend="triton")
+    with pytest.raises(InputError, match="None or one of"):
+        call(kind, pairs, *tensors, backend="cuda")
+    assert torch.equal(call(kind, pairs, *tensors, backend="composed"), call(kind, pairs, *tensors))
+
+
 @pytest.mark.parametrize(
     "leading", [((2,), (3,)), ((1,), (3,)), ((3,), ()), ((1, 2), (2, 1)), ((5, 1), (1, 1)), ((2, 3), (3, 2))]
 )
@@ -417,20 +480,3 @@ def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast
     exact = ops.reference.bilinear_dense(x1.double(), x2.double(), weight.double())
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
-
-
-def problem(method, rank, rows, shape=(64, 256, 256), dtype=torch.bfloat16, bits=16):
-    return _choice.Problem(method, shape, rank, rows, False, torch.device("cuda"), dtype, bits)
-
-
-def test_the_model_prefers_fewer_launches_and_less_traffic():
-    few = problem("cp", (64,), 8)
-    assert _choice.seconds(few, "triton") < _choice.seconds(few, "composed")
-    narrow, wide = problem("dense", (), 4096, shape=(1, 512, 512)), problem("dense", (), 4096, shape=(128, 512, 512))
-    ratios = [_choice.seconds(p, "triton") / _choice.seconds(p, "composed") for p in (wide, narrow)]
-    assert ratios[0] < ratios[1]  # one output fills a sixteenth of a tile
-
-
-@pytest.mark.parametrize(("rank", "fits"), [((16, 500, 16), True), ((64, 9, 128), True), ((128, 9, 128), False)])
-def test_a_tucker_core_fits_one_kernel_up_to_its_registers(rank, fits):
-    assert _choice.fits_one_kernel(rank, False) == fits

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress_bilinear.ops import _choice
-
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("kernels are interpreted in this process", allow_module_level=True)
@@ -26,10 +24,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from compress_bilinear.ops.triton import _cp as triton_cp  # noqa: E402
-from compress_bilinear.ops.triton import _cp_pairs as triton_cp_pairs  # noqa: E402
 from compress_bilinear.ops.triton import _dense as triton_dense  # noqa: E402
-from compress_bilinear.ops.triton import _tucker as triton_tucker  # noqa: E402
-from compress_bilinear.ops.triton import _tucker_pairs as triton_tucker_pairs  # noqa: E402
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may ask for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -128,73 +123,14 @@ def bilinears(dtype, stored):
 
 
 def cps(dtype, stored):
-    """What the launchers of a CP are called with, where `cp_splits` and `MOST_IN` let each of them be."""
-    for rows, width, out, rank in itertools.product(ROWS, SIZES, SIZES, SIZES):
+    """What the launcher of a CP's product is called with."""
+    for rows, in1, in2, rank in itertools.product(ROWS, SIZES, SIZES, SIZES):
         sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
-        for in1, in2 in {(width, 17), (17, width), (width, width)}:
-            weights = [meta(*shape, dtype=stored) for shape in ((rank, in1), (rank, in2), (out, rank))]
-            operands = (*inputs(dtype, rows, in1, in2), *weights, sigma)
-            if _choice.cp_splits(rows, rank, out):
-                yield triton_cp.launch_product, (*operands[:4], sigma)
-            else:
-                yield triton_cp.launch_forward, (*operands, meta(out, dtype=dtype))
-                yield triton_cp.launch_forward, (*operands, None)
-            for wanted in ((True, False), (False, True), (True, True)) if stored == dtype else ((True, False),):
-                narrow = max(in1, in2) <= triton_cp.MOST_IN  # as `fused_cp_backward` has it
-                asked = (wanted[0], wanted[1] or not narrow)
-                yield triton_cp.launch_backward, (meta(rows, out, dtype=dtype), *operands, *asked)
+        weights = [meta(rank, width, dtype=stored) for width in (in1, in2)]
+        yield triton_cp.launch_product, (*inputs(dtype, rows, in1, in2), *weights, sigma)
 
 
-def tuckers(dtype, stored):
-    """What the launcher of a Tucker layer is called with, where it fits one kernel."""
-    for rows, width, out, rank_out, rank2 in itertools.product(
-        ROWS, (1, 401), (1, 256), (1, 32, 33, 65), (1, 32, 33, 65)
-    ):
-        rank = (rank_out, 40, rank2)
-        if not _choice.fits_one_kernel(rank, stored == torch.int8 or dtype == torch.float32):
-            continue
-        shapes = ((rank[1], width), (rank2, width), rank, (out, rank_out))
-        scale = meta(rank_out, 1, rank2) if stored == torch.int8 else None
-        factors = [meta(*shape, dtype=stored) for shape in shapes]
-        operands = (*inputs(dtype, rows, width, width), *factors, meta(out, dtype=dtype), scale)
-        yield triton_tucker.launch_tucker, operands
-
-
-PAIR_SIZES = (1, 17, 33, 65), (1, 32, 65, 1001), (1, 32, 33, 65, 256)  # L, R or R_j, O
-
-
-def cp_pairs(dtype, stored):
-    """What the launchers of a CP's pairs are called with."""
-    for length, rank, out in itertools.product(*PAIR_SIZES):
-        sigma = meta(rank, dtype=torch.float32) if stored == torch.int8 else None
-        q, bias = meta(40, length, rank, dtype=dtype), meta(out, dtype=dtype)
-        dy, weight = meta(40, length, length, out, dtype=dtype), meta(out, rank, dtype=stored)
-        yield triton_cp_pairs.launch_cp_pairs, (q, q, weight, sigma, bias)
-        yield triton_cp_pairs.launch_cp_pairs_gradient, (dy, q, weight, sigma)
-        if stored == dtype:
-            yield triton_cp_pairs.launch_cp_pairs_weight_gradient, (dy, q, q, sigma)
-
-
-def tucker_pairs(dtype, stored):
-    """What the launchers of a Tucker layer's pairs are called with."""
-    for length, rank2, out, rank_out in itertools.product(*PAIR_SIZES, (1, 32, 33, 65)):
-        q, bias = meta(40, length, rank2, dtype=dtype), meta(out, dtype=dtype)
-        dy = meta(40, length, length, out, dtype=dtype)
-        t, weight = meta(40, length, rank_out, rank2, dtype=dtype), meta(out, rank_out, dtype=stored)
-        yield triton_tucker_pairs.launch_tucker_pairs, (t, q, weight, bias)
-        yield triton_tucker_pairs.launch_tucker_pairs_first_gradient, (dy, q, weight)
-        yield triton_tucker_pairs.launch_tucker_pairs_second_gradient, (dy, t, weight)
-        if stored == dtype:
-            yield triton_tucker_pairs.launch_tucker_pairs_weight_gradient, (dy, t, q)
-
-
-FAMILIES = {
-    "dense": (triton_dense, bilinears),
-    "cp": (triton_cp, cps),
-    "cp_pairs": (triton_cp_pairs, cp_pairs),
-    "tucker": (triton_tucker, tuckers),
-    "tucker_pairs": (triton_tucker_pairs, tucker_pairs),
-}
+FAMILIES = {"dense": (triton_dense, bilinears), "cp": (triton_cp, cps)}
 
 
 @cache
@@ -237,10 +173,10 @@ def largest(found):
     return [max((key for key in found if key[0] == kernel), key=cost) for kernel in sorted(kernels)]
 
 
-# by default the largest blocks of three; then a sample of these; fp16 is compiled as bf16 is, one int8 as another, and
-# fp32 with int8 as without
+# by default the largest blocks of three; then a sample of these; fp16, which the dense kernel refuses, is compiled
+# as bf16 is, one int8 as another, and fp32 with int8 as without
 USUAL_KINDS = {80: ("bf16",), 90: ("bf16", "fp32_int8")}
-SAMPLED_KINDS = {80: ("bf16", "fp32_int8"), 90: ("bf16", "tf32", "fp16_int8")}
+SAMPLED_KINDS = {80: ("bf16", "fp32_int8"), 90: ("bf16", "tf32", "bf16_int8")}
 
 
 def cases():
