@@ -20,8 +20,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# relative to the largest entry of the reference; products of up to a few hundred terms
+# the tolerances of all tests; what a storage format may lose is `Format.error`. Of outputs, relative to the largest entry of the reference: products of up to a few
+# hundred terms
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# of a whole tensor that is rounded to a dtype and loses nothing else: the relative Frobenius error
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 # (I, J, O): odd, oblong either way, the output largest, and each dimension of size 1
 SHAPES = ((37, 63, 17), (63, 37, 17), (7, 5, 80), (1, 9, 3), (9, 1, 3), (5, 6, 1))
