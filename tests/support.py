@@ -20,10 +20,10 @@ Run = Callable[..., tuple[int, str, str]]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# the tolerances of all tests; what a storage format may lose is `Format.error`. Of outputs, relative to the largest entry of the reference: products of up to a few
-# hundred terms
+# The tolerances of all tests; what a storage format may lose is `Format.error`.
+# Of outputs, relative to the largest entry of the reference: products of up to a few hundred terms
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# of a whole tensor that is rounded to a dtype and loses nothing else: the relative Frobenius error
+# Of a whole tensor that is rounded to a dtype and loses nothing else: the relative Frobenius error
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 # (I, J, O): odd, oblong either way, the output largest, and each dimension of size 1
