@@ -24,7 +24,6 @@ from ._fit_weight import WeightFitting, best
 from ._measure import OutputError, stored_bytes, weight_error
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
-_SHUFFLED_PER_ROW = 1  # independently shuffled (x1, x2) pairs for each calibration pair
 
 
 class OutputFitting(WeightFitting):
@@ -207,13 +206,13 @@ class OutputFitting(WeightFitting):
         """Whitened inputs, calibration pairs and shuffled ones, the layer's outputs for them, and their weights."""
         if self._rows is None:
             dtype = self.whitened.dtype
-            most = max(32, int(_FIT_FLOPS / (2 * self.weight.numel() * (1 + _SHUFFLED_PER_ROW))))
+            most = max(32, int(_FIT_FLOPS / (4 * self.weight.numel())))
             input1, input2 = (rows[:most].to(self.weight.device, dtype) for rows in self.inputs.fit)
             generator = torch.Generator().manual_seed(self._seed)
-            order = torch.cat([torch.randperm(len(input2), generator=generator) for _ in range(_SHUFFLED_PER_ROW)])
-            first = torch.cat([input1] * (1 + _SHUFFLED_PER_ROW))
+            order = torch.randperm(len(input2), generator=generator)
+            first = torch.cat([input1, input1])
             second = torch.cat([input2, input2[order.to(input2.device)]])
-            weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT / _SHUFFLED_PER_ROW)
+            weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT)
             weights[: len(input1)] = 1.0
             with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
                 outputs = ops.bilinear_dense(first, second, self.weight.to(dtype))

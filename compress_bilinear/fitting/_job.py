@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config import AutoConfig, Config, DenseConfig, MaxError
 from ..errors import ConfigError
-from ..modules import FoundLayer
+from ..modules import CompressedBilinear, FoundLayer
 from ..report import LayerReport, Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
@@ -56,6 +56,11 @@ class Job:
     def label(self) -> str:
         """Its name in messages."""
         return self.found.label
+
+    @property
+    def module(self) -> CompressedBilinear | None:
+        """The chosen replacement; None where the layer is kept, or nothing is chosen yet."""
+        return None if self.chosen is None else self.chosen.module
 
     @property
     def is_open(self) -> bool:

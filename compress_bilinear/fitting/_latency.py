@@ -58,7 +58,7 @@ def latencies(
 ) -> dict[str, Latency]:
     """Time calls side by side: in every round each is timed once, so that drift of the machine meets all alike.
 
-    Blocks are timed by `torch.utils.benchmark.Timer` with torch's current thread number, on CUDA by events.
+    Blocks are timed by `torch.utils.benchmark.Timer` with torch's current thread number.
 
     Args:
         calls: what to time, by name; each is warmed up first.
@@ -69,51 +69,24 @@ def latencies(
     repeats = {name: max(1, round(_BLOCK_SECONDS / max(duration, 1e-7))) for name, duration in single.items()}
     round_seconds = sum(single[name] * (repeats[name] + 2) for name in calls)  # a Timer warms up with two calls
     rounds = round(min(max(seconds / max(round_seconds, 1e-9), _ROUNDS[0]), _ROUNDS[1]))
-    timers = {name: _block_timer(call, device) for name, call in calls.items()}
+    threads = torch.get_num_threads()
+    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name in calls:
-            samples[name].append(timers[name](repeats[name]) * 1e3)
-    return {name: _summary(values) for name, values in samples.items()}
-
-
-def _summary(values: list[float]) -> Latency:
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
-    return Latency(median, lower, upper)
+            samples[name].append(timers[name].timeit(repeats[name]).mean * 1e3)
+    quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
+    return {name: Latency(median, lower, upper) for name, (lower, median, upper) in quartiles.items()}
 
 
 def _first_try(call: Callable[[], object], device: torch.device) -> float:
     """Seconds for one call, after one to warm up."""
-    call()
-    _synchronize(device)
-    start = time.perf_counter()
-    call()
-    _synchronize(device)
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _block_timer(call: Callable[[], object], device: torch.device) -> Callable[[int], float]:
-    """A function from a number of repeats to seconds for one call."""
-    if device.type != "cuda":
-        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return lambda repeats: timer.timeit(repeats).mean
-
-    def timed(repeats: int) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(device):
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-
-    return timed
 
 
 def dense_calls(

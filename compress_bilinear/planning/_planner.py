@@ -145,10 +145,10 @@ def distil_all(
     bars: ProgressBars,
 ) -> None:
     """Train all replacements together to give the network's outputs; keep what is better; renew the reports."""
-    replaced = {id(job.layer): job for job in jobs if job.chosen is not None}
+    replaced = {id(job.layer): job for job in jobs if job.module is not None}
+    modules = {id(job.layer): job.module for job in jobs if job.module is not None}
     if not replaced:
         return
-    modules = {key: job.chosen.module for key, job in replaced.items() if job.chosen and job.chosen.module}
 
     def accept(changed: Mapping[int, CompressedBilinear]) -> bool:
         """Whether the limits of single layers still hold."""
@@ -245,14 +245,13 @@ def _within_limit(job: Job, module: CompressedBilinear) -> bool:
 def _record_distilled(job: Job, module: CompressedBilinear, found: Distilled) -> None:
     """The job with its distilled module, and what that changes in its report."""
     assert job.chosen is not None
-    assert job.chosen.module is not None
     assert job.report is not None
     known: dict[str, Any] = {}
-    if module is not job.chosen.module:
+    if module is not job.module:
         text = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
         note = Note("refined", text)
-        if module.quantize is not None:
-            module.set_compute(job.chosen.module.compute)
+        if module.quantize is not None and job.module is not None:
+            module.set_compute(job.module.compute)
         job.chosen = replace(job.chosen, module=module, decomposition=None, on_output=False)
         known = _errors_of_distilled(job, job.chosen)
     elif METHODS[module.method].solve is not None:
