@@ -17,18 +17,21 @@ UNIT = tl.constexpr(2.0**-7)  # the step of an int8 factor, as in `quantization`
 
 @triton.jit
 def project(
-    x, weight, row, rows, x_row, x_column, component, components, w_row, w_column, width, accumulator,
+    x, weight, row, rows, x_row, x_column, component, components, w_row, w_column, width,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """accumulator (BN, BR) + x[row] weight[component]ᵀ, in float32; the weight may be int8."""
+    """x[row] weight[component]ᵀ, (BN, BR), in float32; the weight may be int8."""
+    total = tl.zeros((row.shape[0], component.shape[0]), tl.float32)
     for start in range(0, width, BK):
         k = start + tl.arange(0, BK)
         left = load_tile(x, row, rows, x_row, k, width, x_column)
         right = load_tile(weight, k, width, w_column, component, components, w_row)
         if weight.dtype.element_ty == tl.int8:
             right = right.to(tl.float32)  # the interpreter makes no bfloat16 of integers
-        accumulator = multiply(left, right.to(left.dtype), accumulator, PRECISION)
-    return accumulator
+        total = multiply(left, right.to(left.dtype), total, PRECISION)
+    if weight.dtype.element_ty == tl.int8:
+        total *= UNIT
+    return total
 
 
 @triton.jit
@@ -41,11 +44,8 @@ def cp_product(
     """σ * (x1 Aᵀ) * (x2 Bᵀ): a block of rows by a block of components."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     r = tl.program_id(1) * BR + tl.arange(0, BR)
-    zero = tl.zeros((BN, BR), tl.float32)
-    product = project(x1, in1, n, rows, x1_row, x1_column, r, rank, in1_row, in1_column, width1, zero, BK, PRECISION)
-    product *= project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, zero, BK, PRECISION)
-    if in1.dtype.element_ty == tl.int8:
-        product *= UNIT * UNIT
+    product = project(x1, in1, n, rows, x1_row, x1_column, r, rank, in1_row, in1_column, width1, BK, PRECISION)
+    product *= project(x2, in2, n, rows, x2_row, x2_column, r, rank, in2_row, in2_column, width2, BK, PRECISION)
     if SCALED:
         product *= tl.load(sigma + r * sigma_stride, mask=r < rank, other=0.0)[None, :]
     store_tile(h, product, n, rows, h_row, r, rank, 1)

@@ -152,11 +152,11 @@ def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
 def _product_gradients(
     wanted: Sequence[bool], dh: Tensor, x1: Tensor, x2: Tensor, in1: Tensor, in2: Tensor, sigma: Tensor | None
 ) -> Gradients:
-    """By matrix products of torch, which are as fast as a kernel here."""
+    """By torch's matrix products, which take both projections again."""
     dtype = x1.dtype
     if sigma is not None:
         dh = dh.float() * sigma
-    elif in1.dtype == torch.int8:  # of which products could overflow in float16
+    elif torch.int8 in (in1.dtype, in2.dtype):  # of which products could overflow in float16
         dh = dh.float()
     in1, in2 = decode_factor(in1, dtype), decode_factor(in2, dtype)
 

@@ -192,6 +192,18 @@ def test_int8_cp(dtype):
         assert_matches_reference(ops.bilinear_cp(*inputs, *values, bias, sigma=sigma), exact.detach())
 
 
+@pytest.mark.parametrize("place", [2, 3])
+def test_one_factor_of_a_cp_in_int8(place):
+    tensors = operands("cp", SIZES[0], torch.float32)
+    wide = wide_of(tensors)
+    tensors[place], wide[place] = unit_factor(tensors[place])
+    tensors = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    found, exact = ops.bilinear_cp(*tensors, backend="triton"), reference("cp", wide)
+    assert_matches_reference(found.detach(), exact.detach())
+    floating = [index for index in range(6) if index != place]
+    assert_gradients(found, exact, [tensors[index] for index in floating], [wide[index] for index in floating])
+
+
 def test_the_last_factor_of_a_cp_may_have_any_format():
     x1, x2, in1, in2, out, bias = operands("cp", (5, 18, 7, 21), torch.float32)
     stored = FORMATS["nf4"].encode(out, "factor")
