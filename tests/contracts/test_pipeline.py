@@ -13,20 +13,21 @@ from support import DTYPES, assert_matches_reference, assert_same_state, bilinea
 from torch import Tensor, nn
 
 import compress_bilinear as cb
+from compress_bilinear.config import CONFIGS, Config
 from compress_bilinear.errors import CompressionError, StalePlanError
+from compress_bilinear.modules import LAYERS
 from compress_bilinear.quantization import FORMATS
 
-METHODS = {
-    "dense": lambda quantize: cb.DenseConfig(quantize=quantize),
-    "cp": lambda quantize: cb.CPConfig(rank=3, quantize=quantize),
-    "tucker": lambda quantize: cb.TuckerConfig(rank=(3, 5, 4), quantize=quantize),
-}
-RANKS = {"dense": None, "cp": 3, "tucker": (3, 5, 4)}
-LAYERS = {"dense": cb.DenseBilinear, "cp": cb.CPBilinear, "tucker": cb.TuckerBilinear}
+RANKS = {"dense": None, "tucker": (3, 5, 4)}  # of every other method 3
 IN1, IN2, OUT = 12, 10, 8
 
-for_each = pytest.mark.parametrize(("method", "quantize"), list(product(METHODS, (None, *FORMATS))))
+for_each = pytest.mark.parametrize(("method", "quantize"), list(product(LAYERS, (None, *FORMATS))))
 calibrated_or_not = pytest.mark.parametrize("calibrated", [False, True], ids=["weight", "outputs"])
+
+
+def config_of(method: str, quantize: str | None) -> Config:
+    rank = RANKS.get(method, 3)
+    return CONFIGS[method](quantize=quantize, **({} if rank is None else {"rank": rank}))
 
 
 def layer_of_low_rank(seed: int = 0, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Bilinear:
@@ -68,7 +69,7 @@ def batches(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
 
 def compressed(model: nn.Module, method: str, quantize: str | None, **options) -> tuple[nn.Module, cb.Report]:
     # forced: layers of this size are not smaller in every format, and an exact dense one never is
-    return cb.compress(model, METHODS[method](quantize), force=True, measure_latency=False, progress=False, **options)
+    return cb.compress(model, config_of(method, quantize), force=True, measure_latency=False, progress=False, **options)
 
 
 @cache
@@ -76,7 +77,7 @@ def planned(method: str, quantize: str | None, calibrated: bool = False) -> cb.P
     """A plan for a `Net`, which no test changes."""
     calibration = batches() if calibrated else None
     options = {"calibration": calibration, "force": True, "measure_latency": False, "progress": False}
-    return cb.plan(Net(), METHODS[method](quantize), **options)
+    return cb.plan(Net(), config_of(method, quantize), **options)
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -103,8 +104,8 @@ def test_the_report_names_what_was_made(method, quantize, calibrated):
     ]
     for layer, made in zip(report.layers, layers_of(model).values(), strict=True):
         assert type(made) is LAYERS[method]
-        assert (layer.method, layer.rank, layer.quantize) == (method, RANKS[method], quantize)
-        assert (made.rank, made.quantize) == (RANKS[method], quantize)
+        assert (layer.method, layer.rank, layer.quantize) == (method, RANKS.get(method, 3), quantize)
+        assert (made.rank, made.quantize) == (RANKS.get(method, 3), quantize)
         assert (layer.decision, layer.shape) == ("replaced", (OUT, IN1, IN2))
         assert bool(layer.calibration_rows) == calibrated
         assert (0 < layer.flops_after < layer.flops_before) or method == "dense"

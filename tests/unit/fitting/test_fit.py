@@ -57,7 +57,7 @@ def test_on_correlated_inputs_it_beats_the_weight_by_far_on_fresh_rows(config):
 @pytest.mark.parametrize("correlated", [True, False])
 @pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
 @pytest.mark.parametrize("kind", [cb.CPConfig, cb.TuckerConfig])
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_512_rows_never_leave_more_error_than_the_weight_alone(kind, quantize, correlated, seed):
     rank = 6 if kind is cb.CPConfig else (3, 4, 4)
     layer, batch = bilinear(IN1, IN2, OUT, seed=seed), rows(512, seed, correlated)

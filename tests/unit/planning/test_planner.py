@@ -80,6 +80,7 @@ def test_two_auto_configs_allocate_apart():
     assert 0.2 * second.bytes_before < second.bytes_after <= 0.6 * second.bytes_before
 
 
+@pytest.mark.slow
 def test_speed_takes_the_fastest_that_meets_the_error(monkeypatch):
     def measured(calls, device, seconds=1.0):
         return {name: Latency(10.0 - int(name) % 9, 1.0, 1.0) for name in calls}
@@ -91,6 +92,7 @@ def test_speed_takes_the_fastest_that_meets_the_error(monkeypatch):
         assert chosen.latency_ms == min(point.latency_ms for point in front if point.output_error <= 0.5)
 
 
+@pytest.mark.slow
 def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
     formats = {(point.method, point.quantize) for point in planned({"a": cb.AutoConfig(error=0.3)}).fronts["a"]}
     assert ("dense", "bf16") in formats
