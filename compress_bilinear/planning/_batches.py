@@ -14,8 +14,9 @@ _MOST_BYTES = 2**28  # of the batches and of the network's outputs for them
 class BatchSample:
     """A uniform sample of a stream's batches, of bounded bytes, taken while something else consumes the stream."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, most_bytes: int = _MOST_BYTES) -> None:
         self._generator = torch.Generator().manual_seed(seed)
+        self._most_bytes = most_bytes
         self._kept: list[tuple[float, Any]] = []
         self._held = 0  # bytes of those
 
@@ -25,7 +26,7 @@ class BatchSample:
             key = float(torch.rand((), generator=self._generator))
             bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
             self._held += _bytes(batch)
-            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > _MOST_BYTES):
+            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > self._most_bytes):
                 self._held -= _bytes(self._kept.pop()[1])
             yield batch
 

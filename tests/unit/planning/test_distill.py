@@ -174,9 +174,8 @@ def test_the_report_says_where_distilling_did_not_help():
     assert "not refined, for it is dense" in found.reason
 
 
-def test_the_sample_of_a_long_stream_is_uniform_and_bounded(monkeypatch):
-    monkeypatch.setattr(_batches, "_MOST_BYTES", 10 * 32 * 8)
-    sample, most = BatchSample(), 0
+def test_the_sample_of_a_long_stream_is_uniform_and_bounded():
+    sample, most = BatchSample(most_bytes=10 * 32 * 8), 0
     for _ in sample.watch((torch.full((32,), k), {"label": torch.zeros(32).byte()}) for k in range(3000)):
         most = max(most, sum(_batches._bytes(batch) for batch in sample.batches))
     assert most <= 10 * 32 * 8
