@@ -2,22 +2,10 @@
 
 import base64
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """A cell of a table that sorts; `value` is the number that it is sorted by, None where it is not known."""
-
-    text: str
-    detail: str = ""
-    number: bool = False
-    value: float | None = None
-    warns: bool = False
 
 
 def page(template: str, **context: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy
 
 from ._data import FrontPoint, LayerReport, Spectrum
-from ._text import error, named, printable, size
+from ._text import named, printable, size
 
 _SIZE = (330 / 72, 190 / 72)  # inches, of 72 points each
 _SMALLEST = 1e-5  # below it a singular value is rounding
@@ -20,6 +20,12 @@ _SERIES = ("#00000a", "#00000b", "#00000c")
 _MARKS = {"cp": ("o", _SERIES[0]), "tucker": ("s", _SERIES[1]), "dense": ("^", _SERIES[2]), "keep": ("D", _INK)}
 _VARIABLES = {_INK: "ink", _GRID: "grid", _SURFACE: "surface"} | {c: f"series-{k}" for k, c in enumerate(_SERIES, 1)}
 """Colours that stand for the page's custom properties, which are others in dark mode."""
+
+_CANDIDATES = (
+    *(("cp", "CP"), ("tucker", "Tucker"), ("dense", "dense"), ("keep", "kept")),
+    *(("hollow", "quantized"), ("ring", "chosen")),
+)
+_UNFOLDINGS = (("l1", "out"), ("l2", "in1"), ("l3", "in2"))
 
 _SHORTER = (
     (r"<\?xml.*?>|<!DOCTYPE.*?>|<metadata>.*?</metadata>|<defs>\s*<(style|clipPath).*?</defs>|</?g\b[^>]*>", ""),
@@ -33,18 +39,18 @@ _SHORTER = (
 
 
 class Plot(NamedTuple):
-    """An SVG element, a caption, and in words what it shows."""
+    """An SVG element, a caption, and what its marks mean: classes of the page's style, and labels."""
 
     svg: str
     title: str
-    words: str
+    key: tuple[tuple[str, str], ...] = ()
 
 
 def latency_plot(layer: LayerReport) -> Plot | None:
     """Bars of the medians with the quartiles; None where nothing was timed."""
     after = "rejected" if layer.decision == "kept" else "replacement"
     rows = [
-        (printable(label), value, *_both(value, quartiles))
+        (printable(label), value, [value if end is None else end for end in quartiles or (None, None)])
         for label, value, quartiles in (
             ("nn.Bilinear", layer.latency_before_ms, layer.latency_before_quartiles_ms),
             (f"best dense\n{layer.dense_order or ''}", layer.latency_dense_ms, layer.latency_dense_quartiles_ms),
@@ -54,48 +60,29 @@ def latency_plot(layer: LayerReport) -> Plot | None:
     ]
     if not rows:
         return None
-    labels, values, low, high = zip(*rows, strict=True)
-    places = range(len(rows))
 
     def draw(axes: Any) -> None:
-        axes.barh(places, values, 0.5, color=_SERIES)
-        spread = [[v - a for v, a in zip(values, low, strict=True)], [b - v for v, b in zip(values, high, strict=True)]]
-        axes.errorbar(values, places, xerr=spread, fmt="none", elinewidth=1.2, capsize=3)
-        for place, value, end in zip(places, values, high, strict=True):
-            axes.text(end + 0.03 * max(high), place, f"{value:.3g} ms", va="center", color=_INK)
-        axes.set_yticks(places, labels)
+        longest = max(max(value, *ends) for _, value, ends in rows)
+        for place, (_, value, ends) in enumerate(rows):
+            axes.barh(place, value, 0.5, color=_SERIES[place])
+            axes.plot(ends, (place, place), marker="|", color=_INK, linewidth=1.2)
+            axes.text(max(value, *ends) + 0.03 * longest, place, f"{value:.3g} ms", va="center", color=_INK)
+        axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
         axes.set_xticks([0], ["0"])
         axes.yaxis.grid(False)
-        axes.set_xlim(0, 1.25 * max(high))
+        axes.set_xlim(0, 1.25 * longest)
         axes.set_ylim(len(rows) - 0.5, -0.5)
 
-    words = "; ".join(
-        f"{' '.join(label.split())} {value:.3g} ms"
-        + (f" (quartiles {first:.3g} to {last:.3g})" if last > first else "")
-        for label, value, first, last in rows
-    )
     title = f"Latency of {layer.batch_size} rows, with quartiles"
-    words = f"Bars of the latency of a call of {layer.batch_size} rows: {words}."
-    return Plot(_drawn(draw, f"latency {layer.name}", left=0.25), title, words)
-
-
-def _both(value: float, quartiles: tuple[float | None, float | None] | None) -> tuple[float, float]:
-    """The quartiles, no closer than the median; the median itself for one that is not known."""
-    low, high = quartiles or (None, None)
-    return min(value, value if low is None else low), max(value, value if high is None else high)
-
-
-def front(layer: LayerReport) -> tuple[str, list[tuple[FrontPoint, float]]]:
-    """The kind of error that more candidates have, and the candidates that have it, with it."""
-    by_output = [(one, one.output_error) for one in layer.front if one.output_error is not None]
-    by_weight = [(one, one.weight_error) for one in layer.front if one.weight_error is not None]
-    kind, known = ("output", by_output) if len(by_output) >= len(by_weight) else ("weight", by_weight)
-    return f"{kind} error", [(one, value) for one, value in known if one.bytes > 0 and math.isfinite(value)]
+    return Plot(_drawn(draw, f"latency {layer.name}", left=0.25), title)
 
 
 def front_plot(layer: LayerReport) -> Plot | None:
-    """Error over bytes of the candidates; None for fewer than two."""
-    kind, known = front(layer)
+    """Candidates by bytes and the kind of error that most of them have; None for fewer than two."""
+    kinds = ("output_error", "weight_error")
+    kind = max(kinds, key=lambda kind: sum(getattr(point, kind) is not None for point in layer.front))
+    errors = [(point, getattr(point, kind)) for point in layer.front]
+    known = [(point, value) for point, value in errors if value is not None and math.isfinite(value)]
     if len(known) < 2:
         return None
     floor = min((value for _, value in known if value > 0), default=0.2) / 2  # the place of 0, which has no logarithm
@@ -119,16 +106,9 @@ def front_plot(layer: LayerReport) -> Plot | None:
         _round_ticks(axes.xaxis, max(sizes) / min(sizes), lambda value: size(round(value)))
         _round_ticks(axes.yaxis, max(errors) / min(errors), lambda value: f"{value:g}")
         axes.set_xlabel("bytes")
-        axes.set_ylabel(kind)
+        axes.set_ylabel(kind.replace("_", " "))
 
-    chosen = next(((point, value) for point, value in known if point.chosen), None)
-    words = "none of them was chosen"
-    if chosen is not None:
-        words = f"the chosen one is {named(chosen[0])} with {size(chosen[0].bytes)} and {kind} {error(chosen[1])}"
-    words = f"{kind.capitalize()} over bytes of {len(known)} candidates; {words}."
-    missing = len(layer.front) - len(known)
-    words += f" Of {missing} more the {kind} is not known." if missing else ""
-    return Plot(_drawn(draw, f"front {layer.name}"), "Candidates by bytes and error", words)
+    return Plot(_drawn(draw, f"front {layer.name}"), "Candidates by bytes and error", _CANDIDATES)
 
 
 def _edge(placed: Sequence[tuple[FrontPoint, float]]) -> list[tuple[FrontPoint, float]]:
@@ -145,22 +125,15 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
     if len(layer.spectra) != 3:
         return None
     ranks = layer.rank if isinstance(layer.rank, Sequence) else (layer.rank,) * 3
-    lines = [
-        (
-            spectrum,
-            [max(value, _SMALLEST) for value in spectrum.values],
-            rank if (rank or 0) <= spectrum.indices[-1] else 0,
-        )
-        for spectrum, rank in zip(layer.spectra, ranks, strict=True)
-    ]
 
     def draw(axes: Any) -> None:
         axes.set_yscale("log")
-        for k, (spectrum, values, rank) in enumerate(lines):
+        for k, (spectrum, rank) in enumerate(zip(layer.spectra, ranks, strict=True)):
+            values = [max(value, _SMALLEST) for value in spectrum.values]
             axes.plot(spectrum.indices, values, color=_SERIES[k], linestyle=_DASHES[k], linewidth=1.6)
-            if rank:
+            if rank is not None and rank <= spectrum.indices[-1]:  # a CP may have a rank above a mode's length
                 axes.plot(rank, at(spectrum, rank), "osD"[k], ms=7, mfc=_SERIES[k], mec=_INK)
-        heights = [value for _, values, _ in lines for value in values]
+        heights = [max(value, _SMALLEST) for spectrum in layer.spectra for value in spectrum.values]
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(1, max(2, *(one.indices[-1] for one in layer.spectra)))
         axes.set_ylim(min(heights) / 1.2, max(heights) * 1.2)
@@ -168,16 +141,8 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
         axes.set_xlabel("singular value number")
         axes.set_ylabel("σ / ‖W‖")
 
-    words = "; ".join(
-        f"{name} falls from {spectrum.values[0]:.2g} to {spectrum.values[-1]:.2g} at {spectrum.indices[-1]}"
-        + (f", {at(spectrum, rank):.2g} at the rank {rank}" if rank else "")
-        for name, (spectrum, _, rank) in zip(("out", "in1", "in2"), lines, strict=True)
-    )
-    sampled = " Estimated from a sample of the weight." if any(one.sampled for one in layer.spectra) else ""
-    what = "rejected" if layer.decision == "kept" else "chosen"
-    marked = f"ranks {', '.join(map(str, layer.rank))}" if isinstance(layer.rank, Sequence) else f"rank {layer.rank}"
-    title = "Singular values" + (f"; marks at the {what} {marked}" if any(rank for *_, rank in lines) else "")
-    return Plot(_drawn(draw, f"spectra {layer.name}"), title, f"{title} of the unfoldings: {words}.{sampled}")
+    title = "Singular values of the unfoldings, with marks at the ranks"
+    return Plot(_drawn(draw, f"spectra {layer.name}"), title, _UNFOLDINGS)
 
 
 def at(spectrum: Spectrum, index: int) -> float:

@@ -56,19 +56,19 @@ def one() -> Page:
 class TestSummary:
     def test_it_has_what_a_manager_asks(self, one):
         for what in (
-            "1 of 2 bilinear layers was replaced. The whole model stores 1.01 MB instead of 2 MB.",
+            "Bilinear layers 1 of 2 replaced",
             "Model size 2 MB → 1.01 MB 1.98x smaller",
-            "Slowest layer 2.5 → 2.5 ms before: rel after: kept for a call of 64 rows",
-            "Worst output error 0.2000 rel worst weight error: 0.6000",
+            "Slowest layer 2.5 → 2.5 ms kept",
+            "Worst output error 0.2000 rel Worst weight error 0.6000 rel",
             "Task metric 0.9778 → 0.9759 change -0.0019",
         ):
             assert what in one.text
 
-    def test_what_is_not_known_is_said(self):
+    def test_what_is_not_known_is_left_out(self):
         bare = replaced(output_error=None, latency_before_ms=None, latency_after_ms=None, spectra=(), front=())
         text = Page(report(bare, config={}).to_html()).text
-        assert "Worst output error not measured no calibration inputs were given" in text
-        assert "Slowest layer not measured" in text
+        assert "Worst output error" not in text
+        assert "Slowest layer" not in text
         assert "Task metric not measured" in text
         assert "The configuration is not known" in text
 
@@ -86,11 +86,10 @@ class TestSummary:
 
     def test_no_layer_replaced_is_no_error(self):
         text = Page(report(kept(spectra=(), latency_before_ms=None), kept("b")).to_html()).text
-        assert "0 of 2 bilinear layers were replaced" in text
-        assert "no layer was replaced" in text
+        assert "0 of 2 replaced" in text
 
     def test_a_report_without_layers_renders(self):
-        assert "0 of 0" in Page(report().to_html()).text
+        assert "0 of 0 replaced" in Page(report().to_html()).text
 
 
 class TestPage:
@@ -110,10 +109,10 @@ class TestPage:
             for name in ("href", "aria-labelledby"):
                 assert attributes.get(name, "#main").removeprefix("#") in ids
 
-    def test_every_plot_has_words(self, one):
+    def test_every_plot_has_a_label(self, one):
         pictures = [div for div in one.of("div") if div.get("role") == "img"]
         assert len(pictures) == len(one.of("svg")) == 5  # a kept layer without a front has two
-        assert all(len(picture["aria-label"]) > 40 for picture in pictures)
+        assert all(picture["aria-label"] for picture in pictures)
         assert {svg["aria-hidden"] for svg in one.of("svg")} == {"true"}
 
     def test_headings_do_not_skip_a_level(self, one):
@@ -180,7 +179,7 @@ class TestSize:
         page = Page(_html.render_html(report(*layers), most_bytes=120_000))
         shown = len(page.of("svg")) // 3
         assert 0 < shown < 12
-        assert f"Plots of the {12 - shown} smallest layers are left out" in page.text
+        assert "the smallest layers have no plots" in page.text
         assert len(page.of("details")) == 12
 
     def test_1000_layers_stay_below_2_mb_and_all_are_in_the_table(self, monkeypatch):
@@ -189,16 +188,10 @@ class TestSize:
         text = report(*(replaced(f"encoder.layers.{k}.relation") for k in range(1000))).to_html()
         assert len(text.encode()) < 2_000_000
         assert text.count('<th scope="row">') == 1000
-        assert "Only the 300 largest layers are here" in text
+        assert "or only their row in the table" in text
 
 
 class TestPlots:
-    def test_words_have_the_figures(self):
-        layer = replaced()
-        assert "nn.Bilinear 2.5 ms (quartiles 2.3 to 2.9)" in _plots.latency_plot(layer).words
-        assert "the chosen one is cp 8 with 9 kB and output error 0.2000" in _plots.front_plot(layer).words
-        assert "out falls from 0.5 to 0.01 at 50, 0.0" in _plots.spectra_plot(layer).words
-
     def test_colours_are_the_pages_and_text_is_text(self):
         for plot in (_plots.latency_plot, _plots.front_plot, _plots.spectra_plot):
             svg = plot(replaced()).svg
@@ -249,34 +242,21 @@ class TestPlots:
         for points in (replaced().front[1:2], ()):
             assert _plots.front_plot(replaced(front=points)) is None
             page = Page(report(replaced(front=points)).to_html())
-            assert "There were no other candidates to plot." in page.text
             assert len(page.of("svg")) == 2
 
     def test_the_error_is_the_one_that_most_points_have(self):
         points = [dataclasses.replace(p, output_error=None, weight_error=0.1) for p in replaced().front]
         both = dataclasses.replace(replaced().front[1], weight_error=0.2)
-        assert "Weight error over bytes of 6" in _plots.front_plot(replaced(front=(*points, both))).words
-        assert "Output error" in _plots.front_plot(replaced(front=(both, both))).words
+        assert ">weight error<" in _plots.front_plot(replaced(front=(*points, both))).svg
+        assert ">output error<" in _plots.front_plot(replaced(front=(both, both))).svg
 
     @pytest.mark.parametrize(
-        ("changes", "title", "marks"),
-        [
-            ({"rank": 8}, "marks at the chosen rank 8", 3),
-            ({"rank": 70}, "marks at the chosen rank 70", 2),
-            ({"rank": 341}, "Singular values", 0),
-            ({"rank": (8, 9, 10)}, "marks at the chosen ranks 8, 9, 10", 3),
-            ({"rank": (50, 100, 100)}, "marks at the chosen ranks 50, 100, 100", 3),
-            ({"rank": None}, "Singular values", 0),
-            ({"rank": 8, "decision": "kept"}, "marks at the rejected rank 8", 3),
-        ],
+        ("rank", "marks"),
+        [(8, 3), (70, 2), (341, 0), ((8, 9, 10), 3), ((50, 100, 100), 3), (None, 0)],
         ids=str,
     )
-    def test_the_title_of_spectra_says_which_marks_are_drawn(self, changes, title, marks):
-        layer = replaced(**changes)
-        plot = _plots.spectra_plot(layer)
-        assert plot.title.endswith(title)
-        assert title in Page(report(layer).to_html()).text
-        assert plot.svg.count("<use ") == marks
+    def test_spectra_have_marks_at_the_ranks_that_they_reach(self, rank, marks):
+        assert _plots.spectra_plot(replaced(rank=rank)).svg.count("<use ") == marks
 
     def test_between_the_kept_values_a_rank_is_in_proportion(self):
         spectrum = spectra(100)[0]
