@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._budget import Budget
 
-PENALTY = 1e-4  # about the squared relative error of 8-bit factors: what it discourages is what rounding would destroy
+PENALTY = 1e-4  # about the squared relative error that 8-bit factors add: rounding errors grow with the components
 AMPLIFICATION_LIMIT = 3.0  # above it, components are said to cancel
 
 _LEAST_ROOM = 2**16  # elements of a partial product that may always be kept: half a MiB
@@ -103,7 +103,7 @@ def descend(
         room: elements that a partial product may have to be kept, if they are more than the tensor's.
     """
     best = start.moved(lambda _, factor: factor.to(tensor.dtype))
-    del start  # a caller may have let go of it
+    del start  # so that its memory is freed, if the caller has no other use for it
     room = max(room, tensor.numel(), _LEAST_ROOM)
     sweeper = Sweeper(tensor, best.factors[0].shape[1], room, scale)
     settled, penalty = 0, math.nan

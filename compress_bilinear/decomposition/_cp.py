@@ -50,9 +50,8 @@ def cp(
 
     Returns:
         A `CPDecomposition` in the weight's dtype and device: unit columns, components by descending weight. Its
-        `error` is the true residual in float64 after that rounding. Beside the weight, the solver holds at most three
-        times its bytes; more beside those of under 2¹⁶ elements, which it works on in float64. Weights that are nearly
-        exact are finished in float64, which takes up to twice that.
+        `error` is the true residual in float64 after that rounding. Besides the weight, the solver holds at most
+        three times its bytes; twice that for weights of nearly that rank, and of under 2¹⁶ elements: those in float64.
 
     Warns:
         AmplificationWarning: components cancel, by an `amplification` above 3.
@@ -158,7 +157,7 @@ def _least_rank(
 
 
 def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> list[Tensor]:
-    """Its strongest components, and small random ones for what is missing; of the weight over its norm."""
+    """Factors for the weight over its norm: the strongest components of `near`, and small random ones for the rest."""
     kept = min(rank, near.rank)
     weights = near.weights[:kept].double() * (source.scale / math.sqrt(source.total))
     factors = [(factor[:, :kept].double() * weights.pow(1 / 3)) for factor in near.factors]
@@ -170,7 +169,7 @@ def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> lis
 
 
 def _rank_floor(source: Source, limit: float) -> int:
-    """The largest over the modes of the matrix rank that the unfolding needs for the error: CP needs it too."""
+    """A rank that CP needs for the error: the largest matrix rank that one of the unfoldings needs for it."""
     floor = 1
     for mode in range(3):
         energy = torch.linalg.eigvalsh(source.gram(mode)).clamp_min(0)  # ascending, so tails are summed exactly

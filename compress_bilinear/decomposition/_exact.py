@@ -68,7 +68,7 @@ def anneal_penalty(
     # with many more unknowns than entries, sweeps find one of the many solutions sooner
     newton = unknowns <= max(_CHEAP_UNKNOWNS, min(_MOST_UNKNOWNS, tensor.numel()))
     penalty = PENALTY
-    # dear Newton steps are for what sweeps leave, which with components to spare is nothing
+    # expensive Newton steps come after the sweeps, which with components to spare leave nothing to do
     for by_newton in [newton] if not newton or unknowns <= _CHEAP_UNKNOWNS else [False, True]:
         enough = 10 * zero if by_newton else zero
         while enough < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and budget.left() > 0:

@@ -52,7 +52,7 @@ def _three(factors: Any, kind: str) -> Factors:
 def slabs(shape: Sequence[int], axis: int = 0, *, most: int = 2**20, least: int = 2**13) -> Iterator[slice]:
     """Slices of an axis whose slabs are an eighth of the tensor, within these numbers of elements.
 
-    So copies of slabs take little memory beside the tensor. A slab has one index at least.
+    So copies of a slab take little memory. A slab has at least one index.
     """
     numel = max(1, math.prod(shape))
     step = max(1, min(most, max(least, numel // 8)) * shape[axis] // numel)

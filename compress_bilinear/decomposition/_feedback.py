@@ -15,7 +15,7 @@ from ._metric import Metric
 
 _MOST_STEPS = 2**14  # entries of one output that are rounded one after another: each step is several calls
 _TOGETHER = 64  # indices of in1 whose errors the rest of a weight takes back in one product
-_DAMPING = 1e-3  # of the system's mean diagonal: steps along directions that hardly matter stay small
+_DAMPING = 1e-3  # of the system's mean diagonal: steps along directions of little weight stay small
 _INPUT_DAMPING = 1e-2  # the same of inputs' moments, whose small directions may be larger in other data
 
 

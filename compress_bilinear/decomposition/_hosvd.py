@@ -10,12 +10,12 @@ from torch import Tensor
 from ._source import Source, gram, leading, mode_product, turned_
 
 _LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
-_OVERSAMPLED = 8
 _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from
+_OVERSAMPLED = 8  # columns of a sketch beyond the rank, as Halko, Martinsson and Tropp advise
 
 
 def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
-    """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, about in the coordinates of its HOSVD."""
+    """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, in about the coordinates of its HOSVD."""
     basis, core = start(source, sizes, generator)
     core.mul_(source.total**-0.5)
     # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too

@@ -17,7 +17,7 @@ _LARGEST = 1.1  # magnitude of a coefficient above which a row is exchanged
 
 
 def is_interpolated(rank: Any, size: Any) -> Any:
-    """Whether a factor (d, r) is stored as coefficients beside an identity; ranks may be tensors.
+    """Whether a factor (d, r) is stored as an identity and coefficients; ranks may be tensors.
 
     Below three quarters of the size it saves less, and an ordinary linear layer is faster than what picks columns.
     """
@@ -29,7 +29,7 @@ def interpolation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Order (d,), coefficients F (d − r, r) and T (r, r) with factor[order] = [I; F] T; float64 but for the order.
 
-    No coefficient exceeds 1.1 in magnitude, or hardly, so that T is about as well conditioned as the factor.
+    Coefficients have magnitudes up to about 1.1, so that T is about as well conditioned as the factor.
     """
     size, rank = factor.shape
     wide = factor.detach().double().cpu()  # small, and worked on entry by entry

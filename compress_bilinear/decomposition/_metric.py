@@ -1,7 +1,7 @@
-"""The metric in which a weight's error is the error of its layer's outputs: that of the inputs' second moments.
+"""A metric from the inputs' second moments, in which a weight's error is the error of its layer's outputs.
 
 E ‖(W − Ŵ)(x1, x2)‖² is ‖(W − Ŵ) ×_I S1^½ ×_J S2^½‖² for independent inputs of second moments S = E[x xᵀ], and with
-M = E[g gᵀ] of the loss's gradients by the outputs, a further ×_O M^½ weighs the outputs by what they matter.
+M = E[g gᵀ] of the loss's gradients by the outputs, a further ×_O M^½ weighs the outputs by their effect on the loss.
 
 Sources: the whitening of Chen et al., "DRONE: data-aware low-rank compression" (2021) and Wang et al., "SVD-LLM"
 (2024), for matrices; Kronecker factors of the curvature: Martens and Grosse, "Optimizing neural networks with
@@ -25,7 +25,7 @@ _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """Symmetric square roots and their inverses (d, d), float64, for each mode; None where all directions count alike.
+    """Symmetric square roots and inverses (d, d), float64, for each mode; None where all directions count alike.
 
     Attributes:
         roots, inverses: in the order of the weight's axes, (out, in1, in2).
@@ -56,7 +56,7 @@ class Metric:
         white = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         out, in1, in2 = (None if root is None else root.to(weight.device, dtype) for root in self.roots)
         with full_precision(weight.device):
-            for rows in row_slices(weight.shape):  # beside the result, no other copy of a large weight
+            for rows in row_slices(weight.shape):  # so that the result is the only copy of a large weight
                 part = weight.detach()[rows].to(dtype)
                 part = part if in2 is None else (part.flatten(0, 1) @ in2).view(part.shape)
                 white[rows] = part if in1 is None else torch.matmul(in1, part)
@@ -65,7 +65,7 @@ class Metric:
         return white
 
     def whitened(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
-        """The way back from `unwhiten`."""
+        """The inverse of `unwhiten`: a factor of the weight as one of the whitened weight, in float64."""
         root = self.roots[mode]
         return factor.double() if root is None else root.to(factor.device) @ factor.double()
 
@@ -79,13 +79,13 @@ class Metric:
         mode: int,
         rows: Tensor,  # (N, d)
     ) -> Tensor:  # (N, d)
-        """Inputs for the whitened weight, in the rows' dtype: it makes of these what the weight makes of the rows."""
+        """Inputs for which the whitened weight has the outputs that the weight has for these rows; in their dtype."""
         inverse = self.inverses[mode]
         return rows if inverse is None else rows @ inverse.to(rows)
 
 
 PLAIN = Metric((None, None, None), (None, None, None))
-"""That in which the error of the weight itself counts."""
+"""The metric of the weight's own Frobenius error."""
 
 
 def _roots(moment: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def unwhitened_cp(found: CPDecomposition, metric: Metric, dtype: torch.dtype) ->
 def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.dtype) -> TuckerDecomposition:
     """A Tucker decomposition of a whitened weight as one of the weight, in `dtype`.
 
-    A mode of full rank is absorbed into the core, as ever. The other factors keep columns that give projections of
+    A mode of full rank stays absorbed into the core. The other factors keep columns that give projections of
     equal variance, which rounds best, but for a common scale; where the core would leave the dtype's range so, they
     have unit columns.
     """

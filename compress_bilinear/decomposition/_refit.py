@@ -1,9 +1,9 @@
-"""Factors fitted to rows: least squares between what they make of a layer's inputs and what its weight makes of them.
+"""Factors fitted to rows: least squares between their outputs and the weight's.
 
-Few rows do not determine many factors, so the rows are joined by as many pairs of inputs that did not come together.
-The weight says what it makes of these too, without noise; and their second moments are those of independent inputs, so
-that they shrink the rows' empirical fourth moment towards the metric in which the factors were found (the idea of
-Ledoit and Wolf, "A well-conditioned estimator for large-dimensional covariance matrices", 2004).
+Few rows do not determine many factors, so shuffled pairs of inputs join them. The weight gives their outputs without
+noise. Their second moments are those of independent inputs, so that they shrink the rows' empirical fourth moment
+towards the metric in which the factors were found (the idea of Ledoit and Wolf, "A well-conditioned estimator for
+large-dimensional covariance matrices", 2004).
 
 Solved by L-BFGS (Liu and Nocedal, 1989) on all factors at once, in coordinates in which each factor's own system is
 close to the identity.
@@ -18,7 +18,7 @@ from ._budget import Budget
 from ._factors import CPDecomposition, TuckerDecomposition
 from ._source import full_precision
 
-SHUFFLED_WEIGHT = 0.3  # of a pair that did not come together, where one that did has 1
+SHUFFLED_WEIGHT = 0.3  # of a shuffled pair, where a row has 1
 _STEPS = 50
 _EVALUATIONS = 20  # of the objective, in one step's line search
 _TOLERANCE = 1e-4  # a step that lowers the objective by less than this part of it is the last
@@ -27,11 +27,11 @@ _CHUNK = 2**23  # elements of the largest intermediate that is held for a gradie
 _DAMPING = 1e-3
 
 Rows = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Inputs (N, I) and (N, J) of the decomposed weight, outputs wanted of it (N, O), and the rows' weights (N,)."""
+"""Inputs (N, I) and (N, J), the outputs to reach (N, O), and the rows' weights (N,)."""
 
 
 def refit_cp(found: CPDecomposition, rows: Rows, budget: Budget) -> CPDecomposition:
-    """The factors that are best on the rows, from those found; a constant offset of the outputs is not counted."""
+    """The best factors on the rows, beginning from `found`; a constant offset of the outputs is not counted."""
     rows, scale = _normalised(rows)
     root = (found.weights.double() * scale).pow(1 / 3)
     factors = [factor.double() * root for factor in found.factors]
@@ -78,7 +78,7 @@ def refit_tucker(found: TuckerDecomposition, rows: Rows, budget: Budget) -> Tuck
 
 
 def _normalised(rows: Rows) -> tuple[Rows, float]:
-    """Inputs with entries of mean square 1, outputs of mean squared norm 1, and what the weight is to be scaled by."""
+    """Inputs with entries of mean square 1, outputs of mean squared norm 1, and the scale that the weight then has."""
     input1, input2, wanted, weights = rows
     first, second = (float(value.double().square().mean().sqrt()) or 1.0 for value in (input1, input2))
     size = float((weights.double() @ wanted.double().square()).sum() / weights.double().sum()) ** 0.5 or 1.0

@@ -1,9 +1,9 @@
 """The quantization-aware finish: factors that are exactly what a layer stores, each fitted to how others were rounded.
 
-Once a factor has been rounded, least squares re-solve the others against the weight, which takes back that part of the
-rounding that they can express; then the next is rounded. The plain rounding is kept where it is as good. Such
-sequences are known from neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post
-training quantization with small calibration sets", 2021); for CP and Tucker each step has a closed form.
+Once a factor has been rounded, the remaining factors are solved again by least squares, which absorbs part of the
+rounding error; then the next is rounded. The plain rounding is kept where it is as good. Such sequences are known from
+neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post training quantization with
+small calibration sets", 2021); for CP and Tucker each step has a closed form.
 """
 
 import math
@@ -34,12 +34,12 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
     Args:
         found: the decomposition in floating point.
         weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
-        quantize: the format; with None, and with 16 bits, whose rounding hardly counts, it is `found` itself.
-        metric: that in which the error counts.
+        quantize: the format. With None, and with 16 bits, whose errors are negligible, the result is `found`.
+        metric: in which the error counts.
 
     Returns:
-        In float32, or float64 for such a weight. The layer that is made of it stores these very values (but for a
-        Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
+        A decomposition in float32, or in float64 for such a weight. The layer that is made of it stores exactly these
+        values (but for a Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
     """
     if quantize is None or not FORMATS[quantize].coarse:
         return found

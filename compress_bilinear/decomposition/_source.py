@@ -69,7 +69,7 @@ class Source:
         return part if self.scale == 1.0 else (part * self.scale).to(self.dtype)
 
     def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the first axis, and what they hold."""
+        """Slices of the first axis and their slabs (·, I, J): scaled, in the working dtype."""
         for rows in slabs(self.shape, most=self._slab):
             yield rows, self._scaled(self.weight[rows])
 
@@ -134,7 +134,7 @@ class Source:
         return total
 
     def lost(self, basis: Basis) -> float:
-        """The squared norm of what the projection on the bases leaves out, from the residual itself."""
+        """The squared norm that the projection on the bases leaves out, from the residual itself."""
         core, (out, in1, in2) = self.project(basis), basis
         lost = 0.0
         for rows, slab in self.slabs():

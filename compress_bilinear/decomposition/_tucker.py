@@ -54,7 +54,7 @@ def tucker(
 
     Returns:
         A `TuckerDecomposition` in the weight's dtype and device; its `error` is the true residual in float64 after
-        that rounding. Beside the weight, the solver holds at most three times its bytes; more beside those of under
+        that rounding. Besides the weight, the solver holds at most three times its bytes; more for weights of under
         2¹⁶ elements, which it works on in float64.
 
     Raises:
@@ -91,7 +91,7 @@ def _to_target(
     if isinstance(target, MaxSize):
         return attempt(target)
     result, error = tightened(within, target.error)  # the factors are rounded to the weight's dtype
-    # else the weight itself, all modes absorbed: nothing of it is rounded
+    # else the weight itself, with all modes absorbed, for which nothing is rounded
     return result if error <= target.error else _result(weight, source, (None, None, None))
 
 

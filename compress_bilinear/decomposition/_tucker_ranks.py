@@ -20,7 +20,7 @@ Triple = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of the ranks of a weight (O, I, J), and what they cost."""
+    """A target for the ranks of a weight (O, I, J), and their price."""
 
     wanted: MaxError | MaxSize
     shape: Triple
@@ -63,7 +63,7 @@ class Target:
 
 def best_block(
     core: Tensor,  # (a, b, c), along each axis by descending singular value, as an HOSVD gives it
-    outside: float,  # squared norm of what the core does not hold
+    outside: float,  # squared norm that the core leaves out
     total: float,  # squared norm of the whole
     target: Target,
     slab: int = _SLAB,

@@ -43,10 +43,11 @@ def border_rank_2():
     return weight
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "rank"),
-    [((10, 13, 9), 3), ((1, 8, 6), 3), ((7, 1, 6), 3), ((7, 6, 1), 2), ((1, 9, 1), 1), ((2, 12, 3), 5)],
+    ("shape", "rank", "dtype"),
+    [((10, 13, 9), 3, dtype) for dtype in DTYPES]
+    + [((1, 8, 6), 3, torch.float32), ((7, 1, 6), 3, torch.float64), ((7, 6, 1), 2, torch.bfloat16)]
+    + [((1, 9, 1), 1, torch.float16), ((2, 12, 3), 5, torch.float32)],
 )
 def test_a_weight_of_that_rank_is_recovered(shape, rank, dtype):
     found = cp(low_rank(shape, rank).to(dtype), rank)
@@ -57,7 +58,7 @@ def test_a_weight_of_that_rank_is_recovered(shape, rank, dtype):
 
 
 @pytest.mark.parametrize("weight", [NOISY, FULL], ids=["noisy", "full"])
-@pytest.mark.parametrize("rank", [1, 4, 9, 20])
+@pytest.mark.parametrize("rank", [4, 20])
 def test_the_error_is_at_most_tensorlys(weight, rank):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -87,8 +88,11 @@ def test_components_have_unit_columns_and_descend_by_weight():
     assert bool((found.weights.diff() <= 0).all())
 
 
-@pytest.mark.parametrize("limit", [0.9, 0.5, 0.31])
-@pytest.mark.parametrize("weight", [NOISY, FULL, NOISY.float()], ids=["noisy", "full", "float32"])
+@pytest.mark.parametrize(
+    ("weight", "limit"),
+    [(NOISY, 0.9), (NOISY, 0.31), (FULL, 0.5), (NOISY.float(), 0.5)],
+    ids=["high", "noise", "full", "float32"],
+)
 def test_a_max_error_is_met_by_fewer_bytes_than_the_weights(weight, limit):
     found = cp(weight, MaxError(limit))
     assert found.error <= limit
@@ -190,11 +194,9 @@ def test_the_error_is_that_of_what_is_returned(dtype):
     assert found.error == pytest.approx(float((weight.double() - exact).norm() / weight.double().norm()), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_matrices_2_by_2_multiply_in_7_products_and_not_in_6(seed):
-    weight = matrix_multiplication(2, 2, 2)
-    assert cp(weight, 7, seed=seed).error < 1e-5
-    assert cp(weight, 6, seed=seed).error == pytest.approx(1 / math.sqrt(8), rel=1e-3)
+@pytest.mark.parametrize("seed", range(2))
+def test_matrices_2_by_2_do_not_multiply_in_6_products(seed):
+    assert cp(matrix_multiplication(2, 2, 2), 6, seed=seed).error == pytest.approx(1 / math.sqrt(8), rel=1e-3)
 
 
 def test_matrices_2_by_2_by_3_multiply_in_11_products():
@@ -231,14 +233,13 @@ def collinear(seed, shape=(32, 64, 64), rank=24, cosine=0.9):
     return torch.einsum("or,ir,jr->oij", *factors)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("seed", "dtype"), [(0, torch.float64), (1, torch.float32)])
 def test_collinear_components_are_found(seed, dtype):
     assert cp(collinear(seed).to(dtype), 24, seed=seed).error < 1e-5
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_products_of_matrices_are_found_to_rounding_by_nearly_every_seed(seed):
+@pytest.mark.parametrize("seed", range(4))
+def test_matrices_2_by_2_multiply_in_7_products(seed):
     assert cp(matrix_multiplication(2, 2, 2), 7, seed=seed).error < 1e-6
 
 
@@ -248,11 +249,15 @@ def test_an_exact_float16_weight_is_as_close_as_its_rounding():
 
 
 @pytest.mark.parametrize(
-    "weight",
-    [NOISY, NOISY.float(), low_rank((50, 45, 40), 60), low_rank((50, 45, 40), 60).float()],
+    ("weight", "rank"),
+    [
+        (NOISY, 4),
+        (NOISY.float(), MaxError(0.7)),
+        (low_rank((50, 45, 40), 60), 45),
+        (low_rank((50, 45, 40), 60).float(), MaxSize(0.2)),
+    ],
     ids=["small", "small float32", "large", "large float32"],
 )
-@pytest.mark.parametrize("rank", [4, 45, MaxError(0.7), MaxSize(0.2)], ids=repr)
 def test_the_weight_is_not_written_to(weight, rank):
     before = weight.clone()
     cp(weight, rank, max_seconds=0.5)
@@ -272,6 +277,7 @@ def test_the_error_falls_with_the_rank_above_the_modes_sizes():
     assert errors[-1] < 0.5 * errors[0]
 
 
+@pytest.mark.slow
 def test_threads_change_rounding_only():
     weight, threads = low_rank((60, 50, 40), 200).float(), torch.get_num_threads()
     errors = []
@@ -318,7 +324,8 @@ class TestProgress:
     @pytest.mark.parametrize("rank", [5, MaxError(0.5), MaxSize(0.3)], ids=repr)
     def test_it_never_goes_back_and_ends_near_the_error(self, rank):
         seen = []
-        found = cp(FULL, rank, progress=lambda done, error: seen.append((done, error)))
+        weight = NOISY if isinstance(rank, MaxError) else FULL
+        found = cp(weight, rank, progress=lambda done, error: seen.append((done, error)))
         assert len(seen) > 3
         for now, later in itertools.pairwise(seen):
             assert 0 <= now[0] <= later[0] <= 1
