@@ -38,7 +38,7 @@ class ProjectedBilinear(CompressedBilinear):
     def _first_weight(self) -> Tensor | None:
         for name in self.part_names:
             weight = tensor_of(self._modules[name], "weight")
-            if isinstance(weight, Tensor):
+            if isinstance(weight, Tensor) and weight.is_floating_point():  # others replace it by integers
                 return weight
         return None
 
