@@ -20,6 +20,7 @@ from ..modules import (
     module_names,
     reason_against,
     swap,
+    take_flags,
 )
 from ._container import LayerDescription, read_container, write_container
 
@@ -97,7 +98,14 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     new: dict[int, nn.Module] = {}
     biases: list[tuple[nn.Parameter, CompressedBilinear]] = []
     for description, target in zip(descriptions, targets, strict=True):
-        layer = _with_flags(filled(description, own[description.name], target.layer.weight.device), target.layer)
+        layer = filled(description, own[description.name], target.layer.weight.device)
+        dtype, required = next((p.dtype for p in layer.parameters()), None), target.layer.weight.dtype
+        if dtype not in (None, required):
+            raise CheckpointError(
+                f"The file's layers should be {required}, as the network's are. Found {dtype}: convert the network "
+                "with model.to(dtype) first."
+            )
+        take_flags(layer, target.layer)
         if target.layer.bias is not None:
             biases.append((target.layer.bias, layer))
         new[id(target.module)] = layer if target.adapted is None else target.adapted.replaced(layer)
@@ -218,20 +226,6 @@ def _target(
         if required != size:
             raise CheckpointError(f"`{what}` of layer {label!r} should be {required}. Found {size}.")
     return target
-
-
-def _with_flags(layer: CompressedBilinear, original: nn.Bilinear) -> CompressedBilinear:
-    """The layer with the flags of the one that it replaces; floating factors must have that one's dtype."""
-    dtype, weight = next((p.dtype for p in layer.parameters()), None), original.weight
-    if dtype is not None and dtype != weight.dtype:
-        raise CheckpointError(
-            f"The file's layers should be {weight.dtype}, as the network's are. Found {dtype}: convert the "
-            "network with model.to(dtype) first."
-        )
-    layer.requires_grad_(weight.requires_grad)
-    if layer.bias is not None and original.bias is not None:
-        layer.bias.requires_grad_(original.bias.requires_grad)
-    return layer.train(original.training)
 
 
 def _filled_model(

@@ -178,5 +178,5 @@ def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: flo
         calls = {name: functools.partial(made, *args, **kwargs) for name, made in modules.items()}
         measured = latencies(calls, layer.weight.device, seconds)
     best = min("before", "exact", key=lambda name: measured[name].median)
-    order = adapted.kind if best == "before" else "DenseBilinear"
+    order = type(adapted.module).__name__ if best == "before" else "DenseBilinear"
     return Timing(measured["before"], measured["after"], measured[best], order, max(1, rows))

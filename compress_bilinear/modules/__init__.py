@@ -5,6 +5,7 @@ from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._in_model import (
     FoundLayer,
+    check_inplace,
     find,
     find_compressed,
     fingerprint,
@@ -16,6 +17,7 @@ from ._in_model import (
     reason_against_hooks,
     select,
     swap,
+    take_flags,
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import LAYERS, METHODS, Decomposition, Method, Rank, method_name, method_of
@@ -31,7 +33,6 @@ from .adapters import (
     observing,
     recognise,
     register_adapter,
-    unknown_forms,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "adapted_layer",
     "block_rows",
     "call",
+    "check_inplace",
     "find",
     "find_compressed",
     "fingerprint",
@@ -73,6 +75,6 @@ __all__ = [
     "select",
     "stored_as",
     "swap",
+    "take_flags",
     "undisturbed",
-    "unknown_forms",
 ]

@@ -1,10 +1,9 @@
 """The bilinear layers of a model: find them, select by name, say why one cannot be replaced, and swap."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import partial
 from itertools import chain
 
 import torch
@@ -19,23 +18,10 @@ from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_HOOKS = {
-    "_forward_hooks": "forward hooks",
-    "_forward_pre_hooks": "forward pre-hooks (as torch.nn.utils.prune and weight_norm install)",
-    "_backward_hooks": "backward hooks",
-    "_backward_pre_hooks": "backward pre-hooks",
-    "_state_dict_hooks": "state_dict hooks",
-    "_state_dict_pre_hooks": "state_dict pre-hooks",
-    "_load_state_dict_pre_hooks": "load_state_dict pre-hooks",
-    "_load_state_dict_post_hooks": "load_state_dict post-hooks",
-}
-
-# what a subclass may define and still compute what `nn.Bilinear` does
-_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__constants__"}
-# what Python itself puts into the namespace of a class
-_HARMLESS |= {"__module__", "__qualname__", "__doc__", "__dict__", "__weakref__", "__parameters__", "__orig_bases__"}
-_HARMLESS |= {"__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__"}
-_HARMLESS |= {"__firstlineno__", "__static_attributes__"}
+_HOOKS = ("forward hooks", "forward pre-hooks", "backward hooks", "backward pre-hooks", "state_dict hooks")
+_HOOKS += ("state_dict pre-hooks", "load_state_dict pre-hooks", "load_state_dict post-hooks")
+# what a subclass may define and still compute what `nn.Bilinear` does; the last two are Python's own
+_HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__annotate__", "__annotate_func__"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +50,7 @@ class FoundLayer:
     @property
     def form(self) -> str:
         """ "nn.Bilinear", or the class name of a foreign module."""
-        return "nn.Bilinear" if self.adapted is None else self.adapted.kind
+        return "nn.Bilinear" if self.adapted is None else type(self.module).__name__
 
     @property
     def rows(self) -> nn.Module:
@@ -130,7 +116,7 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
         compressed = ", ".join(name or "(root)" for name in find_compressed(model))
         hint = f" These are compressed already: {compressed}." if compressed else ""
         required = f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}."
-        raise MatchError(required + hint + _unknown(model))
+        raise MatchError(required + hint + unknown_forms(model))
     for module in model.modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise CompressionError(
@@ -140,7 +126,7 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
     for glob in configs:
         if not any(_matches(layer, glob) for layer in found):
             required = f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}."
-            raise MatchError(required + _unknown(model))
+            raise MatchError(required + unknown_forms(model))
     chosen = []
     for layer in found:
         config = next((config for glob, config in configs.items() if _matches(layer, glob)), None)
@@ -153,11 +139,6 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
 
 def _matches(found: FoundLayer, glob: str) -> bool:
     return any(fnmatchcase(name, glob) or fnmatchcase(name or "(root)", glob) for name in found.names)
-
-
-def _unknown(model: nn.Module) -> str:
-    """Sentences about the modules that look bilinear and that no adapter knows."""
-    return "".join(f" {clause}." for clause in unknown_forms(model))
 
 
 def _listing(found: Sequence[FoundLayer]) -> str:
@@ -210,7 +191,12 @@ def _reason_against_class(layer: nn.Bilinear) -> str | None:
     """What makes the layer more than an `nn.Bilinear`, or None."""
     kind = type(layer)
     for base in kind.__mro__[: kind.__mro__.index(nn.Bilinear)]:
-        own = [name for name in vars(base) if name not in _HARMLESS]
+        # what is called no method and named with two underscores, such as __doc__, is Python's own
+        own = [
+            name
+            for name, value in vars(base).items()
+            if name not in _HARMLESS and (callable(value) or not name.startswith("__"))
+        ]
         if own:
             return f"its class {kind.__name__} has its own {own[0]}, which a replacement would not have"
     parts = {*layer._parameters, *layer._buffers, *layer._modules}
@@ -223,8 +209,8 @@ def _reason_against_class(layer: nn.Bilinear) -> str | None:
 
 def reason_against_hooks(module: nn.Module) -> str | None:
     """Which hooks of the module a replacement would not run, or None."""
-    for attribute, what in _HOOKS.items():
-        if getattr(module, attribute, None):
+    for what in _HOOKS:
+        if getattr(module, "_" + what.replace(" ", "_").replace("-", "_"), None):
             return f"it has {what}, which a replacement would not run: remove them first"
     for name, parameter in module._parameters.items():
         if getattr(parameter, "_backward_hooks", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
@@ -289,13 +275,27 @@ def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
     """Whether a value is the layer, one of its methods, or a container that holds it at any depth."""
     if value is layer or getattr(value, "__self__", None) is layer:
         return True
-    if isinstance(value, partial):
-        return _holds([value.func, value.args, value.keywords], layer, seen)
     if not isinstance(value, (dict, list, tuple, set, frozenset)) or id(value) in seen:
         return False
     seen.add(id(value))
     items = [*value.keys(), *value.values()] if isinstance(value, dict) else value
     return any(_holds(item, layer, seen) for item in items)
+
+
+def check_inplace(model: nn.Module, names: Container[str]) -> None:
+    """Raise CompressionError where the layers to replace in place are the model itself, whose name is ""."""
+    if "" in names:
+        raise CompressionError(
+            "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
+            f"{type(model).__name__}: use what `inplace=False` returns."
+        )
+
+
+def take_flags(layer: CompressedBilinear, original: nn.Bilinear) -> None:
+    """Give a replacement the training flag and the gradient flags of the layer whose place it takes."""
+    layer.train(original.training).requires_grad_(original.weight.requires_grad)
+    if layer.bias is not None and original.bias is not None:
+        layer.bias.requires_grad_(original.bias.requires_grad)
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:

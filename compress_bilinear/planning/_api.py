@@ -14,7 +14,7 @@ from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, complet
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, StalePlanError
 from ..fitting import Job, environment, stored_bytes, task_metric
-from ..modules import fingerprint, parameter_owners, plain_reference, reason_against, swap
+from ..modules import check_inplace, fingerprint, parameter_owners, plain_reference, reason_against, swap, take_flags
 from ..report import FrontPoint, Report, render_text
 from ._distill import DEFAULT_SECONDS
 from ._planner import IMPROVE, calibrate, choose, distil_all, find_jobs, fit_all, judge_all
@@ -106,11 +106,7 @@ class Plan(Generic[_Model]):
     def _apply_inplace(self, replaced: Sequence[Job]) -> Callable[[], None]:
         """Swap the replacements in; returns what undoes it."""
         for job in replaced:
-            if "" in job.found.names:
-                raise CompressionError(
-                    "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
-                    f"{type(self.model).__name__}: use the model that `inplace=False` returns."
-                )
+            check_inplace(self.model, job.found.names)
             held = plain_reference(self.model, job.found.module)
             if held is not None:
                 raise CompressionError(
@@ -220,17 +216,14 @@ def _check_fresh(modules: Mapping[str, nn.Module], job: Job, owners: Mapping[int
 
 
 def _ready(job: Job, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the replacement with the layer's flags and this bias, which keeps its identity.
+    """A copy of the replacement with the layer's flags and this bias, which keeps its identity unless it is corrected.
 
     Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
     """
     assert job.chosen is not None
-    new, layer = copy.deepcopy(job.chosen.module), job.layer
+    new = copy.deepcopy(job.chosen.module)
     assert new is not None
-    new.train(layer.training)
-    if job.chosen.bias_corrected and bias is not None and isinstance(new.bias, nn.Parameter):
-        bias = nn.Parameter(new.bias.detach().clone(), bias.requires_grad)
-    for parameter in new.parameters():
-        parameter.requires_grad_(layer.weight.requires_grad)
-    new.set_bias(bias)
+    take_flags(new, job.layer)
+    if bias is None or not job.chosen.bias_corrected:
+        new.set_bias(bias)
     return new if job.found.adapted is None else job.found.adapted.replaced(new, memo)

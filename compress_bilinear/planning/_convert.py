@@ -10,7 +10,7 @@ from torch import nn
 from ..config import ComputeAsked, Quantize, check_compute, check_quantize
 from ..errors import CompressionError, ConfigError, MatchError
 from ..fitting import ComputeChoice, choose_compute, timing_inputs
-from ..modules import CompressedBilinear, find_compressed, reason_against_hooks, stored_as, swap
+from ..modules import CompressedBilinear, check_inplace, find_compressed, reason_against_hooks, stored_as, swap
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -39,11 +39,7 @@ def dequantize(model: _Model, *, dtype: torch.dtype | None = None, inplace: bool
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"`dtype` should be a floating torch.dtype or None. Found {dtype!r}.")
     first = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-    def convert(layer: CompressedBilinear) -> CompressedBilinear:
-        return stored_as(layer, None, dtype or _bias_dtype(layer, first))
-
-    return _converted(model, lambda layer: layer.quantize is not None, "that is quantized", convert, inplace)
+    return _converted(model, None, lambda layer: dtype or _bias_dtype(layer, first), inplace)
 
 
 def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = False) -> _Model:
@@ -65,11 +61,7 @@ def quantize(model: _Model, quantize: Quantize = "int8", *, inplace: bool = Fals
     check_quantize(quantize)
     if quantize is None:
         raise ConfigError("`quantize` should name a storage format. Found None: `dequantize` gives floating point.")
-
-    def convert(layer: CompressedBilinear) -> CompressedBilinear:
-        return stored_as(layer, quantize, torch.float64)
-
-    return _converted(model, lambda layer: layer.quantize is None, "in floating point", convert, inplace)
+    return _converted(model, quantize, lambda layer: torch.float64, inplace)
 
 
 def set_compute(
@@ -99,11 +91,7 @@ def set_compute(
     check_compute(compute)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"`rows` should be a positive int. Found {rows!r}.")
-    found = find_compressed(model)
-    layers = {name: layer for name, layer in found.items() if layer.quantize is not None}
-    if not layers:
-        there = ", ".join(f"{name or '(root)'} ({layer.method})" for name, layer in found.items())
-        raise MatchError(f"The model should contain a quantized layer. Found {there or 'no compressed layer'}.")
+    layers = _compressed(model, quantized=True)
     if compute != "fastest":
         refused = [layer.refused_compute(compute) for layer in layers.values()]
         if None not in refused:
@@ -120,32 +108,31 @@ def _bias_dtype(layer: CompressedBilinear, default: torch.dtype) -> torch.dtype:
     return layer.bias.dtype if isinstance(layer.bias, torch.Tensor) else default
 
 
-def _converted(
-    model: _Model,
-    selects: Callable[[CompressedBilinear], bool],
-    what: str,
-    convert: Callable[[CompressedBilinear], CompressedBilinear],
-    inplace: bool,
-) -> _Model:
-    """The model, or a copy, with the layers that `selects` says converted; `what` describes them in the message."""
+def _compressed(model: nn.Module, quantized: bool) -> dict[str, CompressedBilinear]:
+    """The compressed layers by name that are quantized, or in floating point. Raises: MatchError where none is."""
     layers = find_compressed(model)
-    names = [name for name, layer in layers.items() if selects(layer)]
-    if not names:
+    chosen = {name: layer for name, layer in layers.items() if (layer.quantize is not None) == quantized}
+    if not chosen:
+        what = "that is quantized" if quantized else "in floating point"
         there = ", ".join(f"{name or '(root)'} ({layer.method}, {layer.quantize})" for name, layer in layers.items())
         raise MatchError(f"The model should contain a compressed layer {what}. Found {there or 'no compressed layer'}.")
-    if inplace and names == [""]:
-        raise CompressionError(
-            "`inplace=True` needs a model that contains the layer. Found a model that is itself the "
-            f"{type(model).__name__}: use what `inplace=False` returns."
-        )
-    for name in names:
-        reason = reason_against_hooks(layers[name])
+    return chosen
+
+
+def _converted(
+    model: _Model, quantize: Quantize | None, dtype: Callable[[CompressedBilinear], torch.dtype], inplace: bool
+) -> _Model:
+    """The model, or a copy, with its layers in floating point stored as `quantize`; with None, the quantized ones."""
+    layers = _compressed(model, quantized=quantize is None)
+    check_inplace(model, layers if inplace else ())
+    for name, layer in layers.items():
+        reason = reason_against_hooks(layer)
         if reason is not None:
             raise CompressionError(f"Layer {name or '(root)'!r} cannot be stored otherwise: {reason}.")
     target = model if inplace else copy.deepcopy(model)
     found = find_compressed(target)
-    new = {id(found[name]): convert(found[name]) for name in names}
-    if names == [""]:
+    new = {id(found[name]): stored_as(found[name], quantize, dtype(found[name])) for name in layers}
+    if "" in layers:
         return new[id(target)]  # type: ignore[return-value]
     swap(target, new)
     return target

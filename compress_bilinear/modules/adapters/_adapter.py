@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -34,9 +34,6 @@ class Adapter:
     to_bias: Callable[[Any], Tensor | None] | None = None
     example: Callable[[Any], Any] | None = None
 
-    def __deepcopy__(self, memo: Mapping[int, Any]) -> "Adapter":
-        return self
-
 
 class AdaptedBilinear(nn.Module):
     """Mixin of a rebuilt foreign module: the same class, with its weight in `compressed`.
@@ -47,20 +44,11 @@ class AdaptedBilinear(nn.Module):
 
     compressed: CompressedBilinear
     _adapter: Adapter
-    _gone: tuple[str, ...]
 
     @property
     def adapter_name(self) -> str:
         """The name of the adapter that replaced the weight."""
         return self._adapter.name
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_gone", ()):
-            raise AttributeError(
-                f"`{name}` of this {type(self).__name__} has been replaced: `{COMPRESSED}` holds it now, and "
-                f"`{COMPRESSED}.to_dense()` gives the weight as (out, in1, in2)."
-            )
-        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         try:
@@ -90,28 +78,26 @@ def _blank(kind: type[nn.Module]) -> nn.Module:
     return new
 
 
-def rebuilt(shell: nn.Module, adapter: Adapter, gone: Collection[str], layer: CompressedBilinear) -> nn.Module:
-    """Turn `shell`, which lacks the parameters `gone`, into the module that has `layer` instead."""
+def rebuilt(shell: nn.Module, adapter: Adapter, layer: CompressedBilinear) -> nn.Module:
+    """Turn `shell`, which lacks the parameters of the weight, into the module that has `layer` instead."""
     shell.__class__ = _adapted_class(type(shell))  # type: ignore[arg-type]  # a class can be hashed
-    shell.__dict__ |= {"_adapter": adapter, "_gone": tuple(sorted(gone))}
+    shell.__dict__["_adapter"] = adapter
     shell.register_module(COMPRESSED, layer)
     return shell
 
 
-def without(module: nn.Module, parameters: Collection[str]) -> tuple[nn.Module, set[str]]:
-    """A module without these parameters that shares everything else with `module`; and the attributes that it lacks."""
+def without(module: nn.Module, parameters: Collection[str]) -> nn.Module:
+    """A module without these parameters that shares everything else with `module`."""
     new = type(module).__new__(type(module))
     new.__dict__.update(module.__dict__)
     new._parameters = {name: value for name, value in module._parameters.items() if name not in parameters}
     new._buffers, new._modules = dict(module._buffers), dict(module._modules)
-    gone = set(parameters) & set(module._parameters)
     for name, child in module._modules.items():
         own = {key.removeprefix(f"{name}.") for key in parameters if key.startswith(f"{name}.")}
         if child is None or not own:
             continue
         if own >= {key for key, _ in child.named_parameters(remove_duplicate=False)} and not list(child.buffers()):
             del new._modules[name]  # it would be empty
-            gone.add(name)
         else:
-            new._modules[name], _ = without(child, own)
-    return new, gone
+            new._modules[name] = without(child, own)
+    return new

@@ -10,7 +10,6 @@ from ...errors import InputError
 from .._base import CompressedBilinear
 from ._adapter import Adapter
 
-Ones: TypeAlias = Literal["none", "first", "last"]
 Mode: TypeAlias = Literal["rows", "pairs", "blocks"]
 Leading: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """The leading dimensions of the two inputs."""
@@ -24,10 +23,9 @@ class Form:
 
     Attributes:
         parameter: the weight's name in the module; `bias` that of the bias (O,), or None.
-        axes: which letter each axis of the stored weight is, say "oij"; for the flat weight of an `nn.Linear`, "o(ij)",
-            "o(ji)" or, in blocks, "o(kij)".
+        axes: which letter each axis of the stored weight is, say "oij"; "o(kij)" for an `nn.Linear` on blocks.
         sizes: (I, J) of the whole inputs, ones included.
-        ones: where a 1 is added to each input.
+        ones: whether a 1 is appended to each input.
         mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks.
         blocks: K.
         output: the order of the output's last axes: "o" for rows and blocks, say "oxy" for pairs. Without an o if that
@@ -39,7 +37,7 @@ class Form:
     bias: str | None
     axes: str
     sizes: tuple[int, int]
-    ones: tuple[Ones, Ones] = ("none", "none")
+    ones: tuple[bool, bool] = (False, False)
     mode: Mode = "rows"
     blocks: int = 1
     output: str = "o"
@@ -48,7 +46,7 @@ class Form:
     @property
     def name(self) -> str:
         """The adapter's name in a file: the same for a form at all sizes."""
-        ones = "".join(f", 1 {place} in input{k}" for k, place in enumerate(self.ones, 1) if place != "none")
+        ones = "".join(f", 1 last in input{k}" for k, one in enumerate(self.ones, 1) if one)
         blocks = f" of {self.sizes[1]}" if self.mode == "blocks" else ""
         return f"{self.mode}{blocks} {self.axes} -> {self.output}{ones}"
 
@@ -56,7 +54,7 @@ class Form:
     def input_sizes(self) -> tuple[int, int]:
         """The last sizes of the two inputs as the module takes them: of all blocks, and without the added ones."""
         size1, size2 = (self.blocks * self.sizes[1],) * 2 if self.mode == "blocks" else self.sizes
-        return size1 - (self.ones[0] != "none"), size2 - (self.ones[1] != "none")
+        return size1 - self.ones[0], size2 - self.ones[1]
 
     def inputs(
         self, leading1: tuple[int, ...], leading2: tuple[int, ...], dtype: torch.dtype | None = None
@@ -73,13 +71,9 @@ class Form:
     def to_weight(self, module: nn.Module) -> Tensor:
         """(O, I, J), a view."""
         stored = module.get_parameter(self.parameter)
-        match self.axes:
-            case "o(ij)" | "o(kij)":
-                return stored.unflatten(1, (-1, self.sizes[1]))
-            case "o(ji)":
-                return stored.unflatten(1, (self.sizes[1], self.sizes[0])).mT
-            case letters:
-                return stored.permute(*(letters.index(letter) for letter in "oij"))
+        if self.mode == "blocks":
+            return stored.unflatten(1, (-1, self.sizes[1]))
+        return stored.permute(*(self.axes.index(letter) for letter in "oij"))
 
     def to_bias(self, module: nn.Module) -> Tensor | None:
         """(O,)."""
@@ -96,15 +90,16 @@ class Form:
                 f"The inputs should have {dims} dimensions, as this form was recognised by. "
                 f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
             )
-        input1, input2 = _with_one(input1, self.ones[0]), _with_one(input2, self.ones[1])
+        input1, input2 = (
+            torch.cat([value, torch.ones_like(value[..., :1])], -1) if one else value
+            for value, one in zip((input1, input2), self.ones, strict=True)
+        )
         match self.mode:
             case "rows":
                 if input1.shape[:-1] != input2.shape[:-1]:  # an einsum with "..." or a product broadcasts
                     leading = torch.broadcast_shapes(input1.shape[:-1], input2.shape[:-1])
                     input1, input2 = input1.expand(*leading, -1), input2.expand(*leading, -1)
                 output = layer(input1, input2)
-            case "blocks" if (input1.shape[-1], input2.shape[-1]) == self.sizes:
-                output = layer(input1, input2)  # one block of input2 for all of input1, as broadcasting allows
             case "blocks":
                 shape = (self.blocks, self.sizes[1])
                 output = layer.blockwise(input1.unflatten(-1, shape), input2.unflatten(-1, shape))
@@ -129,13 +124,3 @@ def arranged(
     if order == "o":
         return output
     return output.permute(*range(output.dim() - 3), *("xyo".index(letter) - 3 for letter in order))
-
-
-def _with_one(value: Tensor, ones: Ones) -> Tensor:
-    match ones:
-        case "none":
-            return value
-        case "last":
-            return torch.cat([value, torch.ones_like(value[..., :1])], -1)
-        case "first":
-            return torch.cat([torch.ones_like(value[..., :1]), value], -1)

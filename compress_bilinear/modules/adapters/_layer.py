@@ -36,7 +36,6 @@ class AdaptedLayer:
         self.elsewhere: tuple[str, ...] = ()
         self._call: Arguments | None = None
         self._failure: Exception | None = None
-        self._observing = False
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in: the graph is read
             on_meta = copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
             weight, bias = self._weight_and_bias(on_meta)
@@ -49,35 +48,25 @@ class AdaptedLayer:
             )
 
     @property
-    def kind(self) -> str:
-        """The name of the module's class."""
-        return type(self.module).__name__
-
-    @property
     def _who(self) -> str:
         return f"the adapter {self.adapter.name!r}"
 
     def _weight_and_bias(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """What the adapter reads from the module, checked: (O, I, J), and (O,) or None."""
-        weight = self._read("to_weight", module)
-        if weight is None or weight.dim() != 3 or not weight.is_floating_point():
-            found = "None" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
-            raise ConfigError(f"`to_weight` of {self._who} should give a floating (out, in1, in2). Found {found}.")
-        bias = None if self.adapter.to_bias is None else self._read("to_bias", module)
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ConfigError(
-                f"`to_bias` of {self._who} should give shape {tuple(weight.shape[:1])}. Found {tuple(bias.shape)}."
-            )
-        return weight, bias
-
-    def _read(self, function: str, module: nn.Module) -> Tensor | None:
+        what = "to_weight"
         try:
-            value = getattr(self.adapter, function)(module)
+            weight = self.adapter.to_weight(module)
+            what = "to_bias"
+            bias = None if self.adapter.to_bias is None else self.adapter.to_bias(module)
         except Exception as error:
-            raise ConfigError(f"`{function}` of {self._who} failed: {described(error)}") from error
-        if value is not None and not isinstance(value, Tensor):
-            raise ConfigError(f"`{function}` of {self._who} should give a tensor. Found a {type(value).__name__}.")
-        return value
+            raise ConfigError(f"`{what}` of {self._who} failed: {described(error)}") from error
+        if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
+            found = f"{tuple(weight.shape)} {weight.dtype}" if isinstance(weight, Tensor) else repr(weight)
+            raise ConfigError(f"`to_weight` of {self._who} should give a floating (out, in1, in2). Found {found}.")
+        if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+            found = str(tuple(bias.shape)) if isinstance(bias, Tensor) else repr(bias)
+            raise ConfigError(f"`to_bias` of {self._who} should give shape {tuple(weight.shape[:1])}. Found {found}.")
+        return weight, bias
 
     def bilinear(self) -> nn.Bilinear:
         """An `nn.Bilinear` of the module's weight and bias as they are now; its bias is the module's own Parameter."""
@@ -111,10 +100,10 @@ class AdaptedLayer:
 
     def replaced(self, layer: CompressedBilinear, memo: dict[int, Any] | None = None) -> nn.Module:
         """The module around `layer`: it shares the rest with the original, or with `memo` has a deep copy of it."""
-        shell, gone = without(self.module, {*self.weights, *self.biases})
+        shell = without(self.module, {*self.weights, *self.biases})
         if memo is not None:
             shell = copy.deepcopy(shell, memo)
-        return rebuilt(shell, self.adapter, gone, layer)
+        return rebuilt(shell, self.adapter, layer)
 
     @cached_property
     def probe(self) -> Probe:
@@ -176,18 +165,15 @@ class AdaptedLayer:
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the module: make the same call through the probe."""
-        if self._observing:  # a `call` that calls the module would never end
-            raise CompressionError("`call` should not call the module that it replaces")
+        if self._failure is not None:
+            return
         if self._call is None:
             self._call = _mapped((args, kwargs), lambda tensor: tensor.detach().clone())
-        self._observing = True
         try:
             with torch.no_grad():
                 self.adapter.call(module, self.probe, *args, **kwargs)
         except Exception as error:
             self._failure = error  # `verify` reports it
-        finally:
-            self._observing = False
 
 
 @contextmanager

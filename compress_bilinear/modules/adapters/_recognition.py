@@ -8,7 +8,7 @@ training mode. So a module that does anything more (a mask, a dropout, an activa
 import inspect
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import permutations, product
 
@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from ...errors import CompressionError
 from .._dense import DenseBilinear
 from ._copies import copied, difference
-from ._forms import Form, Leading, Ones, arranged
+from ._forms import Form, Leading, arranged
 
 _MOST = 2**28  # elements of a weight above which no form is tried: 2 GB of random values
 # Leading dimensions of the two inputs. A form has to hold at all that have a number of dimensions and that the module
@@ -50,23 +50,9 @@ def recognise(module: nn.Module) -> Form | None:
         except CompressionError:
             return None
         outputs: _Outputs = {}
-        return _agreed(form for reading in _readings(twin) for form in _confirmed(reading, twin, outputs))
-
-
-def _agreed(forms: Iterable[Form]) -> Form | None:
-    """The form, if all that take inputs of the same sizes are one: a flat weight can be read in many ways.
-
-    A form in blocks evaluates rows too, where input2 has the size of one block.
-    """
-    by_sizes: dict[tuple[int, int], Form] = {}
-    for form in forms:
-        by_sizes.setdefault(form.input_sizes, form)  # the first of several, which compute the same
-        if len(by_sizes) > 2:
-            return None
-    for form in by_sizes.values():
-        if form.mode == "blocks" and by_sizes.keys() <= {(form.sizes[0],) * 2, form.sizes}:
-            return form
-    return next(iter(by_sizes.values())) if len(by_sizes) == 1 else None
+        forms = [form for reading in _readings(twin) for form in _confirmed(reading, twin, outputs)]
+    # forms that take inputs of the same sizes compute the same; inputs of several sizes leave open which are meant
+    return forms[0] if len({form.input_sizes for form in forms}) == 1 else None
 
 
 def _has_the_parameters(module: nn.Module) -> bool:
@@ -87,10 +73,7 @@ def _takes_two_inputs(module: nn.Module) -> bool:
     """Whether its class has a forward of exactly two positional arguments."""
     if "forward" in vars(module):
         return False
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return False
+    parameters = list(inspect.signature(module.forward).parameters.values())
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return len(parameters) == 2 and all(p.kind in plain and p.default is p.empty for p in parameters)
 
@@ -100,23 +83,21 @@ def _readings(twin: nn.Module) -> Iterator[Form]:
     named = dict(twin.named_parameters())
     weight, shape = next((name, value.shape) for name, value in named.items() if value.dim() > 1)
     bias = next((name for name, value in named.items() if value.dim() == 1), None)
-    readings: list[tuple[str, tuple[int, int]]] = []
-    if len(shape) == 3:
-        for letters in permutations("oij"):
-            readings.append(("".join(letters), (shape[letters.index("i")], shape[letters.index("j")])))
-    else:
-        sizes = (size for size in range(1, shape[1] + 1) if shape[1] % size == 0)
-        readings += [(axes, (size, shape[1] // size)) for size, axes in product(sizes, ("o(ij)", "o(ji)"))]
-    places: tuple[Ones, ...] = ("none", "last", "first")
-    for axes, both in readings:
-        if bias is None or len(named[bias]) == shape[max(axes.find("o"), 0)]:
-            for ones in product(places, places):
-                yield Form(weight, bias, axes, both, ones, mode="pairs", output="xyo")
-            for ones in product(places, places):
-                yield Form(weight, bias, axes, both, ones)
-    for size in range(1, math.isqrt(shape[1] - 1) + 1) if len(shape) == 2 else ():
-        if shape[1] % size**2 == 0:
-            yield Form(weight, bias, "o(kij)", (shape[1] // size, size), mode="blocks", blocks=shape[1] // size**2)
+    if len(shape) == 2:
+        for size in range(1, math.isqrt(shape[1] - 1) + 1):
+            if shape[1] % size**2 == 0:
+                sizes = (shape[1] // size, size)
+                yield Form(weight, bias, "o(kij)", sizes, mode="blocks", blocks=sizes[0] // size)
+        return
+    for letters in permutations("oij"):
+        out, *sizes = (shape[letters.index(letter)] for letter in "oij")
+        if bias is None or len(named[bias]) == out:
+            forms = [
+                Form(weight, bias, "".join(letters), (sizes[0], sizes[1]), ones)
+                for ones in product((False, True), repeat=2)
+            ]
+            yield from (replace(form, mode="pairs", output="xyo") for form in forms)
+            yield from forms
 
 
 def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]:

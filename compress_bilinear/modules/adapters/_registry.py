@@ -74,17 +74,17 @@ def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
     return None if adapter is None else AdaptedLayer(module, adapter)
 
 
-def unknown_forms(model: nn.Module) -> list[str]:
-    """For each module with a 3-dimensional parameter that no adapter knows, a clause that says so."""
-    clauses = []
+def unknown_forms(model: nn.Module) -> str:
+    """For each module with a 3-dimensional parameter that no adapter knows, a sentence that says so."""
+    sentences = ""
     for name, module in model.named_modules():
         if isinstance(module, (nn.Bilinear, *_OURS)) or type(module).__module__.partition(".")[0] == "torch":
             continue
         own = {key: value for key, value in module._parameters.items() if value is not None and not is_lazy(value)}
         cubes = [key for key, value in own.items() if value.dim() == 3]
         if cubes and adapted_layer(module) is None:
-            clauses.append(
-                f"{name or '(root)'} ({type(module).__name__}) has a three-dimensional `{cubes[0]}`, but its forward "
-                "is no form that is known by structure: see register_adapter"
+            sentences += (
+                f" {name or '(root)'} ({type(module).__name__}) has a three-dimensional `{cubes[0]}`, but its forward "
+                "is no form that is known by structure: see register_adapter."
             )
-    return clauses
+    return sentences

@@ -121,7 +121,7 @@ class TestSelecting:
         assert report.layers[0].label == "(root)"
         with torch.no_grad():
             assert float((new(*batch) - layer(*batch)).norm() / layer(*batch).norm()) < 0.2
-        with pytest.raises(cb.CompressionError, match="use the model that `inplace=False` returns"):
+        with pytest.raises(cb.CompressionError, match="use what `inplace=False` returns"):
             run(cb.compress, layer, TUCKER, inplace=True)
 
     @pytest.mark.parametrize("config", [3, {}, {"*": "tucker"}, {3: TUCKER}, None], ids=str)

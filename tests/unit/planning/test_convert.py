@@ -231,7 +231,7 @@ class TestComputeModes:
         ("model", "asked", "error", "message"),
         [
             (nn.Linear(2, 2), {}, MatchError, "Found no compressed layer"),
-            (made("cp", None), {}, MatchError, r"Found \(root\) \(cp\)"),
+            (made("cp", None), {}, MatchError, r"Found \(root\) \(cp, None\)"),
             (made("cp"), {"compute": "fast"}, ConfigError, "`compute` should be one of"),
             (made("cp"), {"compute": "resident"}, ConfigError, "cb.dequantize"),
             (made("cp"), {"rows": 0}, ConfigError, "`rows` should be a positive int. Found 0"),

@@ -112,11 +112,3 @@ def test_inputs_of_dimensions_that_were_not_compared_are_an_error():
     replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()))
     with pytest.raises(InputError, match=r"should have 2 dimensions.* Found \(2, 1, 12\)"):
         replaced(torch.randn(2, 1, 12), torch.randn(2, 1, 12))
-
-
-def test_blocks_that_broadcast_are_rows():
-    module = forms.Grouped(12, 5, 4)
-    adapted = adapted_layer(module)
-    replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()))
-    inputs = torch.randn(3, 12), torch.randn(3, 4)
-    assert_matches_reference(replaced(*inputs).detach(), module(*inputs).detach().double(), 10)

@@ -228,7 +228,7 @@ class TestRefusals:
         ("changes", "told"),
         [
             ({"call": lambda m, layer, h, r: 2 * scorer_call(m, layer, h, r)}, "differ by 1 of the largest output"),
-            ({"call": lambda m, layer, h, r: m.relations(r)}, "`relations` of this CompressedScorer has been replaced"),
+            ({"call": lambda m, layer, h, r: m.relations(r)}, "'CompressedScorer' object has no attribute 'relations'"),
             ({"call": lambda m, layer, h, r: None}, "is not its own forward"),
             ({"call": lambda m, layer, h: h}, "TypeError"),
             ({"call": lambda m, layer, h, r: m(h, r)}, "`call`"),
@@ -252,7 +252,7 @@ class TestRefusals:
             ({"to_weight": lambda m: m.relations.weight}, r"floating \(out, in1, in2\). Found \(6, 25\)"),
             ({"to_weight": lambda m: scorer_weight(m).detach()}, "by differentiable operations"),
             ({"to_weight": lambda m: m.missing}, "`to_weight` of the adapter 'Scorer' failed: AttributeError"),
-            ({"to_weight": lambda m: 3}, "should give a tensor. Found a int"),
+            ({"to_weight": lambda m: 3}, r"floating \(out, in1, in2\). Found 3"),
             ({"to_bias": lambda m: m.entities.weight[0, :2]}, r"shape \(5,\). Found \(2,\)"),
         ],
     )
