@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import LayerDescription, read_layers, read_state
-from ..planning import StoredWeight, stored_weights, unknown_weights
+from ..planning import StoredWeight, stored_weights
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -63,7 +63,10 @@ def inspect(path: Path, as_json: bool) -> None:
     if found or not compressed:
         show(_weights_table(path, found))
         if not found:
-            show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + unknown_weights(state))
+            show(
+                "No three-dimensional weight that can be an nn.Bilinear's. A bilinear weight in another form needs the "
+                "network's code (cb.compress)."
+            )
 
 
 def _plain(name: str, stored: StoredWeight) -> dict[str, object]:

@@ -18,8 +18,10 @@ from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_HOOKS = ("forward hooks", "forward pre-hooks", "backward hooks", "backward pre-hooks", "state_dict hooks")
-_HOOKS += ("state_dict pre-hooks", "load_state_dict pre-hooks", "load_state_dict post-hooks")
+_HOOKS = [
+    *("forward hooks", "forward pre-hooks", "backward hooks", "backward pre-hooks", "state_dict hooks"),
+    *("state_dict pre-hooks", "load_state_dict pre-hooks", "load_state_dict post-hooks"),
+]
 # what a subclass may define and still compute what `nn.Bilinear` does; the last two are Python's own
 _HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__annotate__", "__annotate_func__"}
 

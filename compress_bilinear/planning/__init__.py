@@ -11,7 +11,6 @@ from ._offline import (
     compare_files,
     compress_state,
     stored_weights,
-    unknown_weights,
 )
 from ._progress import ProgressBars
 from ._verdict import compare_layers, judge, kept, reason_against, slowness
@@ -39,5 +38,4 @@ __all__ = [
     "set_compute",
     "slowness",
     "stored_weights",
-    "unknown_weights",
 ]

@@ -85,20 +85,6 @@ def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
     return [StoredWeight(tuple(names), weight, bias) for names, weight, bias in layers.values()]
 
 
-def unknown_weights(state: Mapping[str, Tensor]) -> str:
-    """A sentence about three-dimensional tensors that other modules may hold, or nothing."""
-    known = {f"{name}.weight" if name else "weight" for stored in stored_weights(state) for name in stored.names}
-    others = [
-        f"{key} ({'x'.join(map(str, value.shape))})"
-        for key, value in state.items()
-        if value.dim() == 3 and value.is_floating_point() and key not in known
-    ]
-    if not others:
-        return ""
-    listing = ", ".join(others)
-    return f" {listing} may be a bilinear weight in another form, which needs the network's code: cb.compress."
-
-
 def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[StoredWeight]:
     """The weights that the globs name, or without globs the only one there is, where it is unambiguous.
 
@@ -106,8 +92,10 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
     """
     weights = stored_weights(state)
     if not weights:
-        required = "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none."
-        raise MatchError(required + unknown_weights(state))
+        raise MatchError(
+            "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none: a "
+            "bilinear weight in another form needs the network's code (cb.compress)."
+        )
     listing = ", ".join(
         f"{' = '.join(stored.labels)} ({'x'.join(map(str, stored.weight.shape))}"
         f"{', conv1d?' if stored.maybe_convolution else ''})"
@@ -115,8 +103,7 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
     )
     for glob in globs:
         if not any(stored.matches(glob) for stored in weights):
-            required = f"--layers {glob!r} should match a three-dimensional weight. Found: {listing}."
-            raise MatchError(required + unknown_weights(state))
+            raise MatchError(f"--layers {glob!r} should match a three-dimensional weight. Found: {listing}.")
     if globs:
         return [stored for stored in weights if any(stored.matches(glob) for glob in globs)]
     if len(weights) == 1 and not weights[0].maybe_convolution:
@@ -269,13 +256,13 @@ def _original_layer(
             f"{str(compressed)!r} should hold layers that were nn.Bilinear, to be compared without the network's "
             f"code. Found {description.label!r}, which was of the form {description.adapter!r}."
         )
-    prefix = f"{description.name}." if description.name else ""
-    weight, bias = state.get(f"{prefix}weight"), state.get(f"{prefix}bias")
     shape = (description.out_features, description.in1_features, description.in2_features)
-    same_bias = (bias is not None) == description.bias and (bias is None or bias.shape == shape[:1])
-    if weight is None or weight.shape != shape or not weight.is_floating_point() or not same_bias:
-        found = "none" if weight is None else f"{tuple(weight.shape)} {weight.dtype}"
-        found += f" and a bias {tuple(bias.shape)}" if weight is not None and bias is not None else ""
-        required = f"{prefix}weight of shape {shape}{' and a bias' if description.bias else ''}"
-        raise CheckpointError(f"{str(original)!r} should hold {required}. Found {found}.")
-    return StoredWeight(description.names, weight, bias).layer()
+    stored = next((one for one in stored_weights(state) if description.name in one.names), None)
+    if stored is None or stored.weight.shape != shape or (stored.bias is not None) != description.bias:
+        parts = {} if stored is None else {"weight": stored.weight, "bias": stored.bias}
+        found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
+        raise CheckpointError(
+            f"{str(original)!r} should hold the weight of {description.label!r} of shape {shape}"
+            f"{' and a bias' if description.bias else ''}. Found {found or 'none'}."
+        )
+    return stored.layer()

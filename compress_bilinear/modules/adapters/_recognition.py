@@ -90,12 +90,10 @@ def _readings(twin: nn.Module) -> Iterator[Form]:
                 yield Form(weight, bias, "o(kij)", sizes, mode="blocks", blocks=sizes[0] // size)
         return
     for letters in permutations("oij"):
-        out, *sizes = (shape[letters.index(letter)] for letter in "oij")
+        out, in1, in2 = (shape[letters.index(letter)] for letter in "oij")
         if bias is None or len(named[bias]) == out:
-            forms = [
-                Form(weight, bias, "".join(letters), (sizes[0], sizes[1]), ones)
-                for ones in product((False, True), repeat=2)
-            ]
+            both = product((False, True), (False, True))
+            forms = [Form(weight, bias, "".join(letters), (in1, in2), ones) for ones in both]
             yield from (replace(form, mode="pairs", output="xyo") for form in forms)
             yield from forms
 
