@@ -1,8 +1,9 @@
 import pytest
 import torch
-from support import DTYPES, assert_matches_reference
-from torch import nn
+from support import DTYPES, assert_matches_reference, bilinear
+from torch import Tensor, nn
 
+import compress_bilinear as cb
 from compress_bilinear.modules import QuantizedLinear
 from compress_bilinear.modules._linear import fill_linear, linear_weight, make_linear
 from compress_bilinear.quantization import FORMATS, decode_int8
@@ -76,3 +77,23 @@ def test_the_weight_is_read_in_the_dtype_that_is_asked_for(quantize):
         read = linear_weight(made, dtype)
         assert read.dtype == dtype
         assert_matches_reference(read.detach(), stored.detach().double())
+
+
+class Integers(nn.Module):
+    """A linear layer of another library: integers and a scale."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(linear.weight.abs().max()) / 127
+        self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype) * self.scale)
+
+
+def test_an_inner_layer_of_integers_from_elsewhere_is_called():
+    layer = cb.CPBilinear.from_bilinear(bilinear(6, 5, 4), 3)
+    values = torch.randn(7, 6), torch.randn(7, 5)
+    expected = layer(*values)
+    layer.in1_proj = Integers(layer.in1_proj)
+    torch.testing.assert_close(layer(*values), expected, rtol=0.05, atol=0.05)
