@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import Quantize
+from ..config import Quantize, check_quantize
 from ..errors import CompressionError, InputError
 from ..quantization import FORMATS
 from ._compute import ComputeModes
@@ -23,6 +23,7 @@ class CompressedBilinear(ComputeModes):
     """
 
     def __init__(self, in1_features: int, in2_features: int, out_features: int, quantize: Quantize | None) -> None:
+        check_quantize(quantize)
         super().__init__(quantize)
         sizes = {"in1_features": in1_features, "in2_features": in2_features, "out_features": out_features}
         for name, size in sizes.items():
@@ -77,12 +78,6 @@ class CompressedBilinear(ComputeModes):
         Raises: InputError for other sizes, leading dimensions or dtypes, where `nn.Bilinear` raises RuntimeError.
         """
         self._check(input1, input2)
-        shape1, shape2 = input1.shape, input2.shape
-        if shape1[:-1] != shape2[:-1]:
-            raise InputError(
-                "`input1` and `input2` should have the same leading dimensions. "
-                f"Found {tuple(shape1)} and {tuple(shape2)}."
-            )
         return self._forward(input1, input2)
 
     def pairwise(
@@ -96,12 +91,7 @@ class CompressedBilinear(ComputeModes):
 
         Raises: InputError for inputs of less than two dimensions, other sizes, or other dtypes.
         """
-        self._check(input1, input2)
-        if input1.dim() < 2 or input2.dim() < 2 or input1.shape[:-2] != input2.shape[:-2]:
-            raise InputError(
-                "`input1` and `input2` should be (..., L1, I) and (..., L2, J) with the same leading dimensions. "
-                f"Found {tuple(input1.shape)} and {tuple(input2.shape)}."
-            )
+        self._check(input1, input2, 2)
         return self._pairwise(input1, input2)
 
     def explain(
@@ -121,19 +111,14 @@ class CompressedBilinear(ComputeModes):
             gradient: whether a gradient is wanted.
             device, dtype: of the inputs; None takes the layer's.
         """
-        own = next(iter([*self.parameters(), *self.buffers()])).device
-        rank = self.rank if isinstance(self.rank, tuple) else () if self.rank is None else (self.rank,)
-        shape = (self.out_features, self.in1_features, self.in2_features)
-        inputs_dtype = dtype or self.weight_dtype
-        bits = 8 * inputs_dtype.itemsize if self.quantize is None else max(8, FORMATS[self.quantize].bits)
+        tensor, dtype = next(iter([*self.parameters(), *self.buffers()])), dtype or self.weight_dtype
         choice = ops.explain(
             self.method,
-            shape,
-            rank,
+            (self.out_features, self.in1_features, self.in2_features),
             rows,
-            own if device is None else torch.device(device),
-            inputs_dtype,
-            bits,
+            torch.device(device or tensor.device),
+            dtype,
+            8 if self.quantize else 8 * dtype.itemsize,
             pairs=pairs,
             gradient=gradient,
             reason_against=self._reason_against_kernels(),
@@ -162,7 +147,7 @@ class CompressedBilinear(ComputeModes):
                 "`input1` and `input2` should be (..., K, I / K) and (..., K, J) with the same leading dimensions and "
                 f"K at least 1. Found {tuple(input1.shape)} and {tuple(input2.shape)}."
             )
-        self._check(input1.flatten(-2), input2)
+        self._check(input1.flatten(-2), input2.select(-2, 0))
         return self._blockwise(input1, input2)
 
     def indexed(
@@ -181,20 +166,29 @@ class CompressedBilinear(ComputeModes):
                 "`input1` should be (..., I) and `index` (...), the same leading dimensions. "
                 f"Found {tuple(input1.shape)} and {tuple(index.shape)}."
             )
-        self._check(input1, input1.new_empty(self.in2_features))
+        self._check(input1, input1.new_empty(self.in2_features).expand(*index.shape, -1))
         return self._indexed(input1, index)
 
     def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
         one_hot = nn.functional.one_hot(index.long(), self.in2_features)
         return self._forward(input1, one_hot.to(input1.dtype))
 
-    def _check(self, input1: Tensor, input2: Tensor) -> None:
-        """Raise InputError for inputs of other sizes or dtypes than the layer takes."""
+    def _check(self, input1: Tensor, input2: Tensor, last: int = 1) -> None:
+        """Raise InputError for inputs of other sizes or dtypes than the layer takes.
+
+        All dimensions but the `last` ones should be the same.
+        """
         shape1, shape2, dtype, weight = input1.shape, input2.shape, input1.dtype, self._first_weight()
         if not shape1 or shape1[-1] != self.in1_features:
             raise InputError(f"`input1` should have shape (..., {self.in1_features}). Found {tuple(shape1)}.")
         if not shape2 or shape2[-1] != self.in2_features:
             raise InputError(f"`input2` should have shape (..., {self.in2_features}). Found {tuple(shape2)}.")
+        if shape1[:-last] != shape2[:-last] or len(shape1) < last or len(shape2) < last:
+            required = "(..., I) and (..., J)" if last == 1 else "(..., L1, I) and (..., L2, J)"
+            raise InputError(
+                f"`input1` and `input2` should be {required} with the same leading dimensions. "
+                f"Found {tuple(shape1)} and {tuple(shape2)}."
+            )
         if dtype == input2.dtype and dtype.is_floating_point and (weight is None or weight.dtype == dtype):
             return
         mixed = ops.autocast_enabled(input1.device.type)
@@ -211,22 +205,15 @@ class CompressedBilinear(ComputeModes):
 
     @property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype of the stored weight, float32 if it is quantized. An inner layer may be wrapped."""
-        if self.quantize is None:
-            for name, parameter in self.named_parameters():
-                if name.endswith("weight") and parameter.is_floating_point():
-                    return parameter.dtype
-        return torch.float32
+        """The dtype of the stored weight, float32 if it is quantized."""
+        weight = self._first_weight()
+        return torch.float32 if weight is None else weight.dtype
 
     def extra_repr(self) -> str:
-        parts = [f"in1_features={self.in1_features}, in2_features={self.in2_features}"]
-        parts.append(f"out_features={self.out_features}")
-        if self.rank is not None:
-            parts.append(f"rank={self.rank}")
-        parts.append(f"bias={self.bias is not None}")
-        if self.quantize is not None:
-            parts.append(f"quantize={self.quantize!r}")
-        return ", ".join(parts)
+        rank = "" if self.rank is None else f", rank={self.rank}"
+        stored = "" if self.quantize is None else f", quantize={self.quantize!r}"
+        sizes = f"in1_features={self.in1_features}, in2_features={self.in2_features}, out_features={self.out_features}"
+        return f"{sizes}{rank}, bias={self.bias is not None}{stored}"
 
 
 def block_rows(

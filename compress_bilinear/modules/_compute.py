@@ -9,19 +9,13 @@ from typing_extensions import Self
 
 from ..config import Compute, Quantize
 from ..errors import ConfigError
-from ..quantization import FORMATS, QuantizedTensor
+from ..quantization import FORMATS, QuantizedTensor, missing
 
 _GONE = "`compress_bilinear.dequantize` stores the weights in floating point instead"
 
 
 class ComputeModes(nn.Module):
-    """A layer that may be quantized, and then computes in one of several modes.
-
-    Attributes:
-        quantize: the name of a storage format; None for floating point.
-        compute: how a quantized layer computes; see `set_compute`.
-        method: "dense", "cp" or "tucker".
-    """
+    """A layer that may be quantized, and then computes in one of several modes."""
 
     method: ClassVar[str]
 
@@ -47,7 +41,8 @@ class ComputeModes(nn.Module):
         if compute == "bitsandbytes":
             reasons = [part.reason_against_bitsandbytes() for part in self._stored()]
             return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
-        if compute != "int8" or any(getattr(part, "takes_int8", False) for part in self._computing()):
+        linear = (part for part in self.modules() if part is self or not isinstance(part, ComputeModes))
+        if compute != "int8" or any(getattr(part, "takes_int8", False) for part in linear):
             return None
         if not FORMATS[self.quantize].integers:
             bits = FORMATS[self.quantize].bits
@@ -68,24 +63,20 @@ class ComputeModes(nn.Module):
 
         Raises: ConfigError for another mode, an unquantized layer, or a mode that is refused: see `refused_compute`.
         """
-        if self.quantize is None:
-            raise ConfigError("`set_compute` should be called on a quantized layer. Found one in floating point.")
         reason = self.refused_compute(compute)
         if reason is not None:
             raise ConfigError(
-                f"`compute` should be one of {self.computes} for a {self.method} layer in {self.quantize}. "
+                f"`compute` should be one of {self.computes} for this {self.method} layer, quantize={self.quantize!r}. "
                 f"Found {compute!r}: {reason}."
             )
         for part in self.modules():
-            if hasattr(part, "takes_int8"):  # also a core, which may have a mode of its own
-                cast(Any, part).integer = False
+            core = part is not self and isinstance(part, ComputeModes)  # which does not multiply integers
             if isinstance(part, QuantizedTensor):
                 part.use_bitsandbytes(compute == "bitsandbytes")
             elif isinstance(part, ComputeModes):
-                part.compute = "on_the_fly" if compute == "int8" and part is not self else compute
-        for part in self._computing():
-            if getattr(part, "takes_int8", False):
-                cast(Any, part).integer = compute == "int8"
+                part.compute = "on_the_fly" if compute == "int8" and core else compute
+            if hasattr(part, "takes_int8"):
+                cast(Any, part).integer = compute == "int8" and part.takes_int8 and not core
 
     def _stored(self) -> list[QuantizedTensor]:
         return [part for part in self.modules() if isinstance(part, QuantizedTensor)]
@@ -95,33 +86,19 @@ class ComputeModes(nn.Module):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             return self
         devices = [part.device.type for part in self._stored()]
-        nested = {part: part.compute for part in self.modules() if isinstance(part, ComputeModes)}
-        for part in nested:  # one warning, of this layer, is enough for its core too
-            part.compute = "on_the_fly"
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:  # also where the device has no room
-            for part, compute in nested.items():
-                part.compute = compute
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if devices != [part.device.type for part in self._stored()]:
-            refused = self.refused_compute("bitsandbytes")
-            self.set_compute("bitsandbytes" if refused is None else "on_the_fly")
-            if refused is not None:
-                warnings.warn(f"A {self.method} layer computes on the fly from now on: {refused}.", stacklevel=2)
+            self._try_bitsandbytes()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call, unused-ignore]
-        if self.compute != "bitsandbytes":
-            return
-        from ..quantization import missing
+        if self.compute == "bitsandbytes" and missing() is not None:  # it was pickled where there is one
+            self._try_bitsandbytes()
 
-        absent = missing()
-        if absent is not None:  # it was pickled where there is one
-            self.set_compute("on_the_fly")
-            # the core of a Tucker layer warns in the same words, so that Python shows the warning once
-            warnings.warn(f"A pickled layer that computes by bitsandbytes does so on the fly: {absent}.", stacklevel=2)
-
-    def _computing(self) -> list[nn.Module]:
-        """The layer and its linear parts, which may multiply integers."""
-        return [part for part in self.modules() if part is self or not isinstance(part, ComputeModes)]
+    def _try_bitsandbytes(self) -> None:
+        """Go on by bitsandbytes; where that is refused, warn and compute on the fly."""
+        refused = self.refused_compute("bitsandbytes")
+        self.set_compute("bitsandbytes" if refused is None else "on_the_fly")
+        if refused is not None:
+            warnings.warn(f"A layer computes on the fly from now on: {refused}.", stacklevel=3)

@@ -1,21 +1,21 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import ops
-from ..config import CPRank, Quantize, check_quantize, check_rank
+from ..config import CPRank, Quantize, check_rank
 from ..decomposition import CPDecomposition, cp, rounded, unit_columns
 from ..errors import CompressionError
 from ._linear import QuantizedLinear, fill_linear, linear_weight, make_linear
-from ._operands import reason_against
 from ._projected import ProjectedBilinear, project_blocks
 
 
-class CPBilinear(ProjectedBilinear):
+class CPBilinear(ProjectedBilinear[int]):
     """y = out_proj(in1_proj(x1) * in2_proj(x2)): a bilinear layer whose weight has CP rank R.
 
     R(I + J + O) parameters and 2R(I + J + O) + R FLOPs a row. Quantized, the columns of the three weights have equal
@@ -23,11 +23,9 @@ class CPBilinear(ProjectedBilinear):
     factors of a CP costs no accuracy. It multiplies the product of the projections, which is formed in float32.
 
     Args:
-        in1_features, in2_features, out_features: I, J and O.
+        in1_features, in2_features, out_features, bias, device, dtype: as of `nn.Bilinear`.
         rank: R, any positive int.
-        bias: whether to add a bias (O,).
         quantize: the name of a storage format; None for floating point.
-        device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `rank` or `quantize`.
 
@@ -38,29 +36,13 @@ class CPBilinear(ProjectedBilinear):
     method = "cp"
     part_names = ("in1_proj", "in2_proj", "out_proj")
 
-    def __init__(
-        self,
-        in1_features: int,
-        in2_features: int,
-        out_features: int,
-        rank: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        quantize: Quantize | None = None,
-    ) -> None:
-        check_quantize(quantize)
-        check_rank(rank)
-        super().__init__(in1_features, in2_features, out_features, quantize)
-        self._rank = rank
-        self.in1_proj = make_linear(in1_features, rank, False, quantize, device, dtype)
-        self.in2_proj = make_linear(in2_features, rank, False, quantize, device, dtype)
-        self.out_proj = make_linear(rank, out_features, bias, quantize, device, dtype, scaled=True)
-
-    @property
-    def rank(self) -> int:
-        return self._rank
+    def _make_parts(self, bias: bool, *stored: Any) -> None:
+        check_rank(self.rank)
+        self.in1_proj = make_linear(self.in1_features, self.rank, False, *stored)
+        self.in2_proj = make_linear(self.in2_features, self.rank, False, *stored)
+        self.out_proj = make_linear(self.rank, self.out_features, bias, *stored)
+        if isinstance(self.out_proj, QuantizedLinear):
+            self.out_proj.sigma = torch.zeros(self.rank, device=self.out_proj.weight.device)
 
     @classmethod
     def from_decomposition(
@@ -100,10 +82,9 @@ class CPBilinear(ProjectedBilinear):
         cls, layer: nn.Bilinear, rank: CPRank, *, seed: int = 0, quantize: Quantize | None = None
     ) -> Self:
         """The layer whose weight is `decomposition.cp(layer.weight, rank, seed=seed)`; raises what that raises."""
-        bias = None if layer.bias is None else layer.bias.detach()
         weight = layer.weight.detach()
         decomposition = rounded(cp(weight, rank, seed=seed, quantize=quantize), weight, quantize)
-        return cls.from_decomposition(decomposition, bias, quantize=quantize)
+        return cls.from_decomposition(decomposition, layer.bias, quantize=quantize)
 
     def to_decomposition(self, dtype: torch.dtype = torch.float64) -> CPDecomposition:
         """The stored decomposition: the layer's factors, with weights of one."""
@@ -121,35 +102,27 @@ class CPBilinear(ProjectedBilinear):
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()
         if isinstance(operands, str):
-            return self._of_product(self.in1_proj(input1), self.in2_proj(input2), input1)
-        in1, in2, out = operands.weights
-        return ops.bilinear_cp(input1, input2, in1, in2, out, operands.bias, sigma=self._sigma())
+            return self._of_product(self.in1_proj(input1), self.in2_proj(input2))
+        return ops.bilinear_cp(input1, input2, *operands, sigma=self.out_proj._buffers.get("sigma"))
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()
         if not isinstance(operands, str):
-            in1, in2, out = operands.weights
-            return ops.pairwise_cp(input1, input2, in1, in2, out, operands.bias, sigma=self._sigma())
+            return ops.pairwise_cp(input1, input2, *operands, sigma=self.out_proj._buffers.get("sigma"))
         left, right = self.in1_proj(input1), self.in2_proj(input2)
         blocks = ops.pair_blocks(left, right, self.out_features)
-        return ops.over_pairs(lambda p, q: self._of_product(p, q, input1), left, right, blocks)
+        return ops.over_pairs(self._of_product, left, right, blocks)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        return self._of_product(project_blocks(self.in1_proj, input1), self.in2_proj(input2), input1, blocks=True)
+        return self._of_product(project_blocks(self.in1_proj, input1), self.in2_proj(input2), blocks=True)
 
-    def _of_product(self, left: Tensor, right: Tensor, input: Tensor, *, blocks: bool = False) -> Tensor:
-        """`out_proj(left * right)`, summed over blocks before, in the dtype that a linear layer of `input` has.
+    def _of_product(self, left: Tensor, right: Tensor, *, blocks: bool = False) -> Tensor:
+        """`out_proj(left * right)`, summed over blocks before, in the dtype of the projections.
 
         With a quantized `out_proj`, products and sums are in float32: without their scale they could overflow.
         """
-        wide = type(self.out_proj) is QuantizedLinear and reason_against(self.out_proj) is None
-        options: list[torch.dtype] = []
-        if wide:
-            options = [ops.autocast_dtype(input.device.type, input) or input.dtype]
-            left, right = (value.to(torch.promote_types(value.dtype, torch.float32)) for value in (left, right))
-        product = (left * right).sum(-2) if blocks else left * right
-        output: Tensor = self.out_proj(product, *options)
-        return output
-
-    def _sigma(self) -> Tensor | None:
-        return None if self.quantize is None else self.out_proj._buffers.get("sigma")
+        dtype = torch.promote_types(left.dtype, right.dtype)
+        if isinstance(self.out_proj, QuantizedLinear):
+            left = left.to(torch.promote_types(dtype, torch.float32))
+        output: Tensor = self.out_proj((left * right).sum(-2) if blocks else left * right)
+        return output.to(dtype)

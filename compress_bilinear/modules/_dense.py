@@ -1,17 +1,19 @@
 """`DenseBilinear`: the weight itself, exact or in a storage format, evaluated in the best order."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import ops
-from ..config import Quantize, check_quantize
+from ..config import Quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import FORMATS, QuantizedTensor
 from ._base import CompressedBilinear
 from ._int8_matmul import int8_bilinear
+from ._linear import plus
 
 
 class DenseBilinear(CompressedBilinear):
@@ -29,10 +31,8 @@ class DenseBilinear(CompressedBilinear):
             `set_compute`. Pairs, blocks and indices are computed on the fly then.
 
     Args:
-        in1_features, in2_features, out_features: I, J and O.
-        bias: whether to add a bias (O,).
+        in1_features, in2_features, out_features, bias, device, dtype: as of `nn.Bilinear`.
         quantize: the name of a storage format; None for floating point.
-        device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize`.
     """
@@ -52,7 +52,6 @@ class DenseBilinear(CompressedBilinear):
         *,
         quantize: Quantize | None = None,
     ) -> None:
-        check_quantize(quantize)
         super().__init__(in1_features, in2_features, out_features, quantize)
         shape = (out_features, in1_features, in2_features)
         if quantize is None:
@@ -81,8 +80,7 @@ class DenseBilinear(CompressedBilinear):
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, *, quantize: Quantize | None = None) -> Self:
         """The same function as `layer`, exactly (or up to rounding), in its dtype and on its device."""
-        bias = None if layer.bias is None else layer.bias.detach()
-        return cls.from_weight(layer.weight.detach(), bias, quantize=quantize)
+        return cls.from_weight(layer.weight, layer.bias, quantize=quantize)
 
     @classmethod
     def from_decomposition(
@@ -133,39 +131,29 @@ class DenseBilinear(CompressedBilinear):
         if not self.integer:
             return ops.bilinear_dense(input1, input2, self.weight, self.bias)
         assert isinstance(self.weight, QuantizedTensor) and self.weight.scale is not None  # noqa: PT018
-        device = input1.device.type
-        dtype = ops.autocast_dtype(device, input1, input2) or input1.dtype
-        with ops.without_autocast(device):
-            output = int8_bilinear(input1.to(dtype), input2.to(dtype), self.weight.qdata, self.weight.scale)
-            return output if self.bias is None else output + self.bias.to(dtype)
+        input1, input2 = self._inputs(input1, input2)
+        with ops.without_autocast(input1.device.type):
+            return plus(int8_bilinear(input1, input2, self.weight.qdata, self.weight.scale), self.bias)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         return ops.pairwise_dense(input1, input2, self.weight, self.bias)
 
-    def contract(
-        self,
-        product: Tensor,  # (..., I, J)
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:  # (..., O)
-        """Σ_ij W_oij M_ij + b_o: the layer on a sum of products x1 ⊗ x2, which is no longer one product.
+    def contract(self, multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
+        """Σ_ij W_oij M_ij + b_o for M = `multiply(left, right)`, (..., I, J): a sum of products x1 ⊗ x2.
 
-        Args:
-            dtype: of the output; sums are in the product's. None takes both as of a call with inputs like the product.
+        In float16, in which products of inputs and their sums could overflow, both are computed in float32.
         """
-        if dtype is None:
-            (product,) = self._inputs(product)
-            dtype = product.dtype
-        with ops.without_autocast(product.device.type):
-            bias = self.bias if self.bias is None else self.bias.to(product.dtype)
-            return ops.project(product.flatten(-2), self._flat_weight(product.dtype), bias).to(dtype)
+        left, right = self._inputs(left, right)
+        dtype = left.dtype
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        with ops.without_autocast(left.device.type):
+            product = multiply(left.to(wide), right.to(wide)).flatten(-2)
+            weight = self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.to(wide).flatten(1)
+            return plus(ops.project(product, weight), self.bias).to(dtype)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        input1, input2 = self._inputs(input1, input2)
-        dtype = input1.dtype
-        if dtype == torch.float16:  # in which products of inputs, and their sums, could overflow
-            input1, input2 = input1.float(), input2.float()
-        product = input1.unsqueeze(-1) * input2.unsqueeze(-2)  # (..., K, I / K, J)
-        return self.contract(product.flatten(-3, -2), dtype)
+        # (..., K, I / K, J), of which the first two axes are those of W
+        return self.contract(lambda x1, x2: (x1.unsqueeze(-1) * x2.unsqueeze(-2)).flatten(-3, -2), input1, input2)
 
     def _indexed(self, input1: Tensor, index: Tensor) -> Tensor:
         (input1,) = self._inputs(input1)
@@ -174,8 +162,7 @@ class DenseBilinear(CompressedBilinear):
             slabs = ops.slabs(self.weight)
             run = ops.block_runner(isinstance(self.weight, QuantizedTensor) or len(slabs) > 1, rows)
             output = torch.cat([run(self._of_columns, rows, columns, slab) for slab in slabs], dim=1)
-        output = output.reshape(*index.shape, self.out_features)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        return plus(output.reshape(*index.shape, self.out_features), self.bias)
 
     def _of_columns(self, rows: Tensor, columns: Tensor, slab: slice) -> Tensor:
         """(N, I, 1), (N,) -> (N, slab, 1): each row times its own matrix."""
@@ -187,6 +174,3 @@ class DenseBilinear(CompressedBilinear):
         dtype = ops.autocast_dtype(inputs[0].device.type, *inputs, weight)
         dtype = dtype or (inputs[0] if weight is None else weight).dtype
         return tuple(input.to(dtype) for input in inputs)
-
-    def _flat_weight(self, dtype: torch.dtype) -> ops.Weight:
-        return self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.to(dtype).flatten(1)

@@ -1,5 +1,6 @@
 """Products of integers: the inputs' rows are rounded to int8 in each call, and multiplied by an int8 weight."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from ..quantization import LEVELS, UNIT, expand_scale
 
 _BLOCK = 2**19  # products that are held at once: they fit a CPU's cache
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
-_TRACED = 4096  # columns of a block in a traced graph, whose number of rows is not known
+_TRACED_ROWS = 2**7  # for which a traced graph, whose number of rows is not known, chooses its blocks
 _TRACED_PARTS = 16  # of a weight in a traced graph, at most
 _LEAST = 2e-36  # stands for the largest magnitude of a row of zeros: 127 / _LEAST and the step are normal in float32
 
@@ -24,30 +25,7 @@ def int8_linear(
     The gradient is that of the product without rounding, for which the weight is decoded slab by slab. Integers are
     padded to sizes that the kernel takes: on CUDA more than 16 rows, and multiples of 8.
     """
-    if torch.is_grad_enabled() and input.requires_grad:
-        output: Tensor = _Int8Linear.apply(input, weight)  # type: ignore[no-untyped-call]
-        return output
-    return _product(input, weight)
-
-
-class _Int8Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(input: Tensor, weight: Tensor) -> Tensor:
-        return _product(input, weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (weight,), (grad,) = ctx.saved_tensors, grads
-        rows = max(1, ops.tuning().weight // max(1, weight.shape[1]))
-        parts = zip(grad.split(rows, dim=-1), weight.split(rows), strict=True)
-        total = sum((part @ values.to(grad.dtype) for part, values in parts), start=grad.new_zeros(()))
-        return total * UNIT, None
+    return _with_exact_gradient(lambda x: _product(x, weight), lambda x: ops.project(x, weight), input)
 
 
 def int8_bilinear(
@@ -62,34 +40,41 @@ def int8_bilinear(
     and output, a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and the copy that a
     kernel makes of at most 2²⁰ of the weight's integers (or one output's).
     """
-    if not (torch.is_grad_enabled() and (input1.requires_grad or input2.requires_grad)):
-        return _bilinear(input1, input2, weight, scale)
+    return _with_exact_gradient(
+        lambda x1, x2: _bilinear(x1, x2, weight, scale),
+        lambda x1, x2: ops.bilinear_dense(x1, x2, weight, scale=scale),
+        input1,
+        input2,
+    )
+
+
+def _with_exact_gradient(rounded: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The value of `rounded`, a function of the inputs, with the gradient of `exact`."""
+    if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
+        return rounded(*inputs)
     if ops.traced() or ops.transformed():
-        exact = ops.bilinear_dense(input1, input2, weight, scale=scale)
-        return exact + (_bilinear(input1, input2, weight, scale) - exact).detach()
-    output: Tensor = _Int8Bilinear.apply(input1, input2, weight, scale)  # type: ignore[no-untyped-call]
+        value = exact(*inputs)
+        return value + (rounded(*inputs) - value).detach()
+    output: Tensor = _ExactGradient.apply(rounded, exact, *inputs)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Int8Bilinear(torch.autograd.Function):
+class _ExactGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(input1, input2, weight, scale)
-        return _bilinear(input1, input2, weight, scale)
+    def forward(ctx: Any, rounded: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.exact = exact
+        return rounded(*inputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        input1, input2, weight, scale = ctx.saved_tensors
         twice = torch.is_grad_enabled()
         with torch.enable_grad():
-            # two tensors, also where both inputs are one: autograd sums the gradients
-            first, second = (
-                v.view_as(v) if twice else v.detach().requires_grad_(v.requires_grad) for v in (input1, input2)
-            )
-            exact = ops.bilinear_dense(first, second, weight, scale=scale)
-            inputs = [value for value in (first, second) if value.requires_grad]
-            gradients = iter(torch.autograd.grad(exact, inputs, grads, create_graph=twice))
-        return *(next(gradients) if value.requires_grad else None for value in (first, second)), None, None
+            # new tensors, also where both inputs are one: autograd sums the gradients
+            inputs = [v.view_as(v) if twice else v.detach().requires_grad_(v.requires_grad) for v in ctx.saved_tensors]
+            wanted = [value for value in inputs if value.requires_grad]
+            gradients = iter(torch.autograd.grad(ctx.exact(*inputs), wanted, grads, create_graph=twice))
+        return None, None, *(next(gradients) if value.requires_grad else None for value in inputs)
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -103,8 +88,7 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> 
     qdata, step = _rounded_rows(first)
     kept = kept.reshape(-1, width).to(wide) * step
     tracing = ops.traced()
-    count = 1 if tracing else max(1, len(kept))
-    most = max(_BLOCK_WIDTH, _TRACED if tracing else _BLOCK // count)
+    most = max(_BLOCK_WIDTH, _BLOCK // (_TRACED_ROWS if tracing else max(1, len(kept))))
     outputs = min(out, max(1, min(most // width, ops.tuning().weight // (width * long))))
     outputs = max(outputs, -(-out // _TRACED_PARTS)) if tracing else outputs
     rows = max(1, _BLOCK // (outputs * width))

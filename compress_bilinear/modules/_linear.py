@@ -1,19 +1,17 @@
 """Linear layers: in a storage format, with an identity in the matrix, and the bias alone."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from .. import ops
 from ..config import Quantize
-from ..quantization import FORMATS, Layout, QuantizedTensor, restore_dtypes
+from ..quantization import FORMATS, FixedBuffers, Layout, QuantizedTensor
 from ._int8_matmul import int8_linear
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(FixedBuffers):
     """`nn.Linear` with its weight in 16, 8 or 4 bits. Each call decodes it to the input's dtype, slab by slab.
 
     Besides input and output, a forward holds one decoded slab of at most 2²⁰ values (or one row). A backward decodes
@@ -29,12 +27,12 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     sigma: Tensor | None
 
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None, sigma: Tensor | None = None) -> None:
+    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.integer = False
-        self.register_buffer("sigma", sigma)
+        self.register_buffer("sigma", None)
         self.register_parameter("bias", bias)
 
     @property
@@ -45,25 +43,17 @@ class QuantizedLinear(nn.Module):
     def forward(
         self,
         input: Tensor,  # (..., in_features)
-        dtype: torch.dtype | None = None,
     ) -> Tensor:  # (..., out_features)
-        """The product, computed in `dtype`; None takes the input's, or autocast's."""
+        """The product, computed in the input's dtype, or autocast's."""
         device = input.device.type
-        dtype = dtype or ops.autocast_dtype(device, input) or input.dtype
+        dtype = ops.autocast_dtype(device, input) or input.dtype
         with ops.without_autocast(device):
             if self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
             bias = self.bias if self.bias is None else self.bias.to(dtype)
             if not self.integer:
                 return ops.project(input.to(dtype), self.weight, bias)
-            output = int8_linear(input.to(dtype), self.weight.qdata)
-            return output if bias is None else output + bias
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        restore_dtypes(self, before)  # sigma stays float32
-        return self
+            return plus(int8_linear(input.to(dtype), self.weight.qdata), bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -77,19 +67,12 @@ def make_linear(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     layout: Layout = "factor",
-    scaled: bool = False,
 ) -> nn.Module:
-    """An `nn.Linear`, or a zeroed `QuantizedLinear`.
-
-    Args:
-        layout: of a quantized matrix.
-        scaled: whether a quantized layer has a `sigma`.
-    """
+    """An `nn.Linear`, or a zeroed `QuantizedLinear` without `sigma`, whose matrix has this layout."""
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
     weight = FORMATS[quantize].zeros((out_features, in_features), layout, device)
-    sigma = torch.zeros(in_features, device=device) if scaled else None
-    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype), sigma)
+    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype))
 
 
 def _zero_bias(
@@ -122,6 +105,7 @@ def linear_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
 class AddBias(nn.Module):
     """The rest of an output projection that has been absorbed into the core: the bias (O,), or nothing."""
 
+    weight = None
     bias: nn.Parameter | None
 
     def __init__(
@@ -132,10 +116,15 @@ class AddBias(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""
-        return input if self.bias is None else input + self.bias.to(input.dtype)
+        return plus(input, self.bias)
 
 
-class InterpolativeLinear(nn.Module):
+def plus(output: Tensor, bias: Tensor | None) -> Tensor:
+    """The output (..., O) plus a bias (O,) if there is one, in the output's dtype."""
+    return output if bias is None else output + bias.to(output.dtype)
+
+
+class InterpolativeLinear(FixedBuffers):
     """A linear map between d and r < d dimensions whose matrix contains an identity: r of the d are copied.
 
     Narrowing, y = x[kept] + F x[others]; widening, y[kept] = x and y[others] = F x. r (d − r) weights instead of r d.
@@ -175,12 +164,6 @@ class InterpolativeLinear(nn.Module):
         """Whether the output is the side of d dimensions."""
         return self.out_features > self.in_features
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        restore_dtypes(self, before)  # .type(dtype) on a parent converts integers too
-        return self
-
     def fill(
         self,
         order: Tensor,  # (d,)
@@ -196,11 +179,10 @@ class InterpolativeLinear(nn.Module):
     ) -> Tensor:  # (..., out_features)
         if self.widening:
             output = torch.cat([input, self.rest(input).to(input.dtype)], dim=-1).index_select(-1, self.index)
-            return output if self.bias is None else output + self.bias.to(output.dtype)
+            return plus(output, self.bias)
         ordered = input.index_select(-1, self.index)
         kept, others = ordered.split([self.out_features, self.in_features - self.out_features], dim=-1)
-        narrow = kept + self.rest(others)
-        return narrow if self.bias is None else narrow + self.bias.to(narrow.dtype)
+        return plus(kept + self.rest(others), self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out_features, in_features), differentiable in what is stored."""

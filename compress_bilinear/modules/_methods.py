@@ -20,10 +20,6 @@ Decomposition: TypeAlias = Any  # what a row's `solve` returns; it has rank, fac
 Rank: TypeAlias = Any  # what a row's config takes: an int, a triple, a MaxSize or a MaxError
 
 
-def _no_bound(shape: Sequence[int], numbers: float) -> float:
-    return 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to write a weight (O, I, J) with fewer numbers.
@@ -55,7 +51,7 @@ class Method:
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]
     slow: bool = False
-    largest: Callable[[Sequence[int], float], float] = _no_bound
+    largest: Callable[[Sequence[int], float], float] = lambda shape, numbers: 1.0
 
 
 def _solve_tucker(weight: Tensor, rank: Rank, config: TuckerConfig, budget: Budget) -> TuckerDecomposition:

@@ -1,15 +1,23 @@
 """What CP and Tucker layers have in common: a small product between linear layers."""
 
-from typing import Any, ClassVar
+from abc import abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from ..config import Quantize
+from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear, block_rows
-from ._operands import Operands, operands, reason_against, tensor_of
+from ._dense import DenseBilinear
+from ._linear import AddBias, QuantizedLinear
+
+_Rank = TypeVar("_Rank", int, tuple[int, int, int])
+
+_PLAIN = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)  # modules that only multiply, or add a bias
 
 
-class ProjectedBilinear(CompressedBilinear):
+class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
     """A small product between linear layers: what CP and Tucker have in common.
 
     Attributes:
@@ -24,6 +32,30 @@ class ProjectedBilinear(CompressedBilinear):
     in2_proj: nn.Module
     out_proj: nn.Module
 
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        rank: _Rank,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantize: Quantize | None = None,
+    ) -> None:
+        super().__init__(in1_features, in2_features, out_features, quantize)
+        self._rank: _Rank = rank
+        self._make_parts(bias, quantize, device, dtype)
+
+    @abstractmethod
+    def _make_parts(self, bias: bool, *stored: Any) -> None:
+        """Check the rank and make the inner layers; `stored` is their (format, device, dtype), as of `make_linear`."""
+
+    @property
+    def rank(self) -> _Rank:
+        return self._rank
+
     @property
     def weight(self) -> Tensor:
         """The weight (O, I, J) that the layer stands for, computed in each access (`to_dense()`)."""
@@ -36,15 +68,43 @@ class ProjectedBilinear(CompressedBilinear):
         return bias
 
     def _first_weight(self) -> Tensor | None:
+        modules: Any = self._modules
         for name in self.part_names:
-            weight = tensor_of(self._modules[name], "weight")
-            if isinstance(weight, Tensor) and weight.is_floating_point():  # others replace it by integers
+            weight: Tensor | None = modules[name]._parameters.get("weight")
+            if weight is not None and weight.is_floating_point():  # others replace it by integers
                 return weight
         return None
 
-    def _operands(self) -> Operands | str:
-        """The tensors of the inner layers, or the reason to call these layers one by one."""
-        return operands(self._modules, self.part_names, self.takes_identities)
+    def _operands(self) -> list[Any] | str:
+        """What an operation of `ops` takes besides the inputs, or the reason to call the inner modules one by one.
+
+        That is the weight of each inner module, or None where it has none, and the last module's bias. A user may wrap
+        an inner module (hooks, parametrizations, LoRA, sharding, a `forward` set on the instance): then it does more
+        than to multiply. Every call asks this, so tensors are read from the dicts where `nn.Module` keeps them: a
+        lookup through its `__getattr__` takes as long as a small sum.
+        """
+        if torch.nn.modules.module._has_any_global_hook():
+            return "a global module hook is set"
+        modules: Any = self._modules
+        operands: list[Any] = []
+        bias = None
+        for name in self.part_names:
+            if bias is not None:
+                return f"`{self.part_names[len(operands) - 1]}` has a bias"
+            module = modules[name]
+            reason = reason_against(module)
+            if reason is not None:
+                return f"`{name}` {reason}"
+            parameters = module._parameters
+            weight = parameters["weight"] if "weight" in parameters else _tensor_of(module, "weight")
+            bias = parameters["bias"] if "bias" in parameters else _tensor_of(module, "bias")
+            if weight is None and not self.takes_identities:
+                return f"`{name}` has no weight"
+            if isinstance(weight, QuantizedTensor) and module.integer:
+                return f"`{name}` multiplies integers"
+            operands.append(weight)
+        operands.append(bias)
+        return operands
 
     def _reason_against_kernels(self) -> str | None:
         reason = self._operands()
@@ -60,6 +120,23 @@ class ProjectedBilinear(CompressedBilinear):
                 "in1_proj, in2_proj and out_proj."
             )
         super().__setattr__(name, value)
+
+
+def reason_against(module: nn.Module) -> str | None:
+    """What the module does besides multiplying by its weight and adding its bias; None where it does nothing else."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return "has hooks"
+    if "forward" in own:
+        return "has a `forward` of its own"
+    return None if type(module) in _PLAIN else f"is a {type(module).__name__}"
+
+
+def _tensor_of(module: nn.Module, name: str) -> Any:
+    """What takes the place of a parameter: a `QuantizedTensor`, any other attribute, or None."""
+    if name in module._modules:
+        return module._modules[name]
+    return None if type(module) is nn.Identity else getattr(module, name, None)
 
 
 def project_blocks(

@@ -13,6 +13,7 @@ from ._dense import DenseBilinear
 from ._linear import InterpolativeLinear, QuantizedLinear, fill_linear, linear_weight
 from ._tucker import TuckerBilinear
 
+_LINEAR = (nn.Linear, QuantizedLinear)
 _Layer = TypeVar("_Layer", bound=CompressedBilinear)
 
 
@@ -35,9 +36,7 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
     elif decomposition is not None:
         new = kind.from_decomposition(decomposition(dtype), None, quantize=quantize)
     else:
-        cast(Any, new).weight = DenseBilinear.from_weight(
-            layer.dense_rows(slice(None), dtype), quantize=quantize
-        ).weight
+        new = kind.from_weight(layer.to_dense(dtype), quantize=quantize)
     if bias is not None and bias.dtype != dtype and quantize is None:
         bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
     new.set_bias(bias)
@@ -46,10 +45,9 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
 
 def _check_parts(layer: CompressedBilinear, new: CompressedBilinear) -> None:
     for name, part in new.named_modules():
-        if not isinstance(part, (nn.Linear, QuantizedLinear, InterpolativeLinear, DenseBilinear)):
+        if not isinstance(part, (*_LINEAR, InterpolativeLinear, DenseBilinear)):
             continue
-        old = layer.get_submodule(name)
-        kinds = (nn.Linear, QuantizedLinear) if isinstance(part, (nn.Linear, QuantizedLinear)) else (type(part),)
+        old, kinds = layer.get_submodule(name), _LINEAR if type(part) in _LINEAR else (type(part),)
         if type(old) not in kinds:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise CompressionError(
@@ -67,7 +65,7 @@ def _fill_tucker(layer: TuckerBilinear, new: TuckerBilinear, dtype: torch.dtype)
             part.index = old.get_buffer("index").clone()
             old, part = old.get_submodule("rest"), part.rest
             fill_linear(part, linear_weight(old, dtype))
-        elif isinstance(part, (nn.Linear, QuantizedLinear)):
+        elif isinstance(part, _LINEAR):
             weight = linear_weight(old, dtype)
             if isinstance(part, QuantizedLinear):
                 unit, scale = unit_columns(weight if mode == 0 else weight.T)

@@ -1,11 +1,13 @@
 """`TuckerBilinear`: a small dense bilinear core between three linear layers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import ops
-from ..config import Quantize, TuckerRank, check_quantize
+from ..config import Quantize, TuckerRank
 from ..decomposition import (
     TuckerDecomposition,
     check_tucker_rank,
@@ -21,7 +23,7 @@ from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, m
 from ._projected import ProjectedBilinear, project_blocks
 
 
-class TuckerBilinear(ProjectedBilinear):
+class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
     """y = out_proj(core(in1_proj(x1), in2_proj(x2))): a bilinear layer whose weight has Tucker rank (R_o, R_i, R_j).
 
     I·R_i + J·R_j + O·R_o + R_o·R_i·R_j parameters. `core` is a `DenseBilinear` without bias, so its weight is
@@ -33,11 +35,9 @@ class TuckerBilinear(ProjectedBilinear):
     stored like a `DenseBilinear`: scale that moves between core and factors costs no accuracy.
 
     Args:
-        in1_features, in2_features, out_features: I, J and O.
+        in1_features, in2_features, out_features, bias, device, dtype: as of `nn.Bilinear`.
         rank: (R_o, R_i, R_j), in the order of the weight's axes (O, I, J).
-        bias: whether to add a bias (O,).
         quantize: the name of a storage format; None for floating point.
-        device, dtype: of the parameters.
 
     Raises: CompressionError for sizes below 1; ConfigError for another `quantize` or a rank outside 1..size.
 
@@ -48,39 +48,21 @@ class TuckerBilinear(ProjectedBilinear):
     part_names = ("in1_proj", "in2_proj", "core", "out_proj")
     takes_identities = True
 
-    def __init__(
-        self,
-        in1_features: int,
-        in2_features: int,
-        out_features: int,
-        rank: tuple[int, int, int],
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        quantize: Quantize | None = None,
-    ) -> None:
-        check_quantize(quantize)
-        super().__init__(in1_features, in2_features, out_features, quantize)
-        check_tucker_rank(rank, (out_features, in1_features, in2_features), "the layer")
-        self._rank = (rank[0], rank[1], rank[2])
+    def _make_parts(self, bias: bool, *stored: Any) -> None:
+        check_tucker_rank(self.rank, (self.out_features, self.in1_features, self.in2_features), "the layer")
+        self._rank = (self.rank[0], self.rank[1], self.rank[2])
 
         def projection(size: int, kept: int, widening: bool, bias: bool) -> nn.Module:
             ends = (kept, size) if widening else (size, kept)
             if kept == size:
-                return AddBias(size, bias, device, dtype) if widening else nn.Identity()
-            if is_interpolated(kept, size):
-                return InterpolativeLinear(*ends, bias, quantize, device, dtype)
-            return make_linear(*ends, bias, quantize, device, dtype)
+                return AddBias(size, bias, *stored[1:]) if widening else nn.Identity()
+            return (InterpolativeLinear if is_interpolated(kept, size) else make_linear)(*ends, bias, *stored)
 
-        self.in1_proj = projection(in1_features, rank[1], False, False)
-        self.in2_proj = projection(in2_features, rank[2], False, False)
-        self.core = DenseBilinear(rank[1], rank[2], rank[0], False, device, dtype, quantize=quantize)
-        self.out_proj = projection(out_features, rank[0], True, bias)
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        return self._rank
+        out, in1, in2 = self.rank
+        self.in1_proj = projection(self.in1_features, in1, False, False)
+        self.in2_proj = projection(self.in2_features, in2, False, False)
+        self.core = DenseBilinear(in1, in2, out, False, *stored[1:], quantize=self.quantize)
+        self.out_proj = projection(self.out_features, out, True, bias)
 
     @classmethod
     def from_decomposition(
@@ -97,13 +79,12 @@ class TuckerBilinear(ProjectedBilinear):
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        core = decomposition.core.double() if quantize else decomposition.core
+        core = decomposition.core.double()
         for mode, layer in enumerate((new.out_proj, new.in1_proj, new.in2_proj)):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
-                if not torch.equal(turn, torch.eye(len(turn), dtype=turn.dtype, device=turn.device)):
-                    core = torch.tensordot(turn, core.double(), dims=([1], [mode])).movedim(0, mode)
+                core = torch.tensordot(turn, core, dims=([1], [mode])).movedim(0, mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
                 continue
@@ -111,8 +92,7 @@ class TuckerBilinear(ProjectedBilinear):
                 factor, peak = unit_columns(factor)
                 core = core * peak.view([-1 if axis == mode else 1 for axis in range(3)])
             fill_linear(layer, factor.T if mode else factor)
-        core = core if quantize else core.to(dtype)
-        new.core = DenseBilinear.from_weight(core.contiguous(), quantize=quantize)
+        new.core = DenseBilinear.from_weight(core if quantize else core.to(dtype), quantize=quantize)
         if bias is not None:
             new.set_bias(nn.Parameter(bias.detach().clone()))
         return new
@@ -120,15 +100,13 @@ class TuckerBilinear(ProjectedBilinear):
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, rank: TuckerRank, *, quantize: Quantize | None = None) -> Self:
         """The layer of `decomposition.tucker(layer.weight, rank)`, up to rounding; raises what that raises."""
-        bias = None if layer.bias is None else layer.bias.detach()
         weight = layer.weight.detach()
         decomposition = rounded(tucker(weight, rank, quantize=quantize), weight, quantize)
-        return cls.from_decomposition(decomposition, bias, quantize=quantize)
+        return cls.from_decomposition(decomposition, layer.bias, quantize=quantize)
 
     @property
     def flops_per_row(self) -> int:
-        sizes = (self.out_features, self.in1_features, self.in2_features)
-        return tucker_flops(self.rank, sizes)
+        return tucker_flops(self.rank, (self.out_features, self.in1_features, self.in2_features))
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         dense = self.core.dense_rows(slice(None), dtype)
@@ -145,27 +123,19 @@ class TuckerBilinear(ProjectedBilinear):
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()
         if not isinstance(operands, str):
-            in1, in2, core, out = operands.weights
-            return ops.bilinear_tucker(input1, input2, in1, in2, core, out, operands.bias)
+            return ops.bilinear_tucker(input1, input2, *operands)
         output: Tensor = self.out_proj(self.core(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()
         if not isinstance(operands, str):
-            in1, in2, core, out = operands.weights
-            return ops.pairwise_tucker(input1, input2, in1, in2, core, out, operands.bias)
+            return ops.pairwise_tucker(input1, input2, *operands)
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
         return output
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # the core of Σ_k p_k ⊗ q_k, as of one row
         left, right = project_blocks(self.in1_proj, input1).mT, self.in2_proj(input2)
-        dtype = torch.promote_types(left.dtype, right.dtype)
-        if dtype == torch.float16:  # in which the sums could overflow
-            with ops.without_autocast(left.device.type):
-                inner = self.core.contract(left.float() @ right.float(), dtype)
-        else:
-            inner = self.core.contract(left @ right)
-        output: Tensor = self.out_proj(inner)
+        output: Tensor = self.out_proj(self.core.contract(torch.matmul, left, right))
         return output

@@ -158,7 +158,6 @@ def pairwise_tucker(
 def explain(
     method: str,
     shape: tuple[int, int, int],
-    rank: tuple[int, ...],
     rows: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -173,7 +172,6 @@ def explain(
     Args:
         method: "dense", "cp" or "tucker".
         shape: (O, I, J).
-        rank: () of a dense weight, (R,) or (R_o, R_i, R_j). No choice depends on it at present.
         weight_bits: 8 for int8.
         reason_against: what the caller knows to rule the fused kernels out.
     """

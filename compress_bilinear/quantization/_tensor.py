@@ -128,7 +128,21 @@ class Format(ABC):
         raise NotImplementedError(f"bitsandbytes has no kernels for {self.name}.")
 
 
-class QuantizedTensor(nn.Module):
+class FixedBuffers(nn.Module):
+    """A module whose own buffers keep their dtypes and values where a parent is moved to another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # .half() on the parent would round scales for good, and .type(dtype) also convert integers
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and buffer.dtype != old.dtype:
+                self._buffers[name] = old.to(device=buffer.device)
+        return self
+
+
+class QuantizedTensor(FixedBuffers):
     """A tensor in a storage format, as the buffers `qdata` and `scale`; `scale` is None where the format has none.
 
     A module, not a tensor subclass, so that `.to(device)`, deepcopy, `state_dict` and safetensors just work. Moving the
@@ -213,21 +227,6 @@ class QuantizedTensor(nn.Module):
                     return f"bitsandbytes decodes it wrongly to {dtype}"
         return None
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # .half() on the parent would round the scales for good, and .type(dtype) also convert the integers
-        restore_dtypes(self, before)
-        return self
-
     def extra_repr(self) -> str:
         scales = "none" if self.scale is None else tuple(self.scale.shape)
         return f"{self.format.name}, shape={tuple(self.shape)}, scales={scales}"
-
-
-def restore_dtypes(module: nn.Module, before: dict[str, Tensor | None]) -> None:
-    """Give a module's own buffers the dtypes and values that they had, on the device where they are now."""
-    for name, buffer in module._buffers.items():
-        old = before.get(name)
-        if buffer is not None and old is not None and buffer.dtype != old.dtype:
-            module._buffers[name] = old.to(device=buffer.device)

@@ -304,7 +304,7 @@ LARGE = (512, 512, 512)
 def test_a_kernel_is_chosen_only_where_a_gain_is_predicted(method, shape, rows, changes, reason, monkeypatch):
     monkeypatch.setattr(_choice, "HAS_TRITON", True)
     monkeypatch.setattr(_choice, "reason_against_gpu", lambda index: None)
-    found = ops.explain(method, shape, (), rows, **(ON_A_GPU | changes))
+    found = ops.explain(method, shape, rows, **(ON_A_GPU | changes))
     assert found.backend == ("triton" if reason is None else "composed")
     assert (reason or "predicted to be faster") in found.reason
     if reason is None:
@@ -338,7 +338,7 @@ def test_a_gpu_or_a_triton_that_would_compute_wrongly_is_refused(capability, ver
     monkeypatch.setattr(_choice, "HAS_TRITON", True)
     monkeypatch.setattr(_choice, "_capability", lambda index: capability)
     monkeypatch.setattr(_choice, "_triton_version", lambda: version)
-    found = ops.explain("dense", LARGE, (), 256, **ON_A_GPU)
+    found = ops.explain("dense", LARGE, 256, **ON_A_GPU)
     assert found.backend == ("triton" if reason is None else "composed")
     assert (reason or "predicted to be faster") in found.reason
 
