@@ -1,7 +1,6 @@
 """The commands that measure results: `report` on two checkpoints, and `compare` on several reports."""
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ._shared import (
     FILE,
     Style,
     calibration,
-    check_targets,
+    check_files,
     examples,
     measuring,
     printing,
@@ -60,9 +59,7 @@ def report(
     """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
     if output is not None:
         style = style_of(output, "--output")
-        if output.resolve() in {file.resolve() for file in (original, compressed, calibration) if file is not None}:
-            raise ConfigError("--output should be another file than those that are read. Found the same as one.")
-        check_targets(output)
+        check_files((original, compressed, calibration), output=output)
     where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
     measured = compare_files(original, compressed, batch_size or 256, **where)
     if output is not None:
@@ -77,34 +74,18 @@ def report(
 @click.command(
     epilog=examples(
         "compare cp.json tucker.json",
-        "compare cp.json tucker.json --figure output_error --figure bytes_after --format json",
+        "compare cp.json tucker.json --figure output_error --format json",
         "compare *.json -o comparison.json",
-        "compare new.json --quiet --fail-above output_error=0.05 --fail-below speedup=1.2",
+        "compare new.json --quiet --fail-above output_error=0.05 \\\n      --fail-below speedup=1.2",
     )
     + f"\n\nFIELD is one of {', '.join(numeric_fields())}."
 )
 @click.argument("files", metavar="REPORT.json...", type=FILE, nargs=-1, required=True)
 @click.option("--figure", "figures", multiple=True, metavar="FIELD", help="A figure to compare; may be repeated.")
-@click.option(
-    "--format",
-    "style",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    show_default=True,
-)
+@click.option("--format", "style", type=click.Choice(["table", "json"]), default="table", show_default=True)
 @click.option("-o", "--output", type=FILE, metavar="FILE", help="A .json file to write instead of printing.")
-@click.option(
-    "--fail-above",
-    multiple=True,
-    metavar="FIELD=NUMBER",
-    help="Exit with 1 if a layer of any run has more, or no such figure.",
-)
-@click.option(
-    "--fail-below",
-    multiple=True,
-    metavar="FIELD=NUMBER",
-    help="Exit with 1 if a layer of any run has less, or no such figure.",
-)
+@click.option("--fail-above", multiple=True, metavar="FIELD=NUMBER", help="Exit with 1 if a layer has more.")
+@click.option("--fail-below", multiple=True, metavar="FIELD=NUMBER", help="Exit with 1 if a layer has less.")
 @printing
 def compare(
     files: tuple[Path, ...],
@@ -122,12 +103,9 @@ def compare(
     it, and for every layer whose figure is not known (null in its report). Each failure is a line on stderr.
     """
     limits = [*(Limit.parse(text, True) for text in fail_above), *(Limit.parse(text, False) for text in fail_below)]
-    if output is not None:
-        if output.suffix != ".json":
-            raise ConfigError(f"--output should end in .json. Found {str(output)!r}.")
-        if output.resolve() in {file.resolve() for file in files}:
-            raise ConfigError("--output should be another file than the reports. Found the same as one of them.")
-        check_targets(output)
+    if output is not None and output.suffix != ".json":
+        raise ConfigError(f"--output should end in .json. Found {str(output)!r}.")
+    check_files(files, output=output)
     reports = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
     comparison = compare_reports(reports, figures)
     text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
@@ -152,8 +130,8 @@ def _read(path: Path) -> Report:
 
 def _names(files: tuple[Path, ...]) -> list[str]:
     """The files' names without .json, or as given where two are the same."""
-    stems = Counter(file.stem for file in files)
-    names = [file.stem if stems[file.stem] == 1 else str(file) for file in files]
+    stems = [file.stem for file in files]
+    names = stems if len(set(stems)) == len(stems) else [str(file) for file in files]
     if len(set(names)) < len(names):
-        raise ConfigError(f"Each report should be given once. Found {Counter(names).most_common(1)[0][0]!r} twice.")
+        raise ConfigError(f"Each report should be given once. Found one of {', '.join(names)} twice.")
     return names

@@ -14,14 +14,14 @@ from click.core import ParameterSource
 from ..config import COMPUTE_CHOICES, CONFIGS, Config, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
 from ..files import read_layers, read_state, write_container
-from ..planning import Plan, StoredWeight, choose_weights, compress_state
-from ..report import Report, size
+from ..planning import StoredWeight, choose_weights, compress_state
+from ..report import size
 from ._shared import (
     FILE,
     SEED,
     Content,
     calibration,
-    check_targets,
+    check_files,
     examples,
     measuring,
     rendered,
@@ -39,20 +39,12 @@ _CONFIG_OPTIONS = {
         type=click.Choice(["weight", "output"]),
         help="What --max-error counts on.  [default: weight; of --method auto with --calibration, output]",
     ),
-    "max_size": click.option(
-        "--max-size", type=float, help="Instead of a rank: highest fraction of the layer's bytes."
-    ),
-    "quantize": click.option(
-        "--quantize", type=click.Choice(get_args(Quantize)), help="Storage format of the new layers."
-    ),
+    "max_size": click.option("--max-size", type=float, help="Instead of a rank: highest share of the layer's bytes."),
+    "quantize": click.option("--quantize", type=click.Choice(get_args(Quantize)), help="How new layers are stored."),
     "prefer": click.option(
-        "--prefer",
-        type=click.Choice(["size", "speed"]),
-        help="What --method auto minimizes.  [default: size]",
+        "--prefer", type=click.Choice(["size", "speed"]), help="What --method auto minimizes.  [default: size]"
     ),
-    "seed": click.option(
-        "--seed", type=SEED, help="Of the random starts of CP and auto; Tucker and dense have none.  [default: 0]"
-    ),
+    "seed": click.option("--seed", type=SEED, help="Of the random starts of CP and auto.  [default: 0]"),
 }
 """The options that a recipe of --config replaces, by their keys there."""
 
@@ -66,10 +58,10 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command(
     epilog=examples(
         "compress model.pt -o small.safetensors --layers 'rel.*' --max-size 0.25",
-        "compress model.pt -o small.safetensors --method cp --rank 64 --quantize int8 --report report.html",
+        "compress model.pt -o small.safetensors --method cp --rank 64 \\\n      --quantize int8 --report report.html",
         "compress model.pt --dry-run --max-error 0.1 --json > plan.json",
         "compress model.pt -o small.safetensors --config layers.toml --max-seconds 60",
-        "compress model.pt -o small.safetensors --method auto --max-size 0.1 --calibration rows.safetensors",
+        "compress model.pt -o small.safetensors --method auto --max-size 0.1 \\\n      --calibration rows.safetensors",
     )
     + "\n\n\b\nA recipe, layers.toml; of several globs that match a layer the first holds:\n"
     '  [layers."rel.*"]\n  method = "cp"\n  max_error = 0.05\n  quantize = "int8"\n'
@@ -111,7 +103,10 @@ def compress(
 
     The result loads with compress_bilinear.load(OUTPUT, Net()), Net being the original network, in its dtype.
     """
-    _check_files(path, output, report, calibration, dry_run)
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
+    style = None if report is None else style_of(report, "--report")
+    check_files((path, config, calibration), output=output, report=report)
     on_line = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(config, given, on_line)
     if read_layers(path):
@@ -133,39 +128,17 @@ def compress(
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: write_container(new_state, described, temporary)))
-    if report is not None:
-        files.append((report, rendered(made, style_of(report, "--report"))))
+    if report is not None and style is not None:
+        files.append((report, rendered(made, style)))
     write_together(files)  # before anything is printed: the reader of a pipe may have gone
-    _show(made, plan if dry_run else None, [path for path, _ in files], as_json, quiet)
-    if not described:
-        unwritten = f"nothing was replaced, so {str(output)!r} was not written"
-        return "nothing would be replaced" if dry_run else unwritten
-    return None
-
-
-def _show(made: Report, plan: Plan[Any] | None, written: list[Path], as_json: bool, quiet: bool) -> None:
     if as_json:
         print(made.to_json())
     else:
-        lines = [f"Wrote {path} ({size(path.stat().st_size)})" for path in written]
-        show(str(made) if plan is None else str(plan), *lines, hidden=quiet)
-
-
-def _check_files(path: Path, output: Path | None, report: Path | None, rows: Path | None, dry_run: bool) -> None:
-    """Raise for files that cannot be read or written together, before anything takes time."""
-    if output is None and not dry_run:
-        raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
-    if report is not None:
-        style_of(report, "--report")
-    if output is not None and output.resolve() == path.resolve():
-        raise ConfigError("--output should be another file than CHECKPOINT. Found the same.")
-    if report is not None and report.resolve() in (path.resolve(), output.resolve() if output is not None else None):
-        raise ConfigError(
-            "--report should be another file than CHECKPOINT and --output. Found the same as one of them."
-        )
-    if rows is not None and rows.resolve() in {file.resolve() for file in (output, report) if file is not None}:
-        raise ConfigError("--calibration should be another file than those that are written. Found the same as one.")
-    check_targets(output, report)
+        lines = [f"Wrote {path} ({size(path.stat().st_size)})" for path, _ in files]
+        show(str(plan if dry_run else made), *lines, hidden=quiet)
+    if not described:
+        return "nothing would be replaced" if dry_run else f"nothing was replaced, so {str(output)!r} was not written"
+    return None
 
 
 def _recipe(file: Path | None, given: Mapping[str, Any], on_line: set[str]) -> Recipe:

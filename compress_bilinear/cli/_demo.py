@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 EPOCHS = 30
-_THE_ORIGINAL = Note("original", "the original")
 _BATCH = 64
 
 CONFIGS: dict[str, Config] = {
@@ -152,7 +151,9 @@ def run(
             path = target / f"{name.lower().replace(' ', '_')}.safetensors"
             save(compressed, path)
             _verify(compressed, load(path, TwoViews().eval()), data, path)
-            rows.append(Row(name, report.layers[0], accuracy(compressed, data)))
+            layer = report.layers[0]
+            shown = name if layer.decision == "replaced" else f"{name} (kept)"
+            rows.append(Row(shown, layer, accuracy(compressed, data)))
     return [_original(rows[0].layer, before), *rows], report
 
 
@@ -165,7 +166,9 @@ def _verify(compressed: nn.Module, reloaded: nn.Module, data: Digits, path: Path
 
 def _original(layer: LayerReport, before: float) -> Row:
     sizes: dict[str, Any] = {f"{what}_after": getattr(layer, f"{what}_before") for what in ("params", "bytes", "flops")}
-    kept = replace(layer, method="nn.Bilinear", decision="kept", notes=(_THE_ORIGINAL,), front=(), **sizes)
+    kept = replace(
+        layer, method="nn.Bilinear", decision="kept", notes=(Note("original", "the original"),), front=(), **sizes
+    )
     return Row("nn.Bilinear", effective(kept), before)
 
 
@@ -179,10 +182,9 @@ def table(rows: "Sequence[Row]") -> Table:
         out.add_column(column, justify="right", overflow="fold")
     for row in rows:
         layer = row.layer
-        rank = layer.rank if layer.rank is not None else "–"
         out.add_row(
-            row.name if layer.decision == "replaced" or layer.notes == (_THE_ORIGINAL,) else f"{row.name} (kept)",
-            ",".join(map(str, rank)) if isinstance(rank, tuple) else str(rank),
+            row.name,
+            ",".join(map(str, layer.rank)) if isinstance(layer.rank, tuple) else str(layer.rank or "–"),
             size(layer.bytes_after),
             f"{layer.bytes_before / layer.bytes_after:.1f}x",
             error(layer.weight_error),

@@ -59,51 +59,48 @@ def inspect(path: Path, as_json: bool) -> None:
         print(json.dumps(listed, indent=2))
         return
     if compressed:
-        show(_compressed_table(path, compressed))
-    if found or not compressed:
-        show(_weights_table(path, found))
-        if not found:
-            show(
-                "No three-dimensional weight that can be an nn.Bilinear's. A bilinear weight in another form needs the "
-                "network's code (cb.compress)."
-            )
+        columns = ["Compressed layer", "Shape", "Method", "Rank", "Format"]
+        show(_table(path, columns, [_compressed_row(layer) for layer in compressed]))
+    if found:
+        columns = ["Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note"]
+        show(_table(path, columns, [_weight_row(stored) for stored in found]))
+    elif not compressed:
+        show(
+            "No three-dimensional weight that can be an nn.Bilinear's. A bilinear weight in another form needs the "
+            "network's code (cb.compress)."
+        )
 
 
 def _plain(name: str, stored: StoredWeight) -> dict[str, object]:
-    weight = stored.weight
     return {
         "name": name,
-        "shape": list(weight.shape),
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "bytes": weight.numel() * weight.element_size(),
+        "shape": list(stored.weight.shape),
+        "dtype": str(stored.weight.dtype).removeprefix("torch."),
+        "bytes": stored.weight.nbytes,
         "bias": stored.bias is not None,
         "maybe_convolution": stored.maybe_convolution,
     }
 
 
-def _compressed_table(path: Path, layers: Sequence[LayerDescription]) -> Table:
-    table = _table(path, "Compressed layer", "Shape", "Method", "Rank", "Format")
-    for layer in layers:
-        shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
-        name = ", ".join(name or "(root)" for name in layer.names)
-        table.add_row(Text(printable(name)), shape, layer.method, str(layer.rank or "–"), layer.quantize or "–")
+def _compressed_row(layer: LayerDescription) -> tuple[str, ...]:
+    shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
+    name = ", ".join(name or "(root)" for name in layer.names)
+    return name, shape, layer.method, str(layer.rank or "–"), layer.quantize or "–"
+
+
+def _weight_row(stored: StoredWeight) -> tuple[str, ...]:
+    return (
+        ", ".join(stored.labels),
+        "x".join(map(str, stored.weight.shape)),
+        str(stored.weight.dtype).removeprefix("torch."),
+        size(stored.weight.nbytes),
+        "yes" if stored.bias is not None else "no",
+        "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else "",
+    )
+
+
+def _table(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(*columns, title=Text(str(path)), title_justify="left")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
-
-
-def _weights_table(path: Path, found: list[StoredWeight]) -> Table:
-    table = _table(path, "Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
-    for stored in found:
-        weight = stored.weight
-        table.add_row(
-            Text(printable(", ".join(stored.labels))),
-            "x".join(str(d) for d in weight.shape),
-            str(weight.dtype).removeprefix("torch."),
-            size(weight.numel() * weight.element_size()),
-            "yes" if stored.bias is not None else "no",
-            "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else "",
-        )
-    return table
-
-
-def _table(path: Path, *columns: str) -> Table:
-    return Table(*columns, title=Text(str(path)), title_justify="left")

@@ -23,7 +23,7 @@ Completion by the Tab key; put the line into the shell's start file:
 _EXAMPLES = examples(
     "demo",
     "inspect model.pt",
-    "compress model.pt -o small.safetensors --layers 'rel.*' --max-size 0.25 --report report.html",
+    "compress model.pt -o small.safetensors --layers 'rel.*' --max-size 0.25 \\\n      --report report.html",
     "report model.pt small.safetensors --format markdown",
     "compare old.json new.json --fail-above output_error=0.05",
 )
@@ -76,5 +76,4 @@ def main() -> None:
         _fail("interrupted", status=130)
     if isinstance(status, str):
         _fail(status, status=1)
-    if status:
-        raise SystemExit(status)
+    raise SystemExit(status)

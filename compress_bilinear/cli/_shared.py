@@ -32,13 +32,11 @@ def _device(context: click.Context, parameter: click.Parameter, value: str | Non
         return None
     try:
         device = torch.device(value)
-        torch.zeros(1, device=device)
-        if device.type != "meta":
-            return device
-        problem = "it holds no values"
+        torch.zeros(1, device=device).item()  # "meta" holds no values, and raises
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise ConfigError(f"--device should be a device of this machine, say cpu or cuda:0. Found {value!r}: {problem}.")
+        problem = f"Found {value!r}: {str(error).partition(chr(10))[0]}."
+        raise ConfigError(f"--device should be a device of this machine, say cpu or cuda:0. {problem}") from error
+    return device
 
 
 def _dtype(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.dtype | None:
@@ -77,15 +75,8 @@ def measuring(command: _Command) -> _Command:
 
 
 def examples(*lines: str) -> str:
-    """An epilog with one command in each line, or in several lines where 80 columns are too few."""
-    shown = []
-    for line in lines:
-        first, *options = f"  {PROGRAM} {line}".split(" --")
-        shown.append(first)
-        for option in options:
-            fits = len(shown[-1]) + len(option) < 74
-            shown[-1:] = [f"{shown[-1]} --{option}"] if fits else [f"{shown[-1]} \\", f"      --{option}"]
-    return "\b\nExamples:\n" + "\n".join(shown)
+    """An epilog with one command in each line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {PROGRAM} {line}" for line in lines)
 
 
 def style_of(path: Path, option: str) -> Style:
@@ -97,15 +88,9 @@ def style_of(path: Path, option: str) -> Style:
 
 def rendered(report: Report, style: Style) -> str:
     """The report as text in one of its formats."""
-    match style:
-        case "table":
-            return str(report)
-        case "markdown":
-            return report.to_markdown()
-        case "json":
-            return report.to_json()
-        case "html":
-            return report.to_html()
+    forms: dict[Style, Callable[[Report], str]]
+    forms = {"table": str, "markdown": Report.to_markdown, "json": Report.to_json, "html": Report.to_html}
+    return forms[style](report)
 
 
 Content: TypeAlias = str | Callable[[Path], object]
@@ -123,11 +108,20 @@ def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
                 content(temporary)
 
 
-def check_targets(*targets: Path | None) -> None:
-    """Raise CompressionError where a file cannot be written: before anything takes time."""
-    for target in targets:
-        if target is not None:
-            check_target(target)
+def check_files(read: Iterable[Path | None], **written: Path | None) -> None:
+    """Check the files to write, by the names of their options, before anything takes time.
+
+    Raises: CompressionError where one cannot be written, or is read or written by another option too.
+    """
+    taken = {path.resolve() for path in read if path is not None}
+    for option, path in written.items():
+        if path is not None:
+            if path.resolve() in taken:
+                raise ConfigError(
+                    f"--{option} should be another file than those that are read, or written too. Found {str(path)!r}."
+                )
+            check_target(path)
+            taken.add(path.resolve())
 
 
 def show(*parts: RenderableType, hidden: bool = False) -> None:
@@ -135,7 +129,4 @@ def show(*parts: RenderableType, hidden: bool = False) -> None:
     console = Console()
     console = console if console.is_terminal else Console(width=120)
     for part in () if hidden else parts:
-        whole: dict[str, Any] = (
-            {"markup": False, "highlight": False, "soft_wrap": True} if isinstance(part, str) else {}
-        )
-        console.print(part, **whole)
+        console.print(part, markup=False, highlight=False, soft_wrap=isinstance(part, str))

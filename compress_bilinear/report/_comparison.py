@@ -1,7 +1,7 @@
 """Several reports in one table: a row for each layer and a column for each run, the best figures marked."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -16,7 +16,6 @@ Better: TypeAlias = Literal["lower", "higher"] | None
 
 DEFAULT_FIELDS = ("bytes_after", "weight_error", "output_error", "latency_after_ms", "speedup", "speedup_vs_dense")
 _CLOSE = 1e-9  # relative difference of figures that count as equally good
-_NAME_WIDTH = 18  # columns that a layer's name keeps, however many runs there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,7 @@ class Panel:
         """Which runs are the best in a row; none where all are equal, or fewer than two are known."""
         known = [value for value in self.values[row] if value is not None and math.isfinite(value)]
         none = (False,) * len(self.values[row])
-        if self.better is None or len(known) < 2:
+        if self.better is None or not known:
             return none
         target = min(known) if self.better == "lower" else max(known)
         marks = tuple(value is not None and math.isclose(value, target, rel_tol=_CLOSE) for value in self.values[row])
@@ -55,14 +54,13 @@ class Panel:
             return size(round(value))
         if self.field.startswith("speedup"):
             return f"{value:.2f}x"
-        return f"{value:,.0f}".replace(",", " ") if isinstance(value, int) else f"{value:.4g}"
+        return str(value) if isinstance(value, int) else f"{value:.4g}"
 
     def table(self, runs: Sequence[str]) -> Table:
         """The figure in the terminal, the best with a star."""
         table = compact_table("")
         table.padding = (0, 1, 0, 0)
-        longest = max((len(printable(name)) for name in self.rows), default=0)
-        table.add_column("Layer", overflow="fold", min_width=min(longest, _NAME_WIDTH))
+        table.add_column("Layer", overflow="fold", min_width=12)  # however many runs there are
         for run in runs:
             table.add_column(Text(printable(run)), justify="right", overflow="fold")
         for k, name in enumerate(self.rows):
@@ -131,18 +129,15 @@ def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> C
     runs = {run: {layer.label: effective(layer) for layer in report.layers} for run, report in reports.items()}
     names = tuple(dict.fromkeys(name for layers in runs.values() for name in layers))
 
-    def panel(figure: str) -> Panel:
+    panels = []
+    for figure in figures or DEFAULT_FIELDS:
         rows = [tuple(_value(layers.get(name), figure) for layers in runs.values()) for name in names]
-        return Panel(field=figure, better=better(figure), rows=names, values=tuple(rows))
-
-    def whole(figure: str, value: Callable[[ReportData], float | None], better: Better) -> Panel:
-        values = (tuple(value(report) for report in reports.values()),)
-        return Panel(field=figure, better=better, rows=("whole model",), values=values)
-
-    panels = [panel(figure) for figure in figures or DEFAULT_FIELDS]
+        panels.append(Panel(field=figure, better=better(figure), rows=names, values=tuple(rows)))
     if not figures:
-        panels.append(whole("model_bytes_after", lambda report: report.model_bytes_after, "lower"))
-        panels.append(whole("metric_after", lambda report: report.metric_after, None))  # the user knows which is better
+        whole: dict[str, Better] = {"model_bytes_after": "lower", "metric_after": None}  # None: only the user knows
+        for figure, best in whole.items():
+            values = tuple(getattr(report, figure) for report in reports.values())
+            panels.append(Panel(field=figure, better=best, rows=("whole model",), values=(values,)))
         panels = [one for one in panels if any(value is not None for row in one.values for value in row)]
     return Comparison(runs=tuple(reports), panels=tuple(panels), notes=_notes(reports, runs))
 

@@ -1,6 +1,5 @@
 """The report as data: a frozen record for each layer, and what they were measured on."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
@@ -9,7 +8,6 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 from annotated_types import Ge
 
 from .._io import STRICT
-from ..errors import CompressionError
 
 Count: TypeAlias = Annotated[int, Ge(0)]
 Amount: TypeAlias = Annotated[float, Ge(0)]
@@ -68,21 +66,11 @@ class Spectrum:
         indices: the number of each value, counted from 1.
         values: relative to the weight's Frobenius norm, so that the squares of all sum to 1.
         sampled: whether they are estimated from a part of a large weight.
-
-    Raises: CompressionError unless the indices rise from 1 or more, one for each value, and there is one at least.
     """
 
     indices: tuple[Count, ...]
     values: tuple[Amount, ...]
     sampled: bool = False
-
-    def __post_init__(self) -> None:
-        rising = list(self.indices) == sorted({max(1, index) for index in self.indices})
-        if not self.values or len(self.indices) != len(self.values) or not rising:
-            raise CompressionError(
-                "`indices` should rise from 1 at least, and there should be some, one for each of `values`. "
-                f"Found {len(self.indices)} for {len(self.values)} values, from {self.indices[:1]} on."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,4 +235,4 @@ def effective(layer: LayerReport) -> LayerReport:
 def keys() -> set[str]:
     """The names of all fields of all records of a report."""
     kinds = (ReportData, LayerReport, FrontPoint, Spectrum, ComputeMode, Note)
-    return {one.name for kind in kinds for one in dataclasses.fields(kind)}
+    return {one.name for kind in kinds for one in fields(kind)}

@@ -100,10 +100,13 @@ MISTAKES = {
     ),
     "several layers": (("compress", "net.pt", *TO, *TUCKER), "--layers PATTERN is needed"),
     "a convolution": (("compress", "conv.pt", *TO, *TUCKER), "conv (8x7x3, conv1d?)"),
-    "same file": (("compress", "layer.pt", "-o", "layer.pt", *TUCKER), "should be another file than CHECKPOINT"),
+    "same file": (
+        ("compress", "layer.pt", "-o", "layer.pt", *TUCKER),
+        "should be another file than those that are read",
+    ),
     "same file, other spelling": (
         ("compress", "layer.pt", "-o", "folder/../layer.pt", *TUCKER),
-        "should be another file than CHECKPOINT",
+        "should be another file than those that are read",
     ),
     "no output folder": (
         ("compress", "layer.pt", "-o", "missing/small.safetensors", "--no-latency", *TUCKER),

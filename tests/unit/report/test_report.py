@@ -84,10 +84,6 @@ def front(data) -> dict:
     return point
 
 
-def spectrum(data) -> dict:
-    return data["layers"][0]["spectra"][0]
-
-
 class TestData:
     def test_every_field_of_the_design_is_there(self, report):
         for record in report.to_dict()["layers"]:
@@ -212,10 +208,6 @@ class TestJson:
             (lambda data: front(data).update(bytes=None), "layers[0].front[0].bytes: Input should be a valid integer"),
             (lambda data: front(data).update(output_error=math.inf), "front[0].output_error: Input should be a finite"),
             (lambda data: front(data).update(chosen=1), "front[0].chosen: Input should be a valid boolean. Found 1"),
-            (lambda data: spectrum(data)["values"].pop(), "one for each of `values`. Found 7 for 6 values"),
-            (lambda data: spectrum(data)["indices"].reverse(), "layers[0].spectra[0]: `indices` should rise from 1"),
-            (lambda data: spectrum(data).update(indices=[], values=[]), "and there should be some"),
-            (lambda data: spectrum(data)["indices"].__setitem__(0, 0), "should rise from 1 at least"),
             (lambda data: data.update(metric_after="good"), "metric_after: Input should be a valid number"),
             (lambda data: data.update(metric_before=True), "metric_before: Input should be a valid number. Found True"),
             (
