@@ -66,12 +66,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: the state is not all tensors with values, or a compressed layer was changed from the inside.
         CompressionError: the folder does not exist.
     """
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
+    state = model.state_dict()
+    for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or torch.nn.parameter.is_lazy(value):
             found = "a tensor without values" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(f"State {name!r} should be a tensor with values. Found {found}.")
-        state[name] = value
     write_container(state, describe(model), path)
 
 
@@ -96,7 +95,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     found = {id(each.module): each for each in find(model)}
     targets = [_target(modules, found, description) for description in descriptions]
     new: dict[int, nn.Module] = {}
-    biases: list[tuple[nn.Parameter, CompressedBilinear]] = []
+    originals: dict[int, int] = {}  # by the id of a new bias, that of the bias whose place it takes
     for description, target in zip(descriptions, targets, strict=True):
         layer = filled(description, own[description.name], target.layer.weight.device)
         dtype, required = next((p.dtype for p in layer.parameters()), None), target.layer.weight.dtype
@@ -106,13 +105,12 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
                 "with model.to(dtype) first."
             )
         take_flags(layer, target.layer)
-        if target.layer.bias is not None:
-            biases.append((target.layer.bias, layer))
+        originals[id(layer.bias)] = id(target.layer.bias)
         new[id(target.module)] = layer if target.adapted is None else target.adapted.replaced(layer)
     gone = {name for target in targets for name in target.parameter_names()}
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
     _check_fits(current, rest)
-    return _filled_model(model, new, biases, current, rest)
+    return _filled_model(model, new, originals, current, rest)
 
 
 def by_layer(
@@ -231,7 +229,7 @@ def _target(
 def _filled_model(
     model: _Model,
     new: Mapping[int, nn.Module],
-    biases: Sequence[tuple[nn.Parameter, CompressedBilinear]],
+    originals: Mapping[int, int],
     current: Mapping[str, Tensor],
     rest: Mapping[str, Tensor],
 ) -> _Model:
@@ -246,7 +244,7 @@ def _filled_model(
     values = {name: value.clone() for name, value in current.items() if not value.is_meta}
     undo = swap(model, new)
     try:
-        ties = _ties(root, biases)
+        ties = _ties(root, originals)
         root.load_state_dict(rest, strict=False, assign=any(value.is_meta for value in current.values()))
         _retie(ties)
     except BaseException:
@@ -263,9 +261,8 @@ def _filled_model(
 _Places = list[tuple[dict[str, Any], str]]  # a module's dict of parameters, and the name in it
 
 
-def _ties(model: nn.Module, biases: Sequence[tuple[nn.Parameter, CompressedBilinear]]) -> list[_Places]:
-    """The places that shared one parameter before the layers, which had these biases, were replaced."""
-    originals = {id(layer.bias): id(bias) for bias, layer in biases}
+def _ties(model: nn.Module, originals: Mapping[int, int]) -> list[_Places]:
+    """The places that shared one parameter before layers were replaced; `originals` are their biases, see `load`."""
     places: dict[int, _Places] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -239,8 +239,7 @@ def _reason_against_values(layer: nn.Bilinear) -> str | None:
         if tensor.dtype not in _DTYPES:
             return f"its {name} is {tensor.dtype}: float32, float64, float16 or bfloat16 is required"
         if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
-            kind = type(tensor.data).__name__ if type(tensor.data) is not Tensor else str(tensor.layout)
-            return f"its {name} is a {kind}: a plain dense tensor is required"
+            return f"its {name} is a {type(tensor.data).__name__}, {tensor.layout}: a plain dense tensor is required"
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             return f"its {name} has {bad} values that are NaN or infinite"

@@ -70,9 +70,9 @@ def _pair(tensors: Mapping[str, Tensor], layer: str, shape: Sequence[int], path:
             )
     first, second = (tensors[key] for key in keys)
     if first.shape[:-1] != second.shape[:-1]:
+        found = f"Found {tuple(first.shape[:-1])} and {tuple(second.shape[:-1])}."
         raise CheckpointError(
-            f"{keys[0]!r} and {keys[1]!r} of {path!r} should have as many rows, which belong together. "
-            f"Found {tuple(first.shape[:-1])} and {tuple(second.shape[:-1])}."
+            f"{' and '.join(keys)} of {path!r} should have as many rows, which belong together. {found}"
         )
     return first.flatten(0, -2), second.flatten(0, -2)
 

@@ -183,8 +183,11 @@ REFUSED = {
     "meta": (lambda layer: layer.to("meta"), "weight is on the meta device"),
     "integer": (weight_as(lambda weight: weight.to(torch.int8)), "weight is torch.int8: float32, float64"),
     "float8": (weight_as(lambda weight: weight.to(torch.float8_e4m3fn)), "weight is torch.float8_e4m3fn"),
-    "subclass": (weight_as(lambda weight: weight.as_subclass(Marked)), "weight is a Marked: a plain dense tensor"),
-    "sparse": (weight_as(lambda weight: weight.to_sparse()), "weight is a torch.sparse_coo"),
+    "subclass": (
+        weight_as(lambda weight: weight.as_subclass(Marked)),
+        "is a Marked, torch.strided: a plain dense tensor",
+    ),
+    "sparse": (weight_as(lambda weight: weight.to_sparse()), "weight is a Tensor, torch.sparse_coo"),
     "nan": (with_value(torch.nan), "weight has 1 values that are NaN or infinite"),
     "infinite": (with_value(-torch.inf), "weight has 1 values that are NaN or infinite"),
     "infinite bias": (with_value(torch.inf, "bias"), "bias has 1 values that are NaN or infinite"),
