@@ -84,7 +84,7 @@ class Integers(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.scale = float(linear.weight.abs().max()) / 127
+        self.scale = float(linear.weight.detach().abs().max()) / 127
         self.weight = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
