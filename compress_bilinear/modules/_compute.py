@@ -56,10 +56,9 @@ class ComputeModes(nn.Module):
             compute: "on_the_fly" decodes the weights slab by slab in each call. "int8" rounds each row of the longer
                 input of a dense layer, or of a CP's or Tucker's inputs and intermediates, to int8 and multiplies
                 integers (`torch._int_mm`), which costs about 1% of the outputs' norm; a Tucker's core is computed on
-                the fly. "bitsandbytes" is "on_the_fly" with its kernels, to the same values: for nf4, and on CUDA for
-                int8 whose blocks of scales are consecutive. Compiled graphs and transforms of torch.func decode by
-                torch. Where the layer moves to a device on which these kernels cannot be used, it warns and computes
-                on the fly.
+                the fly. "bitsandbytes" is "on_the_fly" with its kernels, to the same values, for nf4. Compiled graphs
+                and transforms of torch.func decode by torch. Where the layer moves to a device on which these kernels
+                cannot be used, it warns and computes on the fly.
 
         Raises: ConfigError for another mode, an unquantized layer, or a mode that is refused: see `refused_compute`.
         """

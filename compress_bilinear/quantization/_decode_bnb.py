@@ -26,22 +26,6 @@ def nf4_values(qdata: Tensor, scale: Tensor, start: int, stop: int, dtype: torch
     return values.flatten()[start - first * BLOCK : stop - first * BLOCK]
 
 
-def int8_values(qdata: Tensor, scale: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """As `decode_int8`, where each scale holds for `block` consecutive integers."""
-    imported()
-    decode = torch.ops.bitsandbytes.dequantize_blockwise.default
-    indices = qdata.contiguous().view(torch.uint8)
-    values: Tensor = decode(indices, scale.flatten().float(), _signed(qdata.device), block, dtype)
-    return values
-
-
-@cache
-def _signed(device: torch.device) -> Tensor:
-    """The code map of bitsandbytes: for each unsigned byte the int8 that has the same bits."""
-    with torch.inference_mode(False):
-        return torch.arange(-128, 128, device=device, dtype=torch.float32).roll(128)
-
-
 def missing() -> str | None:
     """Why bitsandbytes cannot be used at all; None where it is imported."""
     found = imported()

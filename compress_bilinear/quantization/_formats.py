@@ -9,12 +9,10 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from ..errors import CompressionError
-from ._decode_bnb import int8_values, nf4_values
+from ._decode_bnb import nf4_values
 from ._int8 import LEVELS, SCALE_DTYPE, UNIT, decode_int8, encode_int8, encode_unit, expand_scale, scale_grid
 from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
 from ._tensor import Buffer, Format, Layout, QuantizedTensor
-
-_BITSANDBYTES_BLOCKS = (64, 128, 256, 512, 1024, 2048, 4096)  # of int8 that it decodes on CUDA
 
 
 class Bf16(Format):
@@ -72,19 +70,7 @@ class Int8(Format):
         return (relative * LEVELS).round().clamp(-LEVELS, LEVELS) / LEVELS * peaks
 
     def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
-        if stored.scale is None:
-            return "its int8 values have no scales of blocks, which bitsandbytes' kernels read"
-        if stored.device.type != "cuda":
-            return f"bitsandbytes' kernels decode int8 slower than torch does on {stored.device.type}"
-        if _flat_block(stored) not in _BITSANDBYTES_BLOCKS:
-            return "bitsandbytes' kernels take blocks of 64, 128, ..., 4096 consecutive entries. Found others"
-        return None
-
-    def decode_by_bitsandbytes(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        scale, block = _scale_rows(stored, rows), _flat_block(stored)
-        assert scale is not None
-        assert block is not None
-        return int8_values(stored.qdata[rows], scale, block, dtype)
+        return "int8 is decoded by torch alone, which is faster on a CPU; bitsandbytes is used for nf4"
 
 
 class Nf4(Format):
@@ -145,14 +131,3 @@ def _flat_range(stored: QuantizedTensor, rows: slice) -> tuple[int, int]:
     begin, _, _ = rows.indices(stored.shape[0])
     count, *rest = _slice_shape(stored, rows)
     return begin * math.prod(rest), (begin + count) * math.prod(rest)
-
-
-def _flat_block(stored: QuantizedTensor) -> int | None:
-    """How many consecutive entries share a scale; None where the entries of a block are not, or blocks differ."""
-    assert stored.scale is not None
-    shape, grid = stored.shape, stored.scale.shape
-    axis = max((axis for axis, count in enumerate(grid) if count > 1), default=0)
-    size, count = shape[axis], grid[axis]
-    if grid[:axis] != shape[:axis] or size % count:
-        return None
-    return math.prod(shape[axis + 1 :]) * (size // count)

@@ -2,8 +2,7 @@
 
 A launcher computes grids and splits from sizes in Python, so each is one opaque operator: traced as a Triton operator
 of torch, its graph would be tied to the sizes that it was traced with. Triton is loaded at the first call of a kernel,
-here and nowhere else. Gradients of gradients, which are rare, go through the composed path, which torch can
-differentiate.
+here and nowhere else. Each operator's gradient is made of these operators and of torch's, so it has gradients too.
 """
 
 import functools
@@ -17,55 +16,33 @@ from torch.nn.functional import linear
 from ...errors import InputError
 from .._choice import reason_against_gpu
 from .._context import gradient_wanted, observed
-from .._cp import composed_product
-from .._dense import composed_dense
 from .._gemm import decode_factor
-
-NAMESPACE = "compress_bilinear"
 
 Gradients = Sequence[Tensor | None]
 
 
-class Operator:
-    """A launcher as an operator of torch.
+def operator(
+    name: str, fake: Callable[..., Tensor], gradients: Callable[..., Gradients]
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Make a launcher an operator of torch.
 
     A call goes past torch's dispatcher, which costs two launches, where nothing needs to be recorded.
 
-    Attributes:
-        registered: the operator.
-        launch: the Python function that it runs.
-    """
-
-    def __init__(self, name: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> None:
-        self.launch = launch
-        self.registered = torch.library.custom_op(f"{NAMESPACE}::{name}", launch, mutates_args=())
-        self.registered.register_fake(fake)
-
-    def __call__(self, *args: Any) -> Any:
-        recorded = torch.compiler.is_compiling() or observed()
-        if recorded or gradient_wanted(*(arg for arg in args if isinstance(arg, Tensor))):
-            return self.registered(*args)
-        return self.launch(*args)
-
-
-def operator(
-    name: str,
-    fake: Callable[..., Any],
-    gradients: Callable[..., Gradients] | None = None,
-    composed: Callable[..., Tensor] | None = None,
-) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a launcher an `Operator`.
-
     Args:
-        fake: empty outputs of the right shape and dtype, for the launcher's arguments.
+        fake: an empty output of the right shape and dtype, for the launcher's arguments.
         gradients: for which arguments gradients are wanted, the output's gradient and the arguments -> a gradient or
-            None for each of the first arguments; the others have none.
-        composed: the same function of the same arguments, which torch can differentiate twice.
+            None for each of the first arguments; the others have none. torch can differentiate it in turn.
     """
 
-    def register(function: Callable[..., Any]) -> Operator:
+    def backward(context: Any, dy: Tensor) -> Gradients:
+        operands, wanted = context.saved_tensors, context.needs_input_grad
+        computed = gradients(wanted, dy, *operands)
+        kept = [gradient if want else None for gradient, want in zip(computed, wanted, strict=False)]
+        return (*kept, *[None] * (len(operands) - len(kept)))
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(function)
-        def launch(*args: Any) -> Any:
+        def launch(*args: Any) -> Tensor:
             if not args[0].is_cuda:
                 return function(*args)
             if reason := reason_against_gpu(args[0].device.index):  # a graph is recorded without this question
@@ -73,39 +50,24 @@ def operator(
             with torch.cuda.device(args[0].device):  # Triton launches on the current device
                 return function(*args)
 
-        made = Operator(name, launch, fake)
-        if gradients is not None and composed is not None:
-            backward = functools.partial(_backward, gradients, composed)
-            made.registered.register_autograd(backward, setup_context=_save)
-        return made
+        registered = torch.library.custom_op(f"compress_bilinear::{name}", launch, mutates_args=())
+        registered.register_fake(fake)
+        registered.register_autograd(backward, setup_context=_save)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Tensor:
+            recorded = torch.compiler.is_compiling() or observed()
+            wanted = recorded or gradient_wanted(*(arg for arg in args if isinstance(arg, Tensor)))
+            output: Tensor = (registered if wanted else launch)(*args)
+            return output
+
+        return call
 
     return register
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
-
-
-def _backward(
-    gradients: Callable[..., Gradients], composed: Callable[..., Tensor], context: Any, dy: Tensor
-) -> Gradients:
-    operands, wanted = context.saved_tensors, context.needs_input_grad
-    if torch.is_grad_enabled():
-        return _composed_gradients(composed, operands, wanted, dy)
-    computed = gradients(wanted, dy, *operands)
-    kept = [gradient if want else None for gradient, want in zip(computed, wanted, strict=False)]
-    return (*kept, *[None] * (len(operands) - len(kept)))
-
-
-def _composed_gradients(
-    composed: Callable[..., Tensor], operands: Sequence[Tensor | None], wanted: Sequence[bool], dy: Tensor
-) -> Gradients:
-    """The gradients by the composed path, which are differentiable."""
-    # views: apart from each other and from what they were computed by, whose gradients autograd sums itself
-    operands = [None if tensor is None else tensor.view_as(tensor) for tensor in operands]
-    chosen = [tensor for tensor, want in zip(operands, wanted, strict=True) if want and tensor is not None]
-    computed = iter(torch.autograd.grad(composed(*operands), chosen, dy, create_graph=True))
-    return tuple(next(computed) if want and t is not None else None for t, want in zip(operands, wanted, strict=True))
 
 
 def _dense_gradients(
@@ -127,7 +89,6 @@ def _dense_gradients(
     "dense",
     lambda x1, x2, weight, scale: x1.new_empty(x1.shape[0], weight.shape[0]),
     _dense_gradients,
-    lambda x1, x2, weight, scale: composed_dense(x1, x2, weight, None, scale, None),
 )
 def fused_dense(
     x1: Tensor,  # (N, I)
@@ -141,7 +102,17 @@ def fused_dense(
     return launch_dense(x1, x2, weight, scale)
 
 
-@operator("dense_weight_gradient", lambda dy, x1, x2: x1.new_empty(dy.shape[1], x1.shape[1], x2.shape[1]))
+def _weight_gradient_gradients(wanted: Sequence[bool], dw: Tensor, dy: Tensor, x1: Tensor, x2: Tensor) -> Gradients:
+    """Each is the dense bilinear of the other two operands with `dw` as the weight."""
+    dx1, dx2, _ = _dense_gradients((wanted[1], wanted[2], False), dy, x1, x2, dw, None)
+    return fused_dense(x1, x2, dw, None) if wanted[0] else None, dx1, dx2
+
+
+@operator(
+    "dense_weight_gradient",
+    lambda dy, x1, x2: x1.new_empty(dy.shape[1], x1.shape[1], x2.shape[1]),
+    _weight_gradient_gradients,
+)
 def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
     """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
     from ._dense import launch_weight_gradient
@@ -175,7 +146,6 @@ def _product_gradients(
     "cp_product",
     lambda x1, x2, in1, in2, sigma: x1.new_empty(x1.shape[0], in1.shape[0]),
     _product_gradients,
-    composed_product,
 )
 def fused_product(
     x1: Tensor,  # (N, I)
