@@ -94,7 +94,6 @@ def bilinear_tucker(
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
     _check(input1, input2, _tucker_shape(in1, in2, core, out))
     _check_composed("tucker", input1, backend)
-    core, scale = unpacked(core, scale)
     return composed_tucker(input1, input2, in1, in2, core, out, bias, scale)
 
 
@@ -151,7 +150,6 @@ def pairwise_tucker(
     """`bilinear_tucker` for all pairs."""
     _check(input1, input2, _tucker_shape(in1, in2, core, out), 2)
     _check_composed("tucker", input1, backend, pairs=True)
-    core, scale = unpacked(core, scale)
     return composed_tucker_pairs(input1, input2, in1, in2, core, out, bias, scale)
 
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..quantization import decode_int8
 from ._context import gradient_wanted, traced, transformed
-from ._gemm import stored_linear
 from ._tuning import tuning
 
 TRACED_ROW = 4096  # elements of an intermediate for one row of a traced graph, whose number of rows is not known
@@ -40,37 +38,11 @@ def row_blocks(rows: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
 
 
-def weight_parts(weight: Tensor, scale: Tensor | None, outputs: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The weight (O, I, J) in groups of about `outputs` outputs, each with its scales."""
+def weight_parts(weight: Tensor, outputs: int) -> tuple[Tensor, ...]:
+    """The weight (O, I, J) in groups of about `outputs` outputs."""
     if traced():
         outputs = max(outputs, -(-weight.shape[0] // TRACED_PARTS))
-    elif scale is not None:
-        outputs = min(outputs, tuning().weight // (weight.shape[1] * weight.shape[2]))
-    if outputs >= weight.shape[0]:
-        return [(weight, scale)]
-    parts = weight.split(max(1, outputs))
-    if scale is None:
-        return [(part, None) for part in parts]
-    return list(zip(parts, scale.expand(weight.shape[0], -1, -1).split(max(1, outputs)), strict=True))
-
-
-def decode_part(part: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A part of the weight in `dtype`."""
-    return part if scale is None else decode_int8(part, scale, dtype)
-
-
-def project_by_part(
-    input: Tensor,  # (..., K)
-    part: Tensor,  # (o, a, b)
-    scale: Tensor | None,
-    flatten: Callable[[Tensor], Tensor],  # (o, a, b) -> (M, K)
-) -> Tensor:  # (..., M)
-    """input times a flattened part of the weight. Its decoded or transposed copy is not kept for a backward."""
-
-    def decode(dtype: torch.dtype, part: Tensor, scale: Tensor | None = None) -> Tensor:
-        return flatten(decode_part(part, scale, dtype))
-
-    return stored_linear(input, decode, part) if scale is None else stored_linear(input, decode, part, scale)
+    return (weight,) if outputs >= weight.shape[0] else weight.split(max(1, outputs))
 
 
 def joined(parts: list[Tensor], dim: int) -> Tensor:

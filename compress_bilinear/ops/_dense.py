@@ -14,6 +14,7 @@ memory cost", 2016); T would otherwise be kept whole for it.
 """
 
 import math
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -21,18 +22,9 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
-from ._blocks import (
-    TRACED_ROW,
-    block_runner,
-    block_size,
-    decode_part,
-    joined,
-    project_by_part,
-    row_blocks,
-    weight_parts,
-)
-from ._context import autocast_enabled, gradient_wanted, only_values, traced
-from ._gemm import uses_fast_mkl
+from ._blocks import TRACED_ROW, block_runner, block_size, joined, row_blocks, weight_parts
+from ._context import autocast_enabled, only_values, traced
+from ._gemm import stored_linear, uses_fast_mkl
 from ._stored import Weight, in_slabs
 from ._tuning import tuning
 
@@ -110,16 +102,21 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
 
 
 def composed_dense(
-    input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None, scale: Tensor | None, order: Order | None
+    input1: Tensor,
+    input2: Tensor,
+    weight: Weight,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    order: Order | None = None,
 ) -> Tensor:
     """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch; shapes as of `bilinear_dense`.
 
-    Besides inputs and output it holds a few blocks of T (two megabytes each on a CPU without gradients). An int8 weight
-    is decoded block by block into the inputs' dtype, and once more for a backward. The output has the inputs' dtype,
-    whatever the bias has.
+    Besides inputs and output it holds a few blocks of T (two megabytes each on a CPU without gradients). A weight that
+    is not in floating point is decoded slab by slab into the inputs' dtype, and once more for a backward. The output
+    has the inputs' dtype, whatever the bias has.
     """
-    if isinstance(weight, QuantizedTensor):
-        return in_slabs(lambda x1, x2, w: composed_dense(x1, x2, w, None, None, order), input1, input2, weight, bias)
+    if isinstance(weight, QuantizedTensor) or weight.dtype == torch.int8:
+        return in_slabs(partial(composed_dense, order=order), input1, input2, weight, scale, bias)
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
     rows = math.prod(leading)
@@ -127,74 +124,73 @@ def composed_dense(
     if len(leading) != 1:
         rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
     if traced():
-        output = _traced(rows1, rows2, weight, scale, order or best_order((out, in1, in2), None, input1.dtype))
-    elif order is None and _stored_layout_is_fastest(rows1, rows2, weight, scale):
-        output = _by_stored_layout(rows1, rows2, weight, scale)
+        output = _traced(rows1, rows2, weight, order or best_order((out, in1, in2), None, input1.dtype))
+    elif order is None and _stored_layout_is_fastest(rows1, rows2, weight):
+        output = _by_stored_layout(rows1, rows2, weight)
     else:
         order = order or best_order((out, in1, in2), rows, input1.dtype)
         if order == "outer":
-            output = _by_outer(rows1, rows2, weight, scale)
+            output = _by_outer(rows1, rows2, weight)
         elif order == "in1_first":
-            output = _contract(rows2, rows1, weight.mT, None if scale is None else scale.mT)
+            output = _contract(rows2, rows1, weight.mT)
         else:
-            output = _contract(rows1, rows2, weight, scale)
+            output = _contract(rows1, rows2, weight)
     if bias is not None:
         bias = bias if bias.dtype == output.dtype else bias.to(output.dtype)
         output = output.add_(bias) if only_values(output, bias) else output + bias
     return output if len(leading) == 1 else output.view(*leading, out)
 
 
-def _contract(kept: Tensor, first: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def _contract(kept: Tensor, first: Tensor, weight: Tensor) -> Tensor:
     """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O)."""
     out, width, _ = weight.shape
     count, limit = max(1, kept.shape[0]), block_size(kept, tuning().block, tuning().block_grad)
     columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
-    parts = weight_parts(weight, scale, columns)
+    parts = weight_parts(weight, columns)
     rows = max(1, min(count, limit // (width * min(out, columns))))
     blocks = row_blocks(rows, kept, first)
     if len(parts) * len(blocks) == 1:
-        return _contract_block(kept, first, *parts[0])
-    if not only_values(kept, first, weight, scale):
+        return _contract_block(kept, first, weight)
+    if not only_values(kept, first, weight):
         run = block_runner(True, kept, first, weight)
-        by_part = [[run(_contract_block, *block, *part) for block in blocks] for part in parts]
+        by_part = [[run(_contract_block, *block, part) for block in blocks] for part in parts]
         return joined([joined(pieces, 0) for pieces in by_part], 1)
     output, start = kept.new_empty(kept.shape[0], out), 0
-    for part, part_scale in parts:
-        part = decode_part(part, part_scale, kept.dtype).contiguous()  # once for all rows
+    for part in parts:
+        part = part.contiguous()  # once for all rows
         columns_of = output[:, start : start + len(part)].split(rows)
         start += len(part)
         for (block1, block2), target in zip(blocks, columns_of, strict=True):
-            target.copy_(_contract_block(block1, block2, part, None))
+            target.copy_(_contract_block(block1, block2, part))
     return output
 
 
-def _contract_block(kept: Tensor, first: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
+def _contract_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
     """(n, a), (n, b), (o, a, b) -> (n, o)."""
     outputs, width, _ = part.shape
-    product = project_by_part(first, part, scale, lambda weight: weight.flatten(0, 1)).view(-1, outputs, width)
+    product = stored_linear(first, lambda _, stored: stored.flatten(0, 1), part).view(-1, outputs, width)
     kept = kept.unsqueeze(1)
     return (product.mul_(kept) if only_values(product, kept) else product * kept).sum(-1)
 
 
-def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> bool:
+def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor) -> bool:
     (_, in1, in2), rows = weight.shape, rows1.shape[0]
     if not (0 < in2 <= in1 and 0 < rows <= _STORED_LAYOUT_ROWS):
         return False
-    fast = uses_fast_mkl(rows1, rows2, weight if scale is None else None)
-    return fast and only_values(rows1, rows2, weight, scale)
+    return uses_fast_mkl(rows1, rows2, weight) and only_values(rows1, rows2, weight)
 
 
-def _by_stored_layout(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def _by_stored_layout(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     """Σ_ij x1_ni W_oij x2_nj by batched products x1 W_o, which need no copy of the weight: (N, O)."""
     out, _, in2 = weight.shape
     limit = tuning().block
     rows = min(rows1.shape[0], max(1, limit // in2))
-    blocks, parts = row_blocks(rows, rows1, rows2), weight_parts(weight, scale, limit // (rows * in2))
+    blocks, parts = row_blocks(rows, rows1, rows2), weight_parts(weight, limit // (rows * in2))
     if len(parts) * len(blocks) == 1:
-        return _batched_product(rows1, rows2, decode_part(*parts[0], rows1.dtype)).contiguous()
+        return _batched_product(rows1, rows2, weight).contiguous()
     output, start = rows1.new_empty(rows1.shape[0], out), 0
-    for part, part_scale in parts:
-        part, end = decode_part(part, part_scale, rows1.dtype), start + len(part)
+    for part in parts:
+        end = start + len(part)
         for (block1, block2), target in zip(blocks, output.split(rows), strict=True):
             target[:, start:end] = _batched_product(block1, block2, part)  # a sum with `out=` is slower
         start = end
@@ -206,32 +202,27 @@ def _batched_product(rows1: Tensor, rows2: Tensor, part: Tensor) -> Tensor:
     return torch.bmm(rows1.expand(len(part), -1, -1), part).mul_(rows2).sum(-1).t()
 
 
-def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     """Σ_ij (x1_n ⊗ x2_n)_ij W_oij: (N, O)."""
-    out, in1, in2 = weight.shape
+    _, in1, in2 = weight.shape
     rows = max(1, block_size(rows1, tuning().outer, tuning().outer) // (in1 * in2))
-    blocks, parts = row_blocks(rows, rows1, rows2), weight_parts(weight, scale, out)
-    run = block_runner(len(parts) * len(blocks) > 1, rows1, rows2, weight)
-    pieces = []
-    for part, part_scale in parts:
-        if part_scale is not None and not gradient_wanted(rows1, rows2, part_scale):  # decoded once for all rows
-            part, part_scale = decode_part(part, part_scale, rows1.dtype), None
-        pieces.append(joined([run(_outer_block, *block, part, part_scale) for block in blocks], 0))
-    return joined(pieces, 1)
+    blocks = row_blocks(rows, rows1, rows2)
+    run = block_runner(len(blocks) > 1, rows1, rows2, weight)
+    return joined([run(_outer_block, *block, weight) for block in blocks], 0)
 
 
-def _outer_block(rows1: Tensor, rows2: Tensor, part: Tensor, scale: Tensor | None) -> Tensor:
-    """(n, i), (n, j), (o, i, j) -> (n, o)."""
+def _outer_block(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
+    """(n, i), (n, j), (O, i, j) -> (n, O)."""
     product = (rows1.unsqueeze(2) * rows2.unsqueeze(1)).flatten(1)
-    return project_by_part(product, part, scale, lambda weight: weight.flatten(1))
+    return stored_linear(product, lambda _, stored: stored.flatten(1), weight)
 
 
-def _traced(rows1: Tensor, rows2: Tensor, weight: Tensor, scale: Tensor | None, order: Order) -> Tensor:
+def _traced(rows1: Tensor, rows2: Tensor, weight: Tensor, order: Order) -> Tensor:
     """A graph that holds for any number of rows: only outputs are split, by sizes of the weight."""
     in1, in2 = weight.shape[1:]
     if order == "outer" and in1 * in2 <= TRACED_ROW:
-        return _outer_block(rows1, rows2, weight, scale)
+        return _outer_block(rows1, rows2, weight)
     if order == "in1_first" or (order == "outer" and in1 > in2):
-        rows1, rows2, weight, scale = rows2, rows1, weight.mT, None if scale is None else scale.mT
-    parts = weight_parts(weight, scale, TRACED_ROW // weight.shape[1])
-    return torch.cat([_contract_block(rows1, rows2, part, part_scale) for part, part_scale in parts], dim=1)
+        rows1, rows2, weight = rows2, rows1, weight.mT
+    parts = weight_parts(weight, TRACED_ROW // weight.shape[1])
+    return torch.cat([_contract_block(rows1, rows2, part) for part in parts], dim=1)

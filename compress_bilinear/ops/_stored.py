@@ -67,13 +67,17 @@ def project(
     stored = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers())
     parts = slabs(weight)
     if len(parts) <= 1 and (traced() or not gradient_wanted(input, bias)):
-        return linear(input, _decoded(weight, slice(None), input.dtype), bias)
+        return linear(input, _decoded(weight, slice(None), input.dtype).flatten(1), bias)
     if len(parts) > 1 and only_values(input, bias):
         output = input.new_empty(*input.shape[:-1], weight.shape[0])
         for rows in parts:
-            output[..., rows] = linear(input, _decoded(weight, rows, input.dtype))
+            output[..., rows] = linear(input, _decoded(weight, rows, input.dtype).flatten(1))
         return output if bias is None else output.add_(bias)
-    pieces = [stored_linear(input, partial(_decoded, weight, rows), *stored) for rows in parts]
+
+    def matrix(rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
+        return _decoded(weight, rows, dtype).flatten(1)
+
+    pieces = [stored_linear(input, partial(matrix, rows), *stored) for rows in parts]
     output = joined(pieces, -1)
     return output if bias is None else output + bias
 
@@ -82,21 +86,31 @@ def in_slabs(
     operation: Callable[[Tensor, Tensor, Tensor], Tensor],  # of the inputs and a floating weight
     input1: Tensor,
     input2: Tensor,
-    weight: QuantizedTensor,  # (O, I, J)
+    weight: Weight,  # (O, I, J), not in floating point
+    scale: Tensor | None,  # of an int8 tensor, broadcastable to it but for blocks
     bias: Tensor | None,  # (O,)
 ) -> Tensor:  # (..., O)
     """The operation on one decoded slab of outputs after another. Slabs are decoded again for a backward."""
+    scale = None if scale is None else scale.expand(weight.shape[0], -1, -1)
 
     def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
-        return operation(input1, input2, weight.decode(input1.dtype, rows))
+        return operation(input1, input2, _decoded(weight, rows, input1.dtype, scale))
 
-    run = block_runner(True, input1, input2)
-    output = joined([run(outputs, input1, input2, rows) for rows in slabs(weight)], -1)
+    parts, run = slabs(weight), block_runner(True, input1, input2)
+    if len(parts) > 1 and only_values(input1, input2, scale):
+        first = outputs(input1, input2, parts[0])
+        output = first.new_empty(*first.shape[:-1], weight.shape[0])
+        output[..., parts[0]] = first
+        del first
+        for rows in parts[1:]:
+            output[..., rows] = outputs(input1, input2, rows)
+    else:
+        output = joined([run(outputs, input1, input2, rows) for rows in parts], -1)
     return output if bias is None else output + bias.to(output.dtype)
 
 
-def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
-    """Rows of the weight as a matrix in `dtype`."""
+def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
+    """A slice of the weight along its first axis, in `dtype`."""
     if isinstance(weight, QuantizedTensor):
-        return weight.decode(dtype, rows).flatten(1)
-    return decode_int8(weight[rows], None, dtype)
+        return weight.decode(dtype, rows)
+    return decode_int8(weight[rows], None if scale is None else scale[rows], dtype)
