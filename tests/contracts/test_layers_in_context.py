@@ -61,6 +61,30 @@ def test_compiling_needs_one_graph(method, quantize, call):
             assert_matches_reference(gradient, own)
 
 
+class Integers(nn.Module):
+    """A linear layer of another library, whose `weight` is of integers."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter((linear.weight.detach() * 24).round().to(torch.int8), requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, value):
+        return nn.functional.linear(value, self.weight.to(value) / 24, self.bias)
+
+
+@pytest.mark.parametrize("method", ["cp", "tucker"])
+def test_inner_layers_of_integers_compute_in_the_dtype_of_the_inputs(method):
+    layer = make(method, None, (63, 37, 17), dtype=torch.float32)
+    for name, part in list(layer.named_children()):
+        if isinstance(part, nn.Linear):
+            setattr(layer, name, Integers(part))
+    values = inputs(layer, 4, dtype=torch.float32)
+    change = layer(*values).detach() - expected(make(method, None, (63, 37, 17), dtype=torch.float32), *values)
+    assert layer(*values).dtype == torch.float32
+    assert float(change.norm()) < 0.1 * float(layer(*values).detach().norm())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None, reason="no C++ compiler"
