@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,10 @@ class DenseBilinear(CompressedBilinear):
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         if not self.integer:
-            return ops.bilinear_dense(input1, input2, self.weight, self.bias)
+            parameters: Any = self._parameters  # a lookup through `__getattr__` takes as long as a small sum
+            weight, bias = parameters.get("weight"), parameters.get("bias")
+            weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
+            return ops.bilinear_dense(input1, input2, weight, bias)
         assert isinstance(self.weight, QuantizedTensor) and self.weight.scale is not None  # noqa: PT018
         input1, input2 = self._inputs(input1, input2)
         with ops.without_autocast(input1.device.type):

@@ -23,7 +23,7 @@ from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
 from ._blocks import TRACED_ROW, block_runner, block_size, joined, row_blocks, weight_parts
-from ._context import autocast_enabled, only_values, traced
+from ._context import only_values, traced
 from ._gemm import stored_linear, uses_fast_mkl
 from ._stored import Weight, in_slabs
 from ._tuning import tuning
@@ -80,12 +80,13 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
 
     It is tried before all checks, which would take a tenth to a third of the time of a layer such as 32 x 32 -> 16.
     """
-    if not input1.is_cpu or traced() or input1.dim() != 2:
+    shape1 = input1.shape
+    if not input1.is_cpu or traced() or len(shape1) != 2:
         return None
-    (out, in1, in2), dtype, rows = weight.shape, weight.dtype, len(input1)
-    if input1.shape != (rows, in1) or input2.shape != (rows, in2) or not input1.dtype == input2.dtype == dtype:
+    (out, in1, in2), dtype, rows = weight.shape, weight.dtype, shape1[0]
+    if shape1[1] != in1 or input2.shape != (rows, in2) or not input1.dtype == input2.dtype == dtype:
         return None
-    if autocast_enabled("cpu") or (bias is not None and bias.dtype != dtype):
+    if torch.is_autocast_enabled("cpu") or (bias is not None and bias.dtype != dtype):
         return None
     if rows == 1:
         if out >= _LEAST_OUT and in1 * in2 <= _ROW_OUTER and dtype != torch.float16 and weight.is_contiguous():

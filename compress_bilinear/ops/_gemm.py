@@ -15,7 +15,7 @@ from torch.nn.functional import linear as torch_linear
 
 from ..quantization import decode_int8
 from ._context import gradient_wanted, plain, recorded, traced
-from ._tuning import tuning
+from ._tuning import eager_tuning, tuning
 
 
 def linear(
@@ -97,7 +97,7 @@ def uses_onednn(input: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product."""
     if traced():
         return False  # before sizes are looked at, which would tie the graph to them
-    (outputs, width), count, limits = weight.shape, input.numel(), tuning()
+    (outputs, width), count, limits = weight.shape, input.numel(), eager_tuning()
     if count * outputs <= limits.onednn_products or count < limits.onednn_rows * width or width == 0:
         return False
     if not (input.is_cpu and input.dtype == weight.dtype == torch.float32 and plain(input, weight)):
