@@ -118,6 +118,9 @@ def composed_dense(
     """
     if isinstance(weight, QuantizedTensor) or weight.dtype == torch.int8:
         return in_slabs(partial(composed_dense, order=order), input1, input2, weight, scale, bias)
+    small = small_dense(input1, input2, weight, bias) if order is None else None
+    if small is not None:
+        return small
     out, in1, in2 = weight.shape
     leading = input1.shape[:-1]
     rows = math.prod(leading)

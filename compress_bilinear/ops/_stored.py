@@ -91,20 +91,20 @@ def in_slabs(
     bias: Tensor | None,  # (O,)
 ) -> Tensor:  # (..., O)
     """The operation on one decoded slab of outputs after another. Slabs are decoded again for a backward."""
-    scale = None if scale is None else scale.expand(weight.shape[0], -1, -1)
 
     def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
         return operation(input1, input2, _decoded(weight, rows, input1.dtype, scale))
 
-    parts, run = slabs(weight), block_runner(True, input1, input2)
-    if len(parts) > 1 and only_values(input1, input2, scale):
-        first = outputs(input1, input2, parts[0])
-        output = first.new_empty(*first.shape[:-1], weight.shape[0])
+    parts, values = slabs(weight), only_values(input1, input2, scale)
+    output = outputs(input1, input2, parts[0]) if values else None
+    if output is not None and len(parts) > 1:
+        first, output = output, output.new_empty(*output.shape[:-1], weight.shape[0])
         output[..., parts[0]] = first
         del first
         for rows in parts[1:]:
             output[..., rows] = outputs(input1, input2, rows)
-    else:
+    elif output is None:
+        run = block_runner(True, input1, input2)
         output = joined([run(outputs, input1, input2, rows) for rows in parts], -1)
     return output if bias is None else output + bias.to(output.dtype)
 
@@ -113,4 +113,6 @@ def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, scale: Tensor | No
     """A slice of the weight along its first axis, in `dtype`."""
     if isinstance(weight, QuantizedTensor):
         return weight.decode(dtype, rows)
-    return decode_int8(weight[rows], None if scale is None else scale[rows], dtype)
+    if scale is not None and scale.shape[0] > 1:
+        scale = scale[rows]
+    return decode_int8(weight[rows], scale, dtype)

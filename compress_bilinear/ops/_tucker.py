@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ._dense import composed_dense, small_dense
+from ._dense import composed_dense
 from ._dense_pairs import composed_dense_pairs
 from ._stored import Weight, project
 
@@ -13,11 +13,9 @@ def composed_tucker(
 ) -> Tensor:  # fmt: skip
     """G(x1 Aᵀ, x2 Bᵀ) Uᵀ + b; shapes as of `bilinear_tucker`."""
     left, right = project(input1, in1), project(input2, in2)
-    last = bias if out is None else None
-    inner = small_dense(left, right, core, last) if scale is None and isinstance(core, Tensor) else None
-    if inner is None:
-        inner = composed_dense(left, right, core, last, scale, None)
-    return inner if out is None else project(inner, out, bias)
+    if out is None:
+        return composed_dense(left, right, core, bias, scale)
+    return project(composed_dense(left, right, core, None, scale), out, bias)
 
 
 def composed_tucker_pairs(
