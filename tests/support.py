@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import cli
-from compress_bilinear.fitting import Latency, Timing
+from compress_bilinear.fitting import Latency, LayerInputs, Timing
 from compress_bilinear.planning import _verdict as selection
 
 Run = Callable[..., tuple[int, str, str]]
@@ -128,3 +128,10 @@ class Memory(TorchDispatchMode):
 
     def _freed(self, elements):
         self.alive -= elements
+
+
+def layer_inputs(first: Tensor, second: Tensor, calls: int = 1) -> LayerInputs:
+    """What calibration would take of these rows (n, I) and (n, J), in their order."""
+    x1, x2 = first.double(), second.double()
+    moments = tuple(a.T @ b / len(x1) for a, b in ((x1, x1), (x2, x2), (x1, x2)))
+    return LayerInputs(first, second, len(x1), calls, moments)

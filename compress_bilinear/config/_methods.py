@@ -1,6 +1,6 @@
 """What is asked of a layer: which method, at which rank or target, stored in which format."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -9,17 +9,19 @@ from ..errors import ConfigError
 Quantize: TypeAlias = Literal["bf16", "int8", "nf4"]
 """The storage formats besides the layer's own dtype: 16, 8 and 4 bits."""
 
-
 Compute: TypeAlias = Literal["on_the_fly", "int8", "bitsandbytes"]
 """How a quantized layer computes: see `set_compute`."""
 
 
+def check_one_of(value: object, allowed: Sequence[object], what: str) -> None:
+    """Raise `ConfigError` unless `value` is allowed."""
+    if value not in allowed:
+        raise ConfigError(f"{what} should be one of {', '.join(map(repr, allowed))}. Found {value!r}.")
+
+
 def check_quantize(quantize: object) -> None:
     """Raise `ConfigError` unless `quantize` is None or one of `Quantize`."""
-    allowed = get_args(Quantize)
-    if quantize is not None and quantize not in allowed:
-        names = ", ".join(repr(name) for name in allowed)
-        raise ConfigError(f"`quantize` should be None or one of {names}. Found {quantize!r}.")
+    check_one_of(quantize, (None, *get_args(Quantize)), "`quantize`")
 
 
 def check_rank(rank: object, what: str = "`rank`") -> None:
@@ -36,18 +38,12 @@ def _check_seed(seed: object) -> None:
 
 
 def _check_fraction(value: object, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1 or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
         raise ConfigError(f"{what} should be a number above 0 and below 1. Found {value!r}.")
 
 
 Fit: TypeAlias = Literal["output", "weight"]
 """What factors are fitted to."""
-
-
-def check_fit(fit: object) -> None:
-    """Raise `ConfigError` unless `fit` is one of `Fit`."""
-    if fit not in get_args(Fit):
-        raise ConfigError(f"`fit` should be 'output' or 'weight'. Found {fit!r}.")
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,7 @@ class MaxError:
 
     def __post_init__(self) -> None:
         _check_fraction(self.error, "`MaxError`'s error")
-        if self.on not in ("weight", "output"):
-            raise ConfigError(f"`on` of a MaxError should be 'weight' or 'output'. Found {self.on!r}.")
+        check_one_of(self.on, ("weight", "output"), "`on` of a MaxError")
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class CPConfig:
             check_rank(self.rank, "`rank` of a CPConfig, where it is not a MaxError or MaxSize,")
         check_quantize(self.quantize)
         _check_seed(self.seed)
-        check_fit(self.fit)
+        check_one_of(self.fit, get_args(Fit), "`fit`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +139,7 @@ class TuckerConfig:
                 check_rank(value, f"`rank[{axis}]` of a TuckerConfig")
             object.__setattr__(self, "rank", tuple(self.rank))
         check_quantize(self.quantize)
-        check_fit(self.fit)
+        check_one_of(self.fit, get_args(Fit), "`fit`")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,8 +194,7 @@ class AutoConfig:
             _check_fraction(self.error, "`error` of an AutoConfig, where it is not a MaxError,")
         if self.size is not None and not isinstance(self.size, MaxSize):
             _check_fraction(self.size, "`size` of an AutoConfig, where it is not a MaxSize,")
-        if self.prefer not in ("size", "speed"):
-            raise ConfigError(f"`prefer` should be 'size' or 'speed'. Found {self.prefer!r}.")
+        check_one_of(self.prefer, ("size", "speed"), "`prefer`")
         _check_seed(self.seed)
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from ..errors import ConfigError, nearest
-from ._methods import Compute
+from ._methods import Compute, check_one_of
 
 Evaluate: TypeAlias = Callable[[Any], float]
 """The caller's own task metric of a model."""
@@ -82,8 +82,7 @@ def completed(options: PlanOptions) -> PlanOptions:
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {size!r}.")
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0):
         raise ConfigError(f"`max_seconds` should be a positive number or None. Found {seconds!r}.")
-    if given["refine"] not in (None, "network"):
-        raise ConfigError(f"`refine` should be None or 'network'. Found {given['refine']!r}.")
+    check_one_of(given["refine"], (None, "network"), "`refine`")
     if given["evaluate"] is not None and not callable(given["evaluate"]):
         raise ConfigError(f"`evaluate` should be a function of a model. Found {given['evaluate']!r}.")
     for name in ("forward_fn", "loss_fn", "refine"):
@@ -104,5 +103,4 @@ def check_compute(compute: object) -> None:
     """Raise ConfigError unless `compute` is "fastest" or a mode."""
     if compute == "resident":
         raise ConfigError("`compute='resident'` is no longer a mode: `cb.dequantize(model)` stores the floats instead.")
-    if compute not in COMPUTE_CHOICES:
-        raise ConfigError(f"`compute` should be one of {COMPUTE_CHOICES}. Found {compute!r}.")
+    check_one_of(compute, COMPUTE_CHOICES, "`compute`")

@@ -1,7 +1,7 @@
 """What a layer sees, taken by hooks while the model runs: its inputs' moments, and a bounded sample of its rows."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -36,7 +36,7 @@ class LayerInputs:
     input2: Tensor
     rows_seen: int
     calls: int
-    moments: tuple[Tensor, Tensor, Tensor] | None = None
+    moments: tuple[Tensor, Tensor, Tensor]
     gradient: Tensor | None = None
 
     @property
@@ -65,13 +65,9 @@ class LayerInputs:
 
     @cached_property
     def fit_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`moments` without the rows that are held out; where there are none, those of the rows to fit to."""
+        """`moments` without the rows that are held out."""
         held1, held2 = (rows.double() for rows in self.held_out)
         left = self.rows_seen - len(held1)
-        if self.moments is None or left <= 0:
-            rows = self.fit if self.is_enough else (self.input1, self.input2)
-            first, second = (value.double() / max(len(value), 1) ** 0.5 for value in rows)
-            return first.T @ first, second.T @ second, first.T @ second
         pairs = ((held1, held1), (held2, held2), (held1, held2))
         first, second, cross = (
             (moment.to(x.device) * self.rows_seen - x.T @ y) / left
@@ -104,7 +100,8 @@ def _product_sum(first: Tensor, second: Tensor) -> Tensor:
 class _Watch:
     """What one layer sees: the moments of all rows in float64, and a uniform sample of the rows, in constant memory.
 
-    Every row draws a key, and the rows with the largest keys stay.
+    Every row draws a key, and the rows with the largest keys stay. The gradients of a loss by the layer's outputs are
+    taken at probes of zero that are added to these.
     """
 
     def __init__(self, max_rows: int, seed: int) -> None:
@@ -114,7 +111,9 @@ class _Watch:
         self._rows: tuple[Tensor, Tensor] | None = None
         self._sums: tuple[Tensor, ...] = ()
         self._seen = self._calls = 0
-        self.gradients = _Gradients()
+        self._probes: list[Tensor] = []
+        self._squares: Tensor | None = None  # Σ g gᵀ
+        self._gradients = 0  # rows of these
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that takes the inputs of a call."""
@@ -145,6 +144,20 @@ class _Watch:
         self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
         self._rows = (picked[0], picked[1])
 
+    def probe(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
+        """A forward hook that adds a probe to the output."""
+        self._probes.append(torch.zeros_like(output, requires_grad=True))
+        return output + self._probes[-1]
+
+    def take(self, loss: Tensor) -> None:
+        """Take a loss's gradients, where they are finite."""
+        probes, self._probes = self._probes, []
+        for gradient in torch.autograd.grad(loss, probes, retain_graph=True, allow_unused=True) if probes else ():
+            if gradient is not None and bool(torch.isfinite(gradient).all()):
+                part = _product_sum(gradient, gradient)
+                self._gradients += gradient.shape[:-1].numel()
+                self._squares = part if self._squares is None else self._squares + part.to(self._squares)
+
     def result(self, name: str) -> LayerInputs | None:
         """What was seen. Raises: CompressionError where it is not finite."""
         if self._rows is None or self._seen == 0:
@@ -158,34 +171,9 @@ class _Watch:
             )
         order = self._keys.argsort(descending=True)  # random: what is held out must not be the end of the stream
         input1, input2 = (rows[order.to(rows.device)] for rows in self._rows)
-        return LayerInputs(input1, input2, self._seen, self._calls, (first, second, cross), self.gradients.result())
-
-
-class _Gradients:
-    """E[g gᵀ] of a loss's gradients by a layer's outputs, taken at probes of zero that are added to these."""
-
-    def __init__(self) -> None:
-        self._probes: list[Tensor] = []
-        self._total: Tensor | None = None
-        self._rows = 0
-
-    def probe(self, module: nn.Module, args: object, output: Tensor) -> Tensor:
-        """A forward hook that adds a probe to the output."""
-        probe = torch.zeros_like(output, requires_grad=True)
-        self._probes.append(probe)
-        return output + probe
-
-    def take(self, loss: Tensor) -> None:
-        probes, self._probes = self._probes, []
-        for gradient in torch.autograd.grad(loss, probes, retain_graph=True, allow_unused=True) if probes else ():
-            if gradient is None or not bool(torch.isfinite(gradient).all()):
-                continue
-            part = _product_sum(gradient, gradient)
-            self._rows += gradient.shape[:-1].numel()
-            self._total = part if self._total is None else self._total + part.to(self._total)
-
-    def result(self) -> Tensor | None:
-        return None if self._total is None or not bool(self._total.any()) else self._total / max(self._rows, 1)
+        squares = self._squares
+        gradient = None if squares is None or not bool(squares.any()) else squares / self._gradients
+        return LayerInputs(input1, input2, self._seen, self._calls, (first, second, cross), gradient)
 
 
 def collect_inputs(
@@ -207,10 +195,8 @@ def collect_inputs(
     Args:
         model: the network, which is not changed.
         layers: two-input modules inside it, by a name of the caller's.
-        batches, forward_fn, loss_fn: see `PlanOptions`. With `loss_fn` the outer products of its gradients by the
-            layers' outputs are averaged too; parameters' own gradients are left alone.
-        max_rows: the most rows to keep for a layer.
-        seed: of the sample.
+        batches, forward_fn, loss_fn: see `PlanOptions`. Parameters' own gradients are left alone.
+        max_rows, seed: the most rows to keep for a layer, and which ones.
 
     Returns:
         For each name its `LayerInputs`, or None where no row reached the layer.
@@ -226,7 +212,11 @@ def collect_inputs(
         )
     watches = {name: _Watch(max_rows, seed) for name in layers}
     count = 0
-    with undisturbed(model), _watching(layers, watches, with_gradients=loss_fn is not None):
+    with undisturbed(model), ExitStack() as hooks:
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(watches[name].hook, with_kwargs=True))
+            if loss_fn is not None:
+                hooks.enter_context(layer.register_forward_hook(watches[name].probe))
         for count, batch in enumerate(batches, start=1):
             try:
                 with nullcontext() if loss_fn is None else torch.enable_grad():
@@ -241,25 +231,10 @@ def collect_inputs(
             if loss_fn is not None:
                 loss = _checked_loss(result)
                 for watch in watches.values():
-                    watch.gradients.take(loss)
+                    watch.take(loss)
     if count == 0:
         raise CompressionError("`calibration` should yield at least one batch. Found none.")
     return {name: watch.result(name) for name, watch in watches.items()}
-
-
-@contextmanager
-def _watching(layers: Mapping[str, nn.Module], watches: Mapping[str, _Watch], with_gradients: bool) -> Iterator[None]:
-    """Hooks on the layers, and probes of their outputs' gradients where these are wanted."""
-    handles = []
-    try:
-        for name, layer in layers.items():
-            handles.append(layer.register_forward_pre_hook(watches[name].hook, with_kwargs=True))
-            if with_gradients:
-                handles.append(layer.register_forward_hook(watches[name].gradients.probe))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _checked_loss(loss: object) -> Tensor:
@@ -270,12 +245,9 @@ def _checked_loss(loss: object) -> Tensor:
 
 
 def _describe(batch: Any) -> str:
-    match batch:
-        case Tensor():
-            return f"a tensor of shape {tuple(batch.shape)}"
-        case Mapping():
-            return "a dict of " + ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
-        case tuple() | list():
-            return f"a {type(batch).__name__} of " + ", ".join(_describe(value) for value in batch)
-        case _:
-            return type(batch).__name__
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "a dict of " + ", ".join(f"{key}: {_describe(value)}" for key, value in batch.items())
+    name = type(batch).__name__
+    return f"a {name} of " + ", ".join(map(_describe, batch)) if isinstance(batch, (tuple, list)) else name

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, get_args
 
 import torch
@@ -15,7 +16,6 @@ from ._latency import Latency, latencies
 from ._measure import OutputError, stored_bytes
 
 Inputs: TypeAlias = tuple[Tensor, Tensor]
-ReasonAgainst: TypeAlias = Callable[[CompressedBilinear], str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def choose_compute(
     inputs: Inputs,
     *,
     timed: bool = True,
-    reason_against: ReasonAgainst = lambda _: None,
+    reason_against: Callable[[CompressedBilinear], str | None] = lambda _: None,
     strict: bool = False,
 ) -> ComputeChoice:
     """Set a quantized layer's mode, and say what that was chosen by.
@@ -63,12 +63,14 @@ def choose_compute(
         strict: whether that also stands against a mode that was asked for.
     """
     timed = timed or asked == "fastest"
-    reasons: dict[Compute, str | None] = {mode: layer.refused_compute(mode) for mode in _considered(asked, timed)}
-    layers = {mode: _in_mode(layer, mode, inputs) for mode, reason in reasons.items() if timed and reason is None}
+    # importing bitsandbytes takes seconds: only who times it or wants it waits for that
+    modes: list[Compute] = [mode for mode in get_args(Compute) if timed or mode == asked or mode != "bitsandbytes"]
+    reasons: dict[Compute, str | None] = {mode: layer.refused_compute(mode) for mode in modes}
+    layers = {mode: _in_mode(layer, mode) for mode, reason in reasons.items() if timed and reason is None}
     if asked == "fastest":
         reasons |= {mode: reason_against(copied) for mode, copied in layers.items() if mode != "on_the_fly"}
     elif strict and asked != "on_the_fly" and reasons[asked] is None:
-        reasons[asked] = reason_against(_in_mode(layer, asked, inputs))
+        reasons[asked] = reason_against(_in_mode(layer, asked))
     measured, changes = _measured(layers, inputs)
     chosen: Compute = "on_the_fly"
     if asked == "fastest":
@@ -77,7 +79,7 @@ def choose_compute(
     elif reasons[asked] is None:
         chosen = asked
     layer.set_compute(chosen)
-    modes = tuple(
+    measures = tuple(
         ComputeMode(
             mode=mode,
             chosen=mode == chosen,
@@ -88,15 +90,10 @@ def choose_compute(
         )
         for mode, reason in reasons.items()
     )
-    return ComputeChoice(compute=chosen, modes=modes, stored_bytes=stored_bytes(layer))
+    return ComputeChoice(compute=chosen, modes=measures, stored_bytes=stored_bytes(layer))
 
 
-def _considered(asked: ComputeAsked, timed: bool) -> list[Compute]:
-    """The modes to look at. Importing bitsandbytes takes seconds, which only those wait for who time it or want it."""
-    return [mode for mode in get_args(Compute) if timed or mode == asked or mode != "bitsandbytes"]
-
-
-def _in_mode(layer: CompressedBilinear, mode: Compute, inputs: Inputs) -> CompressedBilinear:
+def _in_mode(layer: CompressedBilinear, mode: Compute) -> CompressedBilinear:
     copied = copy.deepcopy(layer)
     copied.set_compute(mode)
     return copied
@@ -106,32 +103,25 @@ def _measured(
     layers: dict[Compute, CompressedBilinear], inputs: Inputs
 ) -> tuple[dict[str, Latency], dict[Compute, float | None]]:
     """Latencies of the modes, and how far their outputs are from those on the fly."""
-
-    def call(module: CompressedBilinear) -> Callable[[], object]:
-        return lambda: module(*inputs)
-
     if not layers:
         return {}, {}
     with torch.no_grad():
-        found = latencies({mode: call(copied) for mode, copied in layers.items()}, inputs[0].device)
+        found = latencies({mode: partial(copied, *inputs) for mode, copied in layers.items()}, inputs[0].device)
         return found, {mode: _change(layers["on_the_fly"], copied, inputs) for mode, copied in layers.items()}
 
 
 def _change(base: CompressedBilinear, other: CompressedBilinear, inputs: Inputs) -> float | None:
     """‖y − y'‖ / ‖y − b‖ of the outputs in two modes; None where nothing but the bias comes out."""
     outputs, changed = base(*inputs).double(), other(*inputs).double()
-    bias = base.bias
-    total = outputs - bias.double() if isinstance(bias, Tensor) else outputs
+    total = outputs - base.bias.double() if isinstance(base.bias, Tensor) else outputs
     return float((outputs - changed).norm() / total.norm()) if bool(total.any()) else None
 
 
-def reason_against_rounded_inputs(limit: MaxError | None, held_out: OutputError | None) -> ReasonAgainst:
-    """Says of a layer that rounds its inputs when its output error is above the limit."""
-
-    def reason_against(layer: CompressedBilinear) -> str | None:
-        if layer.compute != "int8" or limit is None or limit.on != "output" or held_out is None:
-            return None
-        error = held_out.of(layer)
-        return None if error is None or error <= limit.error else f"its output error {error:.4g} misses {limit.error:g}"
-
-    return reason_against
+def reason_against_rounded_inputs(
+    layer: CompressedBilinear, limit: MaxError | None, held_out: OutputError | None
+) -> str | None:
+    """Why a layer that rounds its inputs should not be used: its output error is above the limit."""
+    if layer.compute != "int8" or limit is None or limit.on != "output" or held_out is None:
+        return None
+    error = held_out.of(layer)
+    return None if error is None or error <= limit.error else f"its output error {error:.4g} misses {limit.error:g}"

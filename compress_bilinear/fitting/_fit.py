@@ -21,11 +21,8 @@ _IMPROVE = 0.1  # of a time budget, to compare what a search found with fits to 
 def fit(job: Job, budget: Budget, options: PlanOptions, alone: bool = True) -> Search | None:
     """Fill `job.candidates` with what its config asks for.
 
-    Args:
-        alone: whether no other layer shares the size that an `AutoConfig` allows.
-
-    Returns:
-        For an `AutoConfig` the search, which may still improve the candidate that is chosen; else None.
+    Returns the search of an `AutoConfig`, which may still improve the candidate that is chosen. `alone` says that no
+    other layer shares the size that it allows.
 
     Raises:
         ConfigError: the config's rank does not fit the layer.
@@ -42,10 +39,10 @@ def fit(job: Job, budget: Budget, options: PlanOptions, alone: bool = True) -> S
     check_not_zero(job.layer)
     if limit is not None and limit.on == "output" and outputs is None:
         raise _too_few_rows(limit)
-    by_weight = outputs is None or (limit is not None and limit.on == "weight")
+    by_weight = limit is not None and limit.on == "weight"
     fitting = WeightFitting(job.layer) if by_weight or outputs is None else outputs
     fast = config.prefer == "speed"
-    search = Search(job.layer, fitting, budget, config.seed, exact=fast and options["measure_latency"])
+    search = Search(fitting, budget, config.seed, exact=fast and options["measure_latency"])
     if limit is not None:
         search.within(limit.error, fast)
     else:
@@ -63,12 +60,9 @@ def solve(
     outputs: OutputFitting | None = None,
     where: str = "the weight",
 ) -> Candidate:
-    """The candidate that a config asks for; `layer` is left as it is.
+    """The candidate that a config asks for; `layer` is left as it is, and errors call it `where`.
 
-    Args:
-        budget: time for it.
-        outputs: makes candidates that are fitted to the layer's outputs, where there are rows to fit to.
-        where: what the layer is called in errors.
+    `outputs` fits candidates to the layer's outputs, where there are rows to fit to.
 
     Raises: as `fit`.
     """
@@ -77,24 +71,20 @@ def solve(
         return (outputs or WeightFitting(layer)).dense(config, budget)
     check_not_zero(layer)
     method_of(config).check(config.rank, layer.weight.shape, where)
-    on_output = isinstance(config.rank, MaxError) and config.rank.on == "output"
-    if on_output and outputs is None:
-        raise _too_few_rows(config.rank)
-    if outputs is not None and on_output:
-        return _smallest_on_output(config, outputs, budget)
-    fitting: WeightFitting = WeightFitting(layer) if outputs is None or config.fit == "weight" else outputs
     if isinstance(config.rank, MaxError):
-        return WeightFitting(layer).within(config, config.rank.error, budget)
+        if config.rank.on == "weight":
+            return WeightFitting(layer).within(config, config.rank.error, budget)
+        if outputs is None:
+            raise _too_few_rows(config.rank)
+        return _smallest_on_output(config, config.rank.error, outputs, budget)
+    fitting = WeightFitting(layer) if outputs is None or config.fit == "weight" else outputs
     rank = without_bias(config.rank, layer) if isinstance(config.rank, MaxSize) else config.rank
     return fitting.at(config, rank, budget)
 
 
-def _smallest_on_output(config: LayerConfig, outputs: OutputFitting, budget: Budget) -> Candidate:
-    """The smallest candidate of this method whose output error is within the config's `MaxError`."""
-    assert not isinstance(config, DenseConfig)
-    assert isinstance(config.rank, MaxError)
-    limit = config.rank.error
-    fits = Search(outputs.layer, outputs, budget.child(1 - _IMPROVE)).smallest(config, limit)
+def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFitting, budget: Budget) -> Candidate:
+    """The smallest candidate of this method whose output error is at most `limit`."""
+    fits = Search(outputs, budget.child(1 - _IMPROVE)).smallest(config, limit)
     within = [fit for fit in fits if fit.error <= limit]
     if not within:
         lowest = min((fit.error for fit in fits), default=math.inf)

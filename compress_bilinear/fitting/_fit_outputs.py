@@ -6,6 +6,7 @@ Every step is kept only where the stored candidate's error falls on rows that no
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -32,48 +33,26 @@ class OutputFitting(WeightFitting):
     on_output = True
 
     def __init__(
-        self,
-        layer: nn.Bilinear,
-        inputs: LayerInputs,
-        fix_bias: bool = True,
-        seed: int = 0,
-        held_out: OutputError | None = None,
+        self, layer: nn.Bilinear, inputs: LayerInputs, fix_bias: bool = True, held_out: OutputError | None = None
     ) -> None:
-        """Compute nothing but the exact outputs of the held-out rows.
-
-        Args:
-            layer: the original, which is left as it is.
-            inputs: what it saw, at least `FEWEST_ROWS` rows.
-            fix_bias: whether a replacement's bias may differ from the layer's.
-            seed: of the shuffled pairs.
-            held_out: the error on held-out rows, where it is at hand.
-        """
+        """For inputs of at least `FEWEST_ROWS` rows. `fix_bias`: a replacement's bias may differ from the layer's."""
         super().__init__(layer)
         self.inputs = inputs
         self.held_out = held_out or OutputError(layer, inputs)
         self._fix_bias = fix_bias and layer.bias is not None
-        self._seed = seed
-        self._metric: Metric | None = None
-        self._whitened: Tensor | None = None
-        self._rows: decompose.Rows | None = None
-        self._mean: Tensor | None = None
         self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
         self._weight_helps = True  # as far as is known
 
-    @property
+    @cached_property
     def metric(self) -> Metric:
         """The metric of the inputs' second moments, and of the gradients where there are any."""
-        if self._metric is None:
-            first, second, _ = self.inputs.fit_moments
-            self._metric = Metric.of_moments((self.inputs.gradient, first, second), self.inputs.rows_seen)
-        return self._metric
+        first, second, _ = self.inputs.fit_moments
+        return Metric.of_moments((self.inputs.gradient, first, second), self.inputs.rows_seen)
 
-    @property
+    @cached_property
     def whitened(self) -> Tensor:
         """The weight in that metric (O, I, J), in float32 at least."""
-        if self._whitened is None:
-            self._whitened = self.metric.whiten(self.weight)
-        return self._whitened
+        return self.metric.whiten(self.weight)
 
     @contextmanager
     def probing(self) -> Iterator[None]:
@@ -96,22 +75,20 @@ class OutputFitting(WeightFitting):
             text = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
             notes = (Note("fitted_to_weight", text),)
         if thorough or not fits or self._weight_helps:
-            self._whitened = self._rows = None  # their memory is for the solver
+            for name in ("whitened", "_rows"):  # their memory is for the solver
+                self.__dict__.pop(name, None)
             fits += self._fits_to_weight(config, rank, budget.child(1.0, (0.6, 1.0)))
             self._weight_helps = best(fits).fitted_to == "weight"
         found = best(fits)
         return replace(found, notes=notes) if found.fitted_to == "weight" else found
 
-    def improved(
-        self, config: LayerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
-    ) -> Candidate:
+    def improved(self, config: LayerConfig, found: Candidate, budget: Budget, same_rank: bool = False) -> Candidate:
         """What `at(thorough=False)` found, or the fit to the plain weight where it is as small and better.
 
         `same_rank` leaves out other ranks of that size.
         """
         if found.fitted_to == "weight" or found.module is None:
             return found
-        budget = budget or Budget()
         ranks: list[Rank] = [found.module.rank]
         if not isinstance(found.module.rank, int) and not same_rank:
             whole, weight = stored_bytes(self.layer), self.weight.numel() * self.weight.element_size()
@@ -123,7 +100,7 @@ class OutputFitting(WeightFitting):
                 fits += [fit for fit in self._fits_to_weight(config, rank, part) if fit.bytes <= found.bytes]
         return best(fits)
 
-    def dense(self, config: DenseConfig, budget: Budget | None = None) -> Candidate:
+    def dense(self, config: DenseConfig, budget: Budget) -> Candidate:
         """The weight itself in the config's format: the best of the ways to round it, and of both biases."""
 
         def fits(weight: Tensor) -> list[Candidate]:
@@ -133,16 +110,13 @@ class OutputFitting(WeightFitting):
 
         found = fits(self.weight)
         if config.quantize is not None:
-            found += fits(decompose.stored_weight(self.weight, config.quantize, self.metric, budget or Budget()))
+            found += fits(decompose.stored_weight(self.weight, config.quantize, self.metric, budget))
         return best(found)
 
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""
         plain = self._solved(self.weight, config, rank, budget)
-        fits = [self._rounded(config, plain)]
-        if self._fix_bias:
-            fits.append(self._rounded(config, plain, correct_bias=False))
-        return fits
+        return [self._rounded(config, plain, each) for each in ((True, False) if self._fix_bias else (True,))]
 
     def _fits_to_outputs(self, config: LayerConfig, rank: Rank, budget: Budget, thorough: bool) -> Iterator[Candidate]:
         """Of the whitened weight, and of that refitted to rows."""
@@ -154,7 +128,7 @@ class OutputFitting(WeightFitting):
         kind, refit = (type(config), config.quantize), method_of(config).refit
         if refit is None or not (thorough or self._rows_help.get(kind, True)):
             return
-        found = refit(found, self._fit_rows(), budget.child(0.5, (0.4, 0.6)))
+        found = refit(found, self._rows, budget.child(0.5, (0.4, 0.6)))
         # rounded to what the rows have found, which is not what is nearest to the weight
         refitted = self._best_rounded(config, found, None, "rows")
         yield refitted
@@ -178,20 +152,20 @@ class OutputFitting(WeightFitting):
         return best([plain, replace(self._layer_of(config, rounded, fitted_to=fitted_to), decomposition=parts)])
 
     def _corrected(self, bias: Tensor, module: CompressedBilinear) -> tuple[Tensor, bool]:
+        """With the mean of what the outputs lack."""
         if not self._fix_bias:
             return bias, False
-        return (bias.double() + self._lost_mean(module)).to(bias.dtype), True
+        lost = self._mean - self._mean_of(lambda slab: module.dense_rows(slab, torch.float64))
+        return (bias.double() + lost).to(bias.dtype), True
 
     def _error(self, module: CompressedBilinear) -> float:
         error = self.held_out.of(module)
         # rows on which the layer gives nothing say nothing: there, any replacement whose weight is right will do
         return weight_error(self.weight, module) if error is None else error
 
-    def _lost_mean(self, module: CompressedBilinear) -> Tensor:  # (O,)
-        """⟨W_o − Ŵ_o, E[x1 x2ᵀ]⟩, the mean of what the outputs lack; in float64."""
-        if self._mean is None:
-            self._mean = self._mean_of(lambda slab: self.weight[slab].double())
-        return self._mean - self._mean_of(lambda slab: module.dense_rows(slab, torch.float64))
+    @cached_property
+    def _mean(self) -> Tensor:  # (O,)
+        return self._mean_of(lambda slab: self.weight[slab].double())
 
     def _mean_of(self, read: Callable[[slice], Tensor]) -> Tensor:  # slab -> (·, I, J); (O,)
         """⟨W_o, E[x1 x2ᵀ]⟩ of a weight that is read slab by slab."""
@@ -202,23 +176,20 @@ class OutputFitting(WeightFitting):
                 found[slab] = read(slab).flatten(1) @ cross
         return found
 
-    def _fit_rows(self) -> decompose.Rows:
+    @cached_property
+    def _rows(self) -> decompose.Rows:
         """Whitened inputs, calibration pairs and shuffled ones, the layer's outputs for them, and their weights."""
-        if self._rows is None:
-            dtype = self.whitened.dtype
-            most = max(32, int(_FIT_FLOPS / (4 * self.weight.numel())))
-            input1, input2 = (rows[:most].to(self.weight.device, dtype) for rows in self.inputs.fit)
-            generator = torch.Generator().manual_seed(self._seed)
-            order = torch.randperm(len(input2), generator=generator)
-            first = torch.cat([input1, input1])
-            second = torch.cat([input2, input2[order.to(input2.device)]])
-            weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT)
-            weights[: len(input1)] = 1.0
-            with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-                outputs = ops.bilinear_dense(first, second, self.weight.to(dtype))
-                root = self.metric.roots[0]
-                if root is not None:
-                    outputs = outputs @ root.to(outputs)
-                whitened = (self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second))
-            self._rows = (*whitened, outputs, weights)
-        return self._rows
+        dtype = self.whitened.dtype
+        most = max(32, int(_FIT_FLOPS / (4 * self.weight.numel())))
+        input1, input2 = (rows[:most].to(self.weight.device, dtype) for rows in self.inputs.fit)
+        order = torch.randperm(len(input2), generator=torch.Generator().manual_seed(0))
+        first = torch.cat([input1, input1])
+        second = torch.cat([input2, input2[order.to(input2.device)]])
+        weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT)
+        weights[: len(input1)] = 1.0
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            outputs = ops.bilinear_dense(first, second, self.weight.to(dtype))
+            root = self.metric.roots[0]
+            if root is not None:
+                outputs = outputs @ root.to(outputs)
+            return self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second), outputs, weights

@@ -46,8 +46,7 @@ class WeightFitting:
             InfeasibleError: no rank meets the target.
             CompressionError: no factors are within the range of the layer's dtype.
         """
-        found = self._solved(self.weight, config, rank, budget or Budget())
-        return self._rounded(config, found)
+        return self._rounded(config, self._solved(self.weight, config, rank, budget or Budget()))
 
     def within(self, config: LayerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
@@ -71,13 +70,11 @@ class WeightFitting:
             f"{error:.3g}."
         )
 
-    def dense(self, config: DenseConfig, budget: Budget | None = None) -> Candidate:
+    def dense(self, config: DenseConfig, budget: Budget) -> Candidate:
         """The weight itself in the config's format."""
         return self._stored(config, DenseBilinear.from_weight(self.weight, quantize=config.quantize))
 
-    def improved(
-        self, config: LayerConfig, found: Candidate, budget: Budget | None = None, same_rank: bool = False
-    ) -> Candidate:
+    def improved(self, config: LayerConfig, found: Candidate, budget: Budget, same_rank: bool = False) -> Candidate:
         """What `at(thorough=False)` found, or a fit that it left out and that is as small and better."""
         return found
 

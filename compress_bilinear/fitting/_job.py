@@ -5,8 +5,7 @@ from functools import cached_property
 
 from torch import nn
 
-from ..config import AutoConfig, Config, DenseConfig, MaxError
-from ..errors import ConfigError
+from ..config import AutoConfig, Config, MaxError
 from ..modules import CompressedBilinear, FoundLayer
 from ..report import LayerReport, Note
 from ._calibrate import LayerInputs
@@ -28,7 +27,6 @@ class Job:
         tied_bias: whether something else in the model has the same bias, which then must not change.
         inputs: what calibration saw of the layer; None without calibration or where no row reached it.
         calibrated: whether there was a calibration at all.
-        misfit: the error where the config's rank does not fit the layer.
         candidates: what there is to choose from.
         chosen: one of these, or a better one of its size; None until then.
         report: what became of the layer, and what that cost.
@@ -41,7 +39,6 @@ class Job:
     tied_bias: bool = False
     inputs: LayerInputs | None = None
     calibrated: bool = False
-    misfit: ConfigError | None = None
     candidates: list[Candidate] = field(default_factory=list)
     chosen: Candidate | None = None
     report: LayerReport | None = None
@@ -77,7 +74,7 @@ class Job:
         """The error that the config allows; None where it names none."""
         if isinstance(self.config, AutoConfig):
             return self.config.limit(calibrated=self.has_rows)
-        rank = None if isinstance(self.config, DenseConfig) else self.config.rank
+        rank = getattr(self.config, "rank", None)
         return rank if isinstance(rank, MaxError) else None
 
     @cached_property

@@ -21,16 +21,12 @@ _SLOW = 2.0  # a dense order that a first try finds this much slower than the be
 
 
 def timing_inputs(
-    layer: CompressedBilinear | nn.Bilinear,
-    rows: int,
-    seen: LayerInputs | None = None,
-    like: Tensor | None = None,
+    layer: CompressedBilinear | nn.Bilinear, rows: int, seen: LayerInputs | None = None, like: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Inputs (rows, I) and (rows, J) of a timed call, the same each time.
+    """Inputs (rows, I) and (rows, J) of a timed call, the same each time, of the device and dtype of `like`.
 
-    Args:
-        seen: rows that the layer saw, which are taken over and over where they are too few; Gaussian ones without.
-        like: a tensor of their device and dtype; by default the layer's weight.
+    They are rows that the layer has seen, taken over and over where they are too few, or Gaussian ones. By default
+    they are like the layer's weight.
     """
     if like is None:
         like = layer.weight if isinstance(layer.weight, Tensor) else next(layer.buffers())
@@ -58,12 +54,8 @@ def latencies(
 ) -> dict[str, Latency]:
     """Time calls side by side: in every round each is timed once, so that drift of the machine meets all alike.
 
-    Blocks are timed by `torch.utils.benchmark.Timer` with torch's current thread number.
-
-    Args:
-        calls: what to time, by name; each is warmed up first.
-        device: where they run.
-        seconds: about how long to spend in all; slow calls still have five rounds.
+    Each is warmed up first. It takes about `seconds` in all; slow calls still have five rounds. Blocks are timed by
+    `torch.utils.benchmark.Timer` with torch's current thread number.
     """
     single = {name: _first_try(call, device) for name, call in calls.items()}
     repeats = {name: max(1, round(_BLOCK_SECONDS / max(duration, 1e-7))) for name, duration in single.items()}
@@ -89,28 +81,22 @@ def _first_try(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def dense_calls(
-    layer: nn.Bilinear,
-    input1: Tensor,  # (N, I)
-    input2: Tensor,  # (N, J)
-) -> dict[str, Callable[[], Tensor]]:
-    """The exact ways to evaluate a bilinear layer, `nn.Bilinear` apart, that are fit for this shape."""
+def dense_calls(layer: nn.Bilinear, input1: Tensor, input2: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The exact ways to evaluate a bilinear layer, `nn.Bilinear` apart, for inputs (N, I) and (N, J) of this size."""
     weight = layer.weight.detach()
     bias = None if layer.bias is None else layer.bias.detach()
     out, in1, in2 = weight.shape
-    count = input1.shape[0]
-
-    def in_order(order: ops.Order) -> Callable[[], Tensor]:
-        return lambda: ops.bilinear_dense(input1, input2, weight, bias, order=order)
-
-    calls: dict[str, Callable[[], Tensor]] = {order: in_order(order) for order in ops.ORDERS}
+    count, operands = input1.shape[0], (input1, input2, weight, bias)
+    calls: dict[str, Callable[[], Tensor]] = {
+        order: functools.partial(ops.bilinear_dense, *operands, order=order) for order in ops.ORDERS
+    }
     if count * out * in1 <= _WHOLE_MOST:
-        calls["one_gemm"] = lambda: _one_gemm(input1, input2, weight, bias)
+        calls["one_gemm"] = functools.partial(_one_gemm, *operands)
     if count * out * min(in1, in2) <= _WHOLE_MOST:
-        calls["einsum"] = lambda: ops.reference.bilinear_dense(input1, input2, weight, bias)
+        calls["einsum"] = functools.partial(ops.reference.bilinear_dense, *operands)
     if in1 * in2 > 2**16:
         del calls["outer"]  # hundreds of times slower: a block has too few rows
-    calls["DenseBilinear"] = lambda: ops.bilinear_dense(input1, input2, weight, bias)  # its own way for few rows
+    calls["DenseBilinear"] = functools.partial(ops.bilinear_dense, *operands)  # its own way for few rows
     return calls
 
 
@@ -150,12 +136,11 @@ def time_replacement(layer: nn.Bilinear, module: CompressedBilinear, batch_size:
     with torch.no_grad():
         dense = dense_calls(layer, input1, input2)
         tries = {name: _first_try(call, device) for name, call in dense.items()}
-        quickest = min(tries.values())
         calls: dict[str, Callable[[], object]] = {
             "before": lambda: layer(input1, input2),
             "after": lambda: module(input1, input2),
         }
-        calls |= {name: call for name, call in dense.items() if tries[name] <= _SLOW * quickest}
+        calls |= {name: call for name, call in dense.items() if tries[name] <= _SLOW * min(tries.values())}
         measured = latencies(calls, device, seconds)
     exact = {name: latency for name, latency in measured.items() if name != "after"}
     best = min(exact, key=lambda name: exact[name].median)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .. import ops
 from ..decomposition import relative_error, row_slices
@@ -17,11 +18,13 @@ from ..quantization import QuantizedTensor
 from ._calibrate import LayerInputs
 
 _ROWS = 512  # whose outputs are computed at once
+_HELD_OUT_FLOPS = 2e11  # of the exact outputs to measure against
 
 
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers; what is shared counts once, what is not initialised yet not at all."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(module))
+    unique = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()] if not is_lazy(tensor)}
+    return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -30,37 +33,23 @@ def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters()) + sum(shape.numel() for shape in quantized.values())
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
-    unique = {id(tensor): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return [tensor for tensor in unique.values() if not torch.nn.parameter.is_lazy(tensor)]
-
-
-def weight_error(
-    weight: Tensor,  # (O, I, J)
-    module: CompressedBilinear,
-) -> float:
+def weight_error(weight: Tensor, module: CompressedBilinear) -> float:  # weight (O, I, J)
     """‖W − Ŵ‖ / ‖W‖ (Frobenius), with Ŵ from what `module` stores; summed in float64, slice by slice."""
     with torch.no_grad():
         return relative_error(weight, lambda rows, values: values.sub_(module.dense_rows(rows, torch.float64)))
-
-
-_HELD_OUT_FLOPS = 2e11  # of the exact outputs to measure against
 
 
 class OutputError:
     """‖y − ŷ‖ / ‖y − b‖ over a layer's held-out rows: ŷ as a replacement computes it, y exactly, in float64.
 
     The bias is left out of the denominator, where it would flatter. The exact outputs are computed once; of a large
-    layer, for fewer rows.
-
-    Attributes:
-        rows: how many rows that is.
+    layer, for fewer rows. `rows` is their number.
     """
 
     def __init__(self, layer: nn.Bilinear, inputs: LayerInputs) -> None:
         weight = layer.weight.detach()
         most = max(1, int(_HELD_OUT_FLOPS / max(1, 2 * weight.numel())))
-        self._bias = None if layer.bias is None else layer.bias.detach().double()
+        self._bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         self._dtype = weight.dtype  # calibration under autocast may have seen other inputs
         self._rows = [
             (first.to(weight.device), second.to(weight.device))
@@ -76,21 +65,16 @@ class OutputError:
         self._exact = [torch.cat(part, dim=-1) for part in parts]
         self._total = math.hypot(*map(_norm, self._exact))
 
-    @property
-    def says_nothing(self) -> bool:
-        """Whether y − b is zero on all rows."""
-        return self._total == 0
-
     def of(self, module: CompressedBilinear) -> float | None:
-        """The error of a replacement: None where the rows say nothing, NaN or infinite where ŷ is."""
+        """The error of a replacement: None where y − b is zero on all rows, NaN or infinite where ŷ is."""
         residual = 0.0
         device = self._rows[0][0].device.type if self._rows else "cpu"
         with torch.no_grad(), torch.autocast(device, enabled=False):  # as `_dtype`
             for (first, second), exact in zip(self._rows, self._exact, strict=True):
                 found = module(first.to(self._dtype), second.to(self._dtype)).double()
-                difference = _norm(exact - found if self._bias is None else exact + self._bias - found)
+                difference = _norm(exact + self._bias - found)
                 residual = math.hypot(residual, difference) if math.isfinite(difference) else math.nan
-        return None if self.says_nothing else residual / self._total
+        return residual / self._total if self._total else None
 
 
 def _norm(tensor: Tensor) -> float:
@@ -111,9 +95,8 @@ def task_metric(evaluate: Callable[[Any], float], model: nn.Module) -> float:
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, str | int]:
     """What the figures were measured on: device, dtype, threads and versions."""
     found: dict[str, str | int] = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
-    found["processor"] = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    found["threads"] = torch.get_num_threads()
-    found["python"] = platform.python_version()
+    processor = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    found |= {"processor": processor, "threads": torch.get_num_threads(), "python": platform.python_version()}
     for package in ("compress-bilinear", "torch", "numpy", "tensorly", "bitsandbytes"):
         try:
             found[package.replace("-", "_")] = version(package)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import get_args
 
 import torch
@@ -35,18 +36,12 @@ class Search:
     """Tries candidates for one layer and collects them in `candidates`; keeping the layer is the first."""
 
     def __init__(
-        self,
-        layer: nn.Bilinear,
-        fitting: WeightFitting,
-        budget: Budget | None = None,
-        seed: int = 0,
-        exact: bool = False,
-        nearly: float = _NEARLY,
+        self, fitting: WeightFitting, budget: Budget | None = None, seed: int = 0, exact: bool = False
     ) -> None:
-        """`exact` lets the unrounded dense layer compete too, for its speed; `nearly` is as `_NEARLY` says."""
-        self.layer, self.fitting = layer, fitting
-        self._budget, self._seed, self._exact, self._nearly = budget or Budget(), seed, exact, nearly
-        bits = 8 * layer.weight.element_size()
+        """`exact` lets the unrounded dense layer compete too, for its speed."""
+        self.fitting, self.layer = fitting, fitting.layer
+        self._budget, self._seed, self._exact = budget or Budget(), seed, exact
+        bits = 8 * self.layer.weight.element_size()
         # formats of few bits nearly always win; a layer in half precision has 16 bits already
         self._few: tuple[Quantize, ...] = tuple(name for name in get_args(Quantize) if FORMATS[name].coarse)
         wide = [name for name in get_args(Quantize) if 8 < FORMATS[name].bits < bits]
@@ -55,7 +50,7 @@ class Search:
         self._slow = [row for row in METHODS.values() if row.solve is not None and row.slow]
         self._tried: dict[tuple[LayerConfig, float], Candidate | None] = {}
         self._span = (0.0, 1.0)
-        self.candidates = [Candidate.kept(layer)]
+        self.candidates = [Candidate.kept(self.layer)]
 
     def within(self, limit: float, fast: bool = False) -> None:
         """Try to find, for every method and format, the smallest candidate whose error is at most `limit`.
@@ -84,9 +79,8 @@ class Search:
             found = self._at(config, size)
             return None if found is None else (found, found.error)
 
-        trials = smallest(
-            attempt, limit, _LEAST_FRACTION, self._largest(config), first=_FIRST_FRACTION, tries=_MOST_TRIES
-        )
+        largest = self._largest(config)
+        trials = smallest(attempt, limit, _LEAST_FRACTION, largest, first=_FIRST_FRACTION, tries=_MOST_TRIES)
         return [trial.result for trial in trials if trial.result is not None]
 
     def sized(self, fraction: float, alone: bool) -> None:
@@ -111,7 +105,7 @@ class Search:
                 before = self._least(size)
                 self._all_at([row.configure(None, quantize, self._seed) for row in self._quick], size, behind)
                 # also try CP if CP is best in few bits: a tensor of full multilinear rank can have a low CP rank
-                if self._least(size) == before and self._least(size, self._is_slow) > before:
+                if self._least(size) == before and self._least(size, _is_slow) > before:
                     continue
                 self._all_at([row.configure(None, quantize, self._seed) for row in self._slow], size, behind)
 
@@ -123,17 +117,16 @@ class Search:
         """
         if not _decomposes(candidate.config):
             return candidate
-        kinds = {_kind(candidate): candidate}
         smaller = sorted((each for each in self.candidates if each.bytes <= candidate.bytes), key=lambda c: c.error)
-        for other in smaller if candidate.latency is None else ():
-            if _decomposes(other.config):
-                kinds.setdefault(_kind(other), other)
+        kinds: dict[tuple[type, Quantize | None], tuple[LayerConfig, Candidate]] = {}
+        for each in (candidate, *(smaller if candidate.latency is None else ())):
+            if each.config is not None and _decomposes(each.config):
+                kinds.setdefault((type(each.config), each.config.quantize), (each.config, each))
         best = candidate
-        for number, each in enumerate(kinds.values()):
+        for number, (config, each) in enumerate(kinds.values()):
             if number and (best.error == candidate.error or budget.left() <= 0):
                 break
-            assert each.config is not None
-            found = self.fitting.improved(each.config, each, budget.child(), candidate.latency is not None)
+            found = self.fitting.improved(config, each, budget.child(), candidate.latency is not None)
             if found.error < best.error:
                 best = replace(found, latency=candidate.latency)
         return best
@@ -141,11 +134,7 @@ class Search:
     def time(self, rows: int) -> None:
         """Measure the latencies of all candidates side by side, in calls of so many rows."""
         inputs = timing_inputs(self.layer, rows)
-
-        def call(module: nn.Module) -> Callable[[], object]:
-            return lambda: module(*inputs)
-
-        calls = {str(k): call(each.module or self.layer) for k, each in enumerate(self.candidates)}
+        calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(self.candidates)}
         with torch.no_grad():
             found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
         self.candidates = [replace(each, latency=found[str(k)].median) for k, each in enumerate(self.candidates)]
@@ -162,8 +151,7 @@ class Search:
         found = {config: self._at(config, size) for config in configs if config not in behind}
         for config, fit in found.items():
             # dense ones may not fit at the next
-            size_of_it = min(size, self._largest(config))
-            least = self._least(size_of_it, _decomposes)
+            least = self._least(min(size, self._largest(config)), _decomposes)
             if fit is not None and fit.error > _BEHIND * least:
                 behind.add(config)
 
@@ -174,7 +162,7 @@ class Search:
             return True  # so far it is the layer itself, or nothing of this method is so large
         with self.fitting.probing():
             found = self._at(config, size)
-        return found is None or found.error <= self._nearly * limit
+        return found is None or found.error <= _NEARLY * limit
 
     def _solved_within(self, config: LayerConfig, limit: float) -> None:
         """The smallest within `limit`, by the solvers' own search for it."""
@@ -197,9 +185,8 @@ class Search:
     def _solved(self, config: LayerConfig, fraction: float) -> Candidate | None:
         if self._budget.left() <= 0:
             return None
-        size = MaxSize(fraction)
         try:
-            rank = without_bias(size, self.layer)
+            rank = without_bias(MaxSize(fraction), self.layer)
             found = self.fitting.at(config, rank, self._part(), thorough=False)
         except CompressionError:  # too small for any rank, or factors out of range
             return None
@@ -212,9 +199,6 @@ class Search:
         """The least error that was found in this size, of all or of the configs that match."""
         most = fraction * self.candidates[0].bytes
         return min((c.error for c in self.candidates if c.bytes <= most and matches(c.config)), default=math.inf)
-
-    def _is_slow(self, config: LayerConfig | None) -> bool:
-        return config is not None and method_of(config).slow
 
     def _largest(self, config: LayerConfig) -> float:
         """The fraction from which the weight itself in this format is about as small, and loses nothing else."""
@@ -231,12 +215,12 @@ class Search:
         return self._budget.child(_SHARE, self._span)
 
 
+def _is_slow(config: LayerConfig | None) -> bool:
+    return config is not None and method_of(config).slow
+
+
 def _decomposes(config: LayerConfig | None) -> bool:
     return config is not None and method_of(config).solve is not None
-
-
-def _kind(candidate: Candidate) -> tuple[type, Quantize | None]:
-    return type(candidate.config), None if candidate.config is None else candidate.config.quantize
 
 
 def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:

@@ -2,9 +2,8 @@
 
 from ._allocate import allocate, best_within
 from ._api import Plan, compress, plan
-from ._batches import BatchSample
 from ._convert import dequantize, quantize, set_compute
-from ._distill import Distilled, distil
+from ._distill import BatchSample, Distilled, distil
 from ._offline import (
     StoredWeight,
     choose_weights,

@@ -142,7 +142,9 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` should be an nn.Module. Found {type(model).__name__}.")
     given, configs = completed(options), by_glob(config)
-    if given["compute"] != "on_the_fly" and not any(map(_may_quantize, configs.values())):
+    if given["compute"] != "on_the_fly" and not any(
+        isinstance(each, AutoConfig) or getattr(each, "quantize", None) for each in configs.values()
+    ):
         raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")
     seconds, refine = given["max_seconds"], given["refine"]
     jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
@@ -174,10 +176,6 @@ def compress(
     Arguments and errors are those of `plan` and `Plan.apply`. An error leaves the model exactly as it was.
     """
     return plan(model, config, **options).apply(inplace)
-
-
-def _may_quantize(config: Config | None) -> bool:
-    return isinstance(config, AutoConfig) or getattr(config, "quantize", None) is not None
 
 
 def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any]) -> Report:

@@ -6,10 +6,12 @@ network's outputs (knowledge distillation: Hinton, Vinyals, Dean, 2015), through
 error falls on batches that were not trained on.
 """
 
+import bisect
 import copy
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -21,22 +23,40 @@ from torch.nn.utils import parametrize
 from ..config import Quantize
 from ..decomposition import Progress, stored_columns, stored_core
 from ..errors import CompressionError, ConfigError
-from ..modules import (
-    METHODS,
-    AdaptedLayer,
-    Call,
-    CompressedBilinear,
-    DenseBilinear,
-    call,
-    stored_as,
-    undisturbed,
-)
+from ..modules import METHODS, AdaptedLayer, Call, CompressedBilinear, DenseBilinear, call, stored_as, undisturbed
 
 DEFAULT_SECONDS = 60.0
 Example: TypeAlias = tuple[Any, list[Tensor]]  # a batch, and what the network makes of it
 _HELD_OUT = 4  # one batch in so many
 _RATE = 1e-2  # of a parameter's root mean square, at first
 _CHECKS = 12  # of the error on held-out batches
+_MOST_BATCHES = 256
+_MOST_BYTES = 2**28  # of the batches and of the network's outputs for them
+
+
+class BatchSample:
+    """A uniform sample of the calibration's batches, of bounded bytes, taken while something else consumes them."""
+
+    def __init__(self, seed: int = 0, most_bytes: int = _MOST_BYTES) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._most_bytes = most_bytes
+        self._kept: list[tuple[float, Any]] = []
+        self._held = 0  # bytes of those
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches."""
+        for batch in batches:
+            key = float(torch.rand((), generator=self._generator))
+            bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
+            self._held += _bytes(batch)
+            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > self._most_bytes):
+                self._held -= _bytes(self._kept.pop()[1])
+            yield batch
+
+    @property
+    def batches(self) -> list[Any]:
+        """In random order."""
+        return [batch for _, batch in self._kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +69,9 @@ class Distilled:
 
 
 def check_distillable(
-    model: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Any], forward_fn: Call | None = None
+    model: nn.Module, layers: Iterable[nn.Module], batches: Sequence[Any], forward_fn: Call | None
 ) -> None:
-    """Run the model on one batch, and see that `distil` could match its outputs.
-
-    Args:
-        layers: those that are to be replaced.
-        batches, forward_fn: as in `distil`.
-
-    Raises: as `distil`.
-    """
+    """Run the model on one batch, and see that `distil` could match its outputs by `layers`. Raises: as `distil`."""
     if len(batches) < 2:
         raise ConfigError(
             "`refine='network'` needs at least two calibration batches, one of them to measure on. "
@@ -72,19 +85,15 @@ def check_distillable(
         probes.append(torch.zeros_like(output, requires_grad=True))
         return output + probes[-1]
 
-    handles = [layer.register_forward_hook(probed) for layer in layers]
-    try:
-        with undisturbed(model), torch.enable_grad():
-            outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
-            found = [output.sum() for output in outputs if output.requires_grad]
-            if not probes:
-                return  # no layer was reached by this batch, which says nothing of the others
-            gradients = torch.autograd.grad(found, probes, allow_unused=True) if found else ()
-            if all(gradient is None for gradient in gradients):
-                raise _not_differentiable()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with undisturbed(model), torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(probed))
+        outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
+        found = [output.sum() for output in outputs if output.requires_grad]
+        gradients = torch.autograd.grad(found, probes, allow_unused=True) if found and probes else ()
+        # where no layer was reached by this batch, it says nothing of the others
+        if probes and all(gradient is None for gradient in gradients):
+            raise _not_differentiable()
 
 
 def distil(
@@ -107,17 +116,16 @@ def distil(
         batches: what the model takes, without labels; a quarter of them is held out.
         trained_bias: ids of the layers whose replacement's bias was corrected, and is trained too.
         adapted: the modules of other forms that carry layers, by the layer's id.
-        forward_fn: as in `collect_inputs`.
-        seconds: for all of it.
+        forward_fn, seconds: how to run the model, and for how long in all.
         progress: as in `decomposition.cp`, with the error on held-out batches.
-        accept: whether new replacements, by id, will do; asked of those that lower the error.
+        accept: whether new replacements, by id, that lower the error will do.
 
     Returns:
         The replacements in their formats, distilled, or as they were where that is no better; and the relative error
         of the network's outputs on held-out batches before and after. Results depend on the machine's speed.
 
     Raises:
-        ConfigError: there are not two batches; see `check_distillable`, which tells before anything is solved.
+        ConfigError: there are not two batches; `check_distillable` says so before anything is solved.
         CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
             cannot be copied.
     """
@@ -125,16 +133,20 @@ def distil(
     with undisturbed(model):
         data = [(batch, _outputs(_ran(run, model, batch))) for batch in batches]
     count = max(1, len(data) // _HELD_OUT)
-    network = _Network(model, replacements, adapted, run, held_out=data[:count])
+    network = _Network(model, replacements, adapted, run, data[:count])
     before = network.error({})
     trained = {key: each for key, each in replacements.items() if METHODS[each.method].solve is not None}
     if not trained or not 0 < before < math.inf:
         return Distilled(dict(replacements), before, before)
-    floating = {key: _trainable(module, network.dtypes[key]) for key, module in trained.items()}
+    dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
+    dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+    floating = {key: _trainable(module, dtypes[key]) for key, module in trained.items()}
     best, least = dict(replacements), before
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
-        parameters = _parameters(floating, trained_bias)
+        parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
+        biases = [floating[key].bias for key in trained_bias if key in floating]
+        parameters += [bias for bias in biases if isinstance(bias, nn.Parameter)]
         for done in _trained(network.student(floating), parameters, data[count:], run, begun, seconds):
             now = {key: _restored(module, trained[key]) for key, module in floating.items()}
             error = network.error(now)
@@ -145,30 +157,24 @@ def distil(
     return Distilled(best, before, least)
 
 
+@dataclass(frozen=True, eq=False)
 class _Network:
     """The original network, copies of it with replacements, and their errors on held-out batches."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        replacements: Mapping[int, CompressedBilinear],
-        adapted: Mapping[int, AdaptedLayer],
-        run: Call,
-        held_out: Sequence[Example],
-    ) -> None:
-        self._model, self._replacements, self._adapted = model, replacements, adapted
-        self._run, self._held_out = run, held_out
-        self.dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
-        self.dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+    model: nn.Module
+    replacements: Mapping[int, CompressedBilinear]
+    adapted: Mapping[int, AdaptedLayer]
+    run: Call
+    held_out: Sequence[Example]
 
     def student(self, changed: Mapping[int, CompressedBilinear]) -> nn.Module:
         """A copy in eval mode that holds the replacements themselves, of which some are changed."""
-        modules, adapted = {**self._replacements, **changed}, self._adapted
+        modules, adapted = {**self.replacements, **changed}, self.adapted
         memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
         try:
             for key in modules.keys() & adapted.keys():
                 memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
-            copied = copy.deepcopy(self._model, memo)
+            copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(
                 f"The model could not be copied to be distilled ({type(error).__name__}: {error})."
@@ -183,64 +189,43 @@ class _Network:
         """‖f − f̂‖/‖f‖ of such a copy on the held-out batches, in float64; infinite where it is no number."""
         student, lost, total = self.student(changed), 0.0, 0.0
         with torch.no_grad():
-            for batch, targets in self._held_out:
-                found = zip(_outputs(self._run(student, batch)), _checked(targets), strict=True)
+            for batch, targets in self.held_out:
+                found = zip(_outputs(self.run(student, batch)), _checked(targets), strict=True)
                 lost = math.hypot(lost, _norm(f.double() - t.double() for f, t in found))
                 total = math.hypot(total, _norm(targets))
         error = lost / total if total else 0.0
         return error if math.isfinite(error) else math.inf
 
 
-def _parameters(floating: Mapping[int, CompressedBilinear], trained_bias: Iterable[int]) -> list[nn.Parameter]:
-    """What is trained: all factors, and the biases that were corrected."""
-    parameters = [p for module in floating.values() for n, p in module.named_parameters() if not n.endswith("bias")]
-    biases = [floating[key].bias for key in trained_bias if key in floating]
-    return parameters + [bias for bias in biases if isinstance(bias, nn.Parameter)]
-
-
 def _trained(
-    student: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    data: Sequence[Example],
-    run: Call,
-    begun: float,
-    seconds: float,
+    student: nn.Module, parameters: list[nn.Parameter], data: list[Example], run: Call, begun: float, seconds: float
 ) -> Iterator[float]:
     """Train until the time is up; whenever the error should be checked, yield the part of the time that is gone."""
-    groups = [{"params": [p], "lr": _RATE * _rms(p), "rate": _RATE * _rms(p)} for p in parameters]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    norm = _norm(target for _, targets in data for target in targets) / math.sqrt(len(data))
+    sizes = [float(parameter.detach().double().square().mean().sqrt()) or 1e-3 for parameter in parameters]
+    rates = [_RATE * size for size in sizes]
+    optimizer = torch.optim.Adam([{"params": [p]} for p in parameters], betas=(0.9, 0.99))
+    norm = max(_norm(target for _, targets in data for target in targets) / math.sqrt(len(data)), 1e-30)
     checks = 1
     while (done := (time.perf_counter() - begun) / seconds) < 1:
         for number in torch.randperm(len(data)).tolist():
             done = min((time.perf_counter() - begun) / seconds, 1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * (1 + math.cos(math.pi * done)) / 2
-            _step(student, parameters, optimizer, data[number], run, max(norm, 1e-30))
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2
+            batch, targets = data[number]
+            found = zip(_outputs(run(student, batch)), targets, strict=True)
+            loss = sum(((f - t) / norm).square().sum() for f, t in found)
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise _not_differentiable()
+            # other parameters' own gradients are left alone
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
             if done >= checks / _CHECKS:
                 break
         if done >= checks / _CHECKS:
             checks = int(done * _CHECKS) + 1
             yield min(done, 1.0)
-
-
-def _step(
-    student: nn.Module,
-    parameters: Sequence[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    example: Example,
-    run: Call,
-    norm: float,
-) -> None:
-    """One step on one batch; other parameters' own gradients are left alone."""
-    batch, targets = example
-    loss = sum(((f - t) / norm).square().sum() for f, t in zip(_outputs(run(student, batch)), targets, strict=True))
-    if not isinstance(loss, Tensor) or not loss.requires_grad:
-        raise _not_differentiable()
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
-    optimizer.step()
 
 
 def _ran(run: Call, model: nn.Module, batch: Any) -> Any:
@@ -312,15 +297,20 @@ def _restored(module: CompressedBilinear, like: CompressedBilinear) -> Compresse
     return new
 
 
-def _outputs(value: Any) -> list[Tensor]:
-    """The floating tensors in what a network returns, in order."""
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a batch or in what a network returns, in order."""
     if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _outputs(item)]
-    if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _outputs(item)]
-    return []
+        return [value]
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
+
+
+def _bytes(batch: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+
+
+def _outputs(value: Any) -> list[Tensor]:
+    return [tensor for tensor in _tensors(value) if tensor.is_floating_point()]
 
 
 def _checked(outputs: list[Tensor]) -> list[Tensor]:
@@ -338,7 +328,3 @@ def _not_differentiable() -> CompressionError:
 
 def _norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(float(tensor.double().norm()) for tensor in tensors))
-
-
-def _rms(parameter: Tensor) -> float:
-    return float(parameter.detach().double().square().mean().sqrt()) or 1e-3

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from ..config import AutoConfig, Config, DenseConfig, MaxError, PlanOptions
+from ..config import AutoConfig, Config, DenseConfig, PlanOptions
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, InfeasibleError
 from ..fitting import (
@@ -20,13 +21,21 @@ from ..fitting import (
     timing_inputs,
     weight_error,
 )
-from ..modules import METHODS, CompressedBilinear, fingerprint, observing, parameter_owners, reason_against, select
-from ..report import Note
+from ..modules import (
+    METHODS,
+    CompressedBilinear,
+    CPBilinear,
+    fingerprint,
+    observing,
+    parameter_owners,
+    reason_against,
+    select,
+)
+from ..report import LayerReport, Note
 from ._allocate import allocate, best_within
-from ._batches import BatchSample
-from ._distill import Distilled, check_distillable, distil
+from ._distill import BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
-from ._verdict import cancelling, factor_errors, judge, output_error
+from ._verdict import cancelling, judge
 
 IMPROVE = 0.1  # of a time budget, to compare what an AutoConfig chose with fits to the plain weight
 
@@ -34,9 +43,7 @@ IMPROVE = 0.1  # of a time budget, to compare what an AutoConfig chose with fits
 def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool) -> list[Job]:
     """A job for each layer that a config is meant for, with the reason against it, if any.
 
-    Raises:
-        MatchError: a pattern matches nothing.
-        ConfigError: a limit counts on the outputs, and there is no calibration to have outputs of.
+    Raises: MatchError where a pattern matches nothing; ConfigError where a limit on outputs has no calibration.
     """
     owners = parameter_owners(model)
     jobs = []
@@ -46,9 +53,8 @@ def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated
         job = Job(found=found, config=config, calibrated=calibrated)
         job.reason = None if reason is None else Note("not_replaceable", reason)
         job.tied_bias = bias is not None and len(owners.get(id(bias), ())) > 1
-        rank = config.error if isinstance(config, AutoConfig) else getattr(config, "rank", None)
-        if isinstance(rank, MaxError) and rank.on == "output" and not calibrated:
-            raise ConfigError(f"{rank} needs `calibration`: inputs whose outputs can be compared. Found none.")
+        if job.limit is not None and job.limit.on == "output" and not calibrated:
+            raise ConfigError(f"{job.limit} needs `calibration`: inputs whose outputs can be compared. Found none.")
         jobs.append(job)
     return jobs
 
@@ -62,7 +68,7 @@ def calibrate(model: nn.Module, jobs: Sequence[Job], options: PlanOptions, bars:
     calibration, forward_fn, sample = options["calibration"], options["forward_fn"], BatchSample()
     if calibration is None or not open_:
         return []
-    batches = bars.track(calibration, "Calibrating")
+    batches = bars.tracked(calibration, "Calibrating")
     watched = batches if options["refine"] is None else sample.watch(batches)
     with observing(job.found.adapted for job in open_.values()):
         layers = {label: job.found.rows for label, job in open_.items()}
@@ -80,8 +86,10 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     Raises: ConfigError where a config's rank fits none of the layers that it is meant for.
     """
     searches: dict[Job, Search] = {}
+    misfits: dict[Job, ConfigError] = {}
     open_ = [job for job in jobs if job.is_open]
-    sizes = [job.layer.weight.numel() if _takes_time(job) else 0 for job in open_]
+    takes_time = [job.calibrated or not isinstance(job.config, DenseConfig) for job in open_]
+    sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
     progress = bars.parts("Solving", len(open_))
     for number, job in enumerate(open_):
         alone = sum(other.config is job.config for other in open_) == 1
@@ -89,16 +97,15 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
         try:
             if job.found.adapted is not None:
                 job.found.adapted.verify()
-            search = fit(job, part, options, alone)
-            if search is not None:
+            if (search := fit(job, part, options, alone)) is not None:
                 searches[job] = search
         except ConfigError as error:
-            job.misfit, job.reason = error, Note("misfit", str(error))
+            misfits[job], job.reason = error, Note("misfit", str(error))
         except CompressionError as error:
             job.reason = Note("infeasible", str(error))
-    for job in open_:
-        if job.misfit is not None and all(other.misfit for other in open_ if other.config is job.config):
-            raise job.misfit
+    for job, misfit in misfits.items():
+        if all(other in misfits for other in open_ if other.config is job.config):
+            raise misfit
     return searches
 
 
@@ -125,24 +132,18 @@ def judge_all(jobs: Sequence[Job], options: PlanOptions) -> None:
     """Decide on each chosen candidate, and record that in `job.report`."""
     for job in jobs:
         shown = job.chosen or (job.candidates[0] if job.candidates else None)
-        judge(job, options)
-        assert job.report is not None
+        report = judge(job, options)
         if isinstance(job.config, AutoConfig) and job.candidates:
             on_output = any(candidate.on_output for candidate in job.candidates)
             order = sorted(job.candidates, key=lambda candidate: (candidate.bytes, candidate.error))
             points = tuple(each.point(on_output, each is shown) for each in order)
-            job.report = replace(job.report, front=points)
+            job.report = replace(report, front=points)
         if job.chosen is not None:
             job.fingerprint = fingerprint(job.found.current())
 
 
 def distil_all(
-    model: nn.Module,
-    jobs: Sequence[Job],
-    batches: Sequence[Any],
-    options: PlanOptions,
-    seconds: float,
-    bars: ProgressBars,
+    model: nn.Module, jobs: Sequence[Job], batches: list[Any], options: PlanOptions, seconds: float, bars: ProgressBars
 ) -> None:
     """Train all replacements together to give the network's outputs; keep what is better; renew the reports."""
     replaced = {id(job.layer): job for job in jobs if job.module is not None}
@@ -151,7 +152,6 @@ def distil_all(
         return
 
     def accept(changed: Mapping[int, CompressedBilinear]) -> bool:
-        """Whether the limits of single layers still hold."""
         return options["force"] or all(_within_limit(replaced[key], module) for key, module in changed.items())
 
     found = distil(
@@ -172,10 +172,6 @@ def distil_all(
 def _part(budget: Budget, size: int, rest: int, progress: Callable[[float, float], None]) -> Budget:
     """The part of the time left that a layer of this size gets, of layers of `rest` in all; with its own bar."""
     return Budget(max(budget.left() * size / max(rest, 1), 1e-3) if budget.limited else None, progress)
-
-
-def _takes_time(job: Job) -> bool:
-    return job.calibrated or not isinstance(job.config, DenseConfig)
 
 
 def _allocate(jobs: Sequence[Job], config: Config) -> None:
@@ -221,14 +217,13 @@ def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Ca
         wanted,
         timing_inputs(job.layer, job.rows(options["batch_size"]), job.inputs),
         timed=options["measure_latency"],
-        reason_against=reason_against_rounded_inputs(job.limit, job.held_out),
+        reason_against=partial(reason_against_rounded_inputs, limit=job.limit, held_out=job.held_out),
         # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
         strict=isinstance(job.config, AutoConfig),
     )
     error = candidate.error
     if choice.compute == "int8" and candidate.on_output and job.held_out is not None:
-        measured = job.held_out.of(module)
-        error = error if measured is None else measured
+        error = job.held_out.of(module) or error
     return replace(candidate, compute_modes=choice.modes, error=error)
 
 
@@ -247,35 +242,30 @@ def _record_distilled(job: Job, module: CompressedBilinear, found: Distilled) ->
     assert job.chosen is not None
     assert job.report is not None
     known: dict[str, Any] = {}
+    code, text = "not_refined", "not refined, for it is dense"
     if module is not job.module:
+        code = "refined"
         text = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
-        note = Note("refined", text)
-        if module.quantize is not None and job.module is not None:
-            module.set_compute(job.module.compute)
+        known = _errors_of_distilled(job, module, job.report)
         job.chosen = replace(job.chosen, module=module, decomposition=None, on_output=False)
-        known = _errors_of_distilled(job, job.chosen)
     elif METHODS[module.method].solve is not None:
         text = f"not refined: the network's error on held-out batches did not fall from {found.before:.3g}"
-        note = Note("not_refined", text)
-    else:
-        note = Note("not_refined", "not refined, for it is dense")
     notes = [each for each in job.report.notes if each.code not in ("as_configured", "cancelling")]
     notes += cancelling(known.get("amplification", job.report.amplification))
-    job.report = replace(job.report, **known, notes=(*notes, note))
+    job.report = replace(job.report, **known, notes=(*notes, Note(code, text)))
 
 
-def _errors_of_distilled(job: Job, candidate: Candidate) -> dict[str, Any]:
+def _errors_of_distilled(job: Job, module: CompressedBilinear, report: LayerReport) -> dict[str, Any]:
     """The figures of a report that new factors change."""
-    assert candidate.module is not None
-    assert job.report is not None
-    known = {"weight_error": factor_errors(job.layer, candidate)["weight_error"]}
-    known["output_error"] = output_error(job, candidate)
-    decomposition: Any = getattr(candidate.module, "to_decomposition", None)
-    if decomposition is not None:
-        known["amplification"] = getattr(decomposition(), "amplification", None)
-    known |= {"truncation_error": None, "quantization_error": None}  # they are parts of the former error
+    known: dict[str, Any] = {
+        "weight_error": weight_error(job.layer.weight.detach(), module),
+        "output_error": None if job.held_out is None else job.held_out.of(module),
+    }
     front = []
-    for point in job.report.front:
-        errors = {name: known[name] for name in ("weight_error", "output_error") if getattr(point, name) is not None}
+    for point in report.front:
+        errors = {name: value for name, value in known.items() if getattr(point, name) is not None}
         front.append(replace(point, **errors) if point.chosen else point)
-    return known | {"front": tuple(front)}
+    if isinstance(module, CPBilinear):
+        known["amplification"] = module.to_decomposition().amplification
+    # the parts of the former error
+    return known | {"front": tuple(front), "truncation_error": None, "quantization_error": None}

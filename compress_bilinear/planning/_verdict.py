@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import decomposition as decompose
 from .. import ops
@@ -25,7 +25,7 @@ from ..modules import METHODS, CompressedBilinear, FoundLayer, is_lazy, method_n
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 
-def judge(job: Job, options: PlanOptions, made: bool = False) -> None:
+def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
     """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
 
     `options["force"]` makes the replacement whatever the reasons against it. `made` says that it has been made
@@ -35,30 +35,39 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> None:
     if job.reason is not None or candidate is None or candidate.module is None:
         job.chosen = None
         job.report = kept(job, job.reason or Note("not_replaceable", "it was not chosen"))
-        return
+        return job.report
     module, force = candidate.module.train(job.layer.training), options["force"]
-    known = _measured(job, candidate)
+    known = _measured(job, candidate, module)
     against = reason_against(job, candidate, known)
     timing = None
     if options["measure_latency"] and (against is None or force):
-        timing = _timed(job, module, options)
-    if against is None and _is_exact(candidate):
+        if job.found.adapted is not None:
+            timing = time_adapted(job.found.adapted, module)
+        else:
+            timing = time_replacement(job.layer, module, job.rows(options["batch_size"]))
+        known |= _latencies(timing)
+    if against is None and _is_exact(module):
         against = slowness(timing, job.found.form)
-    known |= _latencies(timing)
     if against is not None and not force:
         job.chosen, job.report = None, kept(job, against, **known)
-        return
+        return job.report
     known |= {"params_after": parameter_count(module), "bytes_after": candidate.bytes}
-    verdict = AS_CONFIGURED if against is None else against if made else _forced(against)
-    notes = (verdict, *_notes(job, candidate, timing, known["amplification"]))
-    known |= {"flops_after": module.flops_per_row, "notes": notes}
+    if against is not None and not made:
+        against = Note("forced", f"forced, although {against.text}")
+    notes = [against or AS_CONFIGURED]
+    if timing is not None and timing.speedup < 1:
+        notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
+    notes += [*cancelling(known["amplification"]), *candidate.notes]
+    if job.calibrated and job.inputs is None:
+        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
+    known |= {"flops_after": module.flops_per_row, "notes": tuple(notes)}
     job.report = LayerReport(**(_basics(job, candidate.config) | known | {"decision": "replaced"}))
+    return job.report
 
 
 def kept(job: Job, reason: Note, **known: Any) -> LayerReport:
     """The record of a layer that stays as it is; `known` are the figures of a candidate that was turned down."""
-    tried = job.chosen.config if job.chosen is not None else None
-    basics = _basics(job, tried)
+    basics = _basics(job, None if job.chosen is None else job.chosen.config)
     same = {f"{what}_after": basics.get(f"{what}_before") for what in ("params", "bytes", "flops")}
     return LayerReport(**{**basics, **same, "decision": "kept", "notes": (reason,), **known})
 
@@ -66,10 +75,8 @@ def kept(job: Job, reason: Note, **known: Any) -> LayerReport:
 def reason_against(job: Job, candidate: Candidate, known: dict[str, Any]) -> Note | None:
     """Why a candidate is worse than the layer, or None: it has to work, be smaller, and meet its target.
 
-    An exact dense layer has the same bytes. Whether it is faster, `slowness` says after measuring.
-
-    Args:
-        known: the candidate's `weight_error` and, where there are rows, `output_error`.
+    An exact dense layer has the same bytes. Whether it is faster, `slowness` says after measuring. `known` has the
+    candidate's `weight_error` and, where there are rows, `output_error`.
     """
     dtype = str(job.layer.weight.dtype).removeprefix("torch.")
     weight, output = known["weight_error"], known.get("output_error")
@@ -80,25 +87,18 @@ def reason_against(job: Job, candidate: Candidate, known: dict[str, Any]) -> Not
     error, what = (output, "outputs") if candidate.on_output and output is not None else (weight, "weight")
     if not error < 1:
         return Note("keeps_nothing", f"it keeps nothing of the {what}: their error is {error:.3g}")
-    if _is_exact(candidate):
+    if candidate.module is not None and _is_exact(candidate.module):
         return None
     before = stored_bytes(job.layer)
     if candidate.bytes >= before:
-        text = f"it is not smaller: it would store {candidate.bytes} bytes, the layer has {before}"
-        return Note("not_smaller", text)
-    return _missed_target(job, candidate, weight, output)
-
-
-def _missed_target(job: Job, candidate: Candidate, weight: float, output: float | None) -> Note | None:
+        return Note("not_smaller", f"it is not smaller: it would store {candidate.bytes} bytes, the layer has {before}")
     target = getattr(job.config, "rank", None)
     if isinstance(target, MaxError):
-        error = weight if target.on == "weight" else output
-        if error is not None and error > target.error:
-            return Note("misses_target", f"its {target.on} error {error:.4g} misses the target {target.error:g}")
-    before = stored_bytes(job.layer)
+        missed = known.get(f"{target.on}_error")
+        if missed is not None and missed > target.error:
+            return Note("misses_target", f"its {target.on} error {missed:.4g} misses the target {target.error:g}")
     if isinstance(target, MaxSize) and candidate.bytes > target.fraction * before:
-        text = f"its {candidate.bytes} bytes miss the target of {target.fraction:g} x {before}"
-        return Note("misses_target", text)
+        return Note("misses_target", f"its {candidate.bytes} bytes miss the target of {target.fraction:g} x {before}")
     return None
 
 
@@ -123,15 +123,24 @@ def cancelling(amplification: float | None) -> tuple[Note, ...]:
     return (Note("cancelling", f"its components cancel (amplification {amplification:.2g})"),)
 
 
-def factor_errors(layer: nn.Bilinear, candidate: Candidate) -> dict[str, Any]:
+def _measured(job: Job, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:
+    """The figures of a candidate, but for its sizes and latencies."""
+    weight = job.layer.weight.detach()
+    known = _factor_errors(weight, candidate, module) | {"rank": module.rank}
+    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
+    if job.held_out is not None:
+        known["output_error"] = job.held_out.of(module)
+        known["calibration_rows"] = job.held_out.rows
+    return known
+
+
+def _factor_errors(weight: Tensor, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:
     """The report's figures on what the candidate stores, against the weight.
 
     Of a quantized one also the parts of its error: of the decomposition in floating point, and how far what is stored
     is from that, both relative to the weight's norm.
     """
-    module, floating, weight = candidate.module, candidate.decomposition, layer.weight.detach()
-    assert module is not None
-    total = weight_error(weight, module)
+    floating, total = candidate.decomposition, weight_error(weight, module)
     known: dict[str, Any] = {"weight_error": total, "amplification": getattr(floating, "amplification", None)}
     if module.quantize is None:
         return known
@@ -145,50 +154,9 @@ def factor_errors(layer: nn.Bilinear, candidate: Candidate) -> dict[str, Any]:
     return known
 
 
-def output_error(job: Job, candidate: Candidate) -> float | None:
-    """Of a candidate, on held-out rows; None without any, or where they say nothing."""
-    if job.held_out is None or job.held_out.says_nothing or candidate.module is None:
-        return None
-    return candidate.error if candidate.on_output else job.held_out.of(candidate.module)
-
-
-def _measured(job: Job, candidate: Candidate) -> dict[str, Any]:
-    """The figures of a candidate, but for its sizes and latencies."""
-    known = factor_errors(job.layer, candidate)
-    assert candidate.module is not None
-    known["rank"] = candidate.module.rank
-    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(job.layer.weight))
-    if job.held_out is not None:
-        known["output_error"] = output_error(job, candidate)
-        known["calibration_rows"] = job.held_out.rows
-    return known
-
-
-def _is_exact(candidate: Candidate) -> bool:
+def _is_exact(module: CompressedBilinear) -> bool:
     """Whether it stores the weight itself, every bit of it."""
-    module = candidate.module
-    return module is not None and module.quantize is None and METHODS[module.method].solve is None
-
-
-def _forced(against: Note) -> Note:
-    return Note("forced", f"forced, although {against.text}")
-
-
-def _notes(job: Job, candidate: Candidate, timing: Timing | None, amplification: float | None) -> list[Note]:
-    """What else there is to say of a replacement that is made."""
-    notes = []
-    if timing is not None and timing.speedup < 1:
-        notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
-    notes += [*cancelling(amplification), *candidate.notes]
-    if job.calibrated and job.inputs is None:
-        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
-    return notes
-
-
-def _timed(job: Job, module: CompressedBilinear, options: PlanOptions) -> Timing:
-    if job.found.adapted is not None:
-        return time_adapted(job.found.adapted, module)
-    return time_replacement(job.layer, module, job.rows(options["batch_size"]))
+    return module.quantize is None and METHODS[module.method].solve is None
 
 
 def _basics(job: Job, config: LayerConfig | None) -> dict[str, Any]:
@@ -200,20 +168,15 @@ def _basics(job: Job, config: LayerConfig | None) -> dict[str, Any]:
         "method": method_name(asked),
         "quantize": getattr(asked, "quantize", None),
         "form": job.found.form,
-        "shape": None,
-        "params_before": 0,
-        "bytes_before": 0,
     }
-    if not is_lazy(layer):
-        shape = (layer.out_features, layer.in1_features, layer.in2_features)
-        known |= {"shape": shape, "flops_before": ops.dense_flops(shape)}
-        known |= {"params_before": parameter_count(layer), "bytes_before": stored_bytes(layer)}
-    return known
+    if is_lazy(layer):
+        return known | {"shape": None, "params_before": 0, "bytes_before": 0}
+    shape = (layer.out_features, layer.in1_features, layer.in2_features)
+    known |= {"shape": shape, "flops_before": ops.dense_flops(shape)}
+    return known | {"params_before": parameter_count(layer), "bytes_before": stored_bytes(layer)}
 
 
-def _latencies(timing: Timing | None) -> dict[str, Any]:
-    if timing is None:
-        return {}
+def _latencies(timing: Timing) -> dict[str, Any]:
     known: dict[str, Any] = {"speedup": timing.speedup, "speedup_vs_dense": timing.speedup_vs_dense}
     known |= {"batch_size": timing.batch_size, "dense_order": timing.dense_order}
     for what in ("before", "after", "dense"):
@@ -224,23 +187,11 @@ def _latencies(timing: Timing | None) -> dict[str, Any]:
 
 
 def compare_layers(
-    name: str,
-    layer: nn.Bilinear,
-    module: CompressedBilinear,
-    batch_size: int | None,
-    held_out: OutputError | None = None,
+    name: str, layer: nn.Bilinear, module: CompressedBilinear, batch_size: int | None, held_out: OutputError | None
 ) -> LayerReport:
-    """The report on a replacement that has been made already, say in a checkpoint.
-
-    Args:
-        batch_size: rows of a timed call; None times nothing.
-        held_out: the error on held-out rows, where there are any.
-    """
+    """The report on a replacement that has been made already, say in a checkpoint; `batch_size` None times nothing."""
     config = METHODS[module.method].configure(module.rank, module.quantize, 0)
-    candidate = Candidate.of(config, module, math.nan)
-    job = Job(found=FoundLayer((name,), layer), config=config, chosen=candidate)
+    job = Job(found=FoundLayer((name,), layer), config=config, chosen=Candidate.of(config, module, math.nan))
     job.held_out = held_out
     options: PlanOptions = {"measure_latency": batch_size is not None, "batch_size": batch_size, "force": True}
-    judge(job, options, made=True)
-    assert job.report is not None
-    return job.report
+    return judge(job, options, made=True)

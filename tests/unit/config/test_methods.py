@@ -85,7 +85,7 @@ def test_a_list_of_tucker_ranks_becomes_a_tuple():
 @pytest.mark.parametrize("make", [lambda q: CPConfig(rank=1, quantize=q), lambda q: DenseConfig(quantize=q)])
 @pytest.mark.parametrize("quantize", ["int4", "INT8", 8, True])
 def test_another_storage_format_is_an_error_that_lists_what_there_is(make, quantize):
-    with pytest.raises(ConfigError, match="one of 'bf16', 'int8', 'nf4'") as caught:
+    with pytest.raises(ConfigError, match="one of None, 'bf16', 'int8', 'nf4'") as caught:
         make(quantize)
     assert repr(quantize) in str(caught.value)
 
@@ -120,8 +120,8 @@ def test_an_auto_configs_plain_error_is_of_the_outputs_where_there_are_rows():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AutoConfig(size=0.1, prefer="accuracy"), "`prefer` should be 'size' or 'speed'"),
-        (lambda: CPConfig(rank=1, fit="outputs"), "`fit` should be 'output' or 'weight'"),
+        (lambda: AutoConfig(size=0.1, prefer="accuracy"), "`prefer` should be one of 'size', 'speed'"),
+        (lambda: CPConfig(rank=1, fit="outputs"), "`fit` should be one of 'output', 'weight'"),
         (lambda: MaxError(0.1, on="outputs"), "`on` of a MaxError"),
     ],
 )

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from layers import made, rows
-from support import bilinear, command_line
+from support import bilinear, command_line, layer_inputs
 from torch import nn
 
 import compress_bilinear as cb
@@ -13,7 +13,6 @@ from compress_bilinear.config import MaxError
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import (
     Latency,
-    LayerInputs,
     OutputError,
     choose_compute,
     reason_against_rounded_inputs,
@@ -144,7 +143,7 @@ class TestChoice:
 
 def test_rows_are_those_that_the_layer_saw_over_and_over():
     layer = bilinear(3, 2, 4)
-    seen = LayerInputs(torch.arange(6.0).view(2, 3), torch.arange(4.0).view(2, 2), 2, 1)
+    seen = layer_inputs(torch.arange(6.0).view(2, 3), torch.arange(4.0).view(2, 2))
     first, second = timing_inputs(layer, 5, seen)
     assert first[:, 0].tolist() == [0, 3, 0, 3, 0]
     assert second[:, 1].tolist() == [1, 3, 1, 3, 1]
@@ -154,15 +153,15 @@ def test_rows_are_those_that_the_layer_saw_over_and_over():
 def test_the_reason_against_a_mode_is_about_the_outputs_of_rounded_inputs_alone():
     layer = bilinear(24, 20, 12)
     first, second = (torch.cat(values) for values in zip(*batches(), strict=True))
-    measured = OutputError(layer, LayerInputs(first, second, len(first), 12))
+    measured = OutputError(layer, layer_inputs(first, second, 12))
     module = cb.DenseBilinear.from_bilinear(layer, quantize="int8")
     error = measured.of(module)
-    reason_against = reason_against_rounded_inputs(MaxError(1.2 * error, on="output"), measured)
-    assert reason_against(module) is None
+    limit = MaxError(1.2 * error, on="output")
+    assert reason_against_rounded_inputs(module, limit, measured) is None
     module.set_compute("int8")
-    assert "misses" in reason_against(module)
-    assert reason_against_rounded_inputs(MaxError(0.5, on="output"), measured)(module) is None
-    assert reason_against_rounded_inputs(MaxError(1.2 * error), measured)(module) is None
+    assert "misses" in reason_against_rounded_inputs(module, limit, measured)
+    assert reason_against_rounded_inputs(module, MaxError(0.5, on="output"), measured) is None
+    assert reason_against_rounded_inputs(module, MaxError(1.2 * error), measured) is None
 
 
 class TestCompress:

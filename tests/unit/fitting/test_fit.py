@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support import bilinear
+from support import bilinear, layer_inputs
 from torch import Tensor, nn
 
 import compress_bilinear as cb
@@ -42,7 +42,7 @@ def seen(layer: nn.Bilinear, first: Tensor, second: Tensor) -> LayerInputs:
 
 def fresh_error(layer: nn.Bilinear, module: nn.Module) -> float:
     first, second = rows(4000, seed=77)
-    return OutputError(layer, LayerInputs(first, second, 4000, 1)).of(module)
+    return OutputError(layer, layer_inputs(first, second)).of(module)
 
 
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
@@ -74,7 +74,7 @@ def test_the_corrected_bias_takes_away_the_mean_of_what_is_lost():
     before = layer.bias.detach().clone()
     first, second = (value.double() for value in rows(400))
     inputs = seen(layer, first, second)
-    fitted = OutputFitting(layer, inputs).dense(cb.DenseConfig(quantize="nf4"))
+    fitted = OutputFitting(layer, inputs).dense(cb.DenseConfig(quantize="nf4"), Budget())
     assert fitted.bias_corrected
     with torch.no_grad():
         lost = layer(*inputs.fit) - fitted.module(*inputs.fit)
@@ -90,7 +90,7 @@ def test_what_rounding_costs_the_outputs_is_less_than_value_by_value_on_fresh_ro
     fitting = OutputFitting(layer, seen(layer, *rows(2000)), fix_bias=False)
     if kind is cb.DenseConfig:
         plain, floating = cb.DenseBilinear.from_bilinear(layer, quantize=quantize), 0.0
-        fitted = fitting.dense(kind(quantize=quantize))
+        fitted = fitting.dense(kind(quantize=quantize), Budget())
     else:
         rank = 12 if kind is cb.CPConfig else (4, 6, 5)
         found = fitting.at(kind(rank=rank), rank)
@@ -194,10 +194,10 @@ def heavy_tailed(in1: int, in2: int, seed: int = 5) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("config", [cb.CPConfig(rank=4), cb.TuckerConfig(rank=(3, 8, 8))], ids=["cp", "tucker"])
 def test_what_a_search_left_out_is_compared_in_the_end(config):
-    fitting = OutputFitting(bilinear(20, 18, 3, seed=5), LayerInputs(*heavy_tailed(20, 18), 32, 32))
+    fitting = OutputFitting(bilinear(20, 18, 3, seed=5), layer_inputs(*heavy_tailed(20, 18), 32))
     fitting._weight_helps = False  # as a search may have found at another size
     found = fitting.at(config, config.rank, thorough=False)
-    improved = fitting.improved(config, found)
+    improved = fitting.improved(config, found, Budget())
     assert improved.error < found.error
     assert improved.error == pytest.approx(fitting.at(config, config.rank).error)
     assert stored_bytes(improved.module) <= stored_bytes(found.module)
@@ -234,7 +234,7 @@ def test_a_search_goes_on_with_the_weight_only_where_that_helps(monkeypatch):
             generator = torch.Generator().manual_seed(0)
             latent = torch.randn(2000, 5, generator=generator)
             batch = tuple(latent @ torch.randn(5, size, generator=generator) for size in (20, 18))
-        fitting = OutputFitting(bilinear(20, 18, 3, seed=5), LayerInputs(*batch, len(batch[0]), 32))
+        fitting = OutputFitting(bilinear(20, 18, 3, seed=5), layer_inputs(*batch, 32))
         for rank in ranks:
             fitting.at(cb.TuckerConfig(rank=rank), rank, thorough=False)
         assert tried == expected

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import assert_matches_reference, bilinear, low_rank
+from support import assert_matches_reference, bilinear, layer_inputs, low_rank
 from torch import Tensor, nn
 
 from compress_bilinear import ops
@@ -43,9 +43,7 @@ def layer() -> nn.Bilinear:
 
 def rows(count: int) -> LayerInputs:
     generator = torch.Generator().manual_seed(0)
-    return LayerInputs(
-        torch.randn(count, 12, generator=generator), torch.randn(count, 10, generator=generator), count, 1
-    )
+    return layer_inputs(torch.randn(count, 12, generator=generator), torch.randn(count, 10, generator=generator))
 
 
 def output_error(layer, module, inputs):
@@ -126,8 +124,8 @@ class TestErrors:
         layer = bilinear(12, 10, 8, bias=False, dtype=torch.float64)
         module = replacement(layer, "dense", "int8")
         inputs = [torch.randn(8, size, generator=torch.Generator().manual_seed(0)).double() for size in (12, 10)]
-        plain = output_error(layer, module, LayerInputs(inputs[0], inputs[1], 8, 1))
-        scaled = output_error(layer, module, LayerInputs(inputs[0] * scale, inputs[1], 8, 1))
+        plain = output_error(layer, module, layer_inputs(inputs[0], inputs[1]))
+        scaled = output_error(layer, module, layer_inputs(inputs[0] * scale, inputs[1]))
         assert plain is not None
         assert scaled == pytest.approx(plain, rel=1e-6)
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.modules import CompressedBilinear
-from compress_bilinear.planning import BatchSample, _batches, _distill, _planner, distil
+from compress_bilinear.planning import BatchSample, _distill, _planner, distil
 
 IN1, IN2, OUT = 8, 7, 5
 
@@ -177,7 +177,7 @@ def test_the_report_says_where_distilling_did_not_help():
 def test_the_sample_of_a_long_stream_is_uniform_and_bounded():
     sample, most = BatchSample(most_bytes=10 * 32 * 8), 0
     for _ in sample.watch((torch.full((32,), k), {"label": torch.zeros(32).byte()}) for k in range(3000)):
-        most = max(most, sum(_batches._bytes(batch) for batch in sample.batches))
+        most = max(most, sum(_distill._bytes(batch) for batch in sample.batches))
     assert most <= 10 * 32 * 8
     kept = [int(values[0]) for values, _ in sample.batches]
     assert len(kept) == len(set(kept)) == 8

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import bilinear
+from support import bilinear, layer_inputs
 from torch import Tensor, nn
 
 import compress_bilinear as cb
@@ -8,7 +8,6 @@ from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import (
     Candidate,
     Latency,
-    LayerInputs,
     OutputFitting,
     Search,
     WeightFitting,
@@ -106,10 +105,17 @@ def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
     assert not any(point.quantize == "bf16" for point in front)
 
 
+class Everything(Search):
+    """Leaves nothing out."""
+
+    def _may_win(self, config, limit):
+        return True
+
+
 def test_what_cannot_win_is_not_searched_for():
-    layer, inputs, found = Net().a, LayerInputs(*rows(), 160, 160), []
-    for nearly in ({}, {"nearly": float("inf")}):
-        search = Search(layer, OutputFitting(layer, inputs), **nearly)
+    layer, inputs, found = Net().a, layer_inputs(*rows(), 160), []
+    for kind in (Search, Everything):
+        search = kind(OutputFitting(layer, inputs))
         search.within(0.3)
         found.append(search.candidates)
     few, all_of_them = found
@@ -136,7 +142,7 @@ def test_speed_has_every_format_of_cp_and_tucker_compete():
 
 
 def test_a_probe_leaves_it_open_whether_rows_help():
-    fitting = OutputFitting(bilinear(IN1, IN2, OUT), LayerInputs(*rows(), 160, 160))
+    fitting = OutputFitting(bilinear(IN1, IN2, OUT), layer_inputs(*rows(), 160))
     config = cb.CPConfig(rank=2, quantize="int8")
     with fitting.probing():
         fitting.at(config, 2, thorough=False)
@@ -189,7 +195,7 @@ def sizes_asked(error, fraction: float, dense: float = 0.5, formats=("int8", "nf
     """How often each kind was fitted, in `Search.sized` at three sizes."""
     layer = bilinear(16, 16, 16, bias=False)
     stub = Stub(layer, error, dense)
-    Search(layer, stub).sized(fraction, alone=True)
+    Search(stub).sized(fraction, alone=True)
     kinds = [(method, quantize) for method in ("tucker", "cp") for quantize in formats]
     return {kind: sum(each[:2] == kind for each in stub.asked) for kind in kinds}
 

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from support import assert_same_state, bilinear, low_rank, state_of
+from support import assert_same_state, bilinear, layer_inputs, low_rank, state_of
 from torch import nn
 
 import compress_bilinear as cb
@@ -14,7 +14,6 @@ from compress_bilinear.fitting import (
     Candidate,
     Job,
     Latency,
-    LayerInputs,
     Timing,
     WeightFitting,
     solve,
@@ -215,7 +214,7 @@ class TestJudge:
     def test_a_replacement_is_recorded_in_full(self, timed):
         timed(4, 2)
         layer = planted()
-        inputs = LayerInputs(torch.randn(9, 12), torch.randn(9, 10), 9, 3)
+        inputs = layer_inputs(torch.randn(9, 12), torch.randn(9, 10), 3)
         job = judged(layer, TUCKER, time_rows=7, inputs=inputs)
         report, module = job.report, job.chosen.module
         assert (report.decision, report.notes) == ("replaced", (AS_CONFIGURED,))
