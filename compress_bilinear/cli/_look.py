@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..files import LayerDescription, read_layers, read_state
-from ..planning import StoredWeight, stored_weights
+from ..planning import StoredWeight, stored_weights, unknown_weights
 from ..report import printable, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
@@ -65,10 +65,7 @@ def inspect(path: Path, as_json: bool) -> None:
         columns = ["Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note"]
         show(_table(path, columns, [_weight_row(stored) for stored in found]))
     elif not compressed:
-        show(
-            "No three-dimensional weight that can be an nn.Bilinear's. A bilinear weight in another form needs the "
-            "network's code (cb.compress)."
-        )
+        show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + unknown_weights(state))
 
 
 def _plain(name: str, stored: StoredWeight) -> dict[str, object]:

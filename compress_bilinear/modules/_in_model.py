@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import chain
 
 import torch
@@ -276,6 +277,8 @@ def _holds(value: object, layer: nn.Module, seen: set[int]) -> bool:
     """Whether a value is the layer, one of its methods, or a container that holds it at any depth."""
     if value is layer or getattr(value, "__self__", None) is layer:
         return True
+    if isinstance(value, partial):
+        value = [value.func, value.args, value.keywords]
     if not isinstance(value, (dict, list, tuple, set, frozenset)) or id(value) in seen:
         return False
     seen.add(id(value))

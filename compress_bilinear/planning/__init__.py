@@ -10,6 +10,7 @@ from ._offline import (
     compare_files,
     compress_state,
     stored_weights,
+    unknown_weights,
 )
 from ._progress import ProgressBars
 from ._verdict import compare_layers, judge, kept, reason_against, slowness
@@ -37,4 +38,5 @@ __all__ = [
     "set_compute",
     "slowness",
     "stored_weights",
+    "unknown_weights",
 ]

@@ -85,6 +85,15 @@ def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
     return [StoredWeight(tuple(names), weight, bias) for names, weight, bias in layers.values()]
 
 
+def unknown_weights(state: Mapping[str, Tensor]) -> str:
+    """A sentence about three-dimensional tensors that other modules may hold, or nothing."""
+    known = {f"{name}.weight" if name else "weight" for stored in stored_weights(state) for name in stored.names}
+    floating = {key: value.shape for key, value in state.items() if value.dim() == 3 and value.is_floating_point()}
+    others = [f"{key} ({'x'.join(map(str, shape))})" for key, shape in floating.items() if key not in known]
+    may_be = " may be a bilinear weight in another form, which needs the network's code: cb.compress."
+    return f" {', '.join(others)}{may_be}" if others else ""
+
+
 def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[StoredWeight]:
     """The weights that the globs name, or without globs the only one there is, where it is unambiguous.
 
@@ -92,10 +101,8 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
     """
     weights = stored_weights(state)
     if not weights:
-        raise MatchError(
-            "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none: a "
-            "bilinear weight in another form needs the network's code (cb.compress)."
-        )
+        required = "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none."
+        raise MatchError(required + unknown_weights(state))
     listing = ", ".join(
         f"{' = '.join(stored.labels)} ({'x'.join(map(str, stored.weight.shape))}"
         f"{', conv1d?' if stored.maybe_convolution else ''})"

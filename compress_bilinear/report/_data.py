@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeAlias, get_args, get_type_hints
 from annotated_types import Ge
 
 from .._io import STRICT
+from ..errors import CompressionError
 
 Count: TypeAlias = Annotated[int, Ge(0)]
 Amount: TypeAlias = Annotated[float, Ge(0)]
@@ -66,11 +67,18 @@ class Spectrum:
         indices: the number of each value, counted from 1.
         values: relative to the weight's Frobenius norm, so that the squares of all sum to 1.
         sampled: whether they are estimated from a part of a large weight.
+
+    Raises: CompressionError unless there is a value at least, and an index for each that rises from 1 or more.
     """
 
     indices: tuple[Count, ...]
     values: tuple[Amount, ...]
     sampled: bool = False
+
+    def __post_init__(self) -> None:
+        rising = list(self.indices) == sorted({max(1, index) for index in self.indices})
+        if not (self.values and rising and len(self.indices) == len(self.values)):
+            raise CompressionError(f"`indices` should rise from 1, one for each of `values`. Found {self.indices}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,10 @@ def _takes_two_inputs(module: nn.Module) -> bool:
     """Whether its class has a forward of exactly two positional arguments."""
     if "forward" in vars(module):
         return False
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except ValueError:  # a forward that is not written in Python
+        return False
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return len(parameters) == 2 and all(p.kind in plain and p.default is p.empty for p in parameters)
 

@@ -280,9 +280,9 @@ class TestInspect:
         status, out, _ = run("compress", "shared.pt", *TO, *TUCKER, "--layers", "rel", "--force", "--json")
         assert (status, json.loads(out)["layers"][0]["aliases"]) == (0, ["again"])
 
-    def test_other_forms_are_sent_to_python(self, run, folder):
+    def test_other_forms_are_named_and_sent_to_python(self, run, folder):
         torch.save({"label.U": torch.ones(18, 7, 17)}, folder / "einsum.pt")
-        told = "bilinear weight in another form needs the network's code (cb.compress)"
+        told = "label.U (18x7x17) may be a bilinear weight in another form, which needs the network's code: cb.compress"
         assert told in " ".join(run("inspect", "einsum.pt")[1].split())
         status, _, err = run("compress", "einsum.pt", *TO, *TUCKER)
         assert status == 2

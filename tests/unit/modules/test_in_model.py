@@ -1,3 +1,4 @@
+import functools
 import re
 
 import pytest
@@ -283,3 +284,10 @@ class TestPlainReference:
         model = network()
         model.numbers = [1, 2]
         assert plain_reference(model, model.a) is None
+
+
+def test_a_layer_that_a_partial_holds_is_a_plain_reference():
+    model = nn.Module()
+    model.rel = nn.Bilinear(4, 3, 2)
+    model.score = functools.partial(torch.vmap, model.rel)
+    assert "'score'" in plain_reference(model, model.rel)
