@@ -202,6 +202,7 @@ class TestCompress:
         assert small[0].compute == "int8"
         assert report.layers[0].bytes_after == stored_bytes(small[0])
 
+    @pytest.mark.slow
     def test_rounded_inputs_that_miss_a_target_are_not_taken(self, timed):
         timed |= {"int8": Latency(1, 1, 1)}
         net = Net()

@@ -144,7 +144,7 @@ def labelled_loader() -> DataLoader:
     return DataLoader(TensorDataset(first, second, first.argmax(1)), batch_size=40, shuffle=True, generator=generator)
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("quantize", [None, "int8", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_loader_with_labels_refines_and_what_comes_of_it_is_saved_whole(quantize, tmp_path, monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(_distill.time, "perf_counter", lambda: float(next(ticks)))

@@ -112,6 +112,7 @@ class Everything(Search):
         return True
 
 
+@pytest.mark.slow
 def test_what_cannot_win_is_not_searched_for():
     layer, inputs, found = Net().a, layer_inputs(*rows(), 160), []
     for kind in (Search, Everything):
