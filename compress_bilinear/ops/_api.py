@@ -50,7 +50,7 @@ def bilinear_dense(
     operands = (input1, input2, weight, bias)
     if order is not None or not _fused("dense", operands, shape, scale, backend):
         return composed_dense(input1, input2, weight, bias, scale, order)
-    output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight), scale)
+    output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight))
     return _leading(output if bias is None else output + bias, input1)
 
 
@@ -198,6 +198,8 @@ def _fused(
     reason = reason_for_plain_operators(*tensors, scale)
     read = operands[2:4] if method == "cp" else operands[2:3]
     reason = reason or next(filter(None, map(reason_against_kernels, read)), None)
+    if reason is None and scale is not None and method == "dense":
+        reason = "the dense kernel reads weights in floating point"
     if reason is None and scale is not None and scale.requires_grad:
         reason = "the fused kernels take scales as constants, and one requires a gradient"
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}

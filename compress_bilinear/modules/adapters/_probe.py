@@ -32,9 +32,6 @@ class Probe(DenseBilinear):
         self.weight, self.bias = cast(nn.Parameter, layer.weight), layer.bias
         self.rows = _Rows(layer.out_features)
 
-    def _bare(self, input1: Tensor, input2: Tensor) -> None:
-        """No way past `rows`."""
-
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         self.rows(input1, input2)
         return super()._forward(input1, input2)

@@ -14,11 +14,9 @@ from torch import Tensor
 from ._tiles import (
     OPTIONS,
     exact,
-    load_scales,
     load_tile,
     multiply,
     precision,
-    scale_layout,
     shares,
     store_tile,
     tile,
@@ -28,10 +26,10 @@ from ._tiles import (
 
 @triton.jit
 def dense_forward(
-    x1, x2, weight, scale, y,
+    x1, x2, weight, y,
     rows, width1, width2, outputs, part,
-    x1_row, x1_column, x2_row, x2_column, w_out, w_in1, w_in2, s_out, s_in1, s_in2, b_out, b_in1, b_in2, y_part, y_row,
-    SCALED: tl.constexpr, PRECISION: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr,
+    x1_row, x1_column, x2_row, x2_column, w_out, w_in1, w_in2, y_part, y_row,
+    PRECISION: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """A block of rows by a block of outputs, of the share `part` of the sum over i."""
     n = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -48,11 +46,6 @@ def dense_forward(
             offset = n.to(tl.int64) * x1_row + (wide + i) * x1_column
             column = tl.load(x1 + offset, mask=n < rows, other=0.0)
             part_weight = load_tile(weight + (wide + i) * w_in1, j, width2, w_in2, o, outputs, w_out)
-            if SCALED:
-                step = load_scales(
-                    scale + (wide + i // b_in1) * s_in1, j, width2, s_in2, b_in2, o, outputs, s_out, b_out
-                )
-                part_weight = (part_weight.to(tl.float32) * step).to(right.dtype)
             total = multiply(times(right, column[:, None]), part_weight, total, PRECISION)
     store_tile(y + split.to(tl.int64) * y_part, total, n, rows, y_row, o, outputs, 1)
 
@@ -79,19 +72,16 @@ def dense_weight_gradient(
 
 
 @cache
-def dense_tiles(
-    rows: int, width2: int, outputs: int, bits: int, exact: bool, scaled: bool, aligned: bool
-) -> dict[str, int]:
+def dense_tiles(rows: int, width2: int, outputs: int, bits: int, exact: bool, aligned: bool) -> dict[str, int]:
     """Block sizes and warps of the forward.
 
     Args:
         aligned: whether rows of x2 and of the weight begin at multiples of 16 entries, else loads take registers.
     """
-    most = 32 if exact else (64 if bits == 32 or scaled else 128)  # scales take registers too
+    most = 32 if exact else (64 if bits == 32 else 128)
     blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
     blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
-    warps = 4 if exact or (scaled and blocks["BN"] == 16) else 8
-    return blocks | {"num_warps": warps, "num_stages": 3} | OPTIONS
+    return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
 
 
 @cache
@@ -101,22 +91,21 @@ def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
     return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
-def launch_dense(x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+def launch_dense(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
     """All outputs, shapes as of `fused_dense`; the products sum over the wider input."""
     if x1.shape[1] > x2.shape[1]:
-        x1, x2, weight, scale = x2, x1, weight.mT, None if scale is None else scale.mT
+        x1, x2, weight = x2, x1, weight.mT
     rows, (outputs, width1, width2) = x1.shape[0], weight.shape
     aligned = all(stride == 1 or stride % 16 == 0 for stride in (*x2.stride(), *weight.stride()))
-    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), scale is not None, aligned)
+    blocks = dense_tiles(rows, width2, outputs, 8 * x1.element_size(), exact(x1), aligned)
     programs = triton.cdiv(rows, blocks["BN"]) * triton.cdiv(outputs, blocks["BO"])
     part, splits = shares(width1, programs)
     dtype = x1.dtype if splits == 1 else torch.float32
     y = torch.empty(splits, rows, outputs, dtype=dtype, device=x1.device)
     dense_forward[triton.cdiv(rows, blocks["BN"]), triton.cdiv(outputs, blocks["BO"]), splits](
-        x1, x2, weight, scale, y, rows, width1, width2, outputs, part,
-        *x1.stride(), *x2.stride(), *weight.stride(),
-        *scale_layout(scale, weight), rows * outputs, outputs,
-        SCALED=scale is not None, PRECISION=precision(x1.dtype), **blocks,
+        x1, x2, weight, y, rows, width1, width2, outputs, part,
+        *x1.stride(), *x2.stride(), *weight.stride(), rows * outputs, outputs,
+        PRECISION=precision(x1.dtype), **blocks,
     )  # fmt: skip
     return y[0] if splits == 1 else y.sum(0).to(x1.dtype)
 

@@ -70,42 +70,35 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _dense_gradients(
-    wanted: Sequence[bool], dy: Tensor, x1: Tensor, x2: Tensor, weight: Tensor, scale: Tensor | None
-) -> Gradients:
+def _dense_gradients(wanted: Sequence[bool], dy: Tensor, x1: Tensor, x2: Tensor, weight: Tensor) -> Gradients:
     """The inputs' gradients are dense bilinears of the weight with its axes in another order."""
-
-    def permuted(first: Tensor, second: Tensor, *axes: int) -> Tensor:
-        return fused_dense(first, second, weight.permute(axes), None if scale is None else scale.permute(axes))
-
     return (
-        permuted(dy, x2, 1, 0, 2) if wanted[0] else None,
-        permuted(dy, x1, 2, 0, 1) if wanted[1] else None,
+        fused_dense(dy, x2, weight.permute(1, 0, 2)) if wanted[0] else None,
+        fused_dense(dy, x1, weight.permute(2, 0, 1)) if wanted[1] else None,
         fused_weight_gradient(dy, x1, x2) if wanted[2] else None,
     )
 
 
 @operator(
     "dense",
-    lambda x1, x2, weight, scale: x1.new_empty(x1.shape[0], weight.shape[0]),
+    lambda x1, x2, weight: x1.new_empty(x1.shape[0], weight.shape[0]),
     _dense_gradients,
 )
 def fused_dense(
     x1: Tensor,  # (N, I)
     x2: Tensor,  # (N, J)
-    weight: Tensor,  # (O, I, J), floating or int8
-    scale: Tensor | None,  # float32, broadcastable to `weight`
+    weight: Tensor,  # (O, I, J)
 ) -> Tensor:  # (N, O)
     """y_no = Σ_ij x1_ni W_oij x2_nj."""
     from ._dense import launch_dense
 
-    return launch_dense(x1, x2, weight, scale)
+    return launch_dense(x1, x2, weight)
 
 
 def _weight_gradient_gradients(wanted: Sequence[bool], dw: Tensor, dy: Tensor, x1: Tensor, x2: Tensor) -> Gradients:
     """Each is the dense bilinear of the other two operands with `dw` as the weight."""
-    dx1, dx2, _ = _dense_gradients((wanted[1], wanted[2], False), dy, x1, x2, dw, None)
-    return fused_dense(x1, x2, dw, None) if wanted[0] else None, dx1, dx2
+    dx1, dx2, _ = _dense_gradients((wanted[1], wanted[2], False), dy, x1, x2, dw)
+    return fused_dense(x1, x2, dw) if wanted[0] else None, dx1, dx2
 
 
 @operator(

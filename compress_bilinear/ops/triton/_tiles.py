@@ -40,15 +40,6 @@ def exact(x: Tensor) -> bool:
     return x.dtype == torch.float32 and precision(x.dtype) == "ieee"
 
 
-def scale_layout(scale: Tensor | None, weight: Tensor) -> tuple[int, ...]:
-    """Strides of a weight's scales and the entries that share one, along each axis; see `QuantizedTensor`."""
-    if scale is None:
-        return (0, 0, 0, 1, 1, 1)
-    counts, sizes = scale.shape, weight.shape
-    strides = [0 if count == 1 else stride for count, stride in zip(counts, scale.stride(), strict=True)]
-    return (*strides, *(-(-size // count) for count, size in zip(counts, sizes, strict=True)))
-
-
 def tile(size: int, most: int) -> int:
     """The power of two from 16, the least that `tl.dot` takes, to `most` that covers `size` if any does."""
     return max(16, min(most, triton.next_power_of_2(size)))
@@ -86,14 +77,6 @@ def load_tile(pointer, row, rows, row_stride, column, columns, column_stride):
     """The tile pointer[row, column]; zero where an index is out of range."""
     offset = row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
     return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
-
-
-@triton.jit
-def load_scales(pointer, row, rows, row_stride, row_block, column, columns, column_stride, column_block):
-    """The scale of each entry of a tile, in float32; zero where an index is out of range."""
-    offset = (row // row_block).to(tl.int64)[:, None] * row_stride
-    offset += (column // column_block).to(tl.int64)[None, :] * column_stride
-    return tl.load(pointer + offset, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit

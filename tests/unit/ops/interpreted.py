@@ -9,7 +9,6 @@ import itertools
 
 import pytest
 import torch
-from layers import int8_slices
 from support import assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +16,7 @@ from compress_bilinear import ops
 from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _choice
 from compress_bilinear.ops.triton import _operators
-from compress_bilinear.quantization import FORMATS, decode_int8
+from compress_bilinear.quantization import FORMATS
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
@@ -154,20 +153,11 @@ def test_one_kernel_and_several_programs_sum_the_same_dense_layer():
             assert_matches_reference(ops.bilinear_dense(*tensors, backend="triton"), expected)
 
 
-@pytest.mark.parametrize(("layout", "dtype"), covering([1, 2, "blocks"], [torch.float32, torch.bfloat16]))
-def test_int8_dense(layout, dtype):
-    x1, x2, weight, bias = operands("dense", SIZES[0] if layout != "blocks" else (3, 7, 140, 5), dtype)
-    if layout == "blocks":
-        stored = FORMATS["int8"].encode(weight, "weight")
-        qdata, scale = stored.qdata, stored.scale
-    else:
-        qdata, scale = int8_slices(weight, layout)
-    inputs = leaves([x1, x2])
-    found = ops.bilinear_dense(*inputs, framed(qdata), bias, scale=framed(scale), backend="triton")
-    wide = wide_of(inputs)
-    exact = ops.reference.bilinear_dense(*wide, decode_int8(qdata, scale, torch.float64), bias.double())
-    assert_matches_reference(found.detach(), exact.detach())
-    assert_gradients(found, exact, inputs, wide)
+def test_an_int8_weight_is_left_to_torch():
+    x1, x2, weight, _ = operands("dense", SIZES[0], torch.float32)
+    stored = FORMATS["int8"].encode(weight, "weight")
+    with pytest.raises(InputError, match="reads weights in floating point"):
+        ops.bilinear_dense(x1, x2, stored, backend="triton")
 
 
 def unit_factor(factor):
@@ -224,7 +214,7 @@ def test_scales_that_want_a_gradient_are_left_to_torch():
 def test_the_operators_take_no_rows(kind, shapes):
     # as a compiled graph, recorded for any number of rows, may hand them
     tensors = [normal(*shape, dtype=torch.float32).requires_grad_() for shape in [(0, 4), (0, 5), *shapes]]
-    output = {"dense": _operators.fused_dense, "cp": _operators.fused_product}[kind](*tensors, None)
+    output = _operators.fused_dense(*tensors) if kind == "dense" else _operators.fused_product(*tensors, None)
     assert output.shape == (0, 3)
     for gradient, tensor in zip(torch.autograd.grad(output.sum(), tensors), tensors, strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
@@ -250,7 +240,7 @@ def test_graphs_are_captured_whole(kind):
 def test_operators_are_registered_soundly(kind):
     tensors = [tensor.requires_grad_() for tensor in operands(kind, SIZES[0], torch.float32)]
     op = {"dense": torch.ops.compress_bilinear.dense, "cp": torch.ops.compress_bilinear.cp_product}[kind]
-    args = (*tensors[: 3 if kind == "dense" else 4], None)
+    args = tensors[:3] if kind == "dense" else (*tensors[:4], None)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op.default, args, test_utils=checks)
 
