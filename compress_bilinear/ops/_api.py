@@ -12,7 +12,7 @@ from ._context import autocast_enabled, follows_autocast, gradient_wanted, reaso
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, small_dense
 from ._dense_pairs import composed_dense_pairs
-from ._stored import Weight, project, read_by_kernels, reason_against_kernels, unpacked
+from ._stored import Weight, project, read_by_kernels, reason_against_kernels
 from ._tucker import composed_tucker, composed_tucker_pairs
 from .triton import _operators as triton
 
@@ -36,17 +36,16 @@ def bilinear_dense(
 
     Raises: InputError for different leading dimensions, an unknown `order`, or a `backend` that cannot run here.
     """
-    if order is None and backend is None and scale is None and isinstance(weight, Tensor):
+    if order is None and backend is None and scale is None and isinstance(weight, Tensor) and weight.dim() == 3:
         output = small_dense(input1, input2, weight, bias)
         if output is not None:
             return output
-    _check(input1, input2, shape := _shape(weight))
+    _check(input1, input2, shape := _shape(weight, scale))
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
-    weight, scale = unpacked(weight, scale)
     operands = (input1, input2, weight, bias)
     if order is not None or not _fused("dense", operands, shape, scale, backend):
         return composed_dense(input1, input2, weight, bias, scale, order)
@@ -92,7 +91,7 @@ def bilinear_tucker(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
-    _check(input1, input2, _tucker_shape(in1, in2, core, out))
+    _check(input1, input2, _tucker_shape(in1, in2, core, out, scale))
     _check_composed("tucker", input1, backend)
     return composed_tucker(input1, input2, in1, in2, core, out, bias, scale)
 
@@ -111,7 +110,7 @@ def pairwise_dense(
 
     Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
     """
-    _check(input1, input2, _shape(weight), 2)
+    _check(input1, input2, _shape(weight, scale), 2)
     _check_composed("dense", input1, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias, scale)
 
@@ -148,7 +147,7 @@ def pairwise_tucker(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
-    _check(input1, input2, _tucker_shape(in1, in2, core, out), 2)
+    _check(input1, input2, _tucker_shape(in1, in2, core, out, scale), 2)
     _check_composed("tucker", input1, backend, pairs=True)
     return composed_tucker_pairs(input1, input2, in1, in2, core, out, bias, scale)
 
@@ -230,16 +229,29 @@ def _check(input1: Tensor, input2: Tensor, shape: tuple[int, int, int], last: in
         raise InputError(f"The inputs should have the same dtype. Found {input1.dtype} and {input2.dtype}.")
 
 
-def _shape(weight: Weight) -> tuple[int, int, int]:
+def _shape(weight: Weight, scale: Tensor | None) -> tuple[int, int, int]:
+    """(O, I, J). Raises: InputError for other dimensions, or for a scale that does not belong to the weight."""
+    if len(weight.shape) != 3:
+        raise InputError(f"A weight or core should have three dimensions. Found {tuple(weight.shape)}.")
+    plain_int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
+    if plain_int8 != (scale is not None):
+        raise InputError("An int8 tensor as weight needs a `scale`, and no other weight takes one. Found otherwise.")
+    if scale is not None and (scale.dim() != 3 or any(a > b for a, b in zip(scale.shape, weight.shape, strict=True))):
+        raise InputError(
+            f"`scale` should have one entry for each block of {tuple(weight.shape)}. Found {tuple(scale.shape)}."
+        )
     out, in1, in2 = weight.shape
     return out, in1, in2
 
 
-def _tucker_shape(in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None) -> tuple[int, int, int]:
+def _tucker_shape(
+    in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None, scale: Tensor | None
+) -> tuple[int, int, int]:
+    ranks = _shape(core, scale)
     return (
-        core.shape[0] if out is None else out.shape[0],
-        core.shape[1] if in1 is None else in1.shape[1],
-        core.shape[2] if in2 is None else in2.shape[1],
+        ranks[0] if out is None else out.shape[0],
+        ranks[1] if in1 is None else in1.shape[1],
+        ranks[2] if in2 is None else in2.shape[1],
     )
 
 

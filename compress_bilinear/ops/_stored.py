@@ -18,15 +18,8 @@ Weight: TypeAlias = Tensor | QuantizedTensor
 """A weight of an operation: floating, int8 with the step 2⁻⁷ (or with scales beside it), or in a storage format."""
 
 
-def unpacked(weight: Weight, scale: Tensor | None) -> tuple[Weight, Tensor | None]:
-    """The integers and scales of an int8 weight; any other weight as it is."""
-    if isinstance(weight, QuantizedTensor) and weight.format.integers and weight.backend == "torch":
-        return weight.qdata, weight.scale
-    return weight, scale
-
-
 def reason_against_kernels(weight: Weight | None) -> str | None:
-    """Why the fused kernels cannot read a factor, or a weight that is `unpacked`; None where they can."""
+    """Why the fused kernels cannot read a weight or factor; None where they can."""
     if not isinstance(weight, QuantizedTensor):
         return None
     if not weight.format.integers or weight.scale is not None:

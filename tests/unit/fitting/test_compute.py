@@ -88,7 +88,7 @@ class TestChoice:
         assert choice.compute == "on_the_fly"
         refused = {one.mode: one.refused for one in choice.modes}
         assert (refused["on_the_fly"], refused["int8"]) == (None, "no")
-        assert "slower than torch" in refused["bitsandbytes"]
+        assert "decoded by torch alone" in refused["bitsandbytes"]
 
     @pytest.mark.parametrize("asked", ["on_the_fly", "int8"])
     def test_a_mode_that_is_given_is_taken_without_or_with_its_latency(self, timed, asked):

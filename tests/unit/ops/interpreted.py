@@ -156,8 +156,10 @@ def test_one_kernel_and_several_programs_sum_the_same_dense_layer():
 def test_an_int8_weight_is_left_to_torch():
     x1, x2, weight, _ = operands("dense", SIZES[0], torch.float32)
     stored = FORMATS["int8"].encode(weight, "weight")
-    with pytest.raises(InputError, match="reads weights in floating point"):
+    with pytest.raises(InputError, match="read int8 without scales"):
         ops.bilinear_dense(x1, x2, stored, backend="triton")
+    with pytest.raises(InputError, match="reads weights in floating point"):
+        ops.bilinear_dense(x1, x2, stored.qdata, scale=stored.scale, backend="triton")
 
 
 def unit_factor(factor):

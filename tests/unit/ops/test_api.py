@@ -480,3 +480,20 @@ def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast
     exact = ops.reference.bilinear_dense(x1.double(), x2.double(), weight.double())
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
+
+
+def test_a_scale_belongs_to_an_int8_weight_alone():
+    x1, x2, weight = torch.randn(4, 5), torch.randn(4, 6), torch.randn(7, 5, 6)
+    integers, scale = weight.round().to(torch.int8), torch.ones(7, 1, 6)
+    calls = (
+        ops.bilinear_dense,
+        ops.pairwise_dense,
+        lambda a, b, core, **more: ops.bilinear_tucker(a, b, None, None, core, None, **more),
+    )
+    for call in calls:
+        for wrong in ((weight, scale), (integers, None), (integers, torch.ones(8, 1, 1)), (integers, torch.ones(7))):
+            with pytest.raises(InputError, match="scale"):
+                call(x1, x2, wrong[0], scale=wrong[1])
+        assert call(x1, x2, integers, scale=scale).shape[-1] == 7
+    with pytest.raises(InputError, match="three dimensions"):
+        ops.bilinear_dense(x1, x2, weight[0])
