@@ -3,18 +3,3 @@
 from ._checkpoint import by_layer, describe, filled, load, save
 from ._container import LayerDescription, place, read_container, read_layers, read_safetensors, write_container
 from ._torch_files import read_state
-
-__all__ = [
-    "LayerDescription",
-    "by_layer",
-    "describe",
-    "filled",
-    "load",
-    "place",
-    "read_container",
-    "read_layers",
-    "read_safetensors",
-    "read_state",
-    "save",
-    "write_container",
-]

@@ -10,31 +10,3 @@ from ._job import Job
 from ._latency import Latency, Timing, latencies, time_adapted, time_replacement, timing_inputs
 from ._measure import OutputError, environment, parameter_count, stored_bytes, task_metric, weight_error
 from ._search import Search
-
-__all__ = [
-    "FEWEST_ROWS",
-    "Candidate",
-    "ComputeChoice",
-    "Job",
-    "Latency",
-    "LayerInputs",
-    "OutputError",
-    "OutputFitting",
-    "Search",
-    "Timing",
-    "WeightFitting",
-    "choose_compute",
-    "collect_inputs",
-    "environment",
-    "fit",
-    "latencies",
-    "parameter_count",
-    "reason_against_rounded_inputs",
-    "solve",
-    "stored_bytes",
-    "task_metric",
-    "time_adapted",
-    "time_replacement",
-    "timing_inputs",
-    "weight_error",
-]

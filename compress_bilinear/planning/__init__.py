@@ -14,29 +14,3 @@ from ._offline import (
 )
 from ._progress import ProgressBars
 from ._verdict import compare_layers, judge, kept, reason_against, slowness
-
-__all__ = [
-    "BatchSample",
-    "Distilled",
-    "Plan",
-    "ProgressBars",
-    "StoredWeight",
-    "allocate",
-    "best_within",
-    "choose_weights",
-    "compare_files",
-    "compare_layers",
-    "compress",
-    "compress_state",
-    "dequantize",
-    "distil",
-    "judge",
-    "kept",
-    "plan",
-    "quantize",
-    "reason_against",
-    "set_compute",
-    "slowness",
-    "stored_weights",
-    "unknown_weights",
-]

@@ -4,20 +4,3 @@ from ._decode_bnb import missing
 from ._formats import FORMATS, Int8
 from ._int8 import LEVELS, UNIT, decode_int8, encode_int8, expand_scale, scale_grid
 from ._tensor import Buffer, FixedBuffers, Format, Layout, QuantizedTensor
-
-__all__ = [
-    "FORMATS",
-    "LEVELS",
-    "UNIT",
-    "Buffer",
-    "FixedBuffers",
-    "Format",
-    "Int8",
-    "Layout",
-    "QuantizedTensor",
-    "decode_int8",
-    "encode_int8",
-    "expand_scale",
-    "missing",
-    "scale_grid",
-]
