@@ -183,8 +183,8 @@ class CompressedBilinear(ComputeModes):
             raise InputError(f"`input1` should have shape (..., {self.in1_features}). Found {tuple(shape1)}.")
         if not shape2 or shape2[-1] != self.in2_features:
             raise InputError(f"`input2` should have shape (..., {self.in2_features}). Found {tuple(shape2)}.")
-        unequal = shape1 != shape2 and shape1[:-last] != shape2[:-last]
-        if unequal or len(shape1) < last or len(shape2) < last:
+        # not the shapes whole: a graph of pairs would be tied to inputs of one length
+        if shape1[:-last] != shape2[:-last] or len(shape1) < last or len(shape2) < last:
             required = "(..., I) and (..., J)" if last == 1 else "(..., L1, I) and (..., L2, J)"
             raise InputError(
                 f"`input1` and `input2` should be {required} with the same leading dimensions. "
