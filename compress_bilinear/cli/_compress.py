@@ -157,7 +157,8 @@ def _recipe(file: Path | None, given: Mapping[str, Any], on_line: set[str]) -> R
     try:
         return Recipe(configs={"*": parse_config(table)}, options={})
     except ConfigError as error:
-        raise ConfigError(f"--method {table['method']}: {error}") from error
+        hint = " (--rank takes one number for CP, and three, O,I,J, for Tucker.)" if "rank" in table else ""
+        raise ConfigError(f"--method {table['method']}: {error}{hint}") from error
 
 
 def _rank(text: str) -> int | list[int]:
