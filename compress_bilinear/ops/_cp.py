@@ -41,9 +41,10 @@ def composed_cp(
 def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, sigma: Tensor | None) -> Tensor:
     """σ * (x1 Aᵀ) * (x2 Bᵀ), (..., R); shapes as of `bilinear_cp`."""
     left, right = project(input1, in1), project(input2, in2)
-    if sigma is None and isinstance(in2, Tensor) and in2.dtype != torch.int8:
-        return left * right
-    product = _wide(left) * right  # of int8 factors it could overflow in float16
+    if sigma is not None or not isinstance(in2, Tensor) or in2.dtype == torch.int8:
+        left = _wide(left)  # a product of int8 factors could overflow in float16
+    # in place where it may be: fresh memory for many products takes half as long as the products with the factors
+    product = left.mul_(right) if only_values(left, right) and plain(left, right) else left * right
     if sigma is not None:
         product = product.mul_(sigma) if only_values(product, sigma) else product * sigma
     return product.to(input1.dtype)
