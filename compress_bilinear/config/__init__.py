@@ -17,7 +17,16 @@ from ._methods import (
     check_quantize,
     check_rank,
 )
-from ._options import COMPUTE_CHOICES, ComputeAsked, Evaluate, PlanOptions, check_compute, completed, not_default
+from ._options import (
+    COMPUTE_CHOICES,
+    ComputeAsked,
+    Evaluate,
+    PlanOptions,
+    check_compute,
+    check_max_seconds,
+    completed,
+    not_default,
+)
 from ._recipe import Recipe, by_glob, parse_config, parse_recipe, plain, read_recipe
 
 __all__ = [
@@ -41,6 +50,7 @@ __all__ = [
     "TuckerRank",
     "by_glob",
     "check_compute",
+    "check_max_seconds",
     "check_quantize",
     "check_rank",
     "completed",

@@ -77,11 +77,10 @@ def completed(options: PlanOptions) -> PlanOptions:
         if name not in known:
             raise TypeError(f"plan() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
     given: PlanOptions = {**dict.fromkeys(known), **_DEFAULTS, **options}  # type: ignore[typeddict-item]
-    size, seconds = given["batch_size"], given["max_seconds"]
+    size = given["batch_size"]
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {size!r}.")
-    if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0):
-        raise ConfigError(f"`max_seconds` should be a positive number or None. Found {seconds!r}.")
+    check_max_seconds(given["max_seconds"])
     check_one_of(given["refine"], (None, "network"), "`refine`")
     if given["evaluate"] is not None and not callable(given["evaluate"]):
         raise ConfigError(f"`evaluate` should be a function of a model. Found {given['evaluate']!r}.")
@@ -104,3 +103,11 @@ def check_compute(compute: object) -> None:
     if compute == "resident":
         raise ConfigError("`compute='resident'` is no longer a mode: `cb.dequantize(model)` stores the floats instead.")
     check_one_of(compute, COMPUTE_CHOICES, "`compute`")
+
+
+def check_max_seconds(max_seconds: object) -> None:
+    """Raise `ConfigError` unless `max_seconds` is None or a positive number."""
+    if max_seconds is None:
+        return
+    if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)) or not max_seconds > 0:
+        raise ConfigError(f"`max_seconds` should be a positive number or None. Found {max_seconds!r}.")

@@ -1,7 +1,8 @@
 """Weights to factors: tensors in, frozen results out."""
 
+from ..config import check_max_seconds
 from ._als import AMPLIFICATION_LIMIT
-from ._budget import Budget, Progress, check_max_seconds
+from ._budget import Budget, Progress
 from ._cp import cp
 from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from ._feedback import stored_columns, stored_core, stored_weight, unit_columns

@@ -5,18 +5,10 @@ import time
 from collections.abc import Callable
 from typing import TypeAlias
 
-from ..errors import ConfigError
+from ..config import check_max_seconds
 
 Progress: TypeAlias = Callable[[float, float], object]
 """Called with the part of the work done, from 0 to 1, and the relative error so far; what it raises ends the solve."""
-
-
-def check_max_seconds(max_seconds: object) -> None:
-    """Raise `ConfigError` unless `max_seconds` is None or a positive number."""
-    if max_seconds is None:
-        return
-    if isinstance(max_seconds, bool) or not isinstance(max_seconds, (int, float)) or not max_seconds > 0:
-        raise ConfigError(f"`max_seconds` should be a positive number or None. Found {max_seconds!r}.")
 
 
 class Budget:

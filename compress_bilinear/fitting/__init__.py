@@ -3,7 +3,7 @@
 from ._calibrate import FEWEST_ROWS, LayerInputs, collect_inputs
 from ._candidate import Candidate
 from ._compute import ComputeChoice, choose_compute, reason_against_rounded_inputs
-from ._fit import fit, solve
+from ._fit import IMPROVE, fit, solve
 from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting
 from ._job import Job

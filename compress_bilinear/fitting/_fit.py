@@ -15,7 +15,7 @@ from ._fit_weight import WeightFitting, check_not_zero
 from ._job import Job
 from ._search import Search, without_bias
 
-_IMPROVE = 0.1  # of a time budget, to compare what a search found with fits to the plain weight
+IMPROVE = 0.1  # of a time budget, to compare what a search found with fits to the plain weight
 
 
 def fit(job: Job, budget: Budget, options: PlanOptions, alone: bool = True) -> Search | None:
@@ -84,7 +84,7 @@ def solve(
 
 def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFitting, budget: Budget) -> Candidate:
     """The smallest candidate of this method whose output error is at most `limit`."""
-    fits = Search(outputs, budget.child(1 - _IMPROVE)).smallest(config, limit)
+    fits = Search(outputs, budget.child(1 - IMPROVE)).smallest(config, limit)
     within = [fit for fit in fits if fit.error <= limit]
     if not within:
         lowest = min((fit.error for fit in fits), default=math.inf)

@@ -12,7 +12,7 @@ from torch import nn
 from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
 from ..decomposition import Budget, smallest
 from ..errors import CompressionError, InfeasibleError
-from ..modules import METHODS, method_of
+from ..modules import METHODS, Method, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._fit_weight import WeightFitting
@@ -58,8 +58,8 @@ class Search:
         What cannot be smaller than others is left out, unless it may be the fastest, and `fast` asks for that.
         """
         self._dense()
-        few = [row.configure(None, q, self._seed) for row in (*self._quick, *self._slow) for q in self._few]
-        wide = [row.configure(None, q, self._seed) for q in self._many for row in (*self._quick, *self._slow)]
+        few = [*self._configs(self._quick, self._few), *self._configs(self._slow, self._few)]
+        wide = [config for q in self._many for config in self._configs([*self._quick, *self._slow], [q])]
         for number, config in enumerate((*few, *wide)):
             alike = [each for each in self.candidates if type(each.config) is type(config)]
             if not fast and number >= len(few) and any(each.error <= limit for each in alike):
@@ -92,22 +92,20 @@ class Search:
         for number, size in enumerate(sizes):
             self._reach(number, len(sizes))
             rounded = self._least(size)
-            self._all_at((row.configure(None, q, self._seed) for row in self._quick for q in self._few), size, behind)
+            self._all_at(self._configs(self._quick, self._few), size, behind)
             # where the whole weight in few bits loses little, a slow method gains only on a weight of low rank
             if rounded > _ROUNDING or self._least(size) < rounded:
-                self._all_at(
-                    (row.configure(None, q, self._seed) for row in self._slow for q in self._few), size, behind
-                )
+                self._all_at(self._configs(self._slow, self._few), size, behind)
             # lower ranks in more bits gain only on a weight of low rank: the quick methods tell
             whole = self._least(size, lambda config: isinstance(config, DenseConfig))
             factors = self._least(size, _decomposes)
             for quantize in self._many if factors < min(_ROUNDING, whole) else ():
                 before = self._least(size)
-                self._all_at([row.configure(None, quantize, self._seed) for row in self._quick], size, behind)
+                self._all_at(self._configs(self._quick, [quantize]), size, behind)
                 # also try CP if CP is best in few bits: a tensor of full multilinear rank can have a low CP rank
                 if self._least(size) == before and self._least(size, _is_slow) > before:
                     continue
-                self._all_at([row.configure(None, quantize, self._seed) for row in self._slow], size, behind)
+                self._all_at(self._configs(self._slow, [quantize]), size, behind)
 
     def improved(self, candidate: Candidate, budget: Budget) -> Candidate:
         """The candidate, or one that is as small and does better where it is fitted to the plain weight.
@@ -145,6 +143,10 @@ class Search:
         for number, quantize in enumerate(formats):
             self._span = (_DENSE * number / len(formats), _DENSE * (number + 1) / len(formats))
             self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), self._part()))
+
+    def _configs(self, rows: Iterable[Method], formats: Iterable[Quantize | None]) -> list[LayerConfig]:
+        formats = list(formats)
+        return [row.configure(None, quantize, self._seed) for row in rows for quantize in formats]
 
     def _all_at(self, configs: Iterable[LayerConfig], size: float, behind: set[LayerConfig]) -> None:
         """Try those that are not far behind, and note those that are: so they would be at the next smaller size."""

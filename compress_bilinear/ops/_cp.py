@@ -43,7 +43,7 @@ def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, s
     left, right = project(input1, in1), project(input2, in2)
     if sigma is not None or not isinstance(in2, Tensor) or in2.dtype == torch.int8:
         left = _wide(left)  # a product of int8 factors could overflow in float16
-    # in place where it may be: fresh memory for many products takes half as long as the products with the factors
+    # in place if only values are wanted: fresh memory for the product made a CP on 6,000 rows 1.5 times as slow
     product = left.mul_(right) if only_values(left, right) and plain(left, right) else left * right
     if sigma is not None:
         product = product.mul_(sigma) if only_values(product, sigma) else product * sigma

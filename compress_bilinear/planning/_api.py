@@ -13,11 +13,11 @@ from typing_extensions import Unpack
 from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, not_default, plain
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, StalePlanError
-from ..fitting import Job, environment, stored_bytes, task_metric
+from ..fitting import IMPROVE, Job, environment, stored_bytes, task_metric
 from ..modules import check_inplace, fingerprint, parameter_owners, plain_reference, reason_against, swap, take_flags
 from ..report import FrontPoint, Report, render_text
 from ._distill import DEFAULT_SECONDS
-from ._planner import IMPROVE, calibrate, choose, distil_all, find_jobs, fit_all, judge_all
+from ._planner import calibrate, choose, distil_all, find_jobs, fit_all, judge_all
 from ._progress import ProgressBars
 
 _Model = TypeVar("_Model", bound=nn.Module)

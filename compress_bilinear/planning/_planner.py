@@ -37,8 +37,6 @@ from ._distill import BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
 from ._verdict import cancelling, judge
 
-IMPROVE = 0.1  # of a time budget, to compare what an AutoConfig chose with fits to the plain weight
-
 
 def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool) -> list[Job]:
     """A job for each layer that a config is meant for, with the reason against it, if any.
