@@ -6,6 +6,7 @@ from ._budget import Budget, Progress
 from ._cp import cp
 from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
+from ._hosvd import ordered
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
@@ -35,6 +36,7 @@ __all__ = [
     "distance",
     "interpolation",
     "is_interpolated",
+    "ordered",
     "refit_cp",
     "refit_tucker",
     "relative",

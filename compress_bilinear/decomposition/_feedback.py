@@ -74,7 +74,7 @@ def stored_weight(
     stored = form.encode(weight, "weight")
     if form.peaks(stored, slice(0, 0)) is None:
         return stored.decode(weight.dtype)
-    upper1, upper2 = (_upper(None if root is None else root @ root, _INPUT_DAMPING) for root in metric.roots[1:])
+    upper1, upper2 = (_upper(None if root is None else root.T @ root, _INPUT_DAMPING) for root in metric.roots[1:])
     neither = upper1 is None and upper2 is None
     upper1, upper2 = (
         torch.eye(size, dtype=torch.float64, device=weight.device) if upper is None else upper.to(weight.device)

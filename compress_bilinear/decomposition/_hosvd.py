@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._source import Source, gram, leading, mode_product, turned_
+from ._metric import PLAIN, Metric
+from ._source import SMALL, Source, full_precision, gram, leading, mode_product, turned_
 
 _LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
 _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from
@@ -26,6 +27,25 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
             turned_(core, u, mode)
         turned.append(u)
     return turned, core
+
+
+def ordered(
+    weight: Tensor,  # (O, I, J)
+    metric: Metric = PLAIN,
+) -> tuple[Tensor, Metric]:
+    """The weight in a metric and in the coordinates of its HOSVD, and the metric whose `whiten` gives that tensor.
+
+    Its leading blocks hold most of the energy. The result is the only copy of a large weight, in float32, for which
+    Grams are in float32 too; float64 weights and small ones are worked on in float64.
+    """
+    small = weight.numel() <= SMALL
+    tensor = metric.whiten(weight.detach().double() if small else weight)
+    bases: list[Tensor] = []
+    with full_precision(weight.device):
+        for mode, size in enumerate(tensor.shape):
+            bases.append(leading(gram(tensor, mode, tensor.dtype).double(), size, torch.float64))
+            turned_(tensor, bases[mode].to(tensor.dtype), mode)
+    return tensor, metric.turned(bases)
 
 
 def start(

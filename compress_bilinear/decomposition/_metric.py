@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from ._factors import CPDecomposition, TuckerDecomposition, peak, row_slices
-from ._source import full_precision
+from ._source import full_precision, turned_
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
@@ -25,10 +25,12 @@ _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
 
 @dataclass(frozen=True, eq=False)
 class Metric:
-    """Symmetric square roots and inverses (d, d), float64, for each mode; None where all directions count alike.
+    """A change of coordinates T = W ×_m R for each mode, in which the error of W is T's Frobenius error.
 
     Attributes:
-        roots, inverses: in the order of the weight's axes, (out, in1, in2).
+        roots: R (d, d), invertible, float64, in the order of the weight's axes (out, in1, in2); RᵀR is the mode's
+            second moment. None is the identity.
+        inverses: R⁻¹ (d, d), likewise.
     """
 
     roots: tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -47,6 +49,15 @@ class Metric:
         (out, in1, in2) = pairs
         return cls((out[0], in1[0], in2[0]), (out[1], in1[1], in2[1]))
 
+    def turned(self, bases: Sequence[Tensor]) -> "Metric":
+        """The same metric in other coordinates, T ×_m Uᵀ, for orthogonal U (d, d) of each mode."""
+        turns = [u.double() for u in bases]
+        roots = [u.T if root is None else u.T @ root.to(u.device) for u, root in zip(turns, self.roots, strict=True)]
+        inverses = [
+            u if known is None else known.to(u.device) @ u for u, known in zip(turns, self.inverses, strict=True)
+        ]
+        return Metric((roots[0], roots[1], roots[2]), (inverses[0], inverses[1], inverses[2]))
+
     def whiten(
         self,
         weight: Tensor,  # (O, I, J)
@@ -58,11 +69,9 @@ class Metric:
         with full_precision(weight.device):
             for rows in row_slices(weight.shape):  # so that the result is the only copy of a large weight
                 part = weight.detach()[rows].to(dtype)
-                part = part if in2 is None else (part.flatten(0, 1) @ in2).view(part.shape)
+                part = part if in2 is None else (part.flatten(0, 1) @ in2.T).view(part.shape)
                 white[rows] = part if in1 is None else torch.matmul(in1, part)
-            if out is not None:
-                white = (out @ white.flatten(1)).view(white.shape)
-        return white
+            return white if out is None else turned_(white, out.T, 0)
 
     def whitened(self, mode: int, factor: Tensor) -> Tensor:  # (d, R) -> (d, R)
         """The inverse of `unwhiten`: a factor of the weight as one of the whitened weight, in float64."""

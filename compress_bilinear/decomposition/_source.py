@@ -18,7 +18,7 @@ Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
 _SLAB = 2**20  # elements of a slab, at most: 4 MiB in float32
-_SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
+SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class Source:
         self._slab = slab
         self.weight = weight.detach().contiguous()  # another layout would round otherwise
         self.shape: tuple[int, int, int] = tuple(weight.shape)  # type: ignore[assignment]
-        small = weight.numel() <= _SMALL
+        small = weight.numel() <= SMALL
         self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 or small else torch.float32)
         largest = peak(self.weight)
         # a weight of usual size is read as it is, which saves a pass over it

@@ -191,5 +191,5 @@ class OutputFitting(WeightFitting):
             outputs = ops.bilinear_dense(first, second, self.weight.to(dtype))
             root = self.metric.roots[0]
             if root is not None:
-                outputs = outputs @ root.to(outputs)
+                outputs = outputs @ root.T.to(outputs)
             return self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second), outputs, weights

@@ -4,7 +4,7 @@ from support import low_rank, normal
 from torch import Tensor
 
 from compress_bilinear import decomposition
-from compress_bilinear.decomposition import Metric, unwhitened_cp, unwhitened_tucker
+from compress_bilinear.decomposition import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from compress_bilinear.errors import CompressionError
 
 SHAPE = (4, 6, 5)
@@ -29,6 +29,62 @@ def test_unwhitening_undoes_whitening(output):
         flat = white.movedim(mode, 0).flatten(1)
         white = found.unwhiten(mode, flat).view(flat.shape[0], *white.movedim(mode, 0).shape[1:]).movedim(0, mode)
     torch.testing.assert_close(white, weight, rtol=0, atol=1e-10)
+
+
+def turns(shape=SHAPE) -> list[Tensor]:
+    return [torch.linalg.qr(normal(size, size, seed=seed))[0] for seed, size in enumerate(shape)]
+
+
+@pytest.mark.parametrize("start", [PLAIN, metric(output=False), metric()], ids=["plain", "inputs", "all"])
+def test_a_turned_metric_whitens_into_turned_coordinates_and_back(start):
+    weight, found = normal(*SHAPE), start.turned(turns())
+    expected = torch.einsum("oij,oa,ib,jc->abc", start.whiten(weight), *turns())
+    torch.testing.assert_close(found.whiten(weight), expected)
+    torch.testing.assert_close(torch.einsum("oij,ao,bi,cj->abc", weight, *found.roots), expected)
+    torch.testing.assert_close(torch.einsum("oij,ao,bi,cj->abc", expected, *found.inverses), weight)
+    input1, input2 = normal(7, SHAPE[1], seed=6), normal(7, SHAPE[2], seed=7)
+    rows = found.whitened_rows(1, input1), found.whitened_rows(2, input2)
+    outputs = torch.einsum("oij,ni,nj->no", weight, input1, input2)
+    torch.testing.assert_close(torch.einsum("oij,ni,nj->no", expected, *rows), outputs @ found.roots[0].T)
+
+
+@pytest.mark.parametrize("start", [PLAIN, metric()], ids=["plain", "whitened"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_an_ordered_weight_is_the_core_of_its_hosvd(start, dtype):
+    weight = normal(*SHAPE).to(dtype)
+    tensor, found = decomposition.ordered(weight, start)
+    assert tensor.dtype == torch.float64  # it is small
+    torch.testing.assert_close(found.whiten(weight.double()), tensor, rtol=0, atol=1e-12)
+    white = torch.einsum(
+        "oij,ao,bi,cj->abc", weight.double(), *(eye(r, n) for r, n in zip(start.roots, SHAPE, strict=True))
+    )
+    for mode in range(3):
+        rows = tensor.movedim(mode, 0).flatten(1)
+        values = torch.linalg.svdvals(white.movedim(mode, 0).flatten(1))
+        torch.testing.assert_close(rows @ rows.T, torch.diag(values.square()), rtol=0, atol=1e-10)
+
+
+def eye(root, size):
+    return torch.eye(size, dtype=torch.float64) if root is None else root
+
+
+def test_a_large_weight_is_ordered_in_its_own_precision():
+    weight = low_rank((40, 50, 60), 20, noise=0.1).float()
+    tensor, found = decomposition.ordered(weight)
+    assert tensor.dtype == torch.float32
+    assert float((found.whiten(weight) - tensor).norm() / weight.norm()) < 1e-5
+    for mode in range(3):
+        energy = tensor.double().movedim(mode, 0).flatten(1).square().sum(1)
+        values = torch.linalg.svdvals(weight.double().movedim(mode, 0).flatten(1)).square()
+        torch.testing.assert_close(energy, values, rtol=1e-3, atol=1e-6 * float(values[0]))
+
+
+def test_a_weight_is_rounded_alike_in_turned_coordinates_of_its_metric():
+    # what matters to rounding is the moments RᵀR, not which root of them
+    weight, start = normal(*SHAPE), metric(output=False)
+    other = start.turned([torch.eye(SHAPE[0], dtype=torch.float64), *turns()[1:]])
+    rounded = [decomposition.stored_weight(weight, "int8", found) for found in (start, other)]
+    torch.testing.assert_close(*rounded)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
