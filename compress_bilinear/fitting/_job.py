@@ -29,6 +29,7 @@ class Job:
         calibrated: whether there was a calibration at all.
         candidates: what there is to choose from.
         chosen: one of these, or a better one of its size; None until then.
+        notes: what else the report should say of the replacement.
         report: what became of the layer, and what that cost.
         fingerprint: of the weights that the replacement was made for.
     """
@@ -41,6 +42,7 @@ class Job:
     calibrated: bool = False
     candidates: list[Candidate] = field(default_factory=list)
     chosen: Candidate | None = None
+    notes: tuple[Note, ...] = ()
     report: LayerReport | None = None
     fingerprint: str = ""
 

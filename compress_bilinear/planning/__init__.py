@@ -1,6 +1,6 @@
 """A model and configs to a plan: find, calibrate, fit, choose, judge, distil."""
 
-from ._allocate import allocate, best_within
+from ._allocate import allocate, best_within, just_above
 from ._api import Plan, compress, plan
 from ._convert import dequantize, quantize, set_compute
 from ._distill import BatchSample, Distilled, distil

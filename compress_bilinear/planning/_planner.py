@@ -32,7 +32,7 @@ from ..modules import (
     select,
 )
 from ..report import LayerReport, Note
-from ._allocate import allocate, best_within
+from ._allocate import allocate, best_within, just_above
 from ._distill import BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
 from ._verdict import cancelling, judge
@@ -180,15 +180,17 @@ def _allocate(jobs: Sequence[Job], config: Config) -> None:
             assert job.limit is not None
             job.chosen = best_within(job.candidates, job.limit.error, config.prefer)
         return
-    before = sum(job.candidates[0].bytes for job in jobs)
+    fronts = {job.label: job.candidates for job in jobs}
+    budget = int(config.fraction * sum(job.candidates[0].bytes for job in jobs))
     try:
-        chosen = allocate({job.label: job.candidates for job in jobs}, int(config.fraction * before), config.prefer)
+        chosen = allocate(fronts, budget, config.prefer)
     except InfeasibleError as error:
         for job in jobs:
             job.reason = Note("out_of_reach", str(error))
         return
+    above = just_above(fronts, budget, config.prefer, chosen)
     for job in jobs:
-        job.chosen = chosen[job.label]
+        job.chosen, job.notes = chosen[job.label], above.get(job.label, ())
 
 
 def _improve(job: Job, search: Search, budget: Budget) -> None:

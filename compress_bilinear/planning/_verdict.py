@@ -57,7 +57,7 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
     notes = [against or AS_CONFIGURED]
     if timing is not None and timing.speedup < 1:
         notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
-    notes += [*cancelling(known["amplification"]), *candidate.notes]
+    notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes]
     if job.calibrated and job.inputs is None:
         notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
     known |= {"flops_after": module.flops_per_row, "notes": tuple(notes)}
