@@ -1,8 +1,12 @@
 """What layers store of a factor, a core or a weight, rounded so that the errors of its entries cancel.
 
 Entries are rounded one after another, and those that follow are changed so that they take back the error, as far as
-they can. Sources: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, 2023); the nearest plane algorithm (Babai, 1986).
+they can. Sources: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, 2023), in the form of LDLQ (Chee, Cai, Kuleshov, De Sa,
+"QuIP", 2023), which needs no inverse; the nearest plane algorithm (Babai, 1986).
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +14,15 @@ from torch import Tensor
 from ..config import Quantize
 from ..quantization import FORMATS, LEVELS, UNIT, Format
 from ._budget import Budget
-from ._factors import row_slices
+from ._factors import slabs
 from ._metric import Metric
+from ._source import full_precision, working_dtype
 
-_MOST_STEPS = 2**14  # entries of one output that are rounded one after another: each step is several calls
-_TOGETHER = 64  # indices of in1 whose errors the rest of a weight takes back in one product
+_TILE = 32  # entries along each axis that are rounded diagonal by diagonal; a product takes their errors to the rest
+_TOGETHER = 2**25  # entries of the outputs that are rounded together
 _DAMPING = 1e-3  # of the system's mean diagonal: steps along directions of little weight stay small
 _INPUT_DAMPING = 1e-2  # the same of inputs' moments, whose small directions may be larger in other data
+_GAIN = 0.97  # of the error of the nearest values, above which errors are not fed back
 
 
 def unit_columns(
@@ -51,10 +57,12 @@ def stored_columns(
     plain, peaks = stored.decode(torch.float64), form.peaks(stored, slice(None))
     if mode != 0:
         plain, peaks = plain.T, None if peaks is None else peaks.T
-    upper = None if gram is None or peaks is None else _upper(gram * scale * scale[:, None])
-    if upper is None or peaks is None:
+    if gram is None or peaks is None:
         return plain, scale
-    return _fed_back(unit.T.contiguous(), plain.T, peaks.T, upper, form).T, scale
+    wanted, result, highest = (part.T.unsqueeze(1) for part in (unit, plain.clone(), peaks))  # (R, 1, d)
+    taken, _ = _feedback(gram * scale * scale[:, None], _DAMPING)
+    _feed_back_(result, wanted, highest, taken, taken.new_zeros(1, 1), form)
+    return result.squeeze(1).T, scale
 
 
 def stored_weight(
@@ -62,91 +70,113 @@ def stored_weight(
     quantize: Quantize,
     metric: Metric,
     budget: Budget | None = None,
-    most_steps: int = _MOST_STEPS,
+    most: int = _TOGETHER,
 ) -> Tensor:  # (O, I, J)
-    """A weight as a dense layer stores it, rounded so that its outputs change little; in the weight's dtype.
+    """A weight as a dense layer stores it, rounded so that its outputs change little; in float32 or its wider dtype.
 
     The entries of each output are rounded one after another in the metric of its inputs, whose Kronecker product is
-    never formed. Where I·J is above `most_steps`, errors are taken back along in1 alone. Outputs for which the budget
-    leaves no time are rounded to the nearest values.
+    never formed. All are rounded to the nearest values where the moments tell that this would not help, as for
+    independent inputs, and those outputs are for which the budget leaves no time. At most `most` entries are
+    worked on at once, or one output.
     """
     form = FORMATS[quantize]
     stored = form.encode(weight, "weight")
-    if form.peaks(stored, slice(0, 0)) is None:
-        return stored.decode(weight.dtype)
-    upper1, upper2 = (_upper(None if root is None else root.T @ root, _INPUT_DAMPING) for root in metric.roots[1:])
-    neither = upper1 is None and upper2 is None
-    upper1, upper2 = (
-        torch.eye(size, dtype=torch.float64, device=weight.device) if upper is None else upper.to(weight.device)
-        for size, upper in zip(weight.shape[1:], (upper1, upper2), strict=True)
+    result = stored.decode(torch.promote_types(weight.dtype, torch.float32))
+    dtype, budget = working_dtype(weight), budget or Budget()
+    (from1, left1), (from2, left2) = (
+        (torch.zeros(size, size), 1.0) if root is None else _feedback(root.T @ root, _INPUT_DAMPING, last)
+        for size, root, last in zip(weight.shape[1:], metric.roots[1:], (False, True), strict=True)
     )
-    along_both = weight.shape[1:].numel() <= most_steps
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    budget = budget or Budget()
-    for rows in row_slices(weight.shape):
-        plain, peaks = stored.decode(torch.float64, rows), form.peaks(stored, rows)
-        assert peaks is not None
-        result[rows] = plain.to(result.dtype)
-        if neither or budget.left() <= 0:
-            continue
-        budget.report(rows.start / len(weight), 1.0)
-        # (I, J, ·), so that what is rounded at once is contiguous
-        parts = [part.double().permute(1, 2, 0).contiguous() for part in (weight[rows], plain, peaks)]
-        del plain, peaks
-        found = _outputs_fed_back(parts, upper1, upper2 if along_both else None, form, budget)
-        if found is not None:
-            result[rows] = found.permute(2, 0, 1).to(result.dtype)
+    if left1 * left2 > _GAIN:
+        return result
+    from1, from2 = (along.to(weight.device, dtype) for along in (from1, from2))
+    for rows in slabs(weight.shape, most=most, least=most):
+        peaks = form.peaks(stored, rows, dtype)
+        if peaks is None or budget.left() <= 0:
+            break
+        nearest, wanted, peaks = (part.permute(1, 2, 0) for part in (result[rows], weight.detach()[rows], peaks))
+        span = budget.child(span=(rows.start / len(weight), rows.stop / len(weight)))
+        with full_precision(weight.device):
+            done = _feed_back_(nearest, wanted, peaks, from1, from2, form, span)
+        if not done:
+            result[rows] = stored.decode(result.dtype, rows)  # errors half taken back are worse than none
+            break
     return result
 
 
-def _outputs_fed_back(
-    parts: list[Tensor],  # values, their nearest ones, peaks, each (I, J, ·); the first is written to
-    upper1: Tensor,  # (I, I)
-    upper2: Tensor | None,  # (J, J)
-    form: Format,
-    budget: Budget,
-) -> Tensor | None:
-    """Some outputs of a weight, rounded; None where time ran out: errors half taken back are worse than none."""
-    wanted, plain, peaks = parts
-    found = torch.empty_like(wanted)
-    for start in range(0, len(wanted), _TOGETHER):
-        if budget.left() <= 0:
-            return None
-        end = min(start + _TOGETHER, len(wanted))
-        lost = torch.empty_like(wanted[start:end])
-        for i in range(start, end):
-            if upper2 is None:
-                found[i] = _nearest(wanted[i], plain[i], peaks[i], form)
-            else:
-                found[i] = _fed_back(wanted[i].clone(), plain[i], peaks[i], upper2, form)
-            lost[i - start] = (wanted[i] - found[i]) / upper1[i, i]
-            wanted[i + 1 : end].flatten(1).addr_(upper1[i, i + 1 : end], lost[i - start].flatten(), alpha=-1)
-        # the rest in one product: a pass over it for each index would take most of the time
-        wanted[end:].flatten(1).addmm_(upper1[start:end, end:].T, lost.flatten(1), alpha=-1)
-    return found
+def _feedback(system: Tensor, damping: float, from_last: bool = False) -> tuple[Tensor, float]:
+    """What each entry should take back of the errors of those before it (d, d), and the part of the error that is left.
 
-
-def _fed_back(values: Tensor, plain: Tensor, peaks: Tensor, upper: Tensor, form: Format) -> Tensor:  # (n, m)
-    """Rows rounded one after another in the metric of `upper` (n, n), in place."""
-    for j, wanted in enumerate(values):
-        rounded = _nearest(wanted, plain[j], peaks[j], form)
-        values[j + 1 :].addr_(upper[j, j + 1 :], (wanted - rounded) / upper[j, j], alpha=-1)
-        values[j] = rounded
-    return values
-
-
-def _nearest(wanted: Tensor, plain: Tensor, peaks: Tensor, form: Format) -> Tensor:
-    """Nearest values, but the largest entry of each block as it was encoded: its scale is derived from it."""
-    return torch.where(plain.abs() >= peaks, plain, form.nearest(wanted, peaks))
-
-
-def _upper(system: Tensor | None, damping: float = _DAMPING) -> Tensor | None:
-    """The Cholesky factor U with UᵀU = the inverse of a damped system; None where it has none, or for no system."""
-    if system is None:
-        return None
+    For a damped system U D Uᵀ with a unit triangular U, upper where the first entry is rounded first, it is Uᵀ - 1.
+    Where there is no such factorization, nothing is taken back. The second is a ratio to the error of the nearest
+    values, for errors that are independent.
+    """
+    system = system.clone()
     diagonal = system.diagonal()
     diagonal.add_(damping * float(diagonal.mean()) + 1e-300)
-    root = diagonal.sqrt()
-    inverse = torch.linalg.inv(system / root / root[:, None]) / root / root[:, None]
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    scale = diagonal.sqrt()
+    turned = () if from_last else (0, 1)
+    root, failed = torch.linalg.cholesky_ex((system / scale / scale[:, None]).flip(turned))
+    root = root.flip(turned) * scale[:, None]
+    if int(failed) or not bool(torch.isfinite(root).all()):
+        return torch.zeros_like(system), 1.0
+    left = math.sqrt(float(root.diagonal().square().sum() / system.trace()))
+    return (root / root.diagonal()).T.contiguous().fill_diagonal_(0), left
+
+
+def _feed_back_(
+    result: Tensor,  # (I, J, ·) the nearest values; those found take their place
+    wanted: Tensor,  # (I, J, ·)
+    peaks: Tensor,  # (I, J, ·) of the format
+    from1: Tensor,  # (I, I), what an entry takes back of those before it, in the dtype to work in
+    from2: Tensor,  # (J, J), the same, of those after it
+    form: Format,
+    budget: Budget | None = None,
+) -> bool:
+    """Round entry after entry in the metric of a Kronecker product, all of the last axis at once.
+
+    With E = wanted - result, the entry (i, j) becomes what is nearest to wanted + Σ (1 + F1)_ik (1 + F2)_jl E_kl, the
+    sum over all k <= i and l >= j but itself. Tile by tile: products take back the errors from before a tile. False
+    where the budget ran out.
+    """
+    passed = from1.new_zeros(wanted.shape)  # E + F2 E
+    for rows in _tiles(len(wanted)):
+        if budget is not None and budget.left() <= 0:
+            return False
+        if budget is not None:
+            budget.report(rows.start / len(wanted), 1.0)
+        exact, high, found = (part[rows].to(from1.dtype).contiguous() for part in (wanted, peaks, result))
+        above = (from1[rows, : rows.start] @ passed[: rows.start].flatten(1)).view_as(exact)
+        errors = torch.zeros_like(exact)
+        fixed = found.abs() >= high  # the largest entry of each block: its scale is derived from it
+        for columns in reversed(_tiles(wanted.shape[1])):
+            beside = torch.matmul(from2[columns, columns.stop :], errors[:, columns.stop :])
+            tiles = [part[:, columns] for part in (exact, high, fixed, found, errors, passed[rows], above)]
+            _round_tile_([*tiles, beside], from1[rows, rows], from2[columns, columns], form)
+        result[rows] = found
+    return True
+
+
+def _tiles(size: int) -> list[slice]:
+    return [slice(start, min(start + _TILE, size)) for start in range(0, size, _TILE)]
+
+
+def _round_tile_(tiles: Sequence[Tensor], from1: Tensor, from2: Tensor, form: Format) -> None:
+    """Round the entries of a tile diagonal by diagonal: those of one do not depend on each other.
+
+    Args:
+        tiles: (I, J, ·) each, in the words of `_feed_back_`: what is wanted, its peaks, whether it stays as it was
+            encoded, the nearest values, E and E + F2 E, which all three are written to, and from before the tile
+            F1 (E + F2 E) and F2 E.
+        from1, from2: (I, I) and (J, J).
+    """
+    height, width = tiles[0].shape[:2]
+    passed, errors = tiles[5].transpose(0, 1), tiles[4]
+    for k in range(width - 1, -height, -1):
+        i, j = slice(max(0, -k), min(height, width - k)), slice(max(0, k), min(width, height + k))
+        wanted, peaks, stays, nearest, error, sent, up, side = (part.diagonal(k).T.unsqueeze(1) for part in tiles)
+        side = torch.baddbmm(side, from2[j].unsqueeze(1), errors[i])
+        value = torch.baddbmm(up, from1[i].unsqueeze(1), passed[j]).add_(side).add_(wanted)
+        torch.where(stays, nearest, form.nearest(value, peaks), out=nearest)
+        torch.sub(wanted, nearest, out=error)
+        torch.add(error, side, out=sent)

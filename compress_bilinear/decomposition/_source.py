@@ -39,11 +39,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for float64 weights and small ones, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 or weight.numel() <= SMALL else torch.float32
+
+
 class Source:
     """A weight (O, I, J) times a power of two that keeps the squares of its entries within range.
 
     Attributes:
-        dtype: the working dtype; float64 for float64 weights and small ones, else float32.
+        dtype: the working dtype.
         total: the squared Frobenius norm of the scaled weight.
         scale: the power of two.
     """
@@ -53,8 +58,7 @@ class Source:
         self._slab = slab
         self.weight = weight.detach().contiguous()  # another layout would round otherwise
         self.shape: tuple[int, int, int] = tuple(weight.shape)  # type: ignore[assignment]
-        small = weight.numel() <= SMALL
-        self.dtype = dtype or (torch.float64 if weight.dtype == torch.float64 or small else torch.float32)
+        self.dtype = dtype or working_dtype(weight)
         largest = peak(self.weight)
         # a weight of usual size is read as it is, which saves a pass over it
         self.scale = (

@@ -11,7 +11,7 @@ from typing_extensions import assert_never
 from ..errors import CompressionError
 from ._decode_bnb import nf4_values
 from ._int8 import LEVELS, SCALE_DTYPE, UNIT, decode_int8, encode_int8, encode_unit, expand_scale, scale_grid
-from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4
+from ._nf4 import BLOCK, NF4_CODE, decode_nf4, encode_nf4, nearest_codes
 from ._tensor import Buffer, Format, Layout, QuantizedTensor
 
 
@@ -59,15 +59,15 @@ class Int8(Format):
     def decode(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         return decode_int8(stored.qdata[rows], _scale_rows(stored, rows), dtype)
 
-    def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
+    def peaks(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor | None:
         shape, scale = stored.qdata[rows].shape, _scale_rows(stored, rows)
         if scale is None:
-            return torch.full(shape, UNIT * LEVELS, dtype=torch.float64, device=stored.device)
-        return expand_scale(scale.double() * LEVELS, shape).expand(shape)
+            return torch.full(shape, UNIT * LEVELS, dtype=dtype, device=stored.device)
+        return expand_scale(scale.to(dtype) * LEVELS, shape).expand(shape)
 
     def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
-        relative = values / peaks.where(peaks > 0, 1.0)
-        return (relative * LEVELS).round().clamp(-LEVELS, LEVELS) / LEVELS * peaks
+        steps = (values / peaks).nan_to_num_(0.0).mul_(LEVELS).round_().clamp_(-LEVELS, LEVELS)
+        return steps.mul_(peaks / LEVELS)
 
     def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
         return "int8 is decoded by torch alone, which is faster on a CPU; bitsandbytes is used for nf4"
@@ -93,17 +93,16 @@ class Nf4(Format):
     ) -> Tensor:
         return decode(stored.qdata, stored.scale, *_flat_range(stored, rows), dtype).view(_slice_shape(stored, rows))
 
-    def peaks(self, stored: QuantizedTensor, rows: slice) -> Tensor | None:
+    def peaks(self, stored: QuantizedTensor, rows: slice, dtype: torch.dtype = torch.float64) -> Tensor | None:
         start, stop = _flat_range(stored, rows)
         assert stored.scale is not None
         first = start // BLOCK
-        magnitudes = stored.scale[first : -(-stop // BLOCK)].double().repeat_interleave(BLOCK)
+        magnitudes = stored.scale[first : -(-stop // BLOCK)].to(dtype).repeat_interleave(BLOCK)
         return magnitudes[start - first * BLOCK : stop - first * BLOCK].view(_slice_shape(stored, rows))
 
     def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
-        code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
-        relative = values / peaks.where(peaks > 0, 1.0)
-        return code[torch.bucketize(relative, (code[1:] + code[:-1]) / 2)] * peaks
+        code = torch.tensor(NF4_CODE, dtype=values.dtype, device=values.device)
+        return code.take(nearest_codes((values / peaks).nan_to_num_(0.0))).mul_(peaks)
 
     def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
         if stored.device.type in ("cpu", "cuda"):

@@ -16,6 +16,7 @@ from ._int8 import SCALE_DTYPE
 
 BLOCK = 64  # values that share a magnitude
 _CHUNK = 2**18  # values that are encoded at once
+_CELLS = 32  # of equal width, narrower than the distance of two middles of codes
 
 # fmt: off
 NF4_CODE = (
@@ -43,18 +44,40 @@ def encode_nf4(
     count = len(values)
     qdata = torch.empty(-(-count // 2), dtype=torch.uint8, device=values.device)
     scale = torch.empty(-(-count // BLOCK), dtype=SCALE_DTYPE, device=values.device)
-    code = torch.tensor(NF4_CODE, dtype=torch.float64, device=values.device)
-    middles = ((code[1:] + code[:-1]) / 2).float()
     for start in range(0, count, chunk):
         part = values[start : start + chunk]
         blocks = torch.nn.functional.pad(part, [0, -len(part) % BLOCK]).view(-1, BLOCK)
         largest = _rounded_finite(blocks.abs().amax(1))
         divisor = largest.float().where(largest > 0, torch.inf).unsqueeze(1)
-        pairs = torch.bucketize(blocks / divisor, middles).to(torch.uint8).view(-1, 2)
+        pairs = nearest_codes(blocks / divisor).to(torch.uint8).view(-1, 2)
         packed = (pairs[:, 0] << 4) | pairs[:, 1]
         qdata[start // 2 : start // 2 + len(packed)] = packed[: -(-len(part) // 2)]
         scale[start // BLOCK : start // BLOCK + len(largest)] = largest
     return qdata, scale
+
+
+def nearest_codes(
+    relative: Tensor,  # (...), float32 or float64, finite; beyond ±1 the last codes are nearest
+) -> Tensor:
+    """The indices of the nearest codes: those of `torch.bucketize` at the middles, some times faster.
+
+    At most one middle lies in each of 32 equal cells, so that a comparison with it is enough.
+    """
+    cells = (relative * (_CELLS / 2)).add_(_CELLS / 2).clamp_(0, _CELLS - 1).long()
+    below, middle = _cells(relative.device, relative.dtype)
+    return below.take(cells).add_(relative > middle.take(cells))
+
+
+@cache
+def _cells(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """For each cell the number of middles below it, and the middle inside it, or infinity."""
+    with torch.inference_mode(False):
+        code = torch.tensor(NF4_CODE, dtype=torch.float64, device=device)
+        middles = ((code[1:] + code[:-1]) / 2).to(dtype)
+        edges = torch.linspace(-1, 1, _CELLS + 1, dtype=dtype, device=device)
+        below = torch.bucketize(edges, middles)
+        inside = torch.cat([middles, middles.new_tensor([torch.inf])])[below[:-1]]
+        return below[:-1], inside.where(below[1:] > below[:-1], torch.inf)
 
 
 def _rounded_finite(peak: Tensor) -> Tensor:

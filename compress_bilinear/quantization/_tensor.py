@@ -108,15 +108,15 @@ class Format(ABC):
         """Bytes of a stored tensor, scales included; the sizes may be broadcast tensors."""
         return sum(math.prod(b.shape) * b.dtype.itemsize for b in self.buffers(shape, layout) if b is not None)
 
-    def peaks(self, stored: "QuantizedTensor", rows: slice) -> Tensor | None:
-        """The largest magnitude that each value of a slice can have with its scale, in float64.
+    def peaks(self, stored: "QuantizedTensor", rows: slice, dtype: torch.dtype = torch.float64) -> Tensor | None:
+        """The largest magnitude that each value of a slice can have with its scale.
 
         None where errors of rounding are not fed back from value to value, for which `nearest` is needed too.
         """
         return None
 
     def nearest(self, values: Tensor, peaks: Tensor) -> Tensor:
-        """The values that can be stored and are nearest, for given `peaks`; float64."""
+        """The values that can be stored and are nearest, for given `peaks`; in their dtype."""
         raise NotImplementedError(f"Errors of {self.name} are not fed back.")
 
     def reason_against_bitsandbytes(self, stored: "QuantizedTensor") -> str | None:

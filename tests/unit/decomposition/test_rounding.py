@@ -23,6 +23,7 @@ from compress_bilinear.decomposition import (
     unwhitened_tucker,
 )
 from compress_bilinear.fitting import weight_error
+from compress_bilinear.quantization import FORMATS
 
 SHAPE = (37, 63, 29)
 WEIGHT = low_rank(SHAPE, 12, noise=0.3).float()
@@ -151,6 +152,27 @@ def error_in(metric, weight, values) -> float:
     return float((metric.whiten(values.double()) - white).norm() / white.norm())
 
 
+def one_by_one(weight, quantize, roots):
+    """The same by GPTQ's own rule: in1 from its first entry on, in2 from its last, in the Kronecker product itself."""
+    form = FORMATS[quantize]
+    stored = form.encode(weight, "weight")
+    nearest, peaks = (
+        part.flip(2).flatten(1) for part in (stored.decode(torch.float64), form.peaks(stored, slice(None)))
+    )
+    systems = []
+    for root in roots:
+        system = root @ root
+        systems.append(system + 1e-2 * system.diagonal().mean() * torch.eye(len(root)).double())
+    upper = torch.linalg.cholesky(torch.linalg.inv(torch.kron(systems[0], systems[1].flip(0, 1))), upper=True)
+    wanted = weight.flip(2).flatten(1).clone()
+    for k in range(wanted.shape[1]):
+        found = form.nearest(wanted[:, k], peaks[:, k])
+        found = torch.where(nearest[:, k].abs() >= peaks[:, k], nearest[:, k], found)
+        wanted[:, k:] -= ((wanted[:, k] - found) / upper[k, k])[:, None] * upper[k, k:]
+        wanted[:, k] = found
+    return wanted.view(weight.shape).flip(2)
+
+
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
 class TestInAMetric:
     @pytest.mark.parametrize("method", ["cp", "tucker"])
@@ -168,10 +190,9 @@ class TestInAMetric:
         floating = error_in(metric, WEIGHT, found.to_tensor())
         assert fitted**2 - floating**2 < 0.9 * (plain**2 - floating**2)
 
-    @pytest.mark.parametrize("most", [2**14, 16], ids=["one by one", "along in1"])
-    def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize, most):
+    def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize):
         metric = spread_metric()
-        values = stored_weight(WEIGHT, quantize, metric, most_steps=most)
+        values = stored_weight(WEIGHT, quantize, metric)
         again = cb.DenseBilinear.from_weight(values, quantize=quantize).to_dense()
         torch.testing.assert_close(again, values, rtol=1e-6, atol=0)
         plain = cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
@@ -183,12 +204,17 @@ class TestInAMetric:
         class Counted(Budget):
             def left(self):
                 self.asked = getattr(self, "asked", 0) + 1
-                return 5.5 - self.asked
+                return 10.5 - self.asked
 
-        told = []
+            def child(self, share=1.0, span=(0.0, 1.0)):
+                part = super().child(share, span)
+                part.left = self.left
+                return part
+
+        told, most = [], 4 * WEIGHT[0].numel()
         metric, plain = spread_metric(), cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense()
         assert torch.equal(stored_weight(WEIGHT, quantize, metric, Budget(1e-9)), plain)
-        values = stored_weight(WEIGHT, quantize, metric, Counted(1.0, lambda part, error: told.append(part)))
+        values = stored_weight(WEIGHT, quantize, metric, Counted(1.0, lambda *seen: told.append(seen[0])), most)
         all_of_them = stored_weight(WEIGHT, quantize, metric)
         done = [torch.equal(one, other) for one, other in zip(values, all_of_them, strict=True)]
         assert 0 < sum(done) < len(done)
@@ -201,6 +227,35 @@ class TestInAMetric:
     def test_a_plain_metric_rounds_to_the_nearest(self, quantize):
         values = stored_weight(WEIGHT, quantize, Metric.of_moments([None] * 3, 1))
         assert torch.equal(values, cb.DenseBilinear.from_weight(WEIGHT, quantize=quantize).to_dense())
+
+    def test_flat_moments_round_to_the_nearest(self, quantize):
+        rows = [normal(5000, size, seed=size) for size in SHAPE[1:]]
+        metric = Metric.of_moments([None, *(part.T @ part / 5000 for part in rows)], 5000)
+        assert torch.equal(
+            stored_weight(WEIGHT, quantize, metric), stored_weight(WEIGHT, quantize, Metric.of_moments([None] * 3, 1))
+        )
+
+    @pytest.mark.parametrize("shape", [(3, 37, 34), (2, 5, 63), (4, 40, 3), (2, 33, 1)], ids=str)
+    def test_entries_are_rounded_as_one_after_another_in_the_whole_metric(self, quantize, shape):
+        roots = [
+            mixed @ mixed.T + 0.1 * torch.eye(size).double()
+            for mixed, size in ((normal(n, n, seed=n) / n, n) for n in shape[1:])
+        ]
+        metric = Metric((None, *roots), (None, *(torch.linalg.inv(root) for root in roots)))
+        weight = normal(*shape)
+        values = stored_weight(weight, quantize, metric)
+        torch.testing.assert_close(values, one_by_one(weight, quantize, roots), rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_every_dtype_keeps_the_very_values(self, quantize, dtype):
+        metric, weight = spread_metric(), WEIGHT.to(dtype)
+        weight[3] = 0
+        values = stored_weight(weight, quantize, metric)
+        assert values.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.equal(cb.DenseBilinear.from_weight(values, quantize=quantize).to_dense(values.dtype), values)
+        assert not bool(values[3].any())
+        nearest = cb.DenseBilinear.from_weight(weight, quantize=quantize).to_dense(values.dtype)
+        assert error_in(metric, weight, values) < 0.75 * error_in(metric, weight, nearest)
 
     def test_one_column_one_row_and_zeros_are_rounded(self, quantize):
         for shape in ((1, 1, 1), (3, 1, 7), (2, 5, 1)):
