@@ -71,25 +71,24 @@ def stored_weight(
     metric: Metric,
     budget: Budget | None = None,
     most: int = _TOGETHER,
-) -> Tensor:  # (O, I, J)
+) -> Tensor | None:  # (O, I, J)
     """A weight as a dense layer stores it, rounded so that its outputs change little; in float32 or its wider dtype.
 
     The entries of each output are rounded one after another in the metric of its inputs, whose Kronecker product is
-    never formed. All are rounded to the nearest values where the moments tell that this would not help, as for
-    independent inputs, and those outputs are for which the budget leaves no time. At most `most` entries are
-    worked on at once, or one output.
+    never formed; at most `most` entries are worked on together, or one output. Outputs for which the budget leaves no
+    time are rounded to the nearest values. None where that is what the moments advise for all, as for independent
+    inputs.
     """
-    form = FORMATS[quantize]
-    stored = form.encode(weight, "weight")
-    result = stored.decode(torch.promote_types(weight.dtype, torch.float32))
-    dtype, budget = working_dtype(weight), budget or Budget()
+    form, dtype = FORMATS[quantize], working_dtype(weight)
     (from1, left1), (from2, left2) = (
         (torch.zeros(size, size), 1.0) if root is None else _feedback(root.T @ root, _INPUT_DAMPING, last)
         for size, root, last in zip(weight.shape[1:], metric.roots[1:], (False, True), strict=True)
     )
-    if left1 * left2 > _GAIN:
-        return result
-    from1, from2 = (along.to(weight.device, dtype) for along in (from1, from2))
+    if left1 * left2 > _GAIN or not form.coarse:
+        return None
+    from1, from2 = (taken.to(weight.device, dtype) for taken in (from1, from2))
+    stored, budget = form.encode(weight, "weight"), budget or Budget()
+    result = stored.decode(torch.promote_types(weight.dtype, torch.float32))
     for rows in slabs(weight.shape, most=most, least=most):
         peaks = form.peaks(stored, rows, dtype)
         if peaks is None or budget.left() <= 0:

@@ -101,16 +101,16 @@ class OutputFitting(WeightFitting):
         return best(fits)
 
     def dense(self, config: DenseConfig, budget: Budget) -> Candidate:
-        """The weight itself in the config's format: the best of the ways to round it, and of both biases."""
+        """The weight itself in the config's format: each value to the nearest, or the better of the ways to round."""
 
-        def fits(weight: Tensor) -> list[Candidate]:
-            biases = (False, True) if self._fix_bias and config.quantize is not None else (False,)
-            made = [(DenseBilinear.from_weight(weight, quantize=config.quantize), each) for each in biases]
-            return [self._stored(config, module, correct_bias=each) for module, each in made]
+        def fit(weight: Tensor) -> Candidate:
+            module = DenseBilinear.from_weight(weight, quantize=config.quantize)
+            return self._stored(config, module, correct_bias=config.quantize is not None)
 
-        found = fits(self.weight)
+        found = [fit(self.weight)]
         if config.quantize is not None:
-            found += fits(decompose.stored_weight(self.weight, config.quantize, self.metric, budget))
+            fed_back = decompose.stored_weight(self.weight, config.quantize, self.metric, budget)
+            found += [] if fed_back is None else [fit(fed_back)]
         return best(found)
 
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
