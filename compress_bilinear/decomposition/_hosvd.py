@@ -40,12 +40,17 @@ def ordered(
     """
     small = weight.numel() <= SMALL
     tensor = metric.whiten(weight.detach().double() if small else weight)
-    bases: list[Tensor] = []
     with full_precision(weight.device):
-        for mode, size in enumerate(tensor.shape):
-            bases.append(leading(gram(tensor, mode, tensor.dtype).double(), size, torch.float64))
-            turned_(tensor, bases[mode].to(tensor.dtype), mode)
-    return tensor, metric.turned(bases)
+        return tensor, metric.turned(ordered_(tensor))
+
+
+def ordered_(tensor: Tensor) -> list[Tensor]:
+    """Turn a tensor in place to the coordinates of its HOSVD; return the orthogonal U (d, d), float64, of each mode."""
+    bases: list[Tensor] = []
+    for mode, size in enumerate(tensor.shape):
+        bases.append(leading(gram(tensor, mode, tensor.dtype).double(), size, torch.float64))
+        turned_(tensor, bases[mode].to(tensor.dtype), mode)
+    return bases
 
 
 def start(

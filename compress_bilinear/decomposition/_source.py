@@ -7,6 +7,7 @@ value below about 1e-4 of the largest.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -49,7 +50,6 @@ class Source:
 
     Attributes:
         dtype: the working dtype.
-        total: the squared Frobenius norm of the scaled weight.
         scale: the power of two.
     """
 
@@ -64,7 +64,11 @@ class Source:
         self.scale = (
             1.0 if largest == 0 or 1e-6 < largest < 1e6 else 2.0 ** -max(-1000, min(1000, math.frexp(largest)[1]))
         )
-        self.total = sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
+
+    @cached_property
+    def total(self) -> float:
+        """The squared Frobenius norm of the scaled weight."""
+        return sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
 
     def _scaled(self, part: Tensor) -> Tensor:
         """Part of the weight, scaled, in the working dtype."""
@@ -117,13 +121,6 @@ class Source:
                 flat[: out.shape[1], columns] = out.T @ flat[:, columns]
             return result[: out.shape[1]]
         return mode_product(result, out, 0)
-
-    def rotate(self, basis: Sequence[Tensor]) -> Tensor:
-        """`project` for square U_m, in one tensor of the working dtype: the full HOSVD core."""
-        core = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
-        for rows, slab in self.slabs():
-            core[rows] = mode_product(slab @ basis[2], basis[1], 1)
-        return turned_(core, basis[0], 0)
 
     def mttkrp(self, factors: Sequence[Tensor], mode: int) -> Tensor:  # (d_mode, R) float64
         """The unfolding times the Khatri-Rao product of the other two of the factors (d_m, R)."""

@@ -6,6 +6,8 @@ truncation strategy for the higher-order singular value decomposition" (SIAM J. 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from math import prod
 from typing import cast
 
 import torch
@@ -14,19 +16,21 @@ from torch import Tensor
 from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
 from ._budget import Budget, Progress
 from ._factors import Factors, TuckerDecomposition, relative
-from ._hosvd import start, truncated
+from ._hosvd import ordered_, start
 from ._search import tightened
 from ._sizes import check_tucker_rank, check_weight
-from ._source import Basis, Source, full_precision, gram, leading, mode_product, turned_
-from ._tucker_ranks import Target, Triple, best_block
+from ._source import SMALL, Basis, Source, full_precision, gram, mode_product
+from ._tucker_ranks import BlockEnergies, Target, Triple
 
 _MAX_SWEEPS = 30
-_TOLERANCE = 5e-4  # HOOI stops where a sweep lowers the error by less than this part of it
+_TOLERANCE = 1e-3  # HOOI stops where a sweep lowers the error by less than this part of it
 _GRAM_LIMIT = 1e-11  # squared relative error near which singular values are lost in a Gram's rounding
 _NARROW_LIMIT = 1e-4  # the same for float32, with room
 _ITERATED = 1024  # size of a mode from which on eigenvectors cost more than an orthogonal iteration
-_FEW_SWEEPS = 4  # while ranks are still being chosen
-_ROUNDS = 2  # of widening the ranks and choosing again; the first gains a few per cent, a third nothing
+_SMALLER = 4  # times fewer elements than the weight make the block worth it that HOOI begins in
+_TELLING = 1e-3  # the same above which the energy that is kept, in float32, tells it to three digits
+_ROUNDS = 4  # of lower ranks, which HOOI may still bring within a `MaxError`
+_WORTH = 0.99  # of the bytes, which lower ranks must save to be tried
 
 
 def tucker(
@@ -34,6 +38,7 @@ def tucker(
     rank: TuckerRank,
     *,
     quantize: Quantize | None = None,
+    ordered: bool = False,
     max_seconds: float | None = None,
     progress: Progress | None = None,
 ) -> TuckerDecomposition:
@@ -49,12 +54,14 @@ def tucker(
             the factors are rounded to the weight's dtype; or `MaxSize(f)`, the lowest error within f of the weight's
             bytes.
         quantize: the format in which the caller will store the result; it only changes the bytes that are counted.
+        ordered: the weight is in the coordinates of its HOSVD, as `decomposition.ordered` gives it: none is computed.
         max_seconds: time to refine in; the start, an HOSVD, is always completed. None refines to convergence.
         progress: called with the part done and the relative error so far.
 
     Returns:
         A `TuckerDecomposition` in the weight's dtype and device; its `error` is the true residual in float64 after
-        that rounding. Besides the weight, the solver holds at most three times its bytes; more for weights of under
+        that rounding; for a `MaxSize` or ranks, of a large weight, it may be told by the energy that is kept, to three
+        digits. Besides the weight, the solver holds at most three times its bytes; more for weights of under
         2¹⁶ elements, which it works on in float64.
 
     Raises:
@@ -67,63 +74,164 @@ def tucker(
     budget = Budget(max_seconds, progress)
     with full_precision(weight.device):
         if isinstance(rank, (MaxError, MaxSize)):
-            return _to_target(weight, rank, quantize, budget)
+            return _to_target(weight, rank, quantize, ordered, budget)
         check_tucker_rank(rank, weight.shape)
         source = Source(weight)
-        basis = start(source, rank, torch.Generator().manual_seed(0))[0]  # the core goes
-        return _result(weight, source, refine(source, basis, budget))
+        solver = _InOrder(weight, source, []) if ordered and source.total else _Solver(weight, source)
+        return solver.at(rank, budget)
 
 
 def _to_target(
-    weight: Tensor, target: MaxError | MaxSize, quantize: Quantize | None, budget: Budget
+    weight: Tensor, wanted: MaxError | MaxSize, quantize: Quantize | None, ordered: bool, budget: Budget
 ) -> TuckerDecomposition:
+    """The best ranks by the energies of the HOSVD; for a `MaxError`, lower ones that HOOI brings within it."""
+    shape = cast(Triple, tuple(weight.shape))
+    target = Target(wanted, shape, weight.element_size(), quantize)
+    target.check_feasible()
     source = Source(weight)
-    square = [leading(source.gram(mode), size, source.dtype) for mode, size in enumerate(source.shape)]
+    if source.total == 0:
+        return _Solver(weight, source).at((1, 1, 1), budget)
+    solver = _InOrder(weight, source, [] if ordered else None)
+    energies = BlockEnergies(solver.source.weight)
 
-    def attempt(wanted: MaxError | MaxSize) -> TuckerDecomposition:
-        aim = Target(wanted, source.shape, weight.element_size(), quantize)
-        return _result(weight, source, _chosen(source, square, aim, budget))
+    def chosen(wanted: MaxError | MaxSize) -> tuple[Triple, float]:
+        """The ranks, and the relative error of the HOSVD at these."""
+        found = energies.best(replace(target, wanted=wanted))
+        assert found is not None  # the whole has no error, and some ranks are known to meet the size
+        key, rank = found
+        return rank, relative(key[isinstance(wanted, MaxError)], energies.total)
 
-    def within(error: float) -> tuple[TuckerDecomposition, float]:
-        result = attempt(MaxError(error))
-        return result, result.error or 0.0
+    if isinstance(wanted, MaxSize):
+        return solver.at(chosen(wanted)[0], budget)
 
-    if isinstance(target, MaxSize):
-        return attempt(target)
-    result, error = tightened(within, target.error)  # the factors are rounded to the weight's dtype
-    # else the weight itself, with all modes absorbed, for which nothing is rounded
-    return result if error <= target.error else _result(weight, source, (None, None, None))
+    def within(error: float) -> tuple[tuple[TuckerDecomposition, float], float]:
+        rank, expected = chosen(MaxError(error))
+        found = solver.at(rank, budget, exact=True)
+        return (found, expected), found.error or 0.0
+
+    (best, expected), error = tightened(within, wanted.error)  # the factors are rounded to the weight's dtype
+    if error > wanted.error:
+        return solver.at(shape, budget)  # the weight itself, for which nothing is rounded
+    for _ in range(_ROUNDS):
+        if error == 0 or budget.left() <= 0:
+            break
+        # HOOI will help other ranks as much as it has helped these
+        rank, _ = chosen(MaxError(wanted.error * expected / error))
+        if target.price(rank) > _WORTH * target.price(best.rank):
+            break
+        (found, expected), error = within(wanted.error * expected / error)
+        best = found if error <= wanted.error else best
+    return best
 
 
-def _result(weight: Tensor, source: Source, basis: Basis) -> TuckerDecomposition:
-    core = source.project(basis)
-    core = core if source.scale == 1.0 else core.double() / source.scale
-    factors = [
-        torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
-        for size, u in zip(source.shape, basis, strict=True)
-    ]
-    result = TuckerDecomposition(core.to(weight.dtype), cast(Factors, tuple(factors)))
-    return TuckerDecomposition(result.core, result.factors, result.relative_error(weight))
+class _Solver:
+    """HOOI for one weight, at any ranks."""
+
+    def __init__(self, weight: Tensor, source: Source) -> None:
+        """`source` reads the weight."""
+        self.weight, self.source, self._scale = weight, source, source.scale
+
+    def at(self, rank: Triple, budget: Budget, exact: bool = False) -> TuckerDecomposition:
+        """HOOI within a block that holds most of what matters, then over the whole.
+
+        `exact` takes the error from the residual, a pass in float64, also where the energy tells three digits of it.
+        """
+        whole = self.source
+        wide = [min(size, r + max(2, r // 3)) for size, r in zip(whole.shape, rank, strict=True)]
+        if prod(wide) * _SMALLER > prod(whole.shape):
+            wide = list(rank)
+        basis, block = self._start(wide)
+        if wide != list(rank):
+            inner = Source(block, whole.dtype)
+            outside = whole.total * inner.scale**2 - inner.total
+            found = refine(inner, _units(inner, rank), budget.child(span=(0.1, 0.4)), max(outside, 0.0))[0]
+            pairs = zip(basis, found, strict=True)
+            basis = [u if v is None else v if u is None else u @ v for u, v in pairs]
+            del inner
+        del block
+        return self._result(*refine(whole, basis, budget.child(span=(0.4, 1.0))), exact)
+
+    def _start(self, sizes: Sequence[int]) -> tuple[Basis, Tensor]:
+        """Bases with this many columns, None for full modes, and the core: nearly those of the HOSVD."""
+        return start(self.source, sizes, torch.Generator().manual_seed(0))
+
+    def _lifted(self, basis: Basis, core: Tensor) -> tuple[Basis, Tensor]:
+        """Bases and a core in the weight's own coordinates."""
+        return basis, core
+
+    def _result(self, basis: Basis, core: Tensor, exact: bool) -> TuckerDecomposition:
+        weight, total = self.weight.detach(), self.source.total
+        lost = total - sum(float(part.double().norm()) ** 2 for part in core)
+        basis, core = self._lifted(basis, core)
+        core = core if self._scale == 1.0 else core.double() / self._scale
+        if all(u is None for u in basis):
+            core = weight.clone()
+        factors = [
+            torch.eye(size, dtype=weight.dtype, device=weight.device) if u is None else u.to(weight.dtype)
+            for size, u in zip(weight.shape, basis, strict=True)
+        ]
+        result = TuckerDecomposition(core.to(weight.dtype), cast(Factors, tuple(factors)))
+        exact |= weight.numel() <= SMALL or weight.dtype != self.source.dtype or lost < _TELLING * total
+        return replace(result, error=result.relative_error(weight) if exact else relative(lost, total))
 
 
-def refine(
-    source: Source, basis: Basis, budget: Budget, sweeps: int = _MAX_SWEEPS, *, quiet: bool = False
-) -> list[Tensor | None]:
+class _InOrder(_Solver):
+    """The same for a weight in the coordinates of its HOSVD: leading blocks need no other bases."""
+
+    def __init__(self, weight: Tensor, source: Source, turns: list[Tensor] | None) -> None:
+        """`turns`: empty for a weight that is in these coordinates already."""
+        tensor = source.permuted((0, 1, 2))[0]
+        if turns is None:
+            tensor = tensor.clone() if tensor.data_ptr() == weight.data_ptr() else tensor
+            turns = ordered_(tensor)
+        super().__init__(weight, Source(tensor, source.dtype))
+        self._turns, self._scale = turns, self._scale * source.scale
+
+    def _start(self, sizes: Sequence[int]) -> tuple[Basis, Tensor]:
+        out, in1, in2 = sizes
+        return _units(self.source, sizes), self.source.weight[:out, :in1, :in2] * self.source.scale
+
+    def _lifted(self, basis: Basis, core: Tensor) -> tuple[Basis, Tensor]:
+        lifted = list(basis)
+        for mode, turn in enumerate(self._turns):
+            u = lifted[mode]
+            if u is None:
+                core = mode_product(core, turn.T.to(core.dtype), mode)
+            else:
+                lifted[mode] = turn @ u.double()
+        return lifted, core
+
+
+def _units(source: Source, sizes: Sequence[int]) -> list[Tensor | None]:
+    """The leading unit vectors of each mode; None where they are all."""
+    dtype, device = source.dtype, source.weight.device
+    pairs = zip(source.shape, sizes, strict=True)
+    return [None if k == d else torch.eye(d, k, dtype=dtype, device=device) for d, k in pairs]
+
+
+def refine(source: Source, basis: Basis, budget: Budget, outside: float = 0.0) -> tuple[list[Tensor | None], Tensor]:
     """Higher-order orthogonal iteration: each factor is the best for the other two, until the error settles.
 
-    `quiet` reports no progress: the error is not that of ranks that were asked for.
+    Args:
+        outside: squared norm that is lost besides, in the source's scale.
+
+    Returns:
+        The bases, and the core for them.
     """
-    basis = list(basis)
-    part: Tensor | None = None
+    basis, total = list(basis), source.total + outside
     modes = [mode for mode in range(3) if basis[mode] is not None]
+    core: Tensor | None = None
     energy, exact, narrow = 0.0, False, source.dtype != torch.float64
     # the product with the last mode serves the first two, unless it is nearly as large as the weight
     shared = {0, 1, 2} == set(modes) and 2 * basis[2].shape[1] <= basis[2].shape[0]  # type: ignore[union-attr]
-    for k in range(sweeps if modes else 0):
-        before, part = energy, None
+    pace = 0.0  # seconds of a sweep
+    for k in range(_MAX_SWEEPS if modes else 0):
+        if budget.left() <= pace:
+            break
+        before, pace, core = energy, budget.elapsed(), None
         partial = source.project((None, None, basis[2])) if shared else None
         for mode in modes:
-            part = None  # before the next is made
+            core = None  # before the next is made
             if partial is None or mode == 2:
                 part = source.project(basis, skip=mode)
             else:
@@ -132,17 +240,18 @@ def refine(
                 partial = None
             precision = source.dtype if narrow else torch.float64
             basis[mode], energy = _dominant(part, mode, basis[mode], exact, precision)  # type: ignore[arg-type]
-        lost = max(source.total - energy, 0.0)
-        used, narrow = narrow, narrow and lost > _NARROW_LIMIT * source.total
-        if not quiet:
-            budget.report(k / sweeps, relative(lost, source.total))
+            core = mode_product(part, basis[mode], mode) if mode == modes[-1] else None
+            del part
+        lost, pace = max(total - energy, 0.0), budget.elapsed() - pace
+        used, narrow = narrow, narrow and lost > _NARROW_LIMIT * total
+        budget.report(k / _MAX_SWEEPS, relative(lost, total))
         # with one mode there is nothing to alternate with
         settled = len(modes) == 1 or (k and energy - before <= 2 * _TOLERANCE * lost)
-        if budget.left() <= 0 or (settled and (narrow or not used)):
-            if exact or lost > _GRAM_LIMIT * source.total or source.dtype != torch.float64:
+        if settled and (narrow or not used):
+            if exact or lost > _GRAM_LIMIT * total or source.dtype != torch.float64:
                 break
             exact = True  # and go on, for what Grams cannot see
-    return basis
+    return basis, source.project(basis) if core is None else core
 
 
 def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision: torch.dtype) -> tuple[Tensor, float]:
@@ -163,110 +272,5 @@ def _dominant(tensor: Tensor, mode: int, current: Tensor, exact: bool, precision
         flat = tensor.movedim(mode, 0).flatten(1)
         basis = torch.linalg.qr(flat @ (flat.T @ current))[0]
         return basis, float((basis.T @ flat).double().square().sum())
-    values, vectors = torch.linalg.eigh(gram(tensor, mode, precision))
-    return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum(dtype=torch.float64))
-
-
-def _chosen(source: Source, square: Sequence[Tensor], target: Target, budget: Budget) -> Basis:
-    """The best ranks for a target, and bases for them.
-
-    The first choice is exact for the full HOSVD. From it, HOOI at slightly larger ranks packs more energy into a
-    smaller block, in which the choice is made again; within that block ranks are then lowered while HOOI still meets
-    the target.
-    """
-    target.check_feasible()
-    first = best_block(source.rotate(square), 0.0, source.total, target) if source.total else None
-    if first is None:
-        return truncated(source, (1, 1, 1))[0]
-    best_key, rank = first
-    best: Basis = _columns(square, rank)
-    budget.report(0.1, relative(source.lost(best), source.total))
-    ordered = square
-    for k in range(_ROUNDS):
-        if budget.left() <= 0:
-            break
-        ordered, rank, packed = _packed(source, ordered, rank, target, budget)
-        lost = source.lost(packed)
-        budget.report(0.1 + 0.8 * (k + 1) / _ROUNDS, relative(lost, source.total))
-        if not target.key(rank, lost) < best_key or not target.meets(rank, lost, source.total):
-            break
-        best_key, best = target.key(rank, lost), packed
-    refined = refine(source, best, budget.child(span=(0.9, 1.0)))
-    lost = source.lost(refined)
-    rank = _rank(source, best)
-    return refined if target.meets(rank, lost, source.total) and target.key(rank, lost) <= best_key else best
-
-
-def _packed(
-    source: Source, basis: Sequence[Tensor], rank: Triple, target: Target, budget: Budget
-) -> tuple[list[Tensor], Triple, Basis]:
-    """Bases of slightly larger ranks, ordered; and in them the best ranks for the target, and their bases."""
-    wide = [min(size, r + max(2, r // 6)) for size, r in zip(source.shape, rank, strict=True)]
-    found = refine(source, _columns(basis, wide), budget, _FEW_SWEEPS, quiet=True)
-    outside = source.lost(found)
-    ordered, core = _ordered(source, found)
-    again = best_block(core, outside, source.total, target)
-    if again is None:  # too little is inside
-        return ordered, rank, _columns(basis, rank)
-    rank, inner = _lowered(Source(core), outside, again[1], source.total, target, budget)
-    return ordered, rank, [_lift(u, v, d) for u, v, d in zip(ordered, inner, source.shape, strict=True)]
-
-
-def _rank(source: Source, basis: Basis) -> Triple:
-    out, in1, in2 = (size if u is None else u.shape[1] for size, u in zip(source.shape, basis, strict=True))
-    return out, in1, in2
-
-
-def _columns(basis: Sequence[Tensor], rank: Sequence[int]) -> Basis:
-    """The leading columns; None where all of them are kept, which is the identity in other coordinates."""
-    return [None if r == u.shape[0] else u[:, :r].contiguous() for u, r in zip(basis, rank, strict=True)]
-
-
-def _lift(basis: Tensor, inner: Tensor | None, size: int) -> Tensor | None:
-    """A basis within a subspace, as one of the whole space."""
-    lifted = basis if inner is None else basis @ inner.to(basis.dtype)
-    return None if lifted.shape[1] == size else lifted
-
-
-def _ordered(source: Source, basis: Basis) -> tuple[list[Tensor], Tensor]:
-    """The same subspaces in the coordinates of the HOSVD of their own core, and that core."""
-    core = source.project(basis)
-    ordered: list[Tensor] = []
-    for mode, u in enumerate(basis):
-        turn = leading(gram(core, mode), core.shape[mode], source.dtype)
-        turned_(core, turn, mode)
-        ordered.append(turn if u is None else u @ turn)
-    return ordered, core
-
-
-def _cheaper(rank: Triple, target: Target) -> list[Triple]:
-    """For each mode, the next lower rank that costs less: near three quarters of a size, one below may cost more."""
-    found: list[Triple] = []
-    for mode in range(3):
-        for lower in range(rank[mode] - 1, 0, -1):
-            out, in1, in2 = (lower if m == mode else r for m, r in enumerate(rank))
-            if target.price((out, in1, in2)) < target.price(rank):
-                found.append((out, in1, in2))
-                break
-    return found
-
-
-def _lowered(
-    core: Source, outside: float, rank: Triple, total: float, target: Target, budget: Budget
-) -> tuple[Triple, Basis]:
-    """Ranks lowered one at a time while HOOI within the core meets a `MaxError`; the core's leading block meets it."""
-    identity = [torch.eye(size, dtype=core.dtype, device=core.weight.device) for size in core.shape]
-    basis: Basis = _columns(identity, rank)
-    del identity
-    if not isinstance(target.wanted, MaxError):
-        return rank, basis
-    lowered = True
-    while lowered and budget.left() > 0:
-        lowered = False
-        ordered = _ordered(core, basis)[0]
-        for candidate in sorted(_cheaper(rank, target), key=target.price):
-            trial = refine(core, _columns(ordered, candidate), budget, _FEW_SWEEPS, quiet=True)
-            if target.meets(candidate, outside + core.lost(trial) / core.scale**2, total):
-                rank, basis, lowered = candidate, trial, True
-                break
-    return rank, basis
+    values, vectors = torch.linalg.eigh(gram(tensor, mode, precision).double())  # float32 would not be orthogonal
+    return vectors[:, -kept:].flip(1).to(tensor.dtype), float(values[-kept:].sum())

@@ -8,7 +8,7 @@ import torch
 from support import DTYPES, ROUNDING, TOLERANCES, low_rank
 
 from compress_bilinear import MaxError, MaxSize
-from compress_bilinear.decomposition import cp, tucker, tucker_bytes, tucker_parameters
+from compress_bilinear.decomposition import cp, ordered, tucker, tucker_bytes, tucker_parameters
 from compress_bilinear.errors import CompressionError, ConfigError, InfeasibleError
 
 NOISY = low_rank((10, 13, 9), 4, noise=0.3)
@@ -340,3 +340,36 @@ def test_progress_never_goes_back_and_may_end_the_solve(rank):
 
     with pytest.raises(KeyboardInterrupt):
         tucker(FULL, rank, progress=stop)
+
+
+@pytest.mark.parametrize("rank", [(4, 5, 3), (10, 5, 9), (10, 13, 9), MaxError(0.35), MaxSize(0.2)], ids=repr)
+@pytest.mark.parametrize("scale", [1.0, 1e-150])
+def test_a_weight_in_its_hosvds_coordinates_gives_the_same_ranks_and_error(rank, scale):
+    tensor, _ = ordered(NOISY)
+    tensor = tensor * scale
+    before = tensor.clone()
+    found, expected = tucker(tensor, rank, ordered=True), tucker(tensor, rank)
+    assert found.rank == expected.rank
+    assert found.error == pytest.approx(expected.error, rel=1e-6, abs=1e-12)
+    assert found.error == pytest.approx(found.relative_error(tensor), rel=1e-9)
+    assert torch.equal(tensor, before)
+
+
+@pytest.mark.parametrize("rank", [(8, 9, 10), (12, 45, 40), MaxSize(0.1)], ids=repr)
+def test_an_ordered_float32_weight_too(rank):
+    tensor, _ = ordered(low_rank((50, 45, 40), 60, noise=0.2).float())
+    found, expected = tucker(tensor, rank, ordered=True), tucker(tensor, rank)
+    assert found.rank == expected.rank
+    assert found.error == pytest.approx(expected.error, rel=2e-3)
+
+
+@pytest.mark.parametrize("rank", [(8, 9, 10), (12, 45, 40), (25, 28, 30), MaxSize(0.1)], ids=repr)
+def test_an_error_that_energies_tell_is_that_of_the_result(rank):
+    weight = low_rank((50, 45, 40), 60, noise=0.2).float()
+    found = tucker(weight, rank)
+    assert found.error == pytest.approx(found.relative_error(weight), rel=1e-3)
+
+
+def test_a_zero_weight_is_in_any_order():
+    assert tucker(torch.zeros(3, 4, 5), (2, 2, 2), ordered=True).error == 0
+    assert tucker(torch.zeros(3, 4, 5), MaxError(0.1), ordered=True).rank == (1, 1, 1)
