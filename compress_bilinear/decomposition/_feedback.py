@@ -110,13 +110,10 @@ def _feedback(system: Tensor, damping: float, from_last: bool = False) -> tuple[
     Where there is no such factorization, nothing is taken back. The second is a ratio to the error of the nearest
     values, for errors that are independent.
     """
-    system = system.clone()
-    diagonal = system.diagonal()
-    diagonal.add_(damping * float(diagonal.mean()) + 1e-300)
-    scale = diagonal.sqrt()
+    system = system + (damping * float(system.diagonal().mean()) + 1e-300) * torch.eye(len(system)).to(system)
     turned = () if from_last else (0, 1)
-    root, failed = torch.linalg.cholesky_ex((system / scale / scale[:, None]).flip(turned))
-    root = root.flip(turned) * scale[:, None]
+    root, failed = torch.linalg.cholesky_ex(system.flip(turned))
+    root = root.flip(turned)
     if int(failed) or not bool(torch.isfinite(root).all()):
         return torch.zeros_like(system), 1.0
     left = math.sqrt(float(root.diagonal().square().sum() / system.trace()))

@@ -25,7 +25,7 @@ _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
 _LEAST_RIDGE = 1e-9
 _CYCLES = 4  # of rounding each factor anew
-_GAIN = 0.998  # of the error, below which another cycle is worth its time
+_GAIN = 0.98  # of the squared error, below which another cycle is worth its time
 
 
 def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metric = PLAIN) -> _Any:
@@ -71,10 +71,7 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metr
     ridge = FORMATS[quantize].error ** 2  # what rounding the factors that are left will add
     factors = [factor.detach().double() for factor in found.factors]
     factors[0] = factors[0] * (found.weights.double() * source.scale)
-    plain = [stored_columns(factor, mode, quantize) for mode, factor in enumerate(factors)]
-    units = [unit for unit, _ in plain]
-    best = _CPFit(source, units, metric, scales=math.prod(scale for _, scale in plain))  # type: ignore[arg-type]
-    best = min(best, _CPFit(source, units, metric, best.sums), key=_CPFit.squared_error)
+    best = _CPFit(source, [stored_columns(f, mode, quantize)[0] for mode, f in enumerate(factors)], metric)
     white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
     for cycle in range(_CYCLES):
         before, sums = best.squared_error(), None
@@ -99,22 +96,15 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metr
 
 
 class _CPFit:
-    """Rounded factors and the scales of their components, by least squares where they are not given."""
+    """Rounded factors and the scales of their components, by least squares."""
 
-    def __init__(
-        self,
-        source: Source,
-        units: list[Tensor],
-        metric: Metric,
-        sums: Tensor | None = None,
-        scales: Tensor | None = None,
-    ) -> None:
+    def __init__(self, source: Source, units: list[Tensor], metric: Metric, sums: Tensor | None = None) -> None:
         self.source, self.units = source, units
         white = [metric.whitened(mode, unit) for mode, unit in enumerate(units)]
         self.sums = source.mttkrp(white, 0) if sums is None else sums
         self.gram = _gram_product(white, None)
         self.inner = (self.sums * white[0]).sum(0)  # of each component with the weight
-        self.scales = _solved(self.inner[None], self.gram, _LEAST_RIDGE)[0] if scales is None else scales
+        self.scales = _solved(self.inner[None], self.gram, _LEAST_RIDGE)[0]
 
     def squared_error(self) -> float:
         lost = self.source.total + float(self.scales @ (self.gram @ self.scales - 2 * self.inner))

@@ -15,7 +15,7 @@ UNIT = 2.0**-7  # the step of values without a scale: a power of two, so that fl
 SCALE_DTYPE = torch.bfloat16  # of a block's scale: it has float32's range, and values are rounded relative to it
 _MOST_BLOCK = 128  # entries that share a scale; the largest of 1,024 Gaussian ones would cost 0.75% error, not 0.63%
 _LEAST_BLOCK = 32  # below which a scale would take more than 1/16 of its values' bytes
-_CHUNK = 2**19  # values in float64 at once
+_CHUNK = 2**19  # values that are encoded at once
 
 
 def encode_int8(
@@ -29,19 +29,19 @@ def encode_int8(
     Args:
         grid: the number of blocks along each axis. A block has ⌈size / number⌉ consecutive entries, the last the rest;
             none may be empty.
-        chunk: values that are held in float64 at once, or one entry of the first axis, where it has no blocks.
+        chunk: values that are encoded at once, or one entry of the first axis, where it has no blocks.
 
     Returns:
         `qdata` int8 with the tensor's shape and `scale` of shape `grid`: `qdata * scale` ≈ `values`, each entry within
-        half its scale. A block of zeros has scale 0.
+        half its scale, to float32's accuracy. A block of zeros has scale 0.
     """
     step = max(1, chunk * len(values) // values.numel())
     if grid[0] == len(values) > step:
         parts = [encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk) for part in values.split(step)]
         return torch.cat([qdata for qdata, _ in parts]), torch.cat([scale for _, scale in parts])
     scale = _representable_scale(_peaks(values, grid).double(), scale_dtype)
-    divisor = torch.where(scale > 0, scale.double(), torch.inf)  # a block of zeros, or of too small values, becomes 0
-    quotient = values.double() / expand_scale(divisor, values.shape)
+    divisor = torch.where(scale > 0, scale.float(), torch.inf)  # a block of zeros, or of too small values, becomes 0
+    quotient = values / expand_scale(divisor, values.shape)
     return quotient.round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
