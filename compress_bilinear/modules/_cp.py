@@ -97,7 +97,7 @@ class CPBilinear(ProjectedBilinear[int]):
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
         out, in1, in2 = (linear_weight(layer, dtype) for layer in (self.out_proj, self.in1_proj, self.in2_proj))
-        return torch.einsum("or,ri->oir", out[rows], in1) @ in2
+        return torch.stack([(row * in1.T) @ in2 for row in out[rows]])  # an output at a time: (O, I, R) would be large
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()
