@@ -48,6 +48,7 @@ def replaced(name: str = "rel", **changes: Any) -> LayerReport:
     known: dict[str, Any] = {
         "name": name, "shape": (50, 100, 100), "method": "cp", "rank": 8, "quantize": "int8", "decision": "replaced",
         "notes": (AS_CONFIGURED,), "weight_error": 0.6, "output_error": 0.2, "calibration_rows": 512,
+        "calibration_groups": 128,
         "truncation_error": 0.59, "quantization_error": 0.01, "compute": "bitsandbytes",
         "compute_modes": modes(),
         "params_before": 250_000, "params_after": 2000, "bytes_before": 1_000_000, "bytes_after": 9000,

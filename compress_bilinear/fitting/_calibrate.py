@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from random import Random
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import CompressionError
 from ..modules import Call, call, undisturbed
+from ._held_out import FEWEST_GROUPS, Split, split_rows
 
 MAX_ROWS = 8192
-FEWEST_ROWS = 32  # below which nothing is fitted to rows, and none are held out
-_HELD_OUT = 4  # one row in so many
+_HELD_OUT = 4  # one batch in so many
 _CHUNK = 2**22  # elements that are widened to float64 at once
+
+
+Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""E[x1 x1ᵀ] (I, I), E[x2 x2ᵀ] (J, J) and E[x1 x2ᵀ] (I, J), in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,16 +33,22 @@ class LayerInputs:
         input2: (n, J), the rows that came with them.
         rows_seen: how many rows there were.
         calls: in how many calls.
-        moments: E[x1 x1ᵀ] (I, I), E[x2 x2ᵀ] (J, J) and E[x1 x2ᵀ] (I, J) over all rows, in float64.
+        moments: of all rows.
         gradient: E[g gᵀ] (O, O) of a loss's gradients by the layer's outputs, where a loss was given.
+        batch_held: (n,), whether a row came in a batch that is held out; None where batches were too few for that.
+        batch_moments: of all rows of the other batches; likewise.
+        seed: draws what is held out of few batches.
     """
 
     input1: Tensor
     input2: Tensor
     rows_seen: int
     calls: int
-    moments: tuple[Tensor, Tensor, Tensor]
+    moments: Moments
     gradient: Tensor | None = None
+    batch_held: Tensor | None = None
+    batch_moments: Moments | None = None
+    seed: int = 0
 
     @property
     def rows_per_call(self) -> int:
@@ -46,33 +57,40 @@ class LayerInputs:
 
     @property
     def is_enough(self) -> bool:
-        """Whether there are rows enough to fit to, and to hold some out."""
-        return len(self.input1) >= FEWEST_ROWS
+        """Whether there are rows to fit to: enough of them, and not all alike."""
+        return len(self.split.fit) > 0
 
-    @property
-    def _split(self) -> int:
-        return len(self.input1) - len(self.input1) // _HELD_OUT if self.is_enough else 0
+    @cached_property
+    def split(self) -> Split:
+        """Which rows are fitted to and which are held out: see `_held_out.py`."""
+        return split_rows(self.input1, self.input2, self.batch_held, self.seed)
 
     @property
     def fit(self) -> tuple[Tensor, Tensor]:
-        """The rows to fit to: three quarters of the sample, or none of a tiny one."""
-        return self.input1[: self._split], self.input2[: self._split]
+        """The rows to fit to; none of a tiny sample."""
+        return self._rows(self.split.fit)
 
     @property
     def held_out(self) -> tuple[Tensor, Tensor]:
-        """The rows to measure on, which no fit may see: the others."""
-        return self.input1[self._split :], self.input2[self._split :]
+        """The rows to measure on, which no fit may see; all of a tiny sample."""
+        return self._rows(self.split.held)
+
+    def _rows(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.input1[index.to(self.input1.device)], self.input2[index.to(self.input2.device)]
 
     @cached_property
-    def fit_moments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """`moments` without the rows that are held out."""
-        held1, held2 = (rows.double() for rows in self.held_out)
-        left = self.rows_seen - len(held1)
-        pairs = ((held1, held1), (held2, held2), (held1, held2))
-        first, second, cross = (
-            (moment.to(x.device) * self.rows_seen - x.T @ y) / left
-            for moment, (x, y) in zip(self.moments, pairs, strict=True)
-        )
+    def fit_moments(self) -> Moments:
+        """Without those that are held out: of all rows where none of these is like them, of `fit` otherwise."""
+        if self.split.apart and self.batch_moments is not None:
+            return self.batch_moments
+        rows1, rows2 = self.held_out if self.split.apart else self.fit
+        sums = [_product_sum(x, y) for x, y in ((rows1, rows1), (rows2, rows2), (rows1, rows2))]
+        if self.split.apart:
+            seen, left = self.rows_seen, self.rows_seen - len(rows1)
+            sums = [moment.to(part) * seen - part for moment, part in zip(self.moments, sums, strict=True)]
+        else:
+            left = len(rows1)
+        first, second, cross = (total / left for total in sums)
         return first, second, cross
 
 
@@ -100,20 +118,27 @@ def _product_sum(first: Tensor, second: Tensor) -> Tensor:
 class _Watch:
     """What one layer sees: the moments of all rows in float64, and a uniform sample of the rows, in constant memory.
 
-    Every row draws a key, and the rows with the largest keys stay. The gradients of a loss by the layer's outputs are
-    taken at probes of zero that are added to these.
+    Every row draws a key, and the rows with the largest keys stay. Of each four successive batches that reach the
+    layer, one is drawn to be held out: it has sums of its own. The gradients of a loss by the layer's outputs are taken
+    at probes of zero that are added to these.
     """
 
     def __init__(self, max_rows: int, seed: int) -> None:
-        self._max_rows = max_rows
-        self._generator = torch.Generator().manual_seed(seed)
-        self._keys = torch.empty(0)
+        self._max_rows, self._seed = max_rows, seed
+        self._generator, self._random = torch.Generator().manual_seed(seed), Random(seed)
+        self._batches, self._drawn, self._held = 0, 0, False
+        self._new = True  # the batch has not reached the layer yet
+        self._keys, self._keys_held = torch.empty(0), torch.empty(0, dtype=torch.bool)
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._sums: tuple[Tensor, ...] = ()
-        self._seen = self._calls = 0
+        self._sums: dict[bool, tuple[Tensor, ...]] = {}  # by whether the batch is held out
+        self._seen, self._calls = {False: 0, True: 0}, 0
         self._probes: list[Tensor] = []
         self._squares: Tensor | None = None  # Σ g gᵀ
         self._gradients = 0  # rows of these
+
+    def begin_batch(self) -> None:
+        """The calls that follow are one batch's."""
+        self._new = True
 
     def hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that takes the inputs of a call."""
@@ -124,12 +149,17 @@ class _Watch:
 
     def add(self, input1: Tensor, input2: Tensor) -> None:
         """Take rows (..., I) and (..., J)."""
-        parts = (_product_sum(input1, input1), _product_sum(input2, input2), _product_sum(input1, input2))
-        self._sums = tuple(a + b.to(a) for a, b in zip(self._sums, parts, strict=True)) if self._sums else parts
         leading = input1.shape[:-1]
+        if self._new and leading.numel():
+            if self._batches % _HELD_OUT == 0:
+                self._drawn = self._random.randrange(_HELD_OUT)
+            self._held = self._batches % _HELD_OUT == self._drawn
+            self._batches, self._new = self._batches + 1, False
+        parts = (_product_sum(input1, input1), _product_sum(input2, input2), _product_sum(input1, input2))
+        self._sums[self._held] = _added(self._sums.get(self._held), parts)
         keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator)])
         self._calls += 1
-        self._seen += leading.numel()
+        self._seen[self._held] += leading.numel()
         chosen = keys.topk(min(self._max_rows, len(keys))).indices
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
@@ -141,6 +171,7 @@ class _Watch:
                 torch.cat([kept[old.to(kept.device)], rows.to(kept)])
                 for kept, rows in zip(self._rows, picked, strict=True)
             ]
+        self._keys_held = torch.cat([self._keys_held[old], torch.full_like(new, self._held, dtype=torch.bool)])
         self._keys = torch.cat([keys[old], keys[new + len(self._keys)]])
         self._rows = (picked[0], picked[1])
 
@@ -158,22 +189,35 @@ class _Watch:
                 self._gradients += gradient.shape[:-1].numel()
                 self._squares = part if self._squares is None else self._squares + part.to(self._squares)
 
-    def result(self, name: str) -> LayerInputs | None:
-        """What was seen. Raises: CompressionError where it is not finite."""
-        if self._rows is None or self._seen == 0:
+    def result(self, name: str, whole: bool) -> LayerInputs | None:
+        """What was seen; `whole` holds out whole batches, if there are enough.
+
+        Raises: CompressionError where it is not finite.
+        """
+        seen = sum(self._seen.values())
+        if self._rows is None or seen == 0:
             return None
-        first, second, cross = (total / self._seen for total in self._sums)
+        fit, held = self._sums.get(False), self._sums.get(True)
+        first, second, cross = (total / seen for total in (_added(fit, held) if held else fit or ()))
         if not all(bool(torch.isfinite(moment).all()) for moment in (first, second, cross)):
             bad = sum(int((~torch.isfinite(rows)).any(1).sum()) for rows in self._rows)
             raise CompressionError(
                 f"The calibration inputs that reach layer {name or '(root)'!r} should be finite, and their squares in "
                 f"float64's range. Found NaN, infinity or larger values (in {bad} of {len(self._keys)} sampled rows)."
             )
-        order = self._keys.argsort(descending=True)  # random: what is held out must not be the end of the stream
+        order = self._keys.argsort(descending=True)  # random: a part of the sample must be like the whole
         input1, input2 = (rows[order.to(rows.device)] for rows in self._rows)
         squares = self._squares
         gradient = None if squares is None or not bool(squares.any()) else squares / self._gradients
-        return LayerInputs(input1, input2, self._seen, self._calls, (first, second, cross), gradient)
+        found = LayerInputs(input1, input2, seen, self._calls, (first, second, cross), gradient, seed=self._seed)
+        if not whole or fit is None or self._batches < FEWEST_GROUPS or not 1 / 8 <= self._seen[True] / seen <= 1 / 2:
+            return found
+        first, second, cross = (total / self._seen[False] for total in fit)
+        return replace(found, batch_held=self._keys_held[order], batch_moments=(first, second, cross))
+
+
+def _added(total: tuple[Tensor, ...] | None, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return parts if total is None else tuple(a + b.to(a) for a, b in zip(total, parts, strict=True))
 
 
 def collect_inputs(
@@ -185,6 +229,7 @@ def collect_inputs(
     loss_fn: Call | None = None,
     max_rows: int = MAX_ROWS,
     seed: int = 0,
+    whole_batches: bool = True,
 ) -> dict[str, LayerInputs | None]:
     """Run the model over `batches`; take the moments of the rows that reach each layer, and sample the rows.
 
@@ -196,7 +241,8 @@ def collect_inputs(
         model: the network, which is not changed.
         layers: two-input modules inside it, by a name of the caller's.
         batches, forward_fn, loss_fn: see `PlanOptions`. Parameters' own gradients are left alone.
-        max_rows, seed: the most rows to keep for a layer, and which ones.
+        max_rows, seed: the most rows to keep for a layer, and which ones; the seed draws also what is held out.
+        whole_batches: whole batches may be held out; False where they are the cut rows of one source.
 
     Returns:
         For each name its `LayerInputs`, or None where no row reached the layer.
@@ -204,12 +250,7 @@ def collect_inputs(
     Raises:
         CompressionError: there are no batches, the model fails on one, inputs are not finite, or a loss is no scalar.
     """
-    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
-    if lazy:
-        raise CompressionError(
-            f"The model should be initialised before calibration, which would initialise it. Found {', '.join(lazy)} "
-            "without a shape: run the model once first."
-        )
+    _check_initialised(model)
     watches = {name: _Watch(max_rows, seed) for name in layers}
     count = 0
     with undisturbed(model), ExitStack() as hooks:
@@ -218,6 +259,8 @@ def collect_inputs(
             if loss_fn is not None:
                 hooks.enter_context(layer.register_forward_hook(watches[name].probe))
         for count, batch in enumerate(batches, start=1):
+            for watch in watches.values():
+                watch.begin_batch()
             try:
                 with nullcontext() if loss_fn is None else torch.enable_grad():
                     result = (loss_fn or forward_fn or call)(model, batch)
@@ -234,7 +277,16 @@ def collect_inputs(
                     watch.take(loss)
     if count == 0:
         raise CompressionError("`calibration` should yield at least one batch. Found none.")
-    return {name: watch.result(name) for name, watch in watches.items()}
+    return {name: watch.result(name, whole_batches) for name, watch in watches.items()}
+
+
+def _check_initialised(model: nn.Module) -> None:
+    lazy = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if is_lazy(value)]
+    if lazy:
+        raise CompressionError(
+            f"The model should be initialised before calibration, which would initialise it. Found {', '.join(lazy)} "
+            "without a shape: run the model once first."
+        )
 
 
 def _checked_loss(loss: object) -> Tensor:

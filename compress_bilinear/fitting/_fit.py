@@ -8,10 +8,10 @@ from ..config import AutoConfig, DenseConfig, LayerConfig, MaxError, MaxSize, Pl
 from ..decomposition import Budget
 from ..errors import InfeasibleError
 from ..modules import method_of
-from ._calibrate import FEWEST_ROWS
 from ._candidate import Candidate
 from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting, check_not_zero
+from ._held_out import FEWEST_ROWS
 from ._job import Job
 from ._search import Search, without_bias
 

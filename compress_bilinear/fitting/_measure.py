@@ -47,7 +47,7 @@ class OutputError:
     """‖y − ŷ‖ / ‖y − b‖ over a layer's held-out rows: ŷ as a replacement computes it, y exactly, in float64.
 
     The bias is left out of the denominator, where it would flatter. The exact outputs are computed once; of a large
-    layer, for fewer rows. `rows` is their number.
+    layer, for fewer rows. `rows` is their number, and `groups` that of the independent groups among them.
     """
 
     def __init__(self, layer: nn.Bilinear, inputs: LayerInputs) -> None:
@@ -60,6 +60,7 @@ class OutputError:
             for first, second in zip(*(value[:most].split(_ROWS) for value in inputs.held_out), strict=True)
         ]
         self.rows = sum(len(first) for first, _ in self._rows)
+        self.groups = inputs.split.groups(most)
         parts: list[list[Tensor]] = [[] for _ in self._rows]
         with torch.no_grad():
             for outputs in row_slices(weight.shape):  # a large weight is not widened at once

@@ -35,6 +35,7 @@ from ..report import LayerReport, Note
 from ._allocate import allocate, best_within, just_above
 from ._distill import BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
+from ._rows import call_rows
 from ._verdict import cancelling, judge
 
 
@@ -70,7 +71,9 @@ def calibrate(model: nn.Module, jobs: Sequence[Job], options: PlanOptions, bars:
     watched = batches if options["refine"] is None else sample.watch(batches)
     with observing(job.found.adapted for job in open_.values()):
         layers = {label: job.found.rows for label, job in open_.items()}
-        inputs = collect_inputs(model, layers, watched, forward_fn=forward_fn, loss_fn=options["loss_fn"])
+        whole = forward_fn is not call_rows  # which are the rows of one file
+        loss_fn = options["loss_fn"]
+        inputs = collect_inputs(model, layers, watched, forward_fn=forward_fn, loss_fn=loss_fn, whole_batches=whole)
     for label, job in open_.items():
         job.inputs = inputs[label]
     if options["refine"] is not None:

@@ -101,6 +101,7 @@ def call_rows(model: nn.Module, batch: Rows) -> list[Tensor]:
 
 def error_on(layer: nn.Bilinear, rows: tuple[Tensor, Tensor]) -> OutputError:
     """What measures replacements of one layer, on the rows that calibration by the same file holds out."""
-    inputs = collect_inputs(layer, {"": layer}, batches({"": rows}, layer), forward_fn=call_rows)[""]
+    cut = batches({"": rows}, layer)
+    inputs = collect_inputs(layer, {"": layer}, cut, forward_fn=call_rows, whole_batches=False)[""]
     assert inputs is not None  # there are rows
     return OutputError(layer, inputs)

@@ -1,6 +1,7 @@
 """Whether a candidate is worth the replacement, and the record of that."""
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,8 @@ from .. import decomposition as decompose
 from .. import ops
 from ..config import LayerConfig, MaxError, MaxSize, PlanOptions
 from ..fitting import (
+    FEWEST_GROUPS,
+    FEWEST_ROWS,
     Candidate,
     Job,
     OutputError,
@@ -48,8 +51,10 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
         known |= _latencies(timing)
     if against is None and _is_exact(module):
         against = slowness(timing, job.found.form)
+    shaky = _shaky(job, candidate)
     if against is not None and not force:
-        job.chosen, job.report = None, kept(job, against, **known)
+        report = kept(job, against, **known)
+        job.chosen, job.report = None, replace(report, notes=(*report.notes, *shaky))
         return job.report
     known |= {"params_after": parameter_count(module), "bytes_after": candidate.bytes}
     if against is not None and not made:
@@ -57,7 +62,7 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
     notes = [against or AS_CONFIGURED]
     if timing is not None and timing.speedup < 1:
         notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
-    notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes]
+    notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
     if job.calibrated and job.inputs is None:
         notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
     known |= {"flops_after": module.flops_per_row, "notes": tuple(notes)}
@@ -123,6 +128,19 @@ def cancelling(amplification: float | None) -> tuple[Note, ...]:
     return (Note("cancelling", f"its components cancel (amplification {amplification:.2g})"),)
 
 
+def _shaky(job: Job, candidate: Candidate) -> tuple[Note, ...]:
+    """A note where the calibration says too little of the candidate; none otherwise."""
+    if job.held_out is None or candidate.module is None or _is_exact(candidate.module):
+        return ()
+    if job.inputs is not None and not job.has_rows and getattr(candidate.config, "fit", "output") == "output":
+        text = f"{len(job.inputs.input1)} calibration rows reach it, too few or too much alike to fit to"
+        return (Note("few_rows", f"fitted to the weight, for only {text} (at least {FEWEST_ROWS})"),)
+    if (groups := job.held_out.groups) >= FEWEST_GROUPS:
+        return ()
+    text = f"its output error rests on {groups} independent group{'s' * (groups != 1)} of rows"
+    return (Note("few_groups", f"{text}: more batches, or others that share no input, would make it surer"),)
+
+
 def _measured(job: Job, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:
     """The figures of a candidate, but for its sizes and latencies."""
     weight = job.layer.weight.detach()
@@ -130,7 +148,7 @@ def _measured(job: Job, candidate: Candidate, module: CompressedBilinear) -> dic
     known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
     if job.held_out is not None:
         known["output_error"] = job.held_out.of(module)
-        known["calibration_rows"] = job.held_out.rows
+        known |= {"calibration_rows": job.held_out.rows, "calibration_groups": job.held_out.groups}
     return known
 
 

@@ -22,9 +22,10 @@ class Note:
 
     Attributes:
         code: names the kind of fact, for programs: "as_configured", "forced", "slower", "cancelling",
-            "fitted_to_weight", "unreached", "refined", "not_refined", "just_above"; of a kept layer "not_replaceable",
-            "not_finite", "keeps_nothing", "not_smaller", "misses_target", "not_faster", "infeasible", "misfit",
-            "out_of_reach", "within_size". "text" has no kind: it was read from a report of an older schema.
+            "fitted_to_weight", "unreached", "few_rows", "few_groups", "refined", "not_refined", "just_above"; of a kept
+            layer "not_replaceable", "not_finite", "keeps_nothing", "not_smaller", "misses_target", "not_faster",
+            "infeasible", "misfit", "out_of_reach", "within_size". "text" has no kind: it was read from a report of
+            an older schema.
         text: the same for people; part of a sentence, without a full stop.
     """
 
@@ -119,7 +120,8 @@ class LayerReport:
             decomposition before rounding, and that of rounding, both relative to ‖W‖. None where not quantized.
         output_error: ‖y − ŷ‖/‖y − b‖ on held-out calibration rows, against the original weight in float64; None
             without such rows.
-        calibration_rows: the number of these rows.
+        calibration_rows: the number of these rows. calibration_groups: the number of independent groups among them,
+            which is that of the distinct values of the input that has fewer; None where it is not known.
         params_before, params_after: stored values, bias included.
         bytes_before, bytes_after: everything that is stored: values, scales, bias.
         compute: the compute mode of a quantized layer, see `ComputeMode`. None for others.
@@ -149,6 +151,7 @@ class LayerReport:
     quantization_error: Amount | None = None
     output_error: Amount | None = None
     calibration_rows: Count = 0
+    calibration_groups: Count | None = None
     params_before: Count
     params_after: Count
     bytes_before: Count

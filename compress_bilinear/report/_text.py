@@ -87,7 +87,7 @@ def speedup(value: float | None) -> str:
 
 
 def notes(report: ReportData) -> list[str]:
-    """A line for each layer with something to say, then the model's bytes, the timing and the environment."""
+    """A line for each layer with something to say, then the model's bytes, and what was measured on what."""
     lines = []
     for layer in report.layers:
         if layer.notes != (AS_CONFIGURED,):
@@ -106,6 +106,9 @@ def notes(report: ReportData) -> list[str]:
             f"Latency: medians of calls of {', '.join(map(str, rows))} rows, without gradients. "
             "“Best dense” is the fastest exact evaluation of the same weight."
         )
+    groups = [layer.calibration_groups for layer in report.layers if layer.calibration_groups is not None]
+    if groups:
+        lines.append(f"Output error: of each layer on held-out rows of at least {min(groups)} independent groups.")
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
     return lines
 

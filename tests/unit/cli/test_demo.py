@@ -47,7 +47,7 @@ def test_targets_are_met_and_errors_measured(ran):
             assert layer.bytes_after <= config.rank.fraction * layer.bytes_before
         assert 0 < layer.weight_error < 1
         assert 0 < layer.output_error < 1
-        assert layer.calibration_rows == 1257 // 4  # those that no fit has seen
+        assert 0.2 < layer.calibration_rows / 1257 < 0.3  # those of whole batches that no fit has seen
 
 
 def test_the_networks_are_kept_where_asked(ran):

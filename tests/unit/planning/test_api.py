@@ -697,7 +697,7 @@ def test_absorbed_modes_train_compile_and_take_autocast(rank, quantize):
 
 
 class TestFittedOutputs:
-    CALIBRATION: ClassVar = {"calibration": [rows(200)]}
+    CALIBRATION: ClassVar = {"calibration": [tuple(value + 1 for value in rows(200))]}
 
     def test_a_corrected_bias_is_a_new_one_and_the_original_as_it_was(self, net, inplace):
         bias = net.first.bias

@@ -217,7 +217,8 @@ class TestJudge:
         inputs = layer_inputs(torch.randn(9, 12), torch.randn(9, 10), 3)
         job = judged(layer, TUCKER, time_rows=7, inputs=inputs)
         report, module = job.report, job.chosen.module
-        assert (report.decision, report.notes) == ("replaced", (AS_CONFIGURED,))
+        assert (report.decision, report.notes[0]) == ("replaced", AS_CONFIGURED)
+        assert [note.code for note in report.notes] == ["as_configured", "few_rows"]
         assert (report.name, report.aliases, report.shape) == ("rel", ("again",), (8, 12, 10))
         assert (report.method, report.rank, report.quantize) == ("tucker", (3, 4, 4), None)
         assert (report.params_before, report.bytes_before) == (968, 4 * 968)
@@ -227,7 +228,7 @@ class TestJudge:
         assert report.flops_after == module.flops_per_row
         assert report.weight_error == weight_error(layer.weight, module)
         assert 0 < report.output_error < 1
-        assert report.calibration_rows == 9
+        assert (report.calibration_rows, report.calibration_groups) == (9, 9)
         assert (report.latency_before_ms, report.latency_after_ms, report.latency_dense_ms) == (4, 2, 1)
         assert report.latency_after_quartiles_ms == pytest.approx((1.8, 2.2))
         assert (report.speedup, report.speedup_vs_dense, report.batch_size, report.dense_order) == (2, 0.5, 7, "outer")
@@ -236,7 +237,7 @@ class TestJudge:
     def test_without_calibration_or_timing_their_figures_are_left_out(self):
         report = judged(planted(), CPConfig(rank=3)).report
         assert report.output_error is None
-        assert report.calibration_rows == 0
+        assert (report.calibration_rows, report.calibration_groups) == (0, None)
         assert report.speedup is None
         assert report.latency_before_ms is None
         assert report.batch_size is None
