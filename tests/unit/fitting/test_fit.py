@@ -199,7 +199,7 @@ def test_what_a_search_left_out_is_compared_in_the_end(config):
     found = fitting.at(config, config.rank, thorough=False)
     improved = fitting.improved(config, found, Budget())
     assert improved.error < found.error
-    assert improved.error == pytest.approx(fitting.at(config, config.rank).error)
+    assert improved.error <= fitting.at(config, config.rank).error * (1 + 1e-6)
     assert stored_bytes(improved.module) <= stored_bytes(found.module)
 
 
