@@ -134,17 +134,6 @@ class Source:
                 total += (partial * out[rows, None]).sum(0).double()
         return total
 
-    def lost(self, basis: Basis) -> float:
-        """The squared norm that the projection on the bases leaves out, from the residual itself."""
-        core, (out, in1, in2) = self.project(basis), basis
-        lost = 0.0
-        for rows, slab in self.slabs():
-            kept = core[rows] if out is None else (out[rows] @ core.flatten(1)).unflatten(1, core.shape[1:])
-            kept = kept if in1 is None else mode_product(kept, in1.T, 1)
-            kept = kept if in2 is None else kept @ in2.T
-            lost += float(kept.sub_(slab).double().norm()) ** 2
-        return lost
-
 
 def mode_product(tensor: Tensor, matrix: Tensor | None, mode: int) -> Tensor:
     """Tensor ×_mode matrixᵀ for a matrix (d_mode, r): the axis d_mode becomes r. No permuted copies."""
