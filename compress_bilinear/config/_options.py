@@ -33,9 +33,10 @@ class PlanOptions(TypedDict, total=False):
             or on Gaussian ones. A layer without the mode decodes on the fly. Latencies, speedups and output errors are
             those of the mode. The report's `compute_modes` has what each mode would have given.
         force: make the replacement whatever the verdict. The report still says what was lost.
-        max_seconds: time for all decompositions together (half of it where `refine` takes the rest), divided by the
-            sizes of the layers. Each layer gets the best that was found in its part. With a limit, results depend on
-            the machine's speed. None sets no limit.
+        max_seconds: for all of this together: calibrating, which cannot be cut, fitting, choosing, measuring and
+            timing; half of what calibrating leaves is for `refine`, if there is any. Layers share it by their sizes,
+            and each gets the best that was found in its part; what there is no time for is not timed. With a limit,
+            results depend on the machine's speed. None sets no limit.
         progress: True shows a progress bar on stderr. None shows it on a terminal only.
     """
 

@@ -8,6 +8,6 @@ from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting
 from ._held_out import FEWEST_GROUPS, FEWEST_ROWS
 from ._job import Job
-from ._latency import Latency, Timing, latencies, time_adapted, time_replacement, timing_inputs
+from ._latency import Latency, Timing, expected_seconds, latencies, time_adapted, time_replacement, timing_inputs
 from ._measure import OutputError, environment, parameter_count, stored_bytes, task_metric, weight_error
 from ._search import Search

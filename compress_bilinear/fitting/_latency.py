@@ -1,6 +1,7 @@
 """Latencies side by side: of a layer, its replacement, and the exact dense evaluations."""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -8,14 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from .. import ops
 from ..modules import AdaptedLayer, CompressedBilinear, DenseBilinear
 from ._calibrate import LayerInputs
 
 _BLOCK_SECONDS = 2e-3  # a timed block repeats a call until it lasts about this long
-_ROUNDS = (5, 25)
+_ROUNDS = (3, 25)
+_LONG = 0.1  # seconds of a call that needs no other one to warm up
+_MOST_CALLS = 24  # of one length, in `time_replacement`, where they are long
 _WHOLE_MOST = 2**25  # elements between the steps above which an unblocked dense order is not tried
 _SLOW = 2.0  # a dense order that a first try finds this much slower than the best is not timed further
 
@@ -54,31 +56,43 @@ def latencies(
 ) -> dict[str, Latency]:
     """Time calls side by side: in every round each is timed once, so that drift of the machine meets all alike.
 
-    Each is warmed up first. It takes about `seconds` in all; slow calls still have five rounds. Blocks are timed by
-    `torch.utils.benchmark.Timer` with torch's current thread number.
+    Short ones are warmed up, before each block too. It takes about `seconds`; long calls still have three rounds.
     """
     single = {name: _first_try(call, device) for name, call in calls.items()}
     repeats = {name: max(1, round(_BLOCK_SECONDS / max(duration, 1e-7))) for name, duration in single.items()}
-    round_seconds = sum(single[name] * (repeats[name] + 2) for name in calls)  # a Timer warms up with two calls
+    round_seconds = sum(single[name] * (repeats[name] + 1) for name in calls)
     rounds = round(min(max(seconds / max(round_seconds, 1e-9), _ROUNDS[0]), _ROUNDS[1]))
-    threads = torch.get_num_threads()
-    timers = {name: Timer("call()", globals={"call": call}, num_threads=threads) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name in calls:
-            samples[name].append(timers[name].timeit(repeats[name]).mean * 1e3)
+        for name, call in calls.items():
+            if single[name] <= _LONG:
+                _seconds(call, device)
+            samples[name].append(_seconds(call, device, repeats[name]) * 1e3)
     quartiles = {name: statistics.quantiles(values, n=4, method="inclusive") for name, values in samples.items()}
     return {name: Latency(median, lower, upper) for name, (lower, median, upper) in quartiles.items()}
 
 
 def _first_try(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds for one call, after one to warm up."""
-    for _ in range(2):
-        start = time.perf_counter()
+    """Seconds for one call; where it is short, after one to warm up."""
+    first = _seconds(call, device)
+    return first if first > _LONG else _seconds(call, device)
+
+
+def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 1) -> float:
+    """Seconds for one of so many calls."""
+    start = time.perf_counter()
+    for _ in range(repeats):
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def expected_seconds(layer: nn.Bilinear, rows: int) -> float:
+    """What `time_replacement` takes at least, from a call of a part of the layer, which loops over its outputs."""
+    part = layer.weight.detach()[: math.ceil(layer.out_features / 16)]
+    call = functools.partial(torch.nn.functional.bilinear, *timing_inputs(layer, rows), part)
+    return _MOST_CALLS * layer.out_features / len(part) * _first_try(call, part.device)
 
 
 def dense_calls(layer: nn.Bilinear, input1: Tensor, input2: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -1,7 +1,6 @@
 """`plan` and `compress`: check everything, solve and measure everything, then only swap."""
 
 import copy
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
@@ -17,8 +16,10 @@ from ..fitting import IMPROVE, Job, environment, stored_bytes, task_metric
 from ..modules import check_inplace, fingerprint, parameter_owners, plain_reference, reason_against, swap, take_flags
 from ..report import FrontPoint, Report, render_text
 from ._distill import DEFAULT_SECONDS
-from ._planner import calibrate, choose, distil_all, find_jobs, fit_all, judge_all
+from ._planner import calibrate, choose, distil_all, find_jobs, fit_all, judge_all, judging_seconds
 from ._progress import ProgressBars
+
+_MOST_JUDGING = 0.25  # of the time
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -146,22 +147,30 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         isinstance(each, AutoConfig) or getattr(each, "quantize", None) for each in configs.values()
     ):
         raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")
-    seconds, refine = given["max_seconds"], given["refine"]
+    refine, whole = given["refine"], Budget(given["max_seconds"])
     jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
     with ProgressBars(given["progress"]) as bars:
-        begun = time.perf_counter()
-        batches = calibrate(model, jobs, given, bars)
-        budget = Budget(seconds / 2 if seconds is not None and refine is not None else seconds)
+        with bars.stage("calibrate"):
+            batches = calibrate(model, jobs, given, bars)
+            shares = judging_seconds(jobs, given) if whole.limited else {}
+        rest = whole.child(1.0 if refine is None else 0.5)
+        kept_back = min(sum(shares.values()) / max(rest.left(), 1e-3), _MOST_JUDGING)
+        budget = rest.child(1 - kept_back)
         automatic = any(isinstance(job.config, AutoConfig) for job in jobs)
-        searches = fit_all(jobs, given, budget.child(1 - IMPROVE) if automatic else budget, bars)
-        choose(jobs, searches, given, budget, bars)
-        judge_all(jobs, given)
+        with bars.stage("fit"):
+            searches = fit_all(jobs, given, budget.child(1 - IMPROVE) if automatic else budget, bars)
+        with bars.stage("choose"):
+            choose(jobs, searches, given, budget, bars)
+        with bars.stage("judge"):
+            judge_all(jobs, given, rest, shares, bars)
         if refine is not None:
-            left = DEFAULT_SECONDS if seconds is None else seconds - (time.perf_counter() - begun)
-            distil_all(model, jobs, batches, given, left, bars)
+            with bars.stage("distil"):
+                left = whole.left() if whole.limited else DEFAULT_SECONDS
+                distil_all(model, jobs, batches, given, left, bars)
     for job in jobs:
         job.release()
-    return Plan(model, jobs, _report(model, jobs, plain(configs, not_default(given))), given["evaluate"])
+    report = _report(model, jobs, plain(configs, not_default(given)), bars.seconds)
+    return Plan(model, jobs, report, given["evaluate"])
 
 
 def compress(
@@ -178,7 +187,7 @@ def compress(
     return plan(model, config, **options).apply(inplace)
 
 
-def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any]) -> Report:
+def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
     layers = tuple(job.report for job in jobs if job.report is not None)
     before = stored_bytes(model)
     first = next((job.layer.weight for job in jobs if job.chosen is not None), None)
@@ -191,6 +200,7 @@ def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any]) ->
             torch.get_default_dtype() if first is None else first.dtype,
         ),
         config=config,
+        seconds=seconds,
     )
 
 

@@ -16,6 +16,7 @@ from ..fitting import (
     Search,
     choose_compute,
     collect_inputs,
+    expected_seconds,
     fit,
     reason_against_rounded_inputs,
     timing_inputs,
@@ -129,11 +130,26 @@ def choose(
             job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options)
 
 
-def judge_all(jobs: Sequence[Job], options: PlanOptions) -> None:
-    """Decide on each chosen candidate, and record that in `job.report`."""
+def judging_seconds(jobs: Sequence[Job], options: PlanOptions) -> dict[Job, float]:
+    """What `judge_all` will take for each open job, about: a weight is measured like some calls of many rows."""
+    found = {}
     for job in jobs:
+        if job.is_open:
+            timing = 1 + expected_seconds(job.layer, job.rows(options["batch_size"]))
+            found[job] = expected_seconds(job.layer, 256) / 3 + timing * options["measure_latency"]
+    return found
+
+
+def judge_all(
+    jobs: Sequence[Job], options: PlanOptions, budget: Budget, shares: Mapping[Job, float], bars: ProgressBars
+) -> None:
+    """Decide on each chosen candidate, and record that in `job.report`; the time is divided by these shares."""
+    progress = bars.parts("Judging", len(jobs))
+    for number, job in enumerate(jobs):
+        rest = sum(shares.get(each, 0.0) for each in jobs[number:])
+        part = _part(budget, shares.get(job, 0.0), rest, progress(number, job.label))
         shown = job.chosen or (job.candidates[0] if job.candidates else None)
-        report = judge(job, options)
+        report = judge(job, options, budget=part)
         if isinstance(job.config, AutoConfig) and job.candidates:
             on_output = any(candidate.on_output for candidate in job.candidates)
             order = sorted(job.candidates, key=lambda candidate: (candidate.bytes, candidate.error))
@@ -170,9 +186,9 @@ def distil_all(
         _record_distilled(job, found.modules[key].train(job.layer.training), found)
 
 
-def _part(budget: Budget, size: int, rest: int, progress: Callable[[float, float], None]) -> Budget:
+def _part(budget: Budget, size: float, rest: float, progress: Callable[[float, float], None]) -> Budget:
     """The part of the time left that a layer of this size gets, of layers of `rest` in all; with its own bar."""
-    return Budget(max(budget.left() * size / max(rest, 1), 1e-3) if budget.limited else None, progress)
+    return Budget(max(budget.left() * size / (rest or 1), 1e-3) if budget.limited else None, progress)
 
 
 def _allocate(jobs: Sequence[Job], config: Config) -> None:

@@ -1,7 +1,9 @@
 """Progress bars on stderr, which vanish when the work is done and never show where nobody looks."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from operator import length_hint
 from typing import TypeVar
 
@@ -12,10 +14,11 @@ _T = TypeVar("_T")
 
 
 class ProgressBars(rich.Progress):
-    """A context manager; `shown` None shows bars on a terminal only."""
+    """A context manager; `shown` None shows bars on a terminal only. `seconds` is what each `stage` took."""
 
     def __init__(self, shown: bool | None = None) -> None:
         console = Console(stderr=True)
+        self.seconds: dict[str, float] = {}
         super().__init__(
             rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
@@ -33,6 +36,13 @@ class ProgressBars(rich.Progress):
         """End the display."""
         if not self.disable:  # it prints a newline where there is no terminal
             super().stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of the work, which is timed."""
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begun, 3)
 
     def tracked(self, items: Iterable[_T], what: str) -> Iterator[_T]:
         """The items, counted as they are taken; their number is unknown where they are a stream."""

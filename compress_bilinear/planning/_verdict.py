@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import decomposition as decompose
 from .. import ops
 from ..config import LayerConfig, MaxError, MaxSize, PlanOptions
+from ..decomposition import Budget
 from ..fitting import (
     FEWEST_GROUPS,
     FEWEST_ROWS,
@@ -18,6 +19,7 @@ from ..fitting import (
     Job,
     OutputError,
     Timing,
+    expected_seconds,
     parameter_count,
     stored_bytes,
     time_adapted,
@@ -28,11 +30,11 @@ from ..modules import METHODS, CompressedBilinear, FoundLayer, is_lazy, method_n
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 
-def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
+def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | None = None) -> LayerReport:
     """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
 
     `options["force"]` makes the replacement whatever the reasons against it. `made` says that it has been made
-    already, so that nothing is forced.
+    already, so that nothing is forced. What the budget has no time for is not timed.
     """
     candidate = job.chosen
     if job.reason is not None or candidate is None or candidate.module is None:
@@ -44,11 +46,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
     against = reason_against(job, candidate, known)
     timing = None
     if options["measure_latency"] and (against is None or force):
-        if job.found.adapted is not None:
-            timing = time_adapted(job.found.adapted, module)
-        else:
-            timing = time_replacement(job.layer, module, job.rows(options["batch_size"]))
-        known |= _latencies(timing)
+        timing = _timed(job, module, job.rows(options["batch_size"]), budget or Budget())
+        known |= {} if timing is None else _latencies(timing)
     if against is None and _is_exact(module):
         against = slowness(timing, job.found.form)
     shaky = _shaky(job, candidate)
@@ -63,6 +62,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False) -> LayerReport:
     if timing is not None and timing.speedup < 1:
         notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
     notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
+    if options["measure_latency"] and timing is None:
+        notes.append(Note("not_timed", "no time was left to measure its latency"))
     if job.calibrated and job.inputs is None:
         notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
     known |= {"flops_after": module.flops_per_row, "notes": tuple(notes)}
@@ -139,6 +140,16 @@ def _shaky(job: Job, candidate: Candidate) -> tuple[Note, ...]:
         return ()
     text = f"its output error rests on {groups} independent group{'s' * (groups != 1)} of rows"
     return (Note("few_groups", f"{text}: more batches, or others that share no input, would make it surer"),)
+
+
+def _timed(job: Job, module: CompressedBilinear, rows: int, budget: Budget) -> Timing | None:
+    """The latencies, in a second and in what the budget leaves; None where that is too short."""
+    spare = budget.left() - (expected_seconds(job.layer, rows) if budget.limited else 0.0)
+    if spare <= 0:
+        return None
+    if job.found.adapted is not None:
+        return time_adapted(job.found.adapted, module, seconds=min(spare, 1.0))
+    return time_replacement(job.layer, module, rows, seconds=min(spare, 1.0))
 
 
 def _measured(job: Job, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:

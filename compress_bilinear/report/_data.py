@@ -22,10 +22,10 @@ class Note:
 
     Attributes:
         code: names the kind of fact, for programs: "as_configured", "forced", "slower", "cancelling",
-            "fitted_to_weight", "unreached", "few_rows", "few_groups", "refined", "not_refined", "just_above"; of a kept
-            layer "not_replaceable", "not_finite", "keeps_nothing", "not_smaller", "misses_target", "not_faster",
-            "infeasible", "misfit", "out_of_reach", "within_size". "text" has no kind: it was read from a report of
-            an older schema.
+            "fitted_to_weight", "unreached", "few_rows", "few_groups", "refined", "not_refined", "just_above",
+            "not_timed"; of a kept layer "not_replaceable", "not_finite", "keeps_nothing", "not_smaller",
+            "misses_target", "not_faster", "infeasible", "misfit", "out_of_reach", "within_size". "text" has no kind: it
+            was read from a report of an older schema.
         text: the same for people; part of a sentence, without a full stop.
     """
 
@@ -210,6 +210,7 @@ class ReportData:
     environment: Mapping[str, str | int]
     metric_before: float | None = None
     metric_after: float | None = None
+    seconds: Mapping[str, Amount] = field(default_factory=dict, compare=False)
     config: Mapping[str, Any] = field(default_factory=dict)
 
     __pydantic_config__ = STRICT

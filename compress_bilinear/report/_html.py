@@ -8,7 +8,7 @@ from typing import Any
 from ._data import ComputeMode, LayerReport, ReportData, effective
 from ._page import page
 from ._plots import Plot, front_plot, latency_plot, spectra_plot
-from ._text import compute_mode, error, method, size, size_change, speedup
+from ._text import compute_mode, error, method, size, size_change, speedup, spent
 
 _MOST_BYTES = 1_950_000  # of a page, plots included
 _MOST_DETAILS = 300  # layers with a section of their own
@@ -48,6 +48,7 @@ def render_html(report: ReportData, most_bytes: int = _MOST_BYTES) -> str:
         "reading": _READING,
         "config": json.dumps(dict(report.config), indent=2, ensure_ascii=False) if report.config else "",
         "environment": report.environment,
+        "spent": spent(report),
         "shortened": len(order) > _MOST_DETAILS,
     }
     left = most_bytes - len(page("report.html", **context).encode())

@@ -27,6 +27,7 @@ class Report(ReportData):
         model_bytes_before, model_bytes_after: parameters and buffers of the whole model.
         environment: device, dtype, threads and versions that the figures hold for.
         metric_before, metric_after: the caller's own task metric of the whole model; None where none was given.
+        seconds: what each stage took: "calibrate", "fit", "choose", "judge" and "distil"; not part of equality.
         config: the recipe, as a recipe file has it (`config.parse_recipe`); empty where it is not known.
     """
 

@@ -110,7 +110,13 @@ def notes(report: ReportData) -> list[str]:
     if groups:
         lines.append(f"Output error: of each layer on held-out rows of at least {min(groups)} independent groups.")
     lines.append("Measured on: " + ", ".join(f"{key} {value}" for key, value in report.environment.items()))
-    return lines
+    return [*lines, *spent(report)]
+
+
+def spent(report: ReportData) -> list[str]:
+    """A line with the seconds of all stages; none where they are not known."""
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.seconds.items())
+    return [f"Took {sum(report.seconds.values()):.1f} s: {stages}"] if stages else []
 
 
 def _storage(layer: LayerReport) -> list[str]:

@@ -22,7 +22,9 @@ def ran(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "TwoViews", partial(demo.TwoViews, width=14))
         patch.setattr(demo, "train", partial(demo.train, epochs=8))
-        patch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+        patch.setattr(
+            selection, "time_replacement", lambda layer, module, rows, seconds: Timing(*latencies, "outer", rows)
+        )
         rows, report = demo.run(folder)
     return rows, report, folder
 

@@ -522,7 +522,7 @@ class TestVerdicts:
         monkeypatch.setattr(
             _verdict,
             "time_replacement",
-            lambda layer, module, size: sizes.append(size) or Timing(*latencies, "outer", size),
+            lambda layer, module, size, seconds: sizes.append(size) or Timing(*latencies, "outer", size),
         )
         batch = rows()
         output = net(*batch)
@@ -542,7 +542,7 @@ class TestCalibration:
         """The numbers of rows that latencies are asked for."""
         found = []
 
-        def timed(layer, module, size):
+        def timed(layer, module, size, seconds):
             found.append(size)
             return Timing(*[Latency(2, 1, 3)] * 3, "outer", size)
 
@@ -601,8 +601,14 @@ class TestReport:
 class TestTimeLimit:
     @pytest.fixture
     def budgets(self, monkeypatch):
-        """The time that each layer gets, on a clock that one layer takes a second of."""
-        now, given, original = [0.0], [], _planner.fit
+        """The time that each layer gets, on a clock that one layer takes a second of, and calibrating two."""
+        now, given, original, collect = [0.0], [], _planner.fit, _planner.collect_inputs
+
+        def collect_inputs(model, layers, batches, **options):
+            now[0] += 2.0
+            return collect(model, layers, batches, **options)
+
+        monkeypatch.setattr(_planner, "collect_inputs", collect_inputs)
         monkeypatch.setattr("compress_bilinear.decomposition._budget.time.perf_counter", lambda: now[0])
 
         def fit(job, budget, options, alone):
@@ -618,6 +624,11 @@ class TestTimeLimit:
         # three layers of one size: 9 / 3, then 8 / 2, then 7
         assert budgets == pytest.approx([3.0, 4.0, 7.0])
 
+    def test_calibrating_counts(self, net, budgets):
+        report = run(cb.plan, net, TUCKER, max_seconds=11.0, calibration=[rows()]).report
+        assert budgets == pytest.approx([3.0, 4.0, 7.0])
+        assert report.seconds == {"calibrate": 2.0, "fit": 3.0, "choose": 0.0, "judge": 0.0}
+
     def test_without_one_nothing_is_limited(self, net, budgets):
         run(cb.plan, net, TUCKER)
         assert budgets == [math.inf] * 3
@@ -626,6 +637,11 @@ class TestTimeLimit:
     def test_the_shortest_still_compresses(self, net, config):
         _, report = run(cb.compress, net, config, max_seconds=1e-9)
         assert decisions(report) == dict.fromkeys(NAMES, "replaced")
+
+    def test_what_there_is_no_time_for_is_not_timed(self, net):
+        _, report = cb.compress(net, TUCKER, max_seconds=1e-9)
+        assert [layer.latency_after_ms for layer in report.layers] == [None] * 3
+        assert all(layer.has("not_timed") for layer in report.layers)
 
     @pytest.mark.parametrize("value", [0, -3, "1"])
     def test_it_is_a_positive_number(self, net, value):

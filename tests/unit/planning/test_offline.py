@@ -223,7 +223,7 @@ class TestComparing:
         """An original checkpoint and a compressed one, and timing that takes no time."""
         latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
         monkeypatch.setattr(
-            selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows)
+            selection, "time_replacement", lambda layer, module, rows, seconds: Timing(*latencies, "outer", rows)
         )
         torch.save(Net().state_dict(), tmp_path / "net.pt")
         model, report = made()

@@ -33,3 +33,14 @@ def test_it_passes_on_what_is_raised_inside():
 def test_items_of_unknown_number_are_tracked():
     with ProgressBars(False) as bars:
         assert list(bars.tracked((k for k in range(3)), "Calibrating")) == [0, 1, 2]
+
+
+def test_stages_are_timed_one_by_one(monkeypatch):
+    now = iter([10.0, 12.5, 20.0, 20.25])
+    monkeypatch.setattr("compress_bilinear.planning._progress.time.perf_counter", lambda: next(now))
+    bars = ProgressBars(False)
+    with bars.stage("calibrate"):
+        pass
+    with bars.stage("fit"):
+        pass
+    assert bars.seconds == {"calibrate": 2.5, "fit": 0.25}

@@ -207,7 +207,9 @@ class TestJudge:
         """What `time_replacement` is made to find, by (before, after)."""
 
         def set_to(before, after):
-            monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: timing(before, after))
+            monkeypatch.setattr(
+                selection, "time_replacement", lambda layer, module, rows, seconds: timing(before, after)
+            )
 
         return set_to
 

@@ -51,7 +51,7 @@ def applied():
     with pytest.MonkeyPatch.context() as patch:
         after = iter([1.0, 4.0])
 
-        def timed(layer, module, rows):
+        def timed(layer, module, rows, seconds):
             median = next(after)
             return Timing(Latency(2, 1, 3), Latency(median, 0.5, 5), Latency(0.5, 0.25, 0.75), "one_gemm", rows)
 
@@ -148,6 +148,19 @@ class TestJson:
         )
         report = dataclasses.replace(holding(layer(front=points)), metric_before=0.75, metric_after=0.5)
         assert Report.from_json(report.to_json()) == report
+
+    def test_seconds_come_back_and_may_be_missing(self, report):
+        assert list(report.seconds) == ["calibrate", "fit", "choose", "judge"]
+        assert Report.from_json(report.to_json()).seconds == report.seconds
+        data = report.to_dict()
+        del data["seconds"]  # as in reports of former versions
+        assert Report.from_dict(data).seconds == {}
+
+    def test_seconds_are_told_in_one_line(self):
+        known = dataclasses.replace(holding(layer()), seconds={"fit": 12.25, "judge": 0.5})
+        for text in (str(known), known.to_markdown(), known.to_html()):
+            assert "Took 12.8 s: fit 12.2, judge 0.5" in text
+            assert "Took" not in holding(layer()).to_markdown()
 
     def test_it_carries_a_schema_version(self, report):
         assert json.loads(report.to_json())["schema_version"] == SCHEMA_VERSION == 3
