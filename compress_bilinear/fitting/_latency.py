@@ -16,7 +16,7 @@ from ._calibrate import LayerInputs
 
 _BLOCK_SECONDS = 2e-3  # a timed block repeats a call until it lasts about this long
 _ROUNDS = (3, 25)
-_LONG = 0.1  # seconds of a call that needs no other one to warm up
+_LONG = 0.02  # seconds of a call that needs no other one to warm up
 _MOST_CALLS = 24  # of one length, in `time_replacement`, where they are long
 _WHOLE_MOST = 2**25  # elements between the steps above which an unblocked dense order is not tried
 _SLOW = 2.0  # a dense order that a first try finds this much slower than the best is not timed further
@@ -154,7 +154,9 @@ def time_replacement(layer: nn.Bilinear, module: CompressedBilinear, batch_size:
             "before": lambda: layer(input1, input2),
             "after": lambda: module(input1, input2),
         }
-        calls |= {name: call for name, call in dense.items() if tries[name] <= _SLOW * min(tries.values())}
+        least = min(tries.values())
+        near = least * (_SLOW if least <= _LONG else 1.0)  # a first try of a long call tells which is best
+        calls |= {name: call for name, call in dense.items() if tries[name] <= near}
         measured = latencies(calls, device, seconds)
     exact = {name: latency for name, latency in measured.items() if name != "after"}
     best = min(exact, key=lambda name: exact[name].median)
