@@ -25,7 +25,7 @@ class Split:
 
     Attributes:
         fit, held: the indices of the rows to fit to and of those to measure on. Some may be in neither.
-        values: (2, n), a number for each value of input1 and of input2.
+        values: (2, n), a number for each value of input1 and of input2; those of an index count as new in each row.
         apart: the rows that were not sampled share nothing with those that are held out either.
     """
 
@@ -49,6 +49,9 @@ def split_rows(
     generator = torch.Generator().manual_seed(seed)
     points = torch.stack([_points(rows, generator) for rows in (input1, input2)])
     values = torch.stack([_values(each) for each in points])
+    for mode, rows in enumerate((input1, input2)):
+        if rows.shape[1] > 1 and bool(((rows != 0).sum(1) == 1).all()):  # an index: it has no values but a table's
+            values[mode] = torch.arange(len(rows), device="cpu")
     pairs = torch.cat([points[0], points[1]], 1)
     if batch_held is None:
         fit, held, apart = _by_values(values, generator)

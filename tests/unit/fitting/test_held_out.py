@@ -167,6 +167,13 @@ class TestFewBatches:
         assert_nothing_is_shared(found, (0,))
         assert (len(found.held_out[0]), found.split.groups()) == (15, values)
 
+    def test_all_values_of_an_index_are_fitted_to(self):
+        index = torch.arange(SIZE).repeat(20)
+        found = seen((normal(80, SIZE, seed=1).repeat_interleave(3, 0), nn.functional.one_hot(index).float()))
+        assert_nothing_is_shared(found, (0,))
+        assert len(distinct(found.fit[1])) == SIZE
+        assert (len(found.held_out[0]), found.split.groups()) == (60, 20)
+
     def test_rows_that_are_all_alike_are_all_held_out(self):
         found = seen(tuple(rows[:1].expand(64, -1) for rows in pairs(1)))
         assert not found.is_enough

@@ -165,6 +165,16 @@ class TestJson:
     def test_it_carries_a_schema_version(self, report):
         assert json.loads(report.to_json())["schema_version"] == SCHEMA_VERSION == 3
 
+    def test_a_report_that_does_not_know_the_groups_is_read(self):
+        data = holding(layer()).to_dict()
+        del data["layers"][0]["calibration_groups"]
+        assert Report.from_dict(data).layers[0].calibration_groups is None
+
+    def test_the_fewest_groups_are_told(self):
+        report = holding(layer(calibration_groups=40), layer(calibration_groups=9), layer(calibration_groups=None))
+        for shown in (str(report), report.to_markdown()):
+            assert "at least 9 independent groups" in shown
+
     @pytest.mark.parametrize("version", [1, 2])
     @pytest.mark.parametrize(("reason", "code"), [("as configured", "as_configured"), ("it is slow", "text")])
     def test_older_schemas_are_read(self, version, reason, code):
