@@ -92,7 +92,9 @@ def command_line(
 def timed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing takes no time, and finds that a replacement is half as fast."""
     latencies = Latency(2, 1, 3), Latency(4, 3, 5), Latency(1, 1, 1)
-    monkeypatch.setattr(selection, "time_replacement", lambda layer, module, rows: Timing(*latencies, "outer", rows))
+    monkeypatch.setattr(
+        selection, "time_replacement", lambda layer, module, rows, seconds: Timing(*latencies, "outer", rows)
+    )
 
 
 def assert_refused(run: Run, folder: Path, args: tuple[str, ...], problem: str) -> None:

@@ -170,7 +170,7 @@ class TestCompress:
         computed = []
         original = selection.time_replacement
 
-        def watched(layer, module, batch_size):
+        def watched(layer, module, batch_size, seconds):
             computed.append(module.compute)
             return original(layer, module, batch_size, seconds=0.01)
 
