@@ -24,6 +24,7 @@ AMPLIFICATION_LIMIT = 3.0  # above it, components are said to cancel
 
 _LEAST_ROOM = 2**16  # elements of a partial product that may always be kept: half a MiB
 _SLAB = 2**19  # elements of a partial product that are summed at once: 2 MiB in float32, which caches hold
+_NARROW_LIMIT = 1e-3  # squared residual, about ten times the penalty
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep that improves, its growth with each further one, and its most
 
 
@@ -118,7 +119,9 @@ def descend(
         ahead = best.factors
         if step and best.previous is not None:
             ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
-        new = sweeper.sweep(ahead, penalty)
+        # Grams and systems in float32 take half the time; the residual that is left has to be far above their rounding
+        narrow = tensor.dtype != torch.float64 and best.residual > _NARROW_LIMIT
+        new = sweeper.sweep(ahead, penalty, tensor.dtype if narrow else torch.float64)
         del ahead
         budget.report(min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
@@ -147,9 +150,9 @@ def _balanced(factors: Sequence[Tensor], squares: Tensor) -> list[Tensor]:
     return [factor.mul_(s) for factor, s in zip(factors, scale.to(factors[0].dtype), strict=True)]
 
 
-def wide_gram(factor: Tensor) -> Tensor:
-    """(R, R) in float64."""
-    wide = factor.double()
+def wide_gram(factor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """(R, R) in this dtype."""
+    wide = factor.to(dtype)
     return wide.T @ wide
 
 
@@ -186,28 +189,28 @@ class Sweeper:
             out = product[rows] if self._kept else part
             self._slabs.append(_Slab(rows, tensor[rows].flatten(0, 1), part, out, out.flatten(0, 1)))
 
-    def sweep(self, factors: Sequence[Tensor], penalty: float) -> Iterate:
-        """Each factor in turn replaced by the best for the others."""
+    def sweep(self, factors: Sequence[Tensor], penalty: float, dtype: torch.dtype = torch.float64) -> Iterate:
+        """Each factor in turn replaced by the best for the others, with Grams and systems in `dtype`."""
         # at ranks above the sizes, these R x R matrices are most of the memory: each goes as soon as it can
         _, second, third = factors
-        gram3 = wide_gram(third)
-        normal = wide_gram(second).mul_(gram3)
+        gram3 = wide_gram(third, dtype)
+        normal = wide_gram(second, dtype).mul_(gram3)
         first = self._update(self._first(second, third), normal, penalty)
-        gram1 = wide_gram(first)
+        gram1 = wide_gram(first, dtype)
         torch.mul(gram1, gram3, out=normal)
         del gram3
         second = self._update(self._second(first, third), normal, penalty)
-        gram2 = wide_gram(second)
+        gram2 = wide_gram(second, dtype)
         torch.mul(gram1, gram2, out=normal)
         squares = [gram1.diagonal().clone(), gram2.diagonal().clone()]
         del gram1, gram2
         right = self._third(first, second)
         third = self._update(right, normal, penalty)
-        gram3 = wide_gram(third)
+        gram3 = wide_gram(third, dtype)
         # ‖T − Ŵ‖² = ‖T‖² − 2⟨T, Ŵ⟩ + ‖Ŵ‖², with what the core leaves out counted as residual
         inner = self._scale * float(torch.sum(right * third, dtype=torch.float64))
         model = normal.mul_(gram3)
-        norm, sizes = float(model.sum()), float(model.diagonal().sum())
+        norm, sizes = (float(part.sum(dtype=torch.float64)) for part in (model, model.diagonal()))
         residual = 1.0 - 2 * inner + norm if math.isfinite(norm) else math.nan
         balance = _balanced((first, second, third), torch.stack((*squares, gram3.diagonal())))
         return Iterate(balance, residual + penalty * sizes, residual, sizes, norm)
@@ -243,17 +246,10 @@ class Sweeper:
         plain = diagonal.clone()
         diagonal.mul_(1 + penalty + 1e-15)
         triangle, failed = torch.linalg.cholesky_ex(normal)  # as exact as with a diagonal of ones
-        if int(failed):
-            solved = _deficient(right.double() * self._scale, normal.clone()).to(right.dtype)
-        elif right.dtype == torch.float64:
-            solved = torch.cholesky_solve(right.T, triangle).T.mul_(self._scale)
-        else:
-            # M is no more exact than float32, so a rounded inverse loses no more, and costs less than a solve
-            inverse = torch.cholesky_inverse(triangle, out=triangle).to(right.dtype)
-            del triangle
-            solved = torch.addmm(right.new_empty(right.shape), right, inverse, beta=0, alpha=self._scale)
+        wide = right.to(normal.dtype)
+        solved = _deficient(wide.double(), normal.double()) if int(failed) else torch.cholesky_solve(wide.T, triangle).T
         diagonal.copy_(plain)
-        return solved
+        return solved.to(right.dtype).mul_(self._scale)
 
 
 def _deficient(right: Tensor, system: Tensor) -> Tensor:
