@@ -3,7 +3,7 @@
 from ..config import check_max_seconds
 from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
-from ._cp import cp
+from ._cp import cp, cp_sketch
 from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
 from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
 from ._hosvd import ordered
@@ -15,11 +15,13 @@ from ._search import Trial, best_within, smallest, tightened
 from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._spectra import spectra
 from ._tucker import tucker
+from ._tucker_ranks import BlockEnergies
 
 __all__ = [
     "AMPLIFICATION_LIMIT",
     "PLAIN",
     "SHUFFLED_WEIGHT",
+    "BlockEnergies",
     "Budget",
     "CPDecomposition",
     "Metric",
@@ -33,6 +35,7 @@ __all__ = [
     "check_weight",
     "cp",
     "cp_bytes",
+    "cp_sketch",
     "distance",
     "interpolation",
     "is_interpolated",

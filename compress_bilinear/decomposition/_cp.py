@@ -11,7 +11,7 @@ from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
 from ..errors import AmplificationWarning, InfeasibleError
 from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
-from ._cp_levels import is_small, solve
+from ._cp_levels import is_small, sketch, solve
 from ._factors import CPDecomposition
 from ._search import Trial, best_within, smallest
 from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
@@ -82,6 +82,34 @@ def cp(
             stacklevel=2,
         )
     return result
+
+
+def cp_sketch(
+    weight: Tensor,  # (O, I, J)
+    rank: int,
+    *,
+    sweeps: int,
+    seed: int = 0,
+    quantize: Quantize | None = None,
+    budget: Budget | None = None,
+    begin: CPDecomposition | None = None,
+) -> CPDecomposition:
+    """`cp` of a weight in the coordinates of its HOSVD (see `ordered`), by a limited number of sweeps.
+
+    Args:
+        sweeps: over the whole weight, at most; fewer go over its leading blocks before.
+        begin: a decomposition of this rank to go on from, instead of the HOSVD.
+
+    Raises: ConfigError where the rank is not positive, or above min(OI, OJ, IJ).
+    """
+    check_cp_rank(rank, weight.shape)
+    with full_precision(weight.device):
+        source = Source(weight)
+        if source.total == 0 or 1 in source.shape:
+            return _as_result(weight, source, solve(source, rank, seed, Budget()))
+        start = None if begin is None else _resized(source, begin, rank, seed)
+        factors = sketch(source, rank, seed, budget or Budget(), sweeps, quantize, start)
+        return _as_result(weight, source, factors)
 
 
 def _as_result(weight: Tensor, source: Source, factors: Sequence[Tensor]) -> CPDecomposition:

@@ -46,6 +46,7 @@ _FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the ra
 _SWEEPS = 150  # on the whole, after the core: all but slow weights settle before
 _QUICK_SWEEPS = 45  # on the whole, from the result at another rank: enough to see whether it meets an error
 _LAST_SWEEPS = 400  # on a core that is the whole, where nothing follows
+_SETTLED = 1e-4  # of the objective in a sweep: the next twenty would lower the error by less than a tenth of a per cent
 _FLOAT32_LIMIT = 1e-5  # squared residual that float32 cannot tell from rounding
 _PROMISING = 0.1  # squared residual above which a tensor is not nearly of this rank
 _ROUNDING = 1e-12  # squared norm left out by a core that holds the whole tensor
@@ -89,6 +90,40 @@ def solve(
     if penalty > PENALTY and best.residual > EXACT:  # an exact CP is one in any format
         stage = Stage(sweeps, enough=enough**2, first=penalty, last=penalty)
         best = descend(tensor, replace(best, momentum=0), stage, budget.child(span=(0.9, 1.0)), scale)
+    return [best.factors[order.index(mode)] for mode in range(3)]
+
+
+def sketch(
+    source: Source,
+    rank: int,
+    seed: int,
+    budget: Budget,
+    sweeps: int,
+    quantize: Quantize | None = None,
+    begin: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """As `solve`, of a weight in the coordinates of its HOSVD, in at most `sweeps` sweeps over the whole.
+
+    One start, a quarter of the sweeps on each of two leading blocks, and none of what finds exact solutions.
+    """
+    order = _order(source.shape)
+    tensor, scale = source.permuted(order)
+    last = PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+    if begin is not None:
+        best, first = Iterate(balanced([begin[m] for m in order])), last
+    else:
+        block = Core(tensor, 0.0, 0).block(_LEVELS[0].size)
+        generator = torch.Generator().manual_seed(seed)
+        best, first = Iterate(hosvd_start(block, rank, generator)), _FIRST_PENALTY
+        for level in _LEVELS[:-1]:
+            block = Core(tensor, 0.0, 0).block(level.size)
+            best = best.moved(lambda m, factor, block=block: pad(factor, (0, 0, 0, block.shape[m] - len(factor))))  # type: ignore[misc]
+            stage = Stage(max(sweeps // 4, 1), _SETTLED, first=first, last=max(level.penalty, last))
+            best = descend(block, best, stage, budget.child(level.share, (0.0, 0.3)), scale, source.weight.numel())
+            first = stage.last
+        best = best.moved(lambda m, factor: pad(factor, (0, 0, 0, tensor.shape[m] - len(factor))))
+    stage = Stage(sweeps, _SETTLED, first=first, last=last, falling=0.5)
+    best = descend(tensor, best, stage, budget.child(span=(0.3, 1.0)), scale)
     return [best.factors[order.index(mode)] for mode in range(3)]
 
 

@@ -1,13 +1,13 @@
 """A candidate: one way to replace a layer, or to keep it, with what it was measured to lose and to cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from .. import ops
 from ..config import LayerConfig
-from ..modules import CompressedBilinear
+from ..modules import CompressedBilinear, method_of
 from ..report import ComputeMode, FrontPoint, Note
 from ._measure import stored_bytes
 
@@ -18,13 +18,14 @@ class Candidate:
 
     Attributes:
         config: what asks for exactly this; None keeps the layer.
-        module: what would take the layer's place; None keeps the layer.
+        module: what would take the layer's place; None keeps the layer, or is not made yet: see `predicted`.
         bytes, flops: everything that is stored, and the work for a row.
         error: relative error of the outputs on held-out rows, or of the weight; infinite where it is no number.
         on_output: which of the two that is.
         fitted_to: what the factors were fitted to in the end.
         bias_corrected: whether the bias is no longer the layer's.
         decomposition: the factors in floating point; None of a dense layer.
+        fitted: these in the coordinates in which they were fitted.
         latency: median milliseconds of a call; None where nothing was timed.
         notes: what else the report should say of it.
         compute_modes: what its compute mode was chosen by.
@@ -39,6 +40,7 @@ class Candidate:
     fitted_to: Literal["weight", "whitened", "rows"] = "weight"
     bias_corrected: bool = False
     decomposition: Any = None
+    fitted: Any = None
     latency: float | None = None
     notes: tuple[Note, ...] = ()
     compute_modes: tuple[ComputeMode, ...] = ()
@@ -55,16 +57,26 @@ class Candidate:
         flops = ops.dense_flops((layer.out_features, layer.in1_features, layer.in2_features))
         return cls(config=None, module=None, bytes=stored_bytes(layer), flops=flops, error=0.0)
 
+    @property
+    def predicted(self) -> bool:
+        """Whether the error is a prediction: nothing has been made yet."""
+        return self.config is not None and self.module is None
+
+    def noted(self, *notes: Note) -> "Candidate":
+        """With more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
     def point(self, on_output: bool, chosen: bool) -> FrontPoint:
         """The candidate as the report's fronts have it; `on_output` says what the errors of the front are of."""
         return FrontPoint(
-            method="keep" if self.module is None else self.module.method,
-            rank=None if self.module is None else self.module.rank,
-            quantize=None if self.module is None else self.module.quantize,
+            method="keep" if self.config is None else method_of(self.config).name,
+            rank=getattr(self.config, "rank", None),
+            quantize=getattr(self.config, "quantize", None),
             bytes=self.bytes,
             flops=self.flops,
             weight_error=None if on_output else self.error,
             output_error=self.error if on_output else None,
             latency_ms=self.latency,
+            predicted=self.predicted,
             chosen=chosen,
         )

@@ -1,6 +1,7 @@
 """From a config to candidates for one layer."""
 
 import math
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -13,16 +14,13 @@ from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting, check_not_zero
 from ._held_out import FEWEST_ROWS
 from ._job import Job
-from ._search import Search, without_bias
-
-IMPROVE = 0.1  # of a time budget, to compare what a search found with fits to the plain weight
+from ._search import Search, settle, without_bias
 
 
-def fit(job: Job, budget: Budget, options: PlanOptions, alone: bool = True) -> Search | None:
+def fit(job: Job, budget: Budget, options: PlanOptions) -> Search | None:
     """Fill `job.candidates` with what its config asks for.
 
-    Returns the search of an `AutoConfig`, which may still improve the candidate that is chosen. `alone` says that no
-    other layer shares the size that it allows.
+    Returns the search of an `AutoConfig`, which has predicted candidates and makes those that are picked.
 
     Raises:
         ConfigError: the config's rank does not fit the layer.
@@ -41,14 +39,9 @@ def fit(job: Job, budget: Budget, options: PlanOptions, alone: bool = True) -> S
         raise _too_few_rows(limit)
     by_weight = limit is not None and limit.on == "weight"
     fitting = WeightFitting(job.layer) if by_weight or outputs is None else outputs
-    fast = config.prefer == "speed"
-    search = Search(fitting, budget, config.seed, exact=fast and options["measure_latency"])
-    if limit is not None:
-        search.within(limit.error, fast)
-    else:
-        search.sized(config.fraction or 0.0, alone)
-    if fast:
-        search.time(job.rows(options["batch_size"]))
+    search = Search(fitting, budget, config.seed, exact=config.prefer == "speed" and options["measure_latency"])
+    size = None if config.fraction is None else config.fraction * search.candidates[0].bytes
+    search.predict(size, None if limit is None else limit.error)
     job.candidates = search.candidates
     return search
 
@@ -84,15 +77,21 @@ def solve(
 
 def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFitting, budget: Budget) -> Candidate:
     """The smallest candidate of this method whose output error is at most `limit`."""
-    fits = Search(outputs, budget.child(1 - IMPROVE)).smallest(config, limit)
-    within = [fit for fit in fits if fit.error <= limit]
-    if not within:
-        lowest = min((fit.error for fit in fits), default=math.inf)
+    search = Search(outputs, budget.child(0.8, (0.0, 0.8)), getattr(config, "seed", 0), only=config)
+    search.predict(limit=limit)
+    (found,) = settle([search], lambda lists: [smallest_within(candidates, limit) for candidates in lists])
+    if found.config is None:
+        lowest = min((each.error for each in search.made if each.config is not None), default=math.inf)
         raise InfeasibleError(
             f"An output error of {limit:g} is out of reach of a {method_of(config).name} that is smaller than the "
             f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
         )
-    return outputs.improved(config, min(within, key=lambda fit: fit.bytes), budget.child())
+    return search.polish(found, budget.child(1.0, (0.8, 1.0)))
+
+
+def smallest_within(candidates: Sequence[Candidate], limit: float) -> Candidate:
+    """The smallest candidate whose error is at most `limit`; keeping the layer always is one."""
+    return min((each for each in candidates if each.error <= limit), key=lambda each: (each.bytes, each.error))
 
 
 def _too_few_rows(limit: object) -> InfeasibleError:

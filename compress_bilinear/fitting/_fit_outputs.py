@@ -3,9 +3,7 @@
 Every step is kept only where the stored candidate's error falls on rows that no fit has seen.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+import copy
 from functools import cached_property
 
 import torch
@@ -13,18 +11,19 @@ from torch import Tensor, nn
 
 from .. import decomposition as decompose
 from .. import ops
-from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
+from ..config import DenseConfig, LayerConfig
 from ..decomposition import Budget, Metric
 from ..errors import CompressionError, ConfigError, InfeasibleError
-from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Rank, method_of
-from ..quantization import FORMATS
+from ..modules import CompressedBilinear, DenseBilinear, Rank, method_of
 from ..report import Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
-from ._fit_weight import WeightFitting, best
-from ._measure import OutputError, stored_bytes, weight_error
+from ._fit_weight import SWEEPS, WeightFitting, best
+from ._measure import OutputError, weight_error
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
+_AGREES = 0.05  # between the error that the moments predict and the held-out one: then rows have nothing to add
+_MISLEADS = 1.2  # times the predicted error: then moments of other rows say little, and the plain weight may do better
 
 
 class OutputFitting(WeightFitting):
@@ -40,8 +39,6 @@ class OutputFitting(WeightFitting):
         self.inputs = inputs
         self.held_out = held_out or OutputError(layer, inputs)
         self._fix_bias = fix_bias and layer.bias is not None
-        self._rows_help: dict[tuple[type, Quantize | None], bool] = {}
-        self._weight_helps = True  # as far as is known
 
     @cached_property
     def metric(self) -> Metric:
@@ -49,58 +46,51 @@ class OutputFitting(WeightFitting):
         first, second, _ = self.inputs.fit_moments
         return Metric.of_moments((self.inputs.gradient, first, second), self.inputs.rows_seen)
 
-    @cached_property
-    def whitened(self) -> Tensor:
-        """The weight in that metric (O, I, J), in float32 at least."""
-        return self.metric.whiten(self.weight)
+    def release(self) -> None:
+        super().release()
+        self.__dict__.pop("_rows", None)
 
-    @contextmanager
-    def probing(self) -> Iterator[None]:
-        known = dict(self._rows_help), self._weight_helps
-        try:
-            yield
-        finally:
-            self._rows_help, self._weight_helps = known
-
-    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True) -> Candidate:
+    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         budget = budget or Budget()
-        fits: list[Candidate] = []
-        notes: tuple[Note, ...] = ()
+        return self.polished(self.build(config, rank, budget.child(0.4, (0.0, 0.4))), budget.child(1.0, (0.4, 1.0)))
+
+    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, sweeps: int = SWEEPS) -> Candidate:
+        budget = budget or Budget()
+        if method_of(config).unwhiten is None:
+            return best(self._fits_to_weight(config, rank, budget))
         try:
-            for fit in self._fits_to_outputs(config, rank, budget, thorough):
-                fits.append(fit)
+            return super().build(config, rank, budget, sweeps)
         except (ConfigError, InfeasibleError):
             raise
         except CompressionError as error:  # half precision, or very large weights
             text = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
-            notes = (Note("fitted_to_weight", text),)
-        if thorough or not fits or self._weight_helps:
-            for name in ("whitened", "_rows"):  # their memory is for the solver
-                self.__dict__.pop(name, None)
-            fits += self._fits_to_weight(config, rank, budget.child(1.0, (0.6, 1.0)))
-            self._weight_helps = best(fits).fitted_to == "weight"
-        found = best(fits)
-        return replace(found, notes=notes) if found.fitted_to == "weight" else found
+            found = best(self._fits_to_weight(config, rank, budget))
+            return Candidate.noted(found, Note("fitted_to_weight", text))
 
-    def improved(self, config: LayerConfig, found: Candidate, budget: Budget, same_rank: bool = False) -> Candidate:
-        """What `at(thorough=False)` found, or the fit to the plain weight where it is as small and better.
+    def polished(self, found: Candidate, budget: Budget) -> Candidate:
+        """What `build` made, or a better one of its rank and format.
 
-        `same_rank` leaves out other ranks of that size.
+        More sweeps of a slow method. Then a refit to rows, and a fit to the plain weight, where the held-out error is
+        not what the moments predict: inputs depend on each other, or moments of few rows say little of others.
         """
-        if found.fitted_to == "weight" or found.module is None:
+        config, white = found.config, found.fitted
+        if config is None or isinstance(config, DenseConfig):
+            return found if config is None else best([found, self.dense(config, budget)])
+        if white is None:
             return found
-        ranks: list[Rank] = [found.module.rank]
-        if not isinstance(found.module.rank, int) and not same_rank:
-            whole, weight = stored_bytes(self.layer), self.weight.numel() * self.weight.element_size()
-            ranks.append(MaxSize(min((found.bytes + 0.5 - (whole - weight)) / weight, 1 - 1e-9)))  # the bias stays
-        fits = [found]
-        for k, rank in enumerate(ranks):
-            part = budget.child(1 / (len(ranks) - k), (k / len(ranks), (k + 1) / len(ranks)))
-            with suppress(CompressionError):  # out of the range of the layer's dtype
-                fits += [fit for fit in self._fits_to_weight(config, rank, part) if fit.bytes <= found.bytes]
-        return best(fits)
+        fits, method = [self._went_on(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
+        white = fits[0].fitted
+        predicted, measured = white.error, self._floating_error(white, config)
+        if method.refit is not None and abs(measured - predicted) > _AGREES * predicted:
+            refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
+            # rounded to what the rows have found, which is not what is nearest to the weight
+            fits.append(self._best_rounded(config, refitted, None, "rows"))
+        if measured > _MISLEADS * predicted:
+            self.__dict__.pop("_rows", None)  # its memory is for the solver
+            fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
+        return best([fit for fit in fits if fit.bytes <= found.bytes])
 
-    def dense(self, config: DenseConfig, budget: Budget) -> Candidate:
+    def dense(self, config: DenseConfig, budget: Budget | None = None, quick: bool = False) -> Candidate:
         """The weight itself in the config's format: each value to the nearest, or the better of the ways to round."""
 
         def fit(weight: Tensor) -> Candidate:
@@ -108,55 +98,33 @@ class OutputFitting(WeightFitting):
             return self._stored(config, module, correct_bias=config.quantize is not None)
 
         found = [fit(self.weight)]
-        if config.quantize is not None:
+        if config.quantize is not None and not quick:
             fed_back = decompose.stored_weight(self.weight, config.quantize, self.metric, budget)
             found += [] if fed_back is None else [fit(fed_back)]
         return best(found)
 
-    def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
-        """Of the plain weight, with the layer's bias and with a corrected one."""
-        plain = self._solved(self.weight, config, rank, budget)
-        return [self._rounded(config, plain, each) for each in ((True, False) if self._fix_bias else (True,))]
-
-    def _fits_to_outputs(self, config: LayerConfig, rank: Rank, budget: Budget, thorough: bool) -> Iterator[Candidate]:
-        """Of the whitened weight, and of that refitted to rows."""
-        if method_of(config).unwhiten is None:
-            return
-        found = self._solved(self.whitened, config, rank, budget.child(0.4, (0.0, 0.4)))
-        whitened = self._best_rounded(config, found, self.whitened, "whitened")
-        yield whitened
-        kind, refit = (type(config), config.quantize), method_of(config).refit
-        if refit is None or not (thorough or self._rows_help.get(kind, True)):
-            return
-        found = refit(found, self._rows, budget.child(0.5, (0.4, 0.6)))
-        # rounded to what the rows have found, which is not what is nearest to the weight
-        refitted = self._best_rounded(config, found, None, "rows")
-        yield refitted
-        self._rows_help[kind] = refitted.error < whitened.error
-
-    def _best_rounded(
-        self, config: LayerConfig, found: Decomposition, target: Tensor | None, fitted_to: str
-    ) -> Candidate:
-        """A decomposition of the whitened weight: rounded value by value, or its parts to fit each other.
-
-        Args:
-            target: what the rounded parts should be near to, in the metric (O, I, J); None takes what is decomposed.
-        """
+    def _floating_error(self, found: object, config: LayerConfig) -> float:
+        """The held-out error of a decomposition in the coordinates of `ordered`, before any rounding."""
         method = method_of(config)
         assert method.unwhiten is not None
-        parts = method.unwhiten(found, self.metric, self.layer.weight.dtype)
-        plain = self._layer_of(config, parts, fitted_to=fitted_to)
-        if config.quantize is None or not FORMATS[config.quantize].coarse:
-            return plain
-        rounded = method.round(parts, found.to_tensor() if target is None else target, config.quantize, self.metric)
-        return best([plain, replace(self._layer_of(config, rounded, fitted_to=fitted_to), decomposition=parts)])
+        parts = method.unwhiten(found, self.ordered[1], torch.promote_types(self.weight.dtype, torch.float32))
+        return self._error(self._with_bias(method.layer.from_decomposition(parts)))  # type: ignore[attr-defined]
+
+    def _with_bias(self, module: CompressedBilinear) -> CompressedBilinear:
+        if self.layer.bias is not None:
+            module.set_bias(nn.Parameter(self._corrected(self.layer.bias.detach().to(module.weight_dtype), module)[0]))
+        return module
+
+    def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
+        """Of the plain weight, with the layer's bias and with a corrected one."""
+        plain = self._solved(config, rank, budget)
+        return [self._rounded(config, plain, each) for each in ((True, False) if self._fix_bias else (True,))]
 
     def _corrected(self, bias: Tensor, module: CompressedBilinear) -> tuple[Tensor, bool]:
         """With the mean of what the outputs lack."""
         if not self._fix_bias:
             return bias, False
-        lost = self._mean - self._mean_of(lambda slab: module.dense_rows(slab, torch.float64))
-        return (bias.double() + lost).to(bias.dtype), True
+        return (bias.double() + self._mean - self._mean_of(module)).to(bias.dtype), True
 
     def _error(self, module: CompressedBilinear) -> float:
         error = self.held_out.of(module)
@@ -165,21 +133,39 @@ class OutputFitting(WeightFitting):
 
     @cached_property
     def _mean(self) -> Tensor:  # (O,)
-        return self._mean_of(lambda slab: self.weight[slab].double())
-
-    def _mean_of(self, read: Callable[[slice], Tensor]) -> Tensor:  # slab -> (·, I, J); (O,)
-        """⟨W_o, E[x1 x2ᵀ]⟩ of a weight that is read slab by slab."""
-        cross = self.inputs.fit_moments[2].to(self.layer.weight.device).flatten()
+        """⟨W_o, E[x1 x2ᵀ]⟩ of the weight, slab by slab."""
+        cross = self._cross.flatten()
         found = cross.new_empty(self.layer.out_features)
-        with torch.no_grad():
-            for slab in decompose.row_slices(self.layer.weight.shape):
-                found[slab] = read(slab).flatten(1) @ cross
+        for slab in decompose.row_slices(self.weight.shape):
+            found[slab] = self.weight[slab].double().flatten(1) @ cross
         return found
+
+    @property
+    def _cross(self) -> Tensor:  # (I, J)
+        return self.inputs.fit_moments[2].to(self.weight.device)
+
+    @cached_property
+    def _cross_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows (K, I) and (K, J) whose products sum up to E[x1 x2ᵀ]: its singular vectors."""
+        left, values, right = torch.linalg.svd(self._cross, full_matrices=False)
+        return (left * values).T, right
+
+    def _mean_of(self, module: CompressedBilinear) -> Tensor:  # (O,)
+        """The same of a module, by its forward: a low-rank one is not multiplied out."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        if module.weight_dtype != dtype and module.quantize is None:
+            module = copy.deepcopy(module).to(dtype)
+        first, second = (rows.to(dtype) for rows in self._cross_rows)
+        with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            outputs = module(first, second).double()
+        bias = module.bias
+        return (outputs if not isinstance(bias, Tensor) else outputs - bias.detach().double()).sum(0)
 
     @cached_property
     def _rows(self) -> decompose.Rows:
-        """Whitened inputs, calibration pairs and shuffled ones, the layer's outputs for them, and their weights."""
-        dtype = self.whitened.dtype
+        """Inputs in the coordinates of `ordered`, pairs and shuffled ones, their outputs and weights."""
+        metric = self.ordered[1]
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
         most = max(32, int(_FIT_FLOPS / (4 * self.weight.numel())))
         input1, input2 = (rows[:most].to(self.weight.device, dtype) for rows in self.inputs.fit)
         order = torch.randperm(len(input2), generator=torch.Generator().manual_seed(0))
@@ -189,7 +175,7 @@ class OutputFitting(WeightFitting):
         weights[: len(input1)] = 1.0
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             outputs = ops.bilinear_dense(first, second, self.weight.to(dtype))
-            root = self.metric.roots[0]
+            root = metric.roots[0]
             if root is not None:
-                outputs = outputs @ root.T.to(outputs)
-            return self.metric.whitened_rows(1, first), self.metric.whitened_rows(2, second), outputs, weights
+                outputs = outputs @ root.to(outputs).T
+            return metric.whitened_rows(1, first), metric.whitened_rows(2, second), outputs, weights

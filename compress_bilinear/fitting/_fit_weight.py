@@ -1,22 +1,26 @@
 """Candidates fitted to a layer's weight: what is done where there are no inputs to fit to."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..config import DenseConfig, LayerConfig, MaxError, MaxSize
-from ..decomposition import Budget, tightened
+from .. import decomposition as decompose
+from ..config import DenseConfig, LayerConfig, MaxError, MaxSize, Quantize
+from ..decomposition import PLAIN, Budget, Metric, tightened
 from ..errors import InfeasibleError
-from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Rank, method_of
+from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Method, Rank, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._measure import weight_error
 
 _MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
+_CHEAP = 2**20  # entries times rank up to which a slow method is solved to the end at once
+SWEEPS = 60  # of a slow method, to see how good it is
+_MORE_SWEEPS = 150  # of the one that is chosen
 
 
 class WeightFitting:
@@ -33,20 +37,59 @@ class WeightFitting:
         """The layer's weight (O, I, J), without its graph."""
         return self.layer.weight.detach()
 
-    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, thorough: bool = True) -> Candidate:
+    @property
+    def metric(self) -> Metric:
+        """The metric in which factors are fitted."""
+        return PLAIN
+
+    @cached_property
+    def ordered(self) -> tuple[Tensor, Metric]:
+        """The weight in that metric and in the coordinates of its HOSVD (O, I, J), and the metric that does both."""
+        return decompose.ordered(self.weight, self.metric)
+
+    def release(self) -> None:
+        """Drop what can be computed again."""
+        self.__dict__.pop("ordered", None)
+
+    def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         """The best candidate of a rank or size that was found.
 
         Args:
             rank: instead of the config's own.
             budget: time for all of it.
-            thorough: False leaves out the ways that did not help at other sizes of the same method and format.
 
         Raises:
             ConfigError: the rank does not fit the layer.
             InfeasibleError: no rank meets the target.
             CompressionError: no factors are within the range of the layer's dtype.
         """
-        return self._rounded(config, self._solved(self.weight, config, rank, budget or Budget()))
+        return self._rounded(config, self._solved(config, rank, budget or Budget()))
+
+    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, sweeps: int = SWEEPS) -> Candidate:
+        """A candidate of a rank or size, from the weight in the coordinates of its HOSVD: for a search.
+
+        A slow method makes at most so many sweeps; `polished` goes on. Raises as `at`.
+        """
+        budget, method = budget or Budget(), method_of(config)
+        if method.unwhiten is None:
+            return self.at(config, rank, budget)
+        weight, _ = self.ordered
+        if isinstance(rank, MaxSize):
+            # the weight may be wider here than in the layer, and the fraction is of the layer's bytes
+            if method.sketch is not None:
+                rank = self._rank_within(method, rank, config.quantize)
+            elif config.quantize is not None:
+                rank = MaxSize(rank.fraction * self.layer.weight.element_size() / weight.element_size())
+        if method.sketch is None or self.is_cheap(rank):
+            assert method.solve is not None
+            found = method.solve(weight, rank, config, budget, ordered=True)
+        else:
+            found = method.sketch(weight, rank, config, budget, sweeps)
+        return self._best_rounded(config, found, weight)
+
+    def polished(self, found: Candidate, budget: Budget) -> Candidate:
+        """What `build` made, or a better one of its rank and format; `budget` is for all of it."""
+        return self._went_on(found, budget)
 
     def within(self, config: LayerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
@@ -70,32 +113,63 @@ class WeightFitting:
             f"{error:.3g}."
         )
 
-    def dense(self, config: DenseConfig, budget: Budget) -> Candidate:
-        """The weight itself in the config's format."""
+    def dense(self, config: DenseConfig, budget: Budget | None = None, quick: bool = False) -> Candidate:
+        """The weight itself in the config's format; `quick` takes the nearest values."""
         return self._stored(config, DenseBilinear.from_weight(self.weight, quantize=config.quantize))
 
-    def improved(self, config: LayerConfig, found: Candidate, budget: Budget, same_rank: bool = False) -> Candidate:
-        """What `at(thorough=False)` found, or a fit that it left out and that is as small and better."""
-        return found
+    def _went_on(self, found: Candidate, budget: Budget) -> Candidate:
+        """The better of a candidate and of what more sweeps of a slow method make of it."""
+        assert found.config is not None
+        method = method_of(found.config)
+        if method.sketch is None or found.fitted is None or self.is_cheap(found.fitted.rank):
+            return found
+        weight, rank = self.ordered[0], found.fitted.rank
+        more = method.sketch(weight, rank, found.config, budget.child(0.8), _MORE_SWEEPS, begin=found.fitted)
+        return best([found, self._best_rounded(found.config, more, weight)])
 
-    @contextmanager
-    def probing(self) -> Iterator[None]:
-        """What is found inside says nothing of what helps at other sizes."""
-        yield
+    def is_cheap(self, rank: Rank) -> bool:
+        """Whether a slow method is solved to its end in little time."""
+        return not isinstance(rank, int) or self.weight.numel() * rank <= _CHEAP
 
-    def _solved(self, weight: Tensor, config: LayerConfig, rank: Rank, budget: Budget) -> Decomposition:
-        """The decomposition of the weight, or of what stands for it in another metric, in floating point."""
+    def _rank_within(self, method: Method, target: MaxSize, quantize: Quantize | None) -> int:
+        """The largest rank that stores at most this fraction of the weight's bytes."""
+        weight = self.weight
+        allowed = target.fraction * weight.numel() * weight.element_size()
+        rank = largest_rank(method, weight.shape, weight.element_size(), quantize, allowed)
+        if rank == 0:
+            least = method.nbytes(1, weight.shape, weight.element_size(), quantize)
+            raise InfeasibleError(f"Rank 1 stores {least} bytes. A size of {int(allowed)} is allowed for the weight.")
+        return rank
+
+    def _solved(self, config: LayerConfig, rank: Rank, budget: Budget) -> Decomposition:
+        """The decomposition of the plain weight in floating point."""
         method = method_of(config)
         assert method.solve is not None
-        if isinstance(rank, MaxSize) and config.quantize is not None:
-            # a whitened weight may be wider than the layer's, and the fraction is of the layer's bytes
-            rank = MaxSize(rank.fraction * self.layer.weight.element_size() / weight.element_size())
-        return method.solve(weight, rank, config, budget)
+        return method.solve(self.weight, rank, config, budget)
 
     def _rounded(self, config: LayerConfig, found: Decomposition, correct_bias: bool = True) -> Candidate:
         """A decomposition of the weight in the config's format, its parts rounded to fit each other."""
         parts = method_of(config).round(found, self.weight, config.quantize)
         return replace(self._layer_of(config, parts, correct_bias=correct_bias), decomposition=found)
+
+    def _best_rounded(
+        self, config: LayerConfig, found: Decomposition, target: Tensor | None, fitted_to: str | None = None
+    ) -> Candidate:
+        """A decomposition in the coordinates of `ordered`: rounded value by value, or its parts to fit each other.
+
+        Args:
+            target: what the rounded parts should be near to, in those coordinates (O, I, J); None takes what is
+                decomposed.
+        """
+        method, metric = method_of(config), self.ordered[1]
+        assert method.unwhiten is not None
+        known = {"fitted_to": fitted_to or ("whitened" if self.on_output else "weight"), "fitted": found}
+        parts = method.unwhiten(found, metric, self.layer.weight.dtype)
+        plain = self._layer_of(config, parts, **known)
+        if config.quantize is None or not FORMATS[config.quantize].coarse:
+            return plain
+        rounded = method.round(parts, found.to_tensor() if target is None else target, config.quantize, metric)
+        return best([plain, replace(self._layer_of(config, rounded, **known), decomposition=parts)])
 
     def _layer_of(self, config: LayerConfig, parts: Decomposition, **known: Any) -> Candidate:
         make = cast(Any, method_of(config).layer).from_decomposition
@@ -134,3 +208,15 @@ def check_not_zero(layer: nn.Bilinear) -> None:
 def best(candidates: list[Candidate]) -> Candidate:
     """The one of least error."""
     return min(candidates, key=lambda candidate: candidate.error)
+
+
+def largest_rank(method: Method, shape: Sequence[int], itemsize: int, quantize: Quantize | None, allowed: float) -> int:
+    """The largest rank of a method of one rank that stores at most so many bytes; 0 where there is none."""
+    low, high = 0, min(math.prod(shape) // size for size in shape)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if method.nbytes(middle, shape, itemsize, quantize) <= allowed:
+            low = middle
+        else:
+            high = middle - 1
+    return low

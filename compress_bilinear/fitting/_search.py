@@ -1,228 +1,304 @@
-"""Which methods, ranks and formats to try for one layer of an `AutoConfig`, or under a `MaxError` on the outputs."""
+"""The candidates of one layer: predicted for every method, format and size first; a few of them are made and measured.
+
+The error of a Tucker rank is what its block of the HOSVD's core leaves out; of other methods it follows a power of the
+rank, which two quick solutions at low ranks give. The error of rounding, a constant of the format, adds in quadrature.
+"""
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import NamedTuple, get_args
 
+import numpy
 import torch
 from torch import nn
 
 from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
-from ..decomposition import Budget, smallest
+from ..decomposition import Budget
 from ..errors import CompressionError, InfeasibleError
-from ..modules import METHODS, Method, method_of
+from ..modules import METHODS, Method, Rank, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
-from ._fit_weight import WeightFitting
+from ._fit_weight import WeightFitting, largest_rank
 from ._latency import latencies, timing_inputs
 from ._measure import stored_bytes
 
-_MOST_TRIES = 12  # sizes, in the search for the smallest
-_LEAST_FRACTION, _MOST_FRACTION = 1e-4, 0.97
-_FIRST_FRACTION = 0.125
+_STEP = 1.03  # between two sizes of a prediction
+_HOPE = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
+_SKETCHES = (8, 4)  # the rank that fills a size, over those of the quick solutions
+_SKETCH_SWEEPS = 12
 _SHARE = 0.25  # of the time left, for one candidate
-_STEPS = (0.5, 0.7, 1.0)  # times the fraction that all layers may take: the sizes that are tried for a single layer
-_MORE_STEPS = (1.4, 2.0, 4.0)  # and where other layers may leave it some of theirs
-_FULL = 0.9  # of the weight's numbers: factors of more are hardly smaller than the weight in the same format
-_ROUNDING = 0.03  # an error above which that of 8-bit rounding hardly matters, and a lower rank in more bits loses
-_NEARLY = 1.05  # times a limit: an error from which a search may still meet it
-_DENSE = 0.05  # of the work
-_BEHIND = 1.6  # times the least error at a size
+_AS_GOOD = 1.05  # times the least error: what is faster is then better
+_EXACT = 1e-5  # an error that is none
+_PATIENCE = 2e12  # FLOPs that a slow method may take without a time limit, and more for each entry of a large weight
+_PATIENCE_PER_ENTRY = 4e4
+_SWEEPS = 60  # these are so many times the FLOPs of a sweep
+
+_ROUNDS = 6  # of making what is picked, and more if they take next to no time
+_MOST_ROUNDS, _SHORT = 40, 1.0  # seconds
+
+Kind = tuple[Method, Quantize | None]
+
+
+class _Point(NamedTuple):
+    """What is predicted of a rank: bytes without the bias, and the relative squared error before rounding."""
+
+    rank: Rank
+    bytes: float
+    lost: float
 
 
 class Search:
-    """Tries candidates for one layer and collects them in `candidates`; keeping the layer is the first."""
+    """Candidates of one layer, in `candidates`: made ones and predicted ones. Keeping the layer is the first."""
 
     def __init__(
-        self, fitting: WeightFitting, budget: Budget | None = None, seed: int = 0, exact: bool = False
+        self,
+        fitting: WeightFitting,
+        budget: Budget | None = None,
+        seed: int = 0,
+        exact: bool = False,
+        only: LayerConfig | None = None,
     ) -> None:
-        """`exact` lets the unrounded dense layer compete too, for its speed."""
+        """`exact` lets the unrounded dense layer compete too, for its speed; `only` has one method and format."""
         self.fitting, self.layer = fitting, fitting.layer
-        self._budget, self._seed, self._exact = budget or Budget(), seed, exact
-        bits = 8 * self.layer.weight.element_size()
-        # formats of few bits nearly always win; a layer in half precision has 16 bits already
-        self._few: tuple[Quantize, ...] = tuple(name for name in get_args(Quantize) if FORMATS[name].coarse)
-        wide = [name for name in get_args(Quantize) if 8 < FORMATS[name].bits < bits]
-        self._many: tuple[Quantize | None, ...] = (*wide, None)
-        self._quick = [row for row in METHODS.values() if row.solve is not None and not row.slow]
-        self._slow = [row for row in METHODS.values() if row.solve is not None and row.slow]
-        self._tried: dict[tuple[LayerConfig, float], Candidate | None] = {}
-        self._span = (0.0, 1.0)
+        self.budget, self._seed = budget or Budget(), seed
         self.candidates = [Candidate.kept(self.layer)]
+        formats = [name for name in get_args(Quantize) if FORMATS[name].coarse or FORMATS[name].bits < self._bits]
+        self._dense = [] if only is not None else [*formats, None] if exact else formats
+        self._kinds: list[Kind] = [
+            (row, quantize) for row in METHODS.values() if row.solve is not None for quantize in (*formats, None)
+        ]
+        if only is not None:
+            self._kinds = [(method_of(only), only.quantize)]
+        self._hoped: dict[Kind, list[Candidate]] = {}  # as they were predicted at first
+        self._ratios: dict[Kind, dict[int, float]] = {}  # of measured errors to these, by bytes
 
-    def within(self, limit: float, fast: bool = False) -> None:
-        """Try to find, for every method and format, the smallest candidate whose error is at most `limit`.
+    @property
+    def _bits(self) -> int:
+        return 8 * self.layer.weight.element_size()
 
-        What cannot be smaller than others is left out, unless it may be the fastest, and `fast` asks for that.
+    @property
+    def made(self) -> list[Candidate]:
+        """Those that were made and measured, and the layer itself."""
+        return [candidate for candidate in self.candidates if not candidate.predicted]
+
+    def predict(self, size: float | None = None, limit: float | None = None) -> None:
+        """Make the dense candidates, and predict all others, at every size.
+
+        Args:
+            size: of these bytes, one prediction is exactly the largest below.
+            limit: an error; a method that needs quick solutions has them near the size at which others meet it.
         """
-        self._dense()
-        few = [*self._configs(self._quick, self._few), *self._configs(self._slow, self._few)]
-        wide = [config for q in self._many for config in self._configs([*self._quick, *self._slow], [q])]
-        for number, config in enumerate((*few, *wide)):
-            alike = [each for each in self.candidates if type(each.config) is type(config)]
-            if not fast and number >= len(few) and any(each.error <= limit for each in alike):
-                continue  # the same rank in more bits is hardly better, and larger
-            self._reach(number, len(few) + len(wide))
-            if not fast and not self._may_win(config, limit):
-                continue
-            if self.fitting.on_output:
-                self.smallest(config, limit)
-            else:
-                self._solved_within(config, limit)
+        for number, quantize in enumerate(self._dense):
+            part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
+            self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), part, quick=True))
+        anchor = self._weight_bytes(self.candidates[0].bytes if size is None else size)
+        weight = self.fitting.ordered[0]
+        by_method = {row.name: row.predict(weight) for row, _ in self._kinds if row.predict is not None}
+        itemsize = self.layer.weight.element_size()
+        for row, quantize in self._kinds:
+            if row.name in by_method:
+                self._add((row, quantize), [_Point(*p) for p in by_method[row.name](itemsize, quantize, anchor)])
+        if size is None and limit is not None:
+            within = [candidate.bytes for candidate in self.candidates if candidate.error <= limit]
+            anchor = self._weight_bytes(min(within))
+        for row in {row.name: row for row, _ in self._kinds if row.predict is None}.values():
+            self._sketch(row, [quantize for other, quantize in self._kinds if other is row], anchor)
+        self.budget.report(0.3, 1.0)
 
-    def smallest(self, config: LayerConfig, limit: float) -> list[Candidate]:
-        """What was tried while closing in on the smallest candidate of this method and format within `limit`."""
+    def build(self, point: Candidate) -> None:
+        """Make a predicted candidate; others of its kind are predicted anew from what it measures."""
+        assert point.config is not None
+        kind = method_of(point.config), point.config.quantize
+        self.candidates.remove(point)
+        try:
+            found = self.fitting.build(point.config, getattr(point.config, "rank", None), self._part())
+        except CompressionError:  # factors out of range
+            self._ratios.setdefault(kind, {})[point.bytes] = 1e6
+            self._renew(kind)
+            return
+        self.candidates.append(found)
+        hoped = next(each for each in self._hoped[kind] if each.config == point.config)
+        self._ratios.setdefault(kind, {})[found.bytes] = max(found.error, 1e-12) / max(hoped.error, 1e-12)
+        self._renew(kind)
 
-        def attempt(size: float) -> tuple[Candidate, float] | None:
-            found = self._at(config, size)
-            return None if found is None else (found, found.error)
+    def polish(self, candidate: Candidate, budget: Budget) -> Candidate:
+        """The candidate, or a better one of its kind and size, which takes its place."""
+        better = self.fitting.polished(candidate, budget)
+        better = replace(better, latency=candidate.latency)
+        self.candidates[self.candidates.index(candidate)] = better
+        return better
 
-        largest = self._largest(config)
-        trials = smallest(attempt, limit, _LEAST_FRACTION, largest, first=_FIRST_FRACTION, tries=_MOST_TRIES)
-        return [trial.result for trial in trials if trial.result is not None]
-
-    def sized(self, fraction: float, alone: bool) -> None:
-        """Try every method and format at sizes around this fraction of the layer's bytes."""
-        self._dense()
-        steps = _STEPS if alone else (*_STEPS, *_MORE_STEPS)
-        sizes = sorted({min(step * fraction, _MOST_FRACTION) for step in steps}, reverse=True)
-        behind: set[LayerConfig] = set()
-        for number, size in enumerate(sizes):
-            self._reach(number, len(sizes))
-            rounded = self._least(size)
-            self._all_at(self._configs(self._quick, self._few), size, behind)
-            # where the whole weight in few bits loses little, a slow method gains only on a weight of low rank
-            if rounded > _ROUNDING or self._least(size) < rounded:
-                self._all_at(self._configs(self._slow, self._few), size, behind)
-            # lower ranks in more bits gain only on a weight of low rank: the quick methods tell
-            whole = self._least(size, lambda config: isinstance(config, DenseConfig))
-            factors = self._least(size, _decomposes)
-            for quantize in self._many if factors < min(_ROUNDING, whole) else ():
-                before = self._least(size)
-                self._all_at(self._configs(self._quick, [quantize]), size, behind)
-                # also try CP if CP is best in few bits: a tensor of full multilinear rank can have a low CP rank
-                if self._least(size) == before and self._least(size, _is_slow) > before:
-                    continue
-                self._all_at(self._configs(self._slow, [quantize]), size, behind)
-
-    def improved(self, candidate: Candidate, budget: Budget) -> Candidate:
-        """The candidate, or one that is as small and does better where it is fitted to the plain weight.
-
-        Where that does better for it, it may for other methods and formats too, which are then compared with it. A
-        candidate with a latency stays of its method and rank.
-        """
-        if not _decomposes(candidate.config):
-            return candidate
-        smaller = sorted((each for each in self.candidates if each.bytes <= candidate.bytes), key=lambda c: c.error)
-        kinds: dict[tuple[type, Quantize | None], tuple[LayerConfig, Candidate]] = {}
-        for each in (candidate, *(smaller if candidate.latency is None else ())):
-            if each.config is not None and _decomposes(each.config):
-                kinds.setdefault((type(each.config), each.config.quantize), (each.config, each))
-        best = candidate
-        for number, (config, each) in enumerate(kinds.values()):
-            if number and (best.error == candidate.error or budget.left() <= 0):
-                break
-            found = self.fitting.improved(config, each, budget.child(), candidate.latency is not None)
-            if found.error < best.error:
-                best = replace(found, latency=candidate.latency)
-        return best
+    def drop_predicted(self) -> None:
+        """Leave only what was made."""
+        self.candidates = self.made
 
     def time(self, rows: int) -> None:
-        """Measure the latencies of all candidates side by side, in calls of so many rows."""
+        """Measure the latencies of what was made side by side, in calls of so many rows."""
         inputs = timing_inputs(self.layer, rows)
-        calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(self.candidates)}
+        calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(self.made)}
         with torch.no_grad():
             found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
-        self.candidates = [replace(each, latency=found[str(k)].median) for k, each in enumerate(self.candidates)]
+        timed = {id(each): found[str(k)].median for k, each in enumerate(self.made)}
+        self.candidates = [replace(each, latency=timed.get(id(each))) for each in self.candidates]
 
-    def _dense(self) -> None:
-        """8-bit dense is near lossless at a quarter of the size: what all others have to beat."""
-        formats = (*self._few, *(q for q in self._many if q is not None or self._exact))
-        for number, quantize in enumerate(formats):
-            self._span = (_DENSE * number / len(formats), _DENSE * (number + 1) / len(formats))
-            self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), self._part()))
+    def quickest_as_good(self, candidate: Candidate, rows: int) -> Candidate:
+        """The fastest of what is as small and has at most 1.05 times the error of a candidate, in so many rows."""
+        rivals = [
+            each
+            for each in self.made
+            if each.module is not None and each.bytes <= candidate.bytes and each.error <= _AS_GOOD * candidate.error
+        ]
+        if len(rivals) < 2 or candidate.module is None or self.budget.left() <= 0:
+            return candidate
+        inputs = timing_inputs(self.layer, rows)
+        calls = {str(k): partial(each.module, *inputs) for k, each in enumerate(rivals) if each.module is not None}
+        with torch.no_grad():
+            found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
+        fastest = min(found, key=lambda name: found[name].median)
+        now = str(next(k for k, each in enumerate(rivals) if each is candidate))
+        return rivals[int(fastest)] if found[fastest].upper < found[now].lower else candidate
 
-    def _configs(self, rows: Iterable[Method], formats: Iterable[Quantize | None]) -> list[LayerConfig]:
-        formats = list(formats)
-        return [row.configure(None, quantize, self._seed) for row in rows for quantize in formats]
+    def build_quickest(self, candidate: Candidate, limit: float | None) -> None:
+        """Of every method and format, make what is predicted to need least work: within a limit, or as small."""
+        for kind in list(self._hoped):
+            hoped = {id(each.config) for each in self._hoped[kind]}
+            fit = [
+                each
+                for each in self.candidates
+                if each.predicted and id(each.config) in hoped
+                if (each.bytes <= candidate.bytes if limit is None else each.error <= limit)
+            ]
+            if fit and self.budget.left() > 0:
+                self.build(min(fit, key=lambda each: (each.flops, each.error)))
 
-    def _all_at(self, configs: Iterable[LayerConfig], size: float, behind: set[LayerConfig]) -> None:
-        """Try those that are not far behind, and note those that are: so they would be at the next smaller size."""
-        found = {config: self._at(config, size) for config in configs if config not in behind}
-        for config, fit in found.items():
-            # dense ones may not fit at the next
-            least = self._least(min(size, self._largest(config)), _decomposes)
-            if fit is not None and fit.error > _BEHIND * least:
-                behind.add(config)
+    def _add(self, kind: Kind, points: list[_Point]) -> None:
+        """Predicted candidates of a method and format. Those that are hardly smaller than the layer say nothing."""
+        row, quantize = kind
+        rounding = 0.0 if quantize is None else FORMATS[quantize].error
+        whole, extra = self.candidates[0].bytes, self.candidates[0].bytes - self._weight_bytes(self.candidates[0].bytes)
+        hoped, shape = [], self.layer.weight.shape
+        for rank, size, lost in points:
+            if size + extra < whole and lost < 1:
+                error = _HOPE * math.sqrt(lost + rounding**2 * (1 - lost))
+                config = row.configure(rank, quantize, self._seed)
+                known = {"flops": 2 * int(row.nbytes(rank, shape, 1, None)), "on_output": self.fitting.on_output}
+                hoped.append(Candidate(config=config, module=None, bytes=int(size + extra), error=error, **known))
+        self._hoped[kind] = hoped
+        self.candidates += hoped
 
-    def _may_win(self, config: LayerConfig, limit: float) -> bool:
-        """Whether it meets the limit, or nearly does, in the bytes of the smallest that has been found to do so."""
-        size = min(each.bytes for each in self.candidates if each.error <= limit) / self.candidates[0].bytes
-        if size > self._largest(config):
-            return True  # so far it is the layer itself, or nothing of this method is so large
-        with self.fitting.probing():
-            found = self._at(config, size)
-        return found is None or found.error <= _NEARLY * limit
-
-    def _solved_within(self, config: LayerConfig, limit: float) -> None:
-        """The smallest within `limit`, by the solvers' own search for it."""
-        if self._budget.left() <= 0:
+    def _sketch(self, row: Method, formats: list[Quantize | None], anchor: float) -> None:
+        """Predict a method whose ranks are integers from quick solutions at two low ranks."""
+        shape, itemsize = self.layer.weight.shape, self.layer.weight.element_size()
+        weight = self.fitting.ordered[0]
+        fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
+        most = self._most_rank(row, max(fullest.values()))
+        solved: dict[int, float] = {}
+        for part in _SKETCHES if not self.fitting.is_cheap(most) else (2, 1):
+            rank = max(1, most // part)
+            if rank in solved or self.budget.left() <= 0:
+                continue
+            begun = time.perf_counter()
+            config = row.configure(rank, None, self._seed)
+            try:
+                if row.sketch is None or self.fitting.is_cheap(rank):
+                    assert row.solve is not None
+                    found = row.solve(weight, rank, config, self._part(), ordered=True)
+                else:
+                    found = row.sketch(weight, rank, config, self._part(), _SKETCH_SWEEPS)
+            except CompressionError:
+                continue
+            solved[rank] = found.relative_error(weight) if found.error is None else found.error
+            if self.budget.limited and rank < most:  # what there is time for
+                each = (time.perf_counter() - begun) / rank * _SWEEPS / _SKETCH_SWEEPS
+                most = min(most, max(rank, int(0.5 * self.budget.left() / each)))
+        if not solved:
             return
-        try:
-            found = self.fitting.within(config, limit, self._part())
-        except CompressionError:  # out of reach
-            return
-        if found.bytes < self.candidates[0].bytes:
-            self.candidates.append(found)
+        for quantize in formats:
+            sizes = sorted({min(most, rank) for rank in _geometric(max(1, min(solved) // 2), 4 * most)})
+            sizes = sorted({*sizes, *solved, *({fullest[quantize]} if 0 < fullest[quantize] <= most else ())})
+            points = [
+                _Point(rank, row.nbytes(rank, shape, itemsize, quantize), _power_law(solved, rank)) for rank in sizes
+            ]
+            self._add((row, quantize), points)
 
-    def _at(self, config: LayerConfig, fraction: float) -> Candidate | None:
-        """The candidate of this kind and size, or the largest below; None where there is none, or no time for it."""
-        key = (config, min(fraction, self._largest(config)))
-        if key not in self._tried:
-            self._tried[key] = self._solved(*key)
-        return self._tried[key]
+    def _most_rank(self, row: Method, rank: int) -> int:
+        """The largest rank that a search may wait for."""
+        shape = self.layer.weight.shape
+        numel = self.layer.weight.numel()
+        most = min(rank, int(row.largest(shape, 1.0) * numel / max(row.nbytes(1, shape, 1, None), 1)) or 1)
+        while most > 1 and _SWEEPS * (6.0 * numel * most + 6.0 * most**3) > _PATIENCE + _PATIENCE_PER_ENTRY * numel:
+            most = int(0.9 * most)
+        return max(most, 1)
 
-    def _solved(self, config: LayerConfig, fraction: float) -> Candidate | None:
-        if self._budget.left() <= 0:
-            return None
-        try:
-            rank = without_bias(MaxSize(fraction), self.layer)
-            found = self.fitting.at(config, rank, self._part(), thorough=False)
-        except CompressionError:  # too small for any rank, or factors out of range
-            return None
-        if found.bytes >= self.candidates[0].bytes:
-            return None
-        self.candidates.append(found)
-        return found
+    def _renew(self, kind: Kind) -> None:
+        """Predict a kind anew: between what was measured, its ratio to the prediction is interpolated."""
+        known = sorted(self._ratios[kind].items())
+        places, ratios = ([math.log(size) for size, _ in known], [math.log(ratio) for _, ratio in known])
+        made = {candidate.config for candidate in self.made}
+        hoped = [each for each in self._hoped[kind] if each.config not in made]
+        old = {id(each.config) for each in self._hoped[kind]}
+        self.candidates = [c for c in self.candidates if not (c.predicted and id(c.config) in old)]
+        for each in hoped:
+            ratio = math.exp(min(numpy.interp(math.log(each.bytes), places, ratios), 50.0))
+            self.candidates.append(replace(each, error=each.error * ratio))
 
-    def _least(self, fraction: float, matches: Callable[[LayerConfig | None], bool] = lambda config: True) -> float:
-        """The least error that was found in this size, of all or of the configs that match."""
-        most = fraction * self.candidates[0].bytes
-        return min((c.error for c in self.candidates if c.bytes <= most and matches(c.config)), default=math.inf)
-
-    def _largest(self, config: LayerConfig) -> float:
-        """The fraction from which the weight itself in this format is about as small, and loses nothing else."""
-        numbers = 1.0  # that the layer's bytes would hold in the format, for each of the weight's; without scales
-        if config.quantize is not None:
-            numbers = 8 * self.layer.weight.element_size() / FORMATS[config.quantize].bits
-        return min(_MOST_FRACTION, _FULL / numbers, method_of(config).largest(self.layer.weight.shape, numbers))
-
-    def _reach(self, number: int, count: int) -> None:
-        """From here on, this one of so many parts of the work after the dense layers is reported."""
-        self._span = (_DENSE + (1 - _DENSE) * number / count, _DENSE + (1 - _DENSE) * (number + 1) / count)
+    def _weight_bytes(self, size: float) -> float:
+        """What a size of the layer leaves for the weight: the bias is stored as it is."""
+        weight = self.layer.weight
+        return size - (stored_bytes(self.layer) - weight.numel() * weight.element_size())
 
     def _part(self) -> Budget:
-        return self._budget.child(_SHARE, self._span)
+        return self.budget.child(_SHARE, (0.3, 0.9))
 
 
-def _is_slow(config: LayerConfig | None) -> bool:
-    return config is not None and method_of(config).slow
+def settle(searches: Sequence[Search], pick: Callable[[list[list[Candidate]]], list[Candidate]]) -> list[Candidate]:
+    """Make what is picked until nothing that is only predicted is picked any more, or the time is up.
+
+    Args:
+        pick: one candidate of each list, or InfeasibleError.
+    """
+    begun = time.perf_counter()
+    for number in range(_MOST_ROUNDS):
+        chosen = pick([search.candidates for search in searches])
+        open_ = [(search, each) for search, each in zip(searches, chosen, strict=True) if each.predicted]
+        for search, each in open_:
+            search.build(each)
+        over = any(search.budget.left() <= 0 for search in searches)
+        if not open_ or over or (number >= _ROUNDS and time.perf_counter() - begun > _SHORT):
+            break
+    while True:
+        try:
+            return pick([search.made for search in searches])
+        except InfeasibleError:
+            chosen = pick([search.candidates for search in searches])
+            for search, each in zip(searches, chosen, strict=True):
+                if each.predicted:
+                    search.build(each)
 
 
-def _decomposes(config: LayerConfig | None) -> bool:
-    return config is not None and method_of(config).solve is not None
+def _geometric(low: int, high: int) -> list[int]:
+    """Integers from low to high, each at least `_STEP` times the one before."""
+    found, value = [], float(low)
+    while value <= high:
+        found.append(int(value))
+        value = max(value * _STEP, int(value) + 1)
+    return found
+
+
+def _power_law(solved: dict[int, float], rank: int) -> float:
+    """The squared error at a rank, by the power law through two known ones; of an exact solution none beyond it."""
+    exact = [known for known, error in solved.items() if error <= _EXACT]
+    if exact and rank >= min(exact):
+        return 0.0
+    known = sorted((other, error) for other, error in solved.items() if error > _EXACT)
+    if len(known) < 2:
+        return known[0][1] ** 2 if known else 1.0
+    (low, high), (more, less) = known[0], known[-1]
+    slope = min(math.log(less / high) / math.log(more / low), 0.0)
+    return min(1.0, (less * (rank / more) ** slope) ** 2)
 
 
 def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:

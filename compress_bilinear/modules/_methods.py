@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -28,7 +29,14 @@ class Method:
         name: as `LayerReport.method` and the layer's `method` have it.
         config: the class that asks for it.
         layer: the class that computes with it; `layer.from_decomposition` makes one.
-        solve: (weight, rank, config, budget) -> decomposition. None where the weight itself is stored.
+        solve: (weight, rank, config, budget, ordered) -> decomposition. None where the weight itself is stored.
+            `ordered` says that the weight is in the coordinates of its HOSVD: see `decomposition.ordered`.
+        sketch: of an ordered weight, the same in a limited time: (weight, rank, config, budget, sweeps, begin) ->
+            decomposition, going on from `begin` where that is not None. None where `solve` is quick.
+        nbytes: (rank, shape, bytes of an entry of the weight, format) -> bytes that the layer stores, without bias.
+        predict: of an ordered weight, a function (bytes of an entry, format, a size in bytes) -> a list of (rank, its
+            bytes, relative squared error) over all sizes, this one included. None where the error of a rank is only
+            known from a solution.
         refit: (decomposition, rows, budget) -> decomposition with factors fitted to rows; see `decomposition.Rows`.
             None leaves them as they are.
         round: (decomposition, weight, format, metric) -> decomposition whose values the format has.
@@ -36,7 +44,6 @@ class Method:
             method is only ever fitted to the weight.
         check: raises ConfigError where (rank, shape, name of the layer) do not fit.
         configure: (rank, format, seed) -> config.
-        slow: whether a search tries it only where quicker methods leave something to gain.
         largest: (shape, numbers that a byte budget holds for each of the weight's) -> the largest fraction of the
             weight's bytes at which the method is worth a try.
     """
@@ -44,24 +51,45 @@ class Method:
     name: str
     config: type[LayerConfig]
     layer: type[CompressedBilinear]
-    solve: Callable[[Tensor, Rank, Any, Budget], Decomposition] | None = None
+    solve: Callable[..., Decomposition] | None = None
+    sketch: Callable[..., Decomposition] | None = None
+    nbytes: Callable[..., int] = lambda rank, shape, itemsize, quantize: 0
+    predict: Callable[[Tensor], Callable[..., list[tuple[Rank, float, float]]]] | None = None
     refit: Callable[[Decomposition, decompose.Rows, Budget], Decomposition] | None = None
     round: Callable[..., Decomposition] = lambda found, weight, quantize, metric=None: found
     unwhiten: Callable[..., Decomposition] | None = None
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]
-    slow: bool = False
     largest: Callable[[Sequence[int], float], float] = lambda shape, numbers: 1.0
 
 
-def _solve_tucker(weight: Tensor, rank: Rank, config: TuckerConfig, budget: Budget) -> TuckerDecomposition:
-    return decompose.tucker(weight, rank, quantize=config.quantize, **_limits(budget))
+def _solve_tucker(
+    weight: Tensor, rank: Rank, config: TuckerConfig, budget: Budget, ordered: bool = False
+) -> TuckerDecomposition:
+    return decompose.tucker(weight, rank, quantize=config.quantize, ordered=ordered, **_limits(budget))
 
 
-def _solve_cp(weight: Tensor, rank: Rank, config: CPConfig, budget: Budget) -> CPDecomposition:
+def _predict_tucker(weight: Tensor) -> Callable[..., list[tuple[Rank, float, float]]]:
+    energies = decompose.BlockEnergies(weight)
+
+    def points(itemsize: int, quantize: Quantize | None, anchor: float) -> list[tuple[Rank, float, float]]:
+        prices = partial(decompose.tucker_bytes, shape=weight.shape, itemsize=itemsize, quantize=quantize)
+        return [*energies.front(prices, anchor)]
+
+    return points
+
+
+def _solve_cp(weight: Tensor, rank: Rank, config: CPConfig, budget: Budget, ordered: bool = False) -> CPDecomposition:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AmplificationWarning)  # the report says it, of what is stored
         return decompose.cp(weight, rank, seed=config.seed, quantize=config.quantize, **_limits(budget))
+
+
+def _sketch_cp(
+    weight: Tensor, rank: Rank, config: CPConfig, budget: Budget, sweeps: int, begin: CPDecomposition | None = None
+) -> CPDecomposition:
+    known: dict[str, Any] = {"seed": config.seed, "quantize": config.quantize, "budget": budget}
+    return decompose.cp_sketch(weight, rank, sweeps=sweeps, begin=begin, **known)
 
 
 def _limits(budget: Budget) -> dict[str, Any]:
@@ -94,6 +122,8 @@ METHODS: dict[str, Method] = {
         config=TuckerConfig,
         layer=TuckerBilinear,
         solve=_solve_tucker,
+        nbytes=decompose.tucker_bytes,
+        predict=_predict_tucker,
         refit=decompose.refit_tucker,
         round=decompose.rounded,
         unwhiten=decompose.unwhitened_tucker,
@@ -105,15 +135,16 @@ METHODS: dict[str, Method] = {
         config=CPConfig,
         layer=CPBilinear,
         solve=_solve_cp,
+        sketch=_sketch_cp,
+        nbytes=decompose.cp_bytes,
         refit=decompose.refit_cp,
         round=decompose.rounded,
         unwhiten=decompose.unwhitened_cp,
         configure=lambda rank, quantize, seed: CPConfig(rank=rank or 1, quantize=quantize, seed=seed),
-        slow=True,
         largest=_largest_cp,
     ),
 }
-"""By name. Quick methods stand before slow ones: a search tries them in this order."""
+"""By name. What is predicted without a solution stands first: a search tries methods in this order."""
 
 LAYERS: dict[str, type[CompressedBilinear]] = {name: row.layer for name, row in METHODS.items()}
 """The class of a method's layers."""

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, not_default, plain
 from ..decomposition import Budget
 from ..errors import CompressionError, ConfigError, StalePlanError
-from ..fitting import IMPROVE, Job, environment, stored_bytes, task_metric
+from ..fitting import Job, environment, stored_bytes, task_metric
 from ..modules import check_inplace, fingerprint, parameter_owners, plain_reference, reason_against, swap, take_flags
 from ..report import FrontPoint, Report, render_text
 from ._distill import DEFAULT_SECONDS
@@ -156,9 +156,8 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         rest = whole.child(1.0 if refine is None else 0.5)
         kept_back = min(sum(shares.values()) / max(rest.left(), 1e-3), _MOST_JUDGING)
         budget = rest.child(1 - kept_back)
-        automatic = any(isinstance(job.config, AutoConfig) for job in jobs)
         with bars.stage("fit"):
-            searches = fit_all(jobs, given, budget.child(1 - IMPROVE) if automatic else budget, bars)
+            searches = fit_all(jobs, given, budget, bars)
         with bars.stage("choose"):
             choose(jobs, searches, given, budget, bars)
         with bars.stage("judge"):

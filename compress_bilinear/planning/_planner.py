@@ -19,6 +19,7 @@ from ..fitting import (
     expected_seconds,
     fit,
     reason_against_rounded_inputs,
+    settle,
     timing_inputs,
     weight_error,
 )
@@ -38,6 +39,8 @@ from ._distill import BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
 from ._rows import call_rows
 from ._verdict import cancelling, judge
+
+_PREDICT, _VERIFY = 0.3, 0.6  # of the time for an `AutoConfig`: to predict, and of what is left to make candidates
 
 
 def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool) -> list[Job]:
@@ -94,12 +97,12 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
     progress = bars.parts("Solving", len(open_))
     for number, job in enumerate(open_):
-        alone = sum(other.config is job.config for other in open_) == 1
-        part = _part(budget, sizes[number], sum(sizes[number:]), progress(number, job.label))
+        share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
+        part = _part(budget, sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
         try:
             if job.found.adapted is not None:
                 job.found.adapted.verify()
-            if (search := fit(job, part, options, alone)) is not None:
+            if (search := fit(job, part, options)) is not None:
                 searches[job] = search
         except ConfigError as error:
             misfits[job], job.reason = error, Note("misfit", str(error))
@@ -115,13 +118,13 @@ def choose(
     jobs: Sequence[Job], searches: Mapping[Job, Search], options: PlanOptions, budget: Budget, bars: ProgressBars
 ) -> None:
     """One candidate for each open job, in the compute mode that was asked for."""
-    for config in {id(job.config): job.config for job in searches}.values():
-        _allocate([job for job in searches if job.config is config], config)
-    picked = [job for job in searches if job.is_open]
-    progress = bars.parts("Comparing", len(picked))
-    for number, job in enumerate(picked):
-        sizes = [each.layer.weight.numel() for each in picked[number:]]
-        _improve(job, searches[job], _part(budget, sizes[0], sum(sizes), progress(number, job.label)))
+    waiting = list(searches)
+    while waiting:
+        group = [job for job in waiting if job.config is waiting[0].config]
+        sizes = [sum(job.layer.weight.numel() for job in some) for some in (group, waiting)]
+        part = _part(budget, sizes[0], sizes[1], budget.report)
+        _choose_together(group, searches, group[0].config, options, part, bars)
+        waiting = [job for job in waiting if job not in group]
     for job in jobs:
         if job.is_open and not isinstance(job.config, AutoConfig):
             job.chosen = job.candidates[0]
@@ -191,39 +194,77 @@ def _part(budget: Budget, size: float, rest: float, progress: Callable[[float, f
     return Budget(max(budget.left() * size / (rest or 1), 1e-3) if budget.limited else None, progress)
 
 
-def _allocate(jobs: Sequence[Job], config: Config) -> None:
-    """One candidate for each of these jobs, which have an `AutoConfig` in common."""
+def _choose_together(
+    jobs: Sequence[Job],
+    searches: Mapping[Job, Search],
+    config: Config,
+    options: PlanOptions,
+    budget: Budget,
+    bars: ProgressBars,
+) -> None:
+    """One candidate for each of these jobs, which have an `AutoConfig` in common; made, measured and polished."""
     assert isinstance(config, AutoConfig)
-    if config.fraction is None:
-        for job in jobs:
-            assert job.limit is not None
-            job.chosen = best_within(job.candidates, job.limit.error, config.prefer)
-        return
-    fronts = {job.label: job.candidates for job in jobs}
-    budget = int(config.fraction * sum(job.candidates[0].bytes for job in jobs))
+    own = [searches[job] for job in jobs]
+    for search in own:
+        search.budget = budget.child(_VERIFY)
+    pick = partial(_picked, jobs, config)
     try:
-        chosen = allocate(fronts, budget, config.prefer)
+        chosen = settle(own, pick)
+        if config.prefer == "speed":
+            chosen = _fastest(jobs, own, chosen, pick, options)
     except InfeasibleError as error:
         for job in jobs:
-            job.reason = Note("out_of_reach", str(error))
+            job.reason, job.candidates = Note("out_of_reach", str(error)), searches[job].candidates
         return
-    above = just_above(fronts, budget, config.prefer, chosen)
-    for job in jobs:
-        job.chosen, job.notes = chosen[job.label], above.get(job.label, ())
+    if config.fraction is not None:
+        fronts = {job.label: search.made for job, search in zip(jobs, own, strict=True)}
+        labelled = {job.label: candidate for job, candidate in zip(jobs, chosen, strict=True)}
+        above = just_above(fronts, _allowed(config, [search.candidates for search in own]), config.prefer, labelled)
+        for job in jobs:
+            job.notes = above.get(job.label, ())
+    progress = bars.parts("Polishing", len(jobs))
+    for number, (job, search, candidate) in enumerate(zip(jobs, own, chosen, strict=True)):
+        if config.fraction is not None and options["measure_latency"]:
+            candidate = search.quickest_as_good(candidate, job.rows(options["batch_size"]))
+        sizes = [other.layer.weight.numel() for other in jobs[number:]]
+        part = _part(budget, sizes[0], sum(sizes), progress(number, job.label))
+        job.chosen = search.polish(candidate, part)
+        job.candidates = search.candidates
+        if job.chosen.module is None:
+            what = "faster" if config.prefer == "speed" else "smaller"
+            code, why = "out_of_reach", f"no {what} replacement meets the target"
+            if config.fraction is not None:
+                code, why = "within_size", "the size allows to keep it"
+            job.reason = Note(code, f"{why} of {len(search.made) - 1} that were tried")
 
 
-def _improve(job: Job, search: Search, budget: Budget) -> None:
-    """The chosen candidate, or a better one of its size. Where it is the layer itself, the reason."""
-    assert isinstance(job.config, AutoConfig)
-    assert job.chosen is not None
-    better = search.improved(job.chosen, budget)
-    job.candidates[job.candidates.index(job.chosen)] = job.chosen = better
-    if better.module is None:
-        what = "faster" if job.config.prefer == "speed" else "smaller"
-        code, why = "out_of_reach", f"no {what} replacement meets the target"
-        if job.config.fraction is not None:
-            code, why = "within_size", "the size allows to keep it"
-        job.reason = Note(code, f"{why} of {len(job.candidates) - 1} that were tried")
+def _picked(jobs: Sequence[Job], config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """The best candidates of each list under the config. Raises: InfeasibleError where its size is out of reach."""
+    if config.fraction is None:
+        limits = [job.limit.error if job.limit is not None else 0.0 for job in jobs]
+        return [best_within(each, limit, config.prefer) for each, limit in zip(lists, limits, strict=True)]
+    fronts = {str(number): candidates for number, candidates in enumerate(lists)}
+    chosen = allocate(fronts, _allowed(config, lists), config.prefer)
+    return [chosen[name] for name in fronts]
+
+
+def _allowed(config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> int:
+    """The bytes that a size allows for all layers together; the first candidate of each keeps it."""
+    return int((config.fraction or 1.0) * sum(candidates[0].bytes for candidates in lists))
+
+
+def _fastest(
+    jobs: Sequence[Job],
+    searches: Sequence[Search],
+    chosen: Sequence[Candidate],
+    pick: Callable[[list[list[Candidate]]], list[Candidate]],
+    options: PlanOptions,
+) -> list[Candidate]:
+    """The pick among measured latencies: of every method and format, what needs least work is made and timed too."""
+    for job, search, candidate in zip(jobs, searches, chosen, strict=True):
+        search.build_quickest(candidate, None if job.limit is None else job.limit.error)
+        search.time(job.rows(options["batch_size"]))
+    return pick([search.made for search in searches])
 
 
 def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Candidate:

@@ -46,6 +46,7 @@ class FrontPoint:
         bytes: everything that it stores. `flops`: of a row.
         weight_error, output_error: as in `LayerReport`; the latter on held-out calibration rows. None where unknown.
         latency_ms: the median of a call; None where nothing was timed.
+        predicted: whether the error is a prediction, because the candidate was not made.
         chosen: whether the layer became this.
     """
 
@@ -57,6 +58,7 @@ class FrontPoint:
     weight_error: Amount | None = None
     output_error: Amount | None = None
     latency_ms: Amount | None = None
+    predicted: bool = False
     chosen: bool = False
 
 
