@@ -22,8 +22,9 @@ from ._budget import Budget
 PENALTY = 1e-4  # about the squared relative error that 8-bit factors add: rounding errors grow with the components
 AMPLIFICATION_LIMIT = 3.0  # above it, components are said to cancel
 
-_LEAST_ROOM = 2**16  # elements of a partial product that may always be kept: half a MiB
+_LEAST_ROOM = 2**22  # elements of a partial product that may always be kept: 16 MiB in float32
 _SLAB = 2**19  # elements of a partial product that are summed at once: 2 MiB in float32, which caches hold
+_LEAST_LEVEL = 27.6  # log of the ratio of the largest squared norm of a column to the least: 1e6 squared
 _NARROW_LIMIT = 1e-3  # squared residual, about ten times the penalty
 _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep that improves, its growth with each further one, and its most
 
@@ -146,7 +147,10 @@ def balanced(factors: Sequence[Tensor]) -> list[Tensor]:
 def _balanced(factors: Sequence[Tensor], squares: Tensor) -> list[Tensor]:
     """`balanced`, given the columns' squared norms (3, R); in place."""
     logs = squares.clamp_min(1e-300).log_()
-    scale = torch.exp((logs.mean(0) - logs) / 2).clamp_max_(1e30)  # of a column of zeros, which it leaves
+    level = logs.mean(0)
+    # a component that a penalty has shrunk to nothing may still grow again; as denormal numbers it slows all products
+    level = torch.maximum(level, level.max() - _LEAST_LEVEL) if level.numel() else level
+    scale = torch.exp((level - logs) / 2).clamp_max_(1e30)  # of a column of zeros, which it leaves
     return [factor.mul_(s) for factor, s in zip(factors, scale.to(factors[0].dtype), strict=True)]
 
 
