@@ -22,7 +22,8 @@ from ._fit_weight import SWEEPS, WeightFitting, best
 from ._measure import OutputError, weight_error
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
-_AGREES = 0.05  # between the error that the moments predict and the held-out one: then rows have nothing to add
+_AGREES = 0.1  # of the squared error, between what the moments predict and the held-out one: then rows add nothing
+_SMALL = 2**14  # entries of a weight for which everything is tried in less than a second
 _MISLEADS = 1.2  # times the predicted error: then moments of other rows say little, and the plain weight may do better
 
 
@@ -81,11 +82,13 @@ class OutputFitting(WeightFitting):
         fits, method = [self._went_on(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
         white = fits[0].fitted
         predicted, measured = white.error, self._floating_error(white, config)
-        if method.refit is not None and abs(measured - predicted) > _AGREES * predicted:
+        small = self.weight.numel() <= _SMALL
+        differs = small or abs(measured**2 - predicted**2) > _AGREES * fits[0].error ** 2
+        if method.refit is not None and differs:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._best_rounded(config, refitted, None, "rows"))
-        if measured > _MISLEADS * predicted:
+        if small or (differs and measured > _MISLEADS * predicted):
             self.__dict__.pop("_rows", None)  # its memory is for the solver
             fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
         return best([fit for fit in fits if fit.bytes <= found.bytes])
@@ -107,7 +110,7 @@ class OutputFitting(WeightFitting):
         """The held-out error of a decomposition in the coordinates of `ordered`, before any rounding."""
         method = method_of(config)
         assert method.unwhiten is not None
-        parts = method.unwhiten(found, self.ordered[1], torch.promote_types(self.weight.dtype, torch.float32))
+        parts = method.unwhiten(found, self.ordered[1], self.weight.dtype)
         return self._error(self._with_bias(method.layer.from_decomposition(parts)))  # type: ignore[attr-defined]
 
     def _with_bias(self, module: CompressedBilinear) -> CompressedBilinear:

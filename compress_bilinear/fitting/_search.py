@@ -184,7 +184,10 @@ class Search:
             if size + extra < whole and lost < 1:
                 error = _HOPE * math.sqrt(lost + rounding**2 * (1 - lost))
                 config = row.configure(rank, quantize, self._seed)
-                known: dict[str, Any] = {"flops": 2 * int(row.nbytes(rank, shape, 1, None)), "on_output": self.fitting.on_output}
+                known: dict[str, Any] = {
+                    "flops": 2 * int(row.nbytes(rank, shape, 1, None)),
+                    "on_output": self.fitting.on_output,
+                }
                 hoped.append(Candidate(config=config, module=None, bytes=int(size + extra), error=error, **known))
         self._hoped[kind] = hoped
         self.candidates += hoped

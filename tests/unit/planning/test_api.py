@@ -611,10 +611,10 @@ class TestTimeLimit:
         monkeypatch.setattr(_planner, "collect_inputs", collect_inputs)
         monkeypatch.setattr("compress_bilinear.decomposition._budget.time.perf_counter", lambda: now[0])
 
-        def fit(job, budget, options, alone):
+        def fit(job, budget, options):
             given.append(budget.max_seconds)
             now[0] += 1.0
-            return original(job, Budget(), options, alone)
+            return original(job, Budget(), options)
 
         monkeypatch.setattr(_planner, "fit", fit)
         return given
@@ -654,7 +654,7 @@ class TestInterruption:
     def test_ctrl_c_in_a_solve_leaves_the_model_as_it_was(self, net, inplace, monkeypatch):
         before, modules, calls = state_of(net), dict(net.named_modules()), []
 
-        def interrupted(self, factors, penalty):
+        def interrupted(self, factors, penalty, dtype):
             calls.append(penalty)
             if len(calls) > 40:
                 raise KeyboardInterrupt

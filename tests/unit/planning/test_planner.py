@@ -1,6 +1,9 @@
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
-from support import bilinear, layer_inputs
+from support import bilinear
 from torch import Tensor, nn
 
 import compress_bilinear as cb
@@ -8,9 +11,10 @@ from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import (
     Candidate,
     Latency,
-    OutputFitting,
     Search,
     WeightFitting,
+    settle,
+    smallest_within,
     stored_bytes,
 )
 from compress_bilinear.fitting import _search as automatic
@@ -105,26 +109,6 @@ def test_16_bits_and_for_speed_the_exact_dense_layer_compete():
     assert not any(point.quantize == "bf16" for point in front)
 
 
-class Everything(Search):
-    """Leaves nothing out."""
-
-    def _may_win(self, config, limit):
-        return True
-
-
-@pytest.mark.slow
-def test_what_cannot_win_is_not_searched_for():
-    layer, inputs, found = Net().a, layer_inputs(*rows(), 160), []
-    for kind in (Search, Everything):
-        search = kind(OutputFitting(layer, inputs))
-        search.within(0.3)
-        found.append(search.candidates)
-    few, all_of_them = found
-    assert len(few) < 0.8 * len(all_of_them)
-    smallest = [min(each.bytes for each in candidates if each.error <= 0.3) for candidates in found]
-    assert smallest[0] == smallest[1]
-
-
 def test_a_size_has_every_format_at_the_largest_it_can_fill():
     layer = bilinear(16, 16, 16)
     scale = torch.arange(1, 17) ** -0.5
@@ -142,16 +126,6 @@ def test_speed_has_every_format_of_cp_and_tucker_compete():
         assert {point.quantize for point in front if point.method == method} == {None, "bf16", "int8", "nf4"}
 
 
-def test_a_probe_leaves_it_open_whether_rows_help():
-    fitting = OutputFitting(bilinear(IN1, IN2, OUT), layer_inputs(*rows(), 160))
-    config = cb.CPConfig(rank=2, quantize="int8")
-    with fitting.probing():
-        fitting.at(config, 2, thorough=False)
-    assert not fitting._rows_help
-    fitting.at(config, 2, thorough=False)
-    assert fitting._rows_help
-
-
 def test_output_targets_need_calibration():
     for config in (cb.CPConfig(rank=cb.MaxError(0.1, on="output")), cb.AutoConfig(error=cb.MaxError(0.1, on="output"))):
         with pytest.raises(ConfigError, match="needs `calibration`"):
@@ -167,55 +141,82 @@ def test_output_targets_say_where_there_are_too_few_rows_or_none_that_meet_them(
 
 
 class Stub(WeightFitting):
-    """Fits nothing: it gives the errors that it is told, and remembers what it was asked for."""
+    """Makes nothing: candidates have the errors of a table times a factor, and are remembered."""
 
     on_output = True
 
-    def __init__(self, layer: nn.Bilinear, error, dense: float) -> None:
+    def __init__(self, layer: nn.Bilinear, factor) -> None:
         super().__init__(layer)
-        self._error_of, self._dense_error, self.asked = error, dense, []
+        self._factor, self.made = factor, []
 
-    def _made(self, config, size: float, error: float, rank) -> Candidate:
+    def build(self, config, rank, budget=None, sweeps=0):
         module = nn.Module()
-        module.register_buffer("stored", torch.empty(int(size * stored_bytes(self.layer)), dtype=torch.uint8))
         module.rank, module.flops_per_row = rank, 1
-        return Candidate.of(config, module, error, fitted_to="whitened")
-
-    def at(self, config, rank, *_, **__):
-        kind = ("cp" if isinstance(config, cb.CPConfig) else "tucker", config.quantize)
-        self.asked.append((*kind, round(rank.fraction, 4)))
-        return self._made(
-            config, rank.fraction, self._error_of(*kind, rank.fraction), 1 if kind[0] == "cp" else (1, 1, 1)
-        )
-
-    def dense(self, config, *_):
-        return self._made(config, {"int8": 0.25, "nf4": 0.13, "bf16": 0.5}[config.quantize], self._dense_error, None)
+        predicted = next(each for each in self.search.candidates_at_first if each.config == config)
+        self.made.append(predicted)
+        made = Candidate.of(config, module, predicted.error * self._factor(config), fitted_to="whitened")
+        return replace(made, bytes=predicted.bytes)
 
 
-def sizes_asked(error, fraction: float, dense: float = 0.5, formats=("int8", "nf4")) -> dict:
-    """How often each kind was fitted, in `Search.sized` at three sizes."""
-    layer = bilinear(16, 16, 16, bias=False)
-    stub = Stub(layer, error, dense)
-    Search(stub).sized(fraction, alone=True)
-    kinds = [(method, quantize) for method in ("tucker", "cp") for quantize in formats]
-    return {kind: sum(each[:2] == kind for each in stub.asked) for kind in kinds}
+def stubbed(factor, **options) -> tuple[Search, Stub]:
+    layer = bilinear(16, 12, 14, bias=False)
+    fitting = Stub(layer, factor)
+    fitting.search = search = Search(fitting, **options)
+    search.predict(size=0.2 * stored_bytes(layer))
+    search.candidates_at_first = list(search.candidates)
+    return search, fitting
 
 
-def test_what_is_far_behind_at_a_size_is_not_tried_at_smaller_ones():
-    far = automatic._BEHIND + 0.1
-    found = sizes_asked(lambda method, quantize, size: 0.1 * (far if method == "cp" else 1), 0.1)
-    assert found == {("tucker", "int8"): 3, ("tucker", "nf4"): 3, ("cp", "int8"): 1, ("cp", "nf4"): 1}
+def smallest(limit):
+    return lambda lists: [smallest_within(candidates, limit) for candidates in lists]
 
 
-def test_what_is_a_little_behind_or_behind_what_is_larger_goes_on():
-    near = automatic._BEHIND - 0.1
-    found = sizes_asked(lambda method, quantize, size: 0.1 * (near if method == "cp" else 1), 0.1)
-    assert set(found.values()) == {3}
-    # dense layers are far better, where they fit
-    assert sizes_asked(lambda *_: 0.4, 0.16, dense=0.05)["tucker", "int8"] == 3
-    # nf4 does not fill the largest size, and what does is no measure for it
-    found = sizes_asked(lambda method, quantize, size: 0.1 if size > 0.12 else 0.4, 0.16)
-    assert found["tucker", "nf4"] == 3
+def test_every_method_and_format_is_predicted_at_many_sizes_and_nothing_but_dense_is_made():
+    search, fitting = stubbed(lambda config: 1.0)
+    assert not fitting.made
+    predicted = [each for each in search.candidates if each.predicted]
+    for method, quantize in itertools.product((cb.CPConfig, cb.TuckerConfig), (None, "bf16", "int8", "nf4")):
+        kind = [each for each in predicted if type(each.config) is method and each.config.quantize == quantize]
+        sizes, errors = [each.bytes for each in kind], [each.error for each in kind]
+        assert len(kind) >= 5
+        assert sizes == sorted(sizes)
+        assert errors == sorted(errors, reverse=True)
+        allowed = 0.2 * search.candidates[0].bytes
+        assert max(size for size in sizes if size <= allowed) > 0.6 * allowed
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.5])
+def test_what_is_picked_is_made_until_nothing_predicted_is_picked(factor):
+    search, fitting = stubbed(lambda config: factor)
+    (found,) = settle([search], smallest(0.5))
+    assert found.module is not None
+    assert found.error <= 0.5
+    assert not [each for each in search.candidates if each.predicted and each.error <= 0.5 and each.bytes < found.bytes]
+    assert len(fitting.made) < 25
+
+
+def test_a_kind_that_disappoints_is_predicted_anew_and_gives_way_to_another():
+    search, _ = stubbed(lambda config: 3.0 if isinstance(config, cb.TuckerConfig) else 1.0)
+    before = {each.config: each.error for each in search.candidates if each.predicted}
+    tucker = next(each for each in search.candidates if each.predicted and isinstance(each.config, cb.TuckerConfig))
+    search.build(tucker)
+    for each in search.candidates:
+        same_kind = isinstance(each.config, cb.TuckerConfig) and each.config.quantize == tucker.config.quantize
+        if each.predicted:
+            assert each.error == pytest.approx(before[each.config] * (3.0 if same_kind else 1.0))
+
+
+@pytest.mark.parametrize("shape", [(16, 12, 14), (9, 20, 17)])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_tucker_is_as_good_as_predicted(shape, quantize):
+    out, in1, in2 = shape
+    layer = bilinear(in1, in2, out, bias=False)
+    search = Search(WeightFitting(layer), only=cb.TuckerConfig(rank=(1, 1, 1), quantize=quantize))
+    search.predict()
+    for point in [each for each in search.candidates if each.predicted and each.error < 0.9][::12]:
+        found = WeightFitting(layer).build(point.config, point.config.rank)
+        assert found.bytes == point.bytes
+        assert 0.8 * point.error < found.error < 1.35 * point.error
 
 
 def test_an_int8_error_is_met_within_a_time_limit():
@@ -223,15 +224,3 @@ def test_an_int8_error_is_met_within_a_time_limit():
     report = cb.compress(bilinear(30, 30, 20), config, max_seconds=60, measure_latency=False)[1].layers[0]
     assert report.decision == "replaced"
     assert report.weight_error <= 0.9
-
-
-def test_more_bits_are_tried_at_every_size_where_rounding_is_all_that_is_lost():
-    # of a weight of low rank: a CP in few bits is as large as it can be at every size, and bf16 rounds more coarsely
-    lost = {"int8": {"cp": 1e-4, "tucker": 6e-3}, "nf4": {"cp": 0.01, "tucker": 0.1}, "bf16": 2e-3, None: 1e-7}
-
-    def error(method, quantize, size):
-        return lost[quantize] if quantize in ("bf16", None) else lost[quantize][method]
-
-    found = sizes_asked(error, 1.0, formats=("int8", None))
-    assert found["cp", "int8"] == 1
-    assert found["tucker", None] == found["cp", None] == 3
