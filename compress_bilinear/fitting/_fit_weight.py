@@ -82,7 +82,8 @@ class WeightFitting:
                 rank = MaxSize(rank.fraction * self.layer.weight.element_size() / weight.element_size())
         if method.sketch is None or self.is_cheap(rank):
             assert method.solve is not None
-            found = method.solve(weight, rank, config, budget, ordered=True)
+            known = {} if method.predict is None else {"ordered": True}
+            found = method.solve(weight, rank, config, budget, **known)
         else:
             found = method.sketch(weight, rank, config, budget, sweeps)
         return self._best_rounded(config, found, weight)

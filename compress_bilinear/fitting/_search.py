@@ -195,7 +195,7 @@ class Search:
     def _sketch(self, row: Method, formats: list[Quantize | None], anchor: float) -> None:
         """Predict a method whose ranks are integers from quick solutions at two low ranks."""
         shape, itemsize = self.layer.weight.shape, self.layer.weight.element_size()
-        weight = self.fitting.ordered[0]
+        weight = self.fitting.weight if row.unwhiten is None else self.fitting.ordered[0]
         fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
         most = self._most_rank(row, max(fullest.values()))
         solved: dict[int, float] = {}
@@ -208,12 +208,12 @@ class Search:
             try:
                 if row.sketch is None or self.fitting.is_cheap(rank):
                     assert row.solve is not None
-                    found = row.solve(weight, rank, config, self._part(), ordered=True)
+                    found = row.solve(weight, rank, config, self._part())
                 else:
                     found = row.sketch(weight, rank, config, self._part(), _SKETCH_SWEEPS)
             except CompressionError:
                 continue
-            solved[rank] = found.relative_error(weight) if found.error is None else found.error
+            solved[rank] = found.error
             if self.budget.limited and rank < most:  # what there is time for
                 each = (time.perf_counter() - begun) / rank * _SWEEPS / _SKETCH_SWEEPS
                 most = min(most, max(rank, int(0.5 * self.budget.left() / each)))

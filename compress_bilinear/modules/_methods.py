@@ -29,8 +29,9 @@ class Method:
         name: as `LayerReport.method` and the layer's `method` have it.
         config: the class that asks for it.
         layer: the class that computes with it; `layer.from_decomposition` makes one.
-        solve: (weight, rank, config, budget, ordered) -> decomposition. None where the weight itself is stored.
-            `ordered` says that the weight is in the coordinates of its HOSVD: see `decomposition.ordered`.
+        solve: (weight, rank, config, budget) -> decomposition, with its `error`. None where the weight itself is
+            stored. A row with `predict` also takes `ordered`: whether the weight is in the coordinates of its HOSVD,
+            see `decomposition.ordered`.
         sketch: of an ordered weight, the same in a limited time: (weight, rank, config, budget, sweeps, begin) ->
             decomposition, going on from `begin` where that is not None. None where `solve` is quick.
         nbytes: (rank, shape, bytes of an entry of the weight, format) -> bytes that the layer stores, without bias.
