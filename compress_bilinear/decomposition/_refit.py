@@ -19,7 +19,7 @@ from ._factors import CPDecomposition, TuckerDecomposition
 from ._source import full_precision
 
 SHUFFLED_WEIGHT = 0.3  # of a shuffled pair, where a row has 1
-_STEPS = 50
+_STEPS = 30
 _EVALUATIONS = 20  # of the objective, in one step's line search
 _TOLERANCE = 1e-4  # a step that lowers the objective by less than this part of it is the last
 _HISTORY = 20

@@ -5,6 +5,7 @@ Every step is kept only where the stored candidate's error falls on rows that no
 
 import copy
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ._measure import OutputError, weight_error
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
 _AGREES = 0.1  # of the squared error, between what the moments predict and the held-out one: then rows add nothing
 _SMALL = 2**14  # entries of a weight for which everything is tried in less than a second
+_ROWS = 512  # of which that is found
 _MISLEADS = 1.2  # times the predicted error: then moments of other rows say little, and the plain weight may do better
 
 
@@ -80,15 +82,16 @@ class OutputFitting(WeightFitting):
         if white is None:
             return found
         fits, method = [self._went_on(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
-        white = fits[0].fitted
-        predicted, measured = white.error, self._floating_error(white, config)
-        small = self.weight.numel() <= _SMALL
-        differs = small or abs(measured**2 - predicted**2) > _AGREES * fits[0].error ** 2
+        white, small = fits[0].fitted, self.weight.numel() <= _SMALL
+        floating = self._floating(white, config)
+        predicted, measured = white.error, self._error(floating)
+        # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
+        differs = small or abs(self._fitted_error(floating) ** 2 - predicted**2) > _AGREES * fits[0].error ** 2
         if method.refit is not None and differs:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._best_rounded(config, refitted, None, "rows"))
-        if small or (differs and measured > _MISLEADS * predicted):
+        if small or measured > _MISLEADS * predicted:
             self.__dict__.pop("_rows", None)  # its memory is for the solver
             fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
         return best([fit for fit in fits if fit.bytes <= found.bytes])
@@ -106,17 +109,24 @@ class OutputFitting(WeightFitting):
             found += [] if fed_back is None else [fit(fed_back)]
         return best(found)
 
-    def _floating_error(self, found: object, config: LayerConfig) -> float:
-        """The held-out error of a decomposition in the coordinates of `ordered`, before any rounding."""
+    def _floating(self, found: object, config: LayerConfig) -> CompressedBilinear:
+        """The layer of a decomposition in the coordinates of `ordered`, before any rounding."""
         method = method_of(config)
         assert method.unwhiten is not None
         parts = method.unwhiten(found, self.ordered[1], self.weight.dtype)
-        return self._error(self._with_bias(method.layer.from_decomposition(parts)))  # type: ignore[attr-defined]
-
-    def _with_bias(self, module: CompressedBilinear) -> CompressedBilinear:
+        module: CompressedBilinear = cast(Any, method.layer).from_decomposition(parts)
         if self.layer.bias is not None:
-            module.set_bias(nn.Parameter(self._corrected(self.layer.bias.detach().to(module.weight_dtype), module)[0]))
+            module.set_bias(nn.Parameter(self._corrected(self.layer.bias.detach(), module)[0]))
         return module
+
+    def _fitted_error(self, module: CompressedBilinear) -> float:
+        """The output error on some of the rows that were fitted to."""
+        rows = [value[:_ROWS].to(self.weight) for value in self.inputs.fit]
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            exact, found = self.layer(*rows).double(), module(*rows).double()
+        if self.layer.bias is not None:
+            exact, found = (value - self.layer.bias.detach().double() for value in (exact, found))
+        return float((exact - found).norm() / exact.norm().clamp_min(1e-300))
 
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""
