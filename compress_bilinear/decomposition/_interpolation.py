@@ -33,8 +33,13 @@ def interpolation(
     """
     size, rank = factor.shape
     wide = factor.detach().double().cpu()  # small, and worked on entry by entry
+    units = (wide == 1) & (wide.count_nonzero(1) == 1)[:, None]
     if size == rank:
         order, coefficients = torch.arange(size, device="cpu"), wide[:0]
+    elif bool(units.any(0).all()):  # it is in this form already
+        kept = units.int().argmax(0)
+        others = torch.ones(size, dtype=torch.bool).index_fill_(0, kept, False).nonzero().squeeze(1)
+        order, coefficients = torch.cat([kept, others]), wide[others]
     else:
         order, coefficients = _chosen_rows(wide)
     kept, by_kept = order[:rank].sort()

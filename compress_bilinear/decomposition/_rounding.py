@@ -16,8 +16,8 @@ from torch import Tensor
 from ..config import Quantize
 from ..quantization import FORMATS
 from ._factors import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
-from ._feedback import stored_columns, stored_core, unit_columns
-from ._interpolation import is_interpolated
+from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
+from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product
 
@@ -125,6 +125,16 @@ def _solved(sums: Tensor, gram: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(system, (sums / root).T).T / root
 
 
+def _interpolated(core: Tensor, factor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+    """The core and a factor (d, r) in the form that a layer stores: r rows of the factor are those of the identity."""
+    order, coefficients, turn = interpolation(factor)
+    core = torch.tensordot(turn, core, dims=([1], [mode])).movedim(0, mode)
+    identity = torch.eye(factor.shape[1]).to(coefficients)
+    return core, torch.empty_like(factor, dtype=torch.float64).index_copy_(
+        0, order, torch.cat([identity, coefficients])
+    )
+
+
 def _rounded_tucker(
     found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric
 ) -> TuckerDecomposition:
@@ -143,9 +153,11 @@ def _rounded_tucker(
                 unit, scale = unit_columns(factors[mode])
                 core = core * scale.view([-1 if axis == mode else 1 for axis in range(3)])
                 factors[mode] = stored_columns(unit, mode, quantize)[0]
-        if all(free[mode] or found.rank[mode] == found.shape[mode] for mode in range(3)):
-            core = stored_core(core, quantize)
-        # else the core absorbs what an interpolative factor leaves, and is rounded after that
+            elif found.rank[mode] < found.shape[mode]:
+                core, factors[mode] = _interpolated(core, factors[mode], mode)
+        roots = [None, *(metric.whitened(mode, factors[mode]) for mode in (1, 2))]
+        fed_back = stored_weight(core, quantize, Metric((roots[0], roots[1], roots[2]), PLAIN.inverses))
+        core = stored_core(core, quantize) if fed_back is None else fed_back.double()
         out, in1, in2 = (factor.to(dtype) for factor in factors)
         core = core.to(dtype)
         first, second, third = (metric.whitened(mode, f).to(dtype) for mode, f in enumerate((out, in1, in2)))

@@ -45,8 +45,6 @@ class Method:
             method is only ever fitted to the weight.
         check: raises ConfigError where (rank, shape, name of the layer) do not fit.
         configure: (rank, format, seed) -> config.
-        largest: (shape, numbers that a byte budget holds for each of the weight's) -> the largest fraction of the
-            weight's bytes at which the method is worth a try.
     """
 
     name: str
@@ -61,7 +59,6 @@ class Method:
     unwhiten: Callable[..., Decomposition] | None = None
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]
-    largest: Callable[[Sequence[int], float], float] = lambda shape, numbers: 1.0
 
 
 def _solve_tucker(
@@ -102,15 +99,6 @@ def _check_tucker(rank: Rank, shape: Sequence[int], where: str) -> None:
         decompose.check_tucker_rank(rank, shape, where)
 
 
-_MOST_COMPONENTS = 8  # components for each index of the longest mode; beyond it CP takes minutes and hardly shrinks
-
-
-def _largest_cp(shape: Sequence[int], numbers: float) -> float:
-    out, in1, in2 = shape
-    components = numbers * out * in1 * in2 / (sum(shape) * max(shape))
-    return _MOST_COMPONENTS / components
-
-
 METHODS: dict[str, Method] = {
     "dense": Method(
         name="dense",
@@ -142,7 +130,6 @@ METHODS: dict[str, Method] = {
         round=decompose.rounded,
         unwhiten=decompose.unwhitened_cp,
         configure=lambda rank, quantize, seed: CPConfig(rank=rank or 1, quantize=quantize, seed=seed),
-        largest=_largest_cp,
     ),
 }
 """By name. What is predicted without a solution stands first: a search tries methods in this order."""
