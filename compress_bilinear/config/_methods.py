@@ -163,10 +163,10 @@ class DenseConfig:
 class AutoConfig:
     """Choose method, rank and storage format for each layer, by what they are measured to lose and to cost.
 
-    Every layer gets a front of replacements: kept, dense in every format of `quantize`, and CP and Tucker at several
-    sizes in int8 and nf4. CP and Tucker in bf16 and in its own dtype follow where they may still win, and whatever is
-    far behind the others is not tried further. What counts is the output error on calibration rows that no fit
-    has seen; without calibration, the weight error.
+    The error of CP and Tucker is predicted at every rank and in every format, with the layer's own dtype. What is
+    picked is made and measured, until nothing better is predicted; then it is polished. A dense layer in every format
+    is always made. What counts is the output error on calibration rows that no fit has seen; without calibration, the
+    weight error.
 
     Args:
         error: every layer's error is at most this, and what it costs is least. A number, or a `MaxError`; a number

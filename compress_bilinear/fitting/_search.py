@@ -27,7 +27,7 @@ from ._measure import stored_bytes
 
 _STEP = 1.03  # between two sizes of a prediction
 _HOPE = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
-_SKETCHES = (4, 2)  # the rank that fills a size, over those of the quick solutions
+_SKETCHED = 2  # the rank that fills a size, over the larger one of the quick solutions; the other is half of it
 _SKETCH_SWEEPS = 12
 _SHARE = 0.25  # of the time left, for one candidate
 _AS_GOOD = 1.05  # times the least error: what is faster is then better
@@ -199,9 +199,10 @@ class Search:
         fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
         most = self._most_rank(max(fullest.values()))
         solved: dict[int, float] = {}
-        for part in _SKETCHES if not self.fitting.is_cheap(most) else (2, 1):
+        begin = 1 if self.fitting.is_cheap(most) else _SKETCHED
+        for part in (2 * begin, begin, *(begin * 2**k for k in range(2, 8))):
             rank = max(1, most // part)
-            if rank in solved or self.budget.left() <= 0:
+            if len(solved) == 2 or rank in solved or self.budget.left() <= 0:
                 continue
             begun = time.perf_counter()
             config = row.configure(rank, None, self._seed)
@@ -212,7 +213,7 @@ class Search:
                 else:
                     found = row.sketch(weight, rank, config, self._part(), _SKETCH_SWEEPS)
             except CompressionError:
-                continue
+                continue  # above the method's largest rank, say: lower ones follow
             solved[rank] = found.error
             if self.budget.limited and rank < most:  # what there is time for
                 each = (time.perf_counter() - begun) / rank * _SWEEPS / _SKETCH_SWEEPS

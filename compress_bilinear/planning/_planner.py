@@ -28,6 +28,7 @@ from ..modules import (
     CompressedBilinear,
     CPBilinear,
     fingerprint,
+    method_name,
     observing,
     parameter_owners,
     reason_against,
@@ -40,6 +41,7 @@ from ._progress import ProgressBars
 from ._rows import call_rows
 from ._verdict import cancelling, judge
 
+_REPORTED = 1.25  # between two predicted sizes in a report
 _PREDICT, _VERIFY = 0.3, 0.6  # of the time for an `AutoConfig`: to predict, and of what is left to make candidates
 
 
@@ -156,10 +158,24 @@ def judge_all(
         if isinstance(job.config, AutoConfig) and job.candidates:
             on_output = any(candidate.on_output for candidate in job.candidates)
             order = sorted(job.candidates, key=lambda candidate: (candidate.bytes, candidate.error))
-            points = tuple(each.point(on_output, each is shown) for each in order)
+            points = tuple(each.point(on_output, each is shown) for each in _sparse(order))
             job.report = replace(report, front=points)
         if job.chosen is not None:
             job.fingerprint = fingerprint(job.found.current())
+
+
+def _sparse(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """What was made, and of what is predicted some at growing sizes: a report has no use for hundreds of sizes."""
+    last: dict[tuple[str, object], int] = {}
+    found = []
+    for each in candidates:
+        if each.predicted and each.config is not None:
+            kind = method_name(each.config), getattr(each.config, "quantize", None)
+            if each.bytes < _REPORTED * last.get(kind, 0):
+                continue
+            last[kind] = each.bytes
+        found.append(each)
+    return found
 
 
 def distil_all(

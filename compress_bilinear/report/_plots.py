@@ -95,6 +95,9 @@ def front_plot(layer: LayerReport) -> Plot | None:
         axes.plot([point.bytes for point, _ in edge], [value for _, value in edge], color=_GRID, linewidth=1.5)
         for point, value in placed:
             mark, colour = _MARKS.get(point.method, _MARKS["keep"])
+            if point.predicted:
+                axes.plot(point.bytes, value, ".", ms=2, color=colour)
+                continue
             axes.plot(point.bytes, value, mark, ms=6, mfc=_SURFACE if point.quantize else colour, mec=colour)
             if point.chosen:
                 axes.plot(point.bytes, value, "o", ms=14, mfc="none", mec=_INK, mew=1.6)

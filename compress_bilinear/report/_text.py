@@ -156,13 +156,14 @@ def _runners_up(layer: LayerReport) -> list[str]:
         return math.inf if value is None else value
 
     others: dict[tuple[str, str | None], FrontPoint] = {}
-    for point in sorted(layer.front, key=lambda one: (lost(one), one.bytes)):
+    made = [point for point in layer.front if not point.predicted]
+    for point in sorted(made, key=lambda one: (lost(one), one.bytes)):
         kind = (point.method, point.quantize)
         if point.bytes <= 1.05 * chosen.bytes and kind != (chosen.method, chosen.quantize):
             others.setdefault(kind, point)
     best = list(others.values())[:_RUNNERS_UP]
     listed = ", ".join(f"{named(point)} ({error(lost(point))} in {size(point.bytes)})" for point in best)
-    return [f"chosen of {len(layer.front)}: {named(chosen)}; runners-up: {listed or 'none so small'}"]
+    return [f"chosen of {len(made)}: {named(chosen)}; runners-up: {listed or 'none so small'}"]
 
 
 def printable(text: str) -> str:
