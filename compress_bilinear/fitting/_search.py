@@ -29,6 +29,7 @@ _STEP = 1.03  # between two sizes of a prediction
 _HOPE = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
 _SKETCHED = 2  # the rank that fills a size, over the larger one of the quick solutions; the other is half of it
 _SKETCH_SWEEPS = 12
+_FEW_SWEEPS = 20  # over the whole, below which a rank is not worth the time
 _SHARE = 0.25  # of the time left, for one candidate
 _AS_GOOD = 1.05  # times the least error: what is faster is then better
 _EXACT = 1e-5  # an error that is none
@@ -215,9 +216,9 @@ class Search:
             except CompressionError:
                 continue  # above the method's largest rank, say: lower ones follow
             solved[rank] = found.error
-            if self.budget.limited and rank < most:  # what there is time for
-                each = (time.perf_counter() - begun) / rank * _SWEEPS / _SKETCH_SWEEPS
-                most = min(most, max(rank, int(0.5 * self.budget.left() / each)))
+            if self.budget.limited and rank < most:  # the rest of the time is about twice what predictions have left
+                each = (time.perf_counter() - begun) / rank * _FEW_SWEEPS / _SKETCH_SWEEPS
+                most = min(most, max(rank, int(2 * self.budget.left() / each)))
         if not solved:
             return
         for quantize in formats:
