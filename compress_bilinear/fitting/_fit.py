@@ -1,6 +1,5 @@
 """From a config to candidates for one layer."""
 
-import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -81,10 +80,12 @@ def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFittin
     search.predict(limit=limit)
     (found,) = settle([search], lambda lists: [smallest_within(candidates, limit) for candidates in lists])
     if found.config is None:
-        lowest = min((each.error for each in search.made if each.config is not None), default=math.inf)
+        others = [each for each in search.candidates if each.config is not None]
+        made = [each for each in others if not each.predicted]
+        what = "the lowest that was found is" if made else "the lowest that is predicted is about"
         raise InfeasibleError(
             f"An output error of {limit:g} is out of reach of a {method_of(config).name} that is smaller than the "
-            f"layer, or was not met in time: the lowest that was found is {lowest:.3g}."
+            f"layer, or was not met in time: {what} {min((each.error for each in made or others), default=1.0):.3g}."
         )
     return search.polish(found, budget.child(1.0, (0.8, 1.0)))
 

@@ -297,12 +297,14 @@ def _extrapolated(solved: dict[int, float], rank: int) -> float:
     The errors of CP fall faster than a power of the rank and slower than exponentially: this is halfway between the
     two. On weights of power-law spectra it is within about 10% at twice the larger known rank.
     """
-    exact = [known for known, error in solved.items() if error <= _EXACT]
-    if exact and rank >= min(exact):
+    exact = min((known for known, error in solved.items() if error <= _EXACT), default=None)
+    if exact is not None and rank >= exact:
         return 0.0
     known = sorted((other, error) for other, error in solved.items() if error > _EXACT)
-    if len(known) < 2:
-        return known[0][1] ** 2 if known else 1.0
+    if len(known) < 2:  # the squared error on straight lines between rank 0, the known rank and the exact one
+        places, squares = [0.0, *(float(one) for one, _ in known)], [1.0, *(error**2 for _, error in known)]
+        end = [] if exact is None else [float(exact)]
+        return float(numpy.interp(rank, [*places, *end], [*squares, *[0.0 for _ in end]]))
     (low, high), (more, less) = known[0], known[-1]
     fallen = min(math.log(less / high), 0.0)
     power, exponential = math.log(rank / more) / math.log(more / low), (rank - more) / (more - low)
