@@ -20,7 +20,7 @@ from ._measure import weight_error
 _MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
 _CHEAP = 2**20  # entries times rank up to which a slow method is solved to the end at once
 SWEEPS = 60  # of a slow method, to see how good it is
-_MORE_SWEEPS = 150  # of the one that is chosen
+_MORE_SWEEPS = 70  # of the one that is chosen
 
 
 class WeightFitting:
