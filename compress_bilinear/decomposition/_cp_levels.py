@@ -19,7 +19,7 @@ from ..quantization import FORMATS
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._budget import Budget
 from ._exact import EXACT, ZERO, anneal_penalty, finish, is_newton_cheap, negligible, pencil_start
-from ._hosvd import Core, compressed, hosvd_start, random_start
+from ._hosvd import Core, compressed, hosvd_start, leading_block, random_start
 from ._source import Basis, Source, mode_product
 
 
@@ -75,7 +75,7 @@ def solve(
         return _of_matrix(source, rank)
     order = _order(source.shape)
     zero = negligible(source, rank, quantize)
-    penalty = PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+    penalty = _last_penalty(quantize)
     plain = budget if penalty == PENALTY else budget.child(0.8, (0.0, 0.9))
     done = False
     if begin is None:
@@ -108,23 +108,33 @@ def sketch(
     """
     order = _order(source.shape)
     tensor, scale = source.permuted(order)
-    last = PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+    last = _last_penalty(quantize)
     if begin is not None:
         best, first = Iterate(balanced([begin[m] for m in order])), last
     else:
-        block = Core(tensor, 0.0, 0).block(_LEVELS[0].size)
+        block = leading_block(tensor, _LEVELS[0].size)
         generator = torch.Generator().manual_seed(seed)
         best, first = Iterate(hosvd_start(block, rank, generator)), _FIRST_PENALTY
         for level in _LEVELS[:-1]:
-            block = Core(tensor, 0.0, 0).block(level.size)
-            best = best.moved(lambda m, factor, block=block: pad(factor, (0, 0, 0, block.shape[m] - len(factor))))  # type: ignore[misc]
+            block = leading_block(tensor, level.size)
+            best = _padded(best, block.shape)
             stage = Stage(max(sweeps // 4, 1), _SETTLED, first=first, last=max(level.penalty, last))
             best = descend(block, best, stage, budget.child(level.share, (0.0, 0.3)), scale, source.weight.numel())
             first = stage.last
-        best = best.moved(lambda m, factor: pad(factor, (0, 0, 0, tensor.shape[m] - len(factor))))
+        best = _padded(best, tensor.shape)
     stage = Stage(sweeps, _SETTLED, first=first, last=last, falling=0.5)
     best = descend(tensor, best, stage, budget.child(span=(0.3, 1.0)), scale)
     return [best.factors[order.index(mode)] for mode in range(3)]
+
+
+def _last_penalty(quantize: Quantize | None) -> float:
+    """What rounding the factors is expected to add to the squared error."""
+    return PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+
+
+def _padded(best: Iterate, sizes: Sequence[int]) -> Iterate:
+    """The same components in a larger block, whose further rows are zero so far."""
+    return best.moved(lambda mode, factor: pad(factor, (0, 0, 0, sizes[mode] - len(factor))))
 
 
 def is_small(source: Source, rank: int) -> bool:
@@ -191,7 +201,7 @@ def _starts(core: Core, rank: int, generator: torch.Generator, budget: Budget) -
     """Some sweeps from each start, on the first level; on the core itself where that costs next to nothing."""
     cost = core.tensor.numel() * rank
     small = cost <= _CHEAP
-    block = core.block(1.0 if small else _LEVELS[0].size)
+    block = leading_block(core.tensor, 1.0 if small else _LEVELS[0].size)
     # on the core itself, the objectives are compared, for which the penalty must have settled
     last, falling = (PENALTY, 0.7) if small else (_LEVELS[0].penalty, 1.0)
     stage = Stage(_LEVELS[0].sweeps, first=_FIRST_PENALTY, last=last, falling=falling)
@@ -220,8 +230,8 @@ def _over_levels(core: Core, best: Iterate, newton: bool, budget: Budget, zero: 
         else:
             stage = Stage(level.sweeps, 1e-5, first=first, last=PENALTY if whole else level.penalty)
             part = budget.child(level.share, (0.3, 0.4) if level.size < 1 else (0.4, 0.5))
-        block = core.block(level.size)
-        best = best.moved(lambda mode, factor, block=block: pad(factor, (0, 0, 0, block.shape[mode] - len(factor))))  # type: ignore[misc]
+        block = leading_block(core.tensor, level.size)
+        best = _padded(best, block.shape)
         best = descend(block, best, stage, part, room=core.room)
         first = stage.last
     if newton and budget.left() > 0 and best.residual < _PROMISING:

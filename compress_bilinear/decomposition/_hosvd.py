@@ -131,12 +131,13 @@ class Core:
     outside: float
     room: int
 
-    def block(self, fraction: float) -> Tensor:
-        """The leading block with this fraction of each size: a smaller problem to begin with."""
-        if fraction == 1:
-            return self.tensor
-        a, b, c = (math.ceil(fraction * size) for size in self.tensor.shape)
-        return self.tensor[:a, :b, :c].contiguous()
+
+def leading_block(tensor: Tensor, fraction: float) -> Tensor:
+    """The leading block with this fraction of each size: a smaller problem to begin with."""
+    if fraction == 1:
+        return tensor
+    a, b, c = (math.ceil(fraction * size) for size in tensor.shape)
+    return tensor[:a, :b, :c].contiguous()
 
 
 def random_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Tensor]:

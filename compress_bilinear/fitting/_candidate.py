@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .. import ops
-from ..config import LayerConfig
+from ..config import LayerConfig, Quantize
 from ..modules import CompressedBilinear, method_of
 from ..report import ComputeMode, FrontPoint, Note
 from ._measure import stored_bytes
@@ -58,6 +58,11 @@ class Candidate:
         return cls(config=None, module=None, bytes=stored_bytes(layer), flops=flops, error=0.0)
 
     @property
+    def kind(self) -> tuple[str, Quantize | None]:
+        """Method and format; "keep" of the layer itself."""
+        return ("keep", None) if self.config is None else (method_of(self.config).name, self.config.quantize)
+
+    @property
     def predicted(self) -> bool:
         """Whether the error is a prediction: nothing has been made yet."""
         return self.config is not None and self.module is None
@@ -69,9 +74,9 @@ class Candidate:
     def point(self, on_output: bool, chosen: bool) -> FrontPoint:
         """The candidate as the report's fronts have it; `on_output` says what the errors of the front are of."""
         return FrontPoint(
-            method="keep" if self.config is None else method_of(self.config).name,
+            method=self.kind[0],
             rank=getattr(self.config, "rank", None),
-            quantize=getattr(self.config, "quantize", None),
+            quantize=self.kind[1],
             bytes=self.bytes,
             flops=self.flops,
             weight_error=None if on_output else self.error,

@@ -4,8 +4,8 @@ Every step is kept only where the stored candidate's error falls on rows that no
 """
 
 import copy
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from ..modules import CompressedBilinear, DenseBilinear, Rank, method_of
 from ..report import Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
-from ._fit_weight import SWEEPS, WeightFitting, best
+from ._fit_weight import WeightFitting, best
 from ._measure import OutputError, weight_error
 
 _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to fewer rows
-_AGREES = 0.1  # of the squared error, between what the moments predict and the held-out one: then rows add nothing
+_AGREES = 0.1  # of the squared error, between what the moments predict and what fitted rows have: rows then add nothing
 _SMALL = 2**14  # entries of a weight for which everything is tried in less than a second
 _ROWS = 512  # of which that is found
 _MISLEADS = 1.2  # times the predicted error: then moments of other rows say little, and the plain weight may do better
@@ -49,49 +49,47 @@ class OutputFitting(WeightFitting):
         first, second, _ = self.inputs.fit_moments
         return Metric.of_moments((self.inputs.gradient, first, second), self.inputs.rows_seen)
 
-    def release(self) -> None:
-        super().release()
-        self.__dict__.pop("_rows", None)
-
     def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         budget = budget or Budget()
         return self.polished(self.build(config, rank, budget.child(0.4, (0.0, 0.4))), budget.child(1.0, (0.4, 1.0)))
 
-    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, sweeps: int = SWEEPS) -> Candidate:
+    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         budget = budget or Budget()
         if method_of(config).unwhiten is None:
             return best(self._fits_to_weight(config, rank, budget))
         try:
-            return super().build(config, rank, budget, sweeps)
+            return super().build(config, rank, budget)
         except (ConfigError, InfeasibleError):
             raise
         except CompressionError as error:  # half precision, or very large weights
             text = f"fitted to the weight, for factors fitted to the outputs leave the range: {error}"
             found = best(self._fits_to_weight(config, rank, budget))
-            return Candidate.noted(found, Note("fitted_to_weight", text))
+            return found.noted(Note("fitted_to_weight", text))
 
     def polished(self, found: Candidate, budget: Budget) -> Candidate:
         """What `build` made, or a better one of its rank and format.
 
-        More sweeps of a slow method. Then a refit to rows, and a fit to the plain weight, where the held-out error is
-        not what the moments predict: inputs depend on each other, or moments of few rows say little of others.
+        More sweeps of a slow method. Then a refit to rows, where fitted rows do not have the error that the moments
+        predict: inputs depend on each other. And a fit to the plain weight, where held-out rows have far more than
+        that: moments of few rows say little of others.
         """
-        config, white = found.config, found.fitted
+        config = found.config
         if config is None or isinstance(config, DenseConfig):
             return found if config is None else best([found, self.dense(config, budget)])
-        if white is None:
+        if found.fitted is None:
             return found
-        fits, method = [self._went_on(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
+        fits, method = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
-        floating = self._floating(white, config)
-        predicted, measured = white.error, self._error(floating)
+        floating = fits[0] if config.quantize is None else self._floating(white, config)
+        assert floating.module is not None
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
-        differs = small or abs(self._fitted_error(floating) ** 2 - predicted**2) > _AGREES * fits[0].error ** 2
+        fitted = self._fitted.of(floating.module) or 0.0
+        differs = small or abs(fitted**2 - white.error**2) > _AGREES * fits[0].error ** 2
         if method.refit is not None and differs:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._best_rounded(config, refitted, None, "rows"))
-        if small or measured > _MISLEADS * predicted:
+        if small or floating.error > _MISLEADS * white.error:
             self.__dict__.pop("_rows", None)  # its memory is for the solver
             fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
         return best([fit for fit in fits if fit.bytes <= found.bytes])
@@ -109,24 +107,18 @@ class OutputFitting(WeightFitting):
             found += [] if fed_back is None else [fit(fed_back)]
         return best(found)
 
-    def _floating(self, found: object, config: LayerConfig) -> CompressedBilinear:
-        """The layer of a decomposition in the coordinates of `ordered`, before any rounding."""
+    def _floating(self, found: object, config: LayerConfig) -> Candidate:
+        """The candidate of a decomposition in the coordinates of `ordered`, before any rounding."""
         method = method_of(config)
         assert method.unwhiten is not None
         parts = method.unwhiten(found, self.ordered[1], self.weight.dtype)
-        module: CompressedBilinear = cast(Any, method.layer).from_decomposition(parts)
-        if self.layer.bias is not None:
-            module.set_bias(nn.Parameter(self._corrected(self.layer.bias.detach(), module)[0]))
-        return module
+        return self._layer_of(replace(config, quantize=None), parts)
 
-    def _fitted_error(self, module: CompressedBilinear) -> float:
-        """The output error on some of the rows that were fitted to."""
-        rows = [value[:_ROWS].to(self.weight) for value in self.inputs.fit]
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            exact, found = self.layer(*rows).double(), module(*rows).double()
-        if self.layer.bias is not None:
-            exact, found = (value - self.layer.bias.detach().double() for value in (exact, found))
-        return float((exact - found).norm() / exact.norm().clamp_min(1e-300))
+    @cached_property
+    def _fitted(self) -> OutputError:
+        """The error on some of the rows that are fitted to."""
+        first, second = (rows[:_ROWS] for rows in self.inputs.fit)
+        return OutputError(self.layer, self.inputs, (first, second))
 
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""

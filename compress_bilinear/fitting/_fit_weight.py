@@ -47,10 +47,6 @@ class WeightFitting:
         """The weight in that metric and in the coordinates of its HOSVD (O, I, J), and the metric that does both."""
         return decompose.ordered(self.weight, self.metric)
 
-    def release(self) -> None:
-        """Drop what can be computed again."""
-        self.__dict__.pop("ordered", None)
-
     def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         """The best candidate of a rank or size that was found.
 
@@ -65,14 +61,24 @@ class WeightFitting:
         """
         return self._rounded(config, self._solved(config, rank, budget or Budget()))
 
-    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None, sweeps: int = SWEEPS) -> Candidate:
+    def build(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         """A candidate of a rank or size, from the weight in the coordinates of its HOSVD: for a search.
 
-        A slow method makes at most so many sweeps; `polished` goes on. Raises as `at`.
+        `polished` goes on with a slow method. Raises as `at`.
         """
-        budget, method = budget or Budget(), method_of(config)
-        if method.unwhiten is None:
+        budget = budget or Budget()
+        if method_of(config).unwhiten is None:
             return self.at(config, rank, budget)
+        return self._best_rounded(config, self.solved(config, rank, budget), self.ordered[0])
+
+    def solved(self, config: LayerConfig, rank: Rank, budget: Budget, sweeps: int = SWEEPS) -> Decomposition:
+        """The decomposition of `ordered`, or of the plain weight for a method that takes no other; in floating point.
+
+        A slow method makes at most so many sweeps over a weight that is not small.
+        """
+        method = method_of(config)
+        if method.unwhiten is None:
+            return self._solved(config, rank, budget)
         weight, _ = self.ordered
         if isinstance(rank, MaxSize):
             # the weight may be wider here than in the layer, and the fraction is of the layer's bytes
@@ -83,14 +89,12 @@ class WeightFitting:
         if method.sketch is None or self.is_cheap(rank):
             assert method.solve is not None
             known = {} if method.predict is None else {"ordered": True}
-            found = method.solve(weight, rank, config, budget, **known)
-        else:
-            found = method.sketch(weight, rank, config, budget, sweeps)
-        return self._best_rounded(config, found, weight)
+            return method.solve(weight, rank, config, budget, **known)
+        return method.sketch(weight, rank, config, budget, sweeps)
 
     def polished(self, found: Candidate, budget: Budget) -> Candidate:
         """What `build` made, or a better one of its rank and format; `budget` is for all of it."""
-        return self._went_on(found, budget)
+        return self._with_more_sweeps(found, budget)
 
     def within(self, config: LayerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.
@@ -118,7 +122,7 @@ class WeightFitting:
         """The weight itself in the config's format; `quick` takes the nearest values."""
         return self._stored(config, DenseBilinear.from_weight(self.weight, quantize=config.quantize))
 
-    def _went_on(self, found: Candidate, budget: Budget) -> Candidate:
+    def _with_more_sweeps(self, found: Candidate, budget: Budget) -> Candidate:
         """The better of a candidate and of what more sweeps of a slow method make of it."""
         assert found.config is not None
         method = method_of(found.config)

@@ -50,14 +50,15 @@ class OutputError:
     layer, for fewer rows. `rows` is their number, and `groups` that of the independent groups among them.
     """
 
-    def __init__(self, layer: nn.Bilinear, inputs: LayerInputs) -> None:
+    def __init__(self, layer: nn.Bilinear, inputs: LayerInputs, rows: tuple[Tensor, Tensor] | None = None) -> None:
+        """`rows`, (N, I) and (N, J), are measured on instead of the held-out ones; `groups` is of those in any case."""
         weight = layer.weight.detach()
         most = max(1, int(_HELD_OUT_FLOPS / max(1, 2 * weight.numel())))
         self._bias = 0.0 if layer.bias is None else layer.bias.detach().double()
         self._dtype = weight.dtype  # calibration under autocast may have seen other inputs
         self._rows = [
             (first.to(weight.device), second.to(weight.device))
-            for first, second in zip(*(value[:most].split(_ROWS) for value in inputs.held_out), strict=True)
+            for first, second in zip(*(value[:most].split(_ROWS) for value in rows or inputs.held_out), strict=True)
         ]
         self.rows = sum(len(first) for first, _ in self._rows)
         self.groups = inputs.split.groups(most)

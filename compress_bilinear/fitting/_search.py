@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy
 import torch
@@ -21,26 +21,27 @@ from ..errors import CompressionError, InfeasibleError
 from ..modules import METHODS, Method, Rank, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
-from ._fit_weight import WeightFitting, largest_rank
-from ._latency import latencies, timing_inputs
+from ._fit_weight import SWEEPS, WeightFitting, largest_rank
+from ._latency import Latency, latencies, timing_inputs
 from ._measure import stored_bytes
 
 _STEP = 1.03  # between two sizes of a prediction
-_HOPE = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
+_OPTIMISM = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
 _SKETCHED = 2  # the rank that fills a size, over the larger one of the quick solutions; the other is half of it
 _SKETCH_SWEEPS = 12
 _FEW_SWEEPS = 20  # over the whole, below which a rank is not worth the time
 _SHARE = 0.25  # of the time left, for one candidate
 _AS_GOOD = 1.05  # times the least error: what is faster is then better
 _EXACT = 1e-5  # an error that is none
-_PATIENCE = 1e12  # FLOPs that a slow method may take without a time limit, and more for each entry of a large weight
-_PATIENCE_PER_ENTRY = 4e4
-_SWEEPS = 60  # these are so many times the FLOPs of a sweep
+_MOST_FLOPS = 1e12  # FLOPs that a slow method may take without a time limit, and more for each entry of a large weight
+_MOST_FLOPS_PER_ENTRY = 4e4
+_NONE = 1e6  # the ratio of a measured error to a predicted one where nothing could be made
 
 _ROUNDS = 6  # of making what is picked, and more if they take next to no time
 _MOST_ROUNDS, _SHORT = 40, 1.0  # seconds
 
-Kind = tuple[Method, Quantize | None]
+Kind: TypeAlias = tuple[str, Quantize | None]
+"""The name of a method, and a format."""
 
 
 class _Point(NamedTuple):
@@ -66,19 +67,16 @@ class Search:
         self.fitting, self.layer = fitting, fitting.layer
         self.budget, self._seed = budget or Budget(), seed
         self.candidates = [Candidate.kept(self.layer)]
-        formats = [name for name in get_args(Quantize) if FORMATS[name].coarse or FORMATS[name].bits < self._bits]
+        bits = 8 * self.layer.weight.element_size()
+        formats = [name for name in get_args(Quantize) if FORMATS[name].coarse or FORMATS[name].bits < bits]
         self._dense = [] if only is not None else [*formats, None] if exact else formats
-        self._kinds: list[Kind] = [
+        self._kinds: list[tuple[Method, Quantize | None]] = [
             (row, quantize) for row in METHODS.values() if row.solve is not None for quantize in (*formats, None)
         ]
         if only is not None:
             self._kinds = [(method_of(only), only.quantize)]
-        self._hoped: dict[Kind, list[Candidate]] = {}  # as they were predicted at first
+        self._predicted: dict[Kind, list[Candidate]] = {}  # at first
         self._ratios: dict[Kind, dict[int, float]] = {}  # of measured errors to these, by bytes
-
-    @property
-    def _bits(self) -> int:
-        return 8 * self.layer.weight.element_size()
 
     @property
     def made(self) -> list[Candidate]:
@@ -95,16 +93,17 @@ class Search:
         for number, quantize in enumerate(self._dense):
             part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
             self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), part, quick=True))
-        anchor = self._weight_bytes(self.candidates[0].bytes if size is None else size)
+        bias = bias_bytes(self.layer)
+        anchor = (self.candidates[0].bytes if size is None else size) - bias
         weight = self.fitting.ordered[0]
         by_method = {row.name: row.predict(weight) for row, _ in self._kinds if row.predict is not None}
         itemsize = self.layer.weight.element_size()
         for row, quantize in self._kinds:
             if row.name in by_method:
-                self._add((row, quantize), [_Point(*p) for p in by_method[row.name](itemsize, quantize, anchor)])
+                self._add(row, quantize, [_Point(*p) for p in by_method[row.name](itemsize, quantize, anchor)])
         if size is None and limit is not None:
             within = [candidate.bytes for candidate in self.candidates if candidate.error <= limit]
-            anchor = self._weight_bytes(min(within))
+            anchor = min(within) - bias
         for row in {row.name: row for row, _ in self._kinds if row.predict is None}.values():
             self._sketch(row, [quantize for other, quantize in self._kinds if other is row], anchor)
         self.budget.report(0.3, 1.0)
@@ -112,18 +111,18 @@ class Search:
     def build(self, point: Candidate) -> None:
         """Make a predicted candidate; others of its kind are predicted anew from what it measures."""
         assert point.config is not None
-        kind = method_of(point.config), point.config.quantize
         self.candidates.remove(point)
+        ratio = _NONE
         try:
             found = self.fitting.build(point.config, getattr(point.config, "rank", None), self._part())
         except CompressionError:  # factors out of range
-            self._ratios.setdefault(kind, {})[point.bytes] = 1e6
-            self._renew(kind)
-            return
-        self.candidates.append(found)
-        hoped = next(each for each in self._hoped[kind] if each.config == point.config)
-        self._ratios.setdefault(kind, {})[found.bytes] = max(found.error, 1e-12) / max(hoped.error, 1e-12)
-        self._renew(kind)
+            pass
+        else:
+            self.candidates.append(found)
+            before = next(each for each in self._predicted[point.kind] if each.config == point.config)
+            ratio = max(found.error, 1e-12) / max(before.error, 1e-12)
+        self._ratios.setdefault(point.kind, {})[point.bytes] = ratio
+        self._predict_again(point.kind)
 
     def polish(self, candidate: Candidate, budget: Budget) -> Candidate:
         """The candidate, or a better one of its kind and size, which takes its place."""
@@ -132,18 +131,10 @@ class Search:
         self.candidates[self.candidates.index(candidate)] = better
         return better
 
-    def drop_predicted(self) -> None:
-        """Leave only what was made."""
-        self.candidates = self.made
-
     def time(self, rows: int) -> None:
         """Measure the latencies of what was made side by side, in calls of so many rows."""
-        inputs = timing_inputs(self.layer, rows)
-        calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(self.made)}
-        with torch.no_grad():
-            found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
-        timed = {id(each): found[str(k)].median for k, each in enumerate(self.made)}
-        self.candidates = [replace(each, latency=timed.get(id(each))) for each in self.candidates]
+        found = {id(each): latency.median for each, latency in self._latencies(self.made, rows)}
+        self.candidates = [replace(each, latency=found.get(id(each))) for each in self.candidates]
 
     def quickest_as_good(self, candidate: Candidate, rows: int) -> Candidate:
         """The fastest of what is as small and has at most 1.05 times the error of a candidate, in so many rows."""
@@ -154,49 +145,50 @@ class Search:
         ]
         if len(rivals) < 2 or candidate.module is None or self.budget.left() <= 0:
             return candidate
+        timed = self._latencies(rivals, rows)
+        fastest, latency = min(timed, key=lambda pair: pair[1].median)
+        now = next(other for each, other in timed if each is candidate)
+        return fastest if latency.upper < now.lower else candidate
+
+    def _latencies(self, candidates: Sequence[Candidate], rows: int) -> list[tuple[Candidate, Latency]]:
         inputs = timing_inputs(self.layer, rows)
-        calls = {str(k): partial(each.module, *inputs) for k, each in enumerate(rivals) if each.module is not None}
+        calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(candidates)}
         with torch.no_grad():
             found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
-        fastest = min(found, key=lambda name: found[name].median)
-        now = str(next(k for k, each in enumerate(rivals) if each is candidate))
-        return rivals[int(fastest)] if found[fastest].upper < found[now].lower else candidate
+        return [(each, found[str(k)]) for k, each in enumerate(candidates)]
 
     def build_quickest(self, candidate: Candidate, limit: float | None) -> None:
         """Of every method and format, make what is predicted to need least work: within a limit, or as small."""
-        for kind in list(self._hoped):
-            hoped = {id(each.config) for each in self._hoped[kind]}
+        for kind in list(self._predicted):
             fit = [
                 each
                 for each in self.candidates
-                if each.predicted and id(each.config) in hoped
+                if each.predicted and each.kind == kind
                 if (each.bytes <= candidate.bytes if limit is None else each.error <= limit)
             ]
             if fit and self.budget.left() > 0:
                 self.build(min(fit, key=lambda each: (each.flops, each.error)))
 
-    def _add(self, kind: Kind, points: list[_Point]) -> None:
-        """Predicted candidates of a method and format. Those that are hardly smaller than the layer say nothing."""
-        row, quantize = kind
+    def _add(self, row: Method, quantize: Quantize | None, points: list[_Point]) -> None:
+        """Predicted candidates of a method and format, those that are smaller than the layer."""
         rounding = 0.0 if quantize is None else FORMATS[quantize].error
-        whole, extra = self.candidates[0].bytes, self.candidates[0].bytes - self._weight_bytes(self.candidates[0].bytes)
-        hoped, shape = [], self.layer.weight.shape
+        whole, bias = self.candidates[0].bytes, bias_bytes(self.layer)
+        found, shape = [], self.layer.weight.shape
         for rank, size, lost in points:
-            if size + extra < whole and lost < 1:
-                error = _HOPE * math.sqrt(lost + rounding**2 * (1 - lost))
+            if size + bias < whole and lost < 1:
+                error = _OPTIMISM * math.sqrt(lost + rounding**2 * (1 - lost))
                 config = row.configure(rank, quantize, self._seed)
                 known: dict[str, Any] = {
                     "flops": 2 * int(row.nbytes(rank, shape, 1, None)),
                     "on_output": self.fitting.on_output,
                 }
-                hoped.append(Candidate(config=config, module=None, bytes=int(size + extra), error=error, **known))
-        self._hoped[kind] = hoped
-        self.candidates += hoped
+                found.append(Candidate(config=config, module=None, bytes=int(size + bias), error=error, **known))
+        self._predicted[row.name, quantize] = found
+        self.candidates += found
 
     def _sketch(self, row: Method, formats: list[Quantize | None], anchor: float) -> None:
         """Predict a method whose ranks are integers from quick solutions at two low ranks."""
         shape, itemsize = self.layer.weight.shape, self.layer.weight.element_size()
-        weight = self.fitting.weight if row.unwhiten is None else self.fitting.ordered[0]
         fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
         most = self._most_rank(max(fullest.values()))
         solved: dict[int, float] = {}
@@ -208,14 +200,9 @@ class Search:
             begun = time.perf_counter()
             config = row.configure(rank, None, self._seed)
             try:
-                if row.sketch is None or self.fitting.is_cheap(rank):
-                    assert row.solve is not None
-                    found = row.solve(weight, rank, config, self._part())
-                else:
-                    found = row.sketch(weight, rank, config, self._part(), _SKETCH_SWEEPS)
+                solved[rank] = self.fitting.solved(config, rank, self._part(), _SKETCH_SWEEPS).error
             except CompressionError:
                 continue  # above the method's largest rank, say: lower ones follow
-            solved[rank] = found.error
             if self.budget.limited and rank < most:  # the rest of the time is about twice what predictions have left
                 each = (time.perf_counter() - begun) / rank * _FEW_SWEEPS / _SKETCH_SWEEPS
                 most = min(most, max(rank, int(2 * self.budget.left() / each)))
@@ -227,31 +214,25 @@ class Search:
             points = [
                 _Point(rank, row.nbytes(rank, shape, itemsize, quantize), _extrapolated(solved, rank)) for rank in sizes
             ]
-            self._add((row, quantize), points)
+            self._add(row, quantize, points)
 
     def _most_rank(self, rank: int) -> int:
         """The largest rank, up to this one, that a search may wait for."""
         numel = self.layer.weight.numel()
-        while rank > 1 and _SWEEPS * (6.0 * numel * rank + 6.0 * rank**3) > _PATIENCE + _PATIENCE_PER_ENTRY * numel:
+        while rank > 1 and SWEEPS * (6.0 * numel * rank + 6.0 * rank**3) > _MOST_FLOPS + _MOST_FLOPS_PER_ENTRY * numel:
             rank = int(0.95 * rank)
         return max(rank, 1)
 
-    def _renew(self, kind: Kind) -> None:
-        """Predict a kind anew: between what was measured, its ratio to the prediction is interpolated."""
+    def _predict_again(self, kind: Kind) -> None:
+        """Predict a kind anew: between what was measured, its ratio to the first prediction is interpolated."""
         known = sorted(self._ratios[kind].items())
         places, ratios = ([math.log(size) for size, _ in known], [math.log(ratio) for _, ratio in known])
         made = {candidate.config for candidate in self.made}
-        hoped = [each for each in self._hoped[kind] if each.config not in made]
-        old = {id(each.config) for each in self._hoped[kind]}
-        self.candidates = [c for c in self.candidates if not (c.predicted and id(c.config) in old)]
-        for each in hoped:
-            ratio = math.exp(min(numpy.interp(math.log(each.bytes), places, ratios), 50.0))
-            self.candidates.append(replace(each, error=each.error * ratio))
-
-    def _weight_bytes(self, size: float) -> float:
-        """What a size of the layer leaves for the weight: the bias is stored as it is."""
-        weight = self.layer.weight
-        return size - (stored_bytes(self.layer) - weight.numel() * weight.element_size())
+        self.candidates = [each for each in self.candidates if not (each.predicted and each.kind == kind)]
+        for each in self._predicted[kind]:
+            if each.config not in made:
+                ratio = math.exp(min(numpy.interp(math.log(each.bytes), places, ratios), 50.0))
+                self.candidates.append(replace(each, error=each.error * ratio))
 
     def _part(self) -> Budget:
         return self.budget.child(_SHARE, (0.3, 0.9))
@@ -264,22 +245,23 @@ def settle(searches: Sequence[Search], pick: Callable[[list[list[Candidate]]], l
         pick: one candidate of each list, or InfeasibleError.
     """
     begun = time.perf_counter()
-    for number in range(_MOST_ROUNDS):
+
+    def build_picked() -> bool:
         chosen = pick([search.candidates for search in searches])
-        open_ = [(search, each) for search, each in zip(searches, chosen, strict=True) if each.predicted]
-        for search, each in open_:
-            search.build(each)
-        over = any(search.budget.left() <= 0 for search in searches)
-        if not open_ or over or (number >= _ROUNDS and time.perf_counter() - begun > _SHORT):
+        for search, each in zip(searches, chosen, strict=True):
+            if each.predicted:
+                search.build(each)
+        return any(each.predicted for each in chosen)
+
+    for number in range(_MOST_ROUNDS):
+        over = not build_picked() or any(search.budget.left() <= 0 for search in searches)
+        if over or (number >= _ROUNDS and time.perf_counter() - begun > _SHORT):
             break
     while True:
         try:
             return pick([search.made for search in searches])
-        except InfeasibleError:
-            chosen = pick([search.candidates for search in searches])
-            for search, each in zip(searches, chosen, strict=True):
-                if each.predicted:
-                    search.build(each)
+        except InfeasibleError:  # something that is small enough has to be made, whatever the time
+            build_picked()
 
 
 def _geometric(low: int, high: int) -> list[int]:
@@ -312,13 +294,18 @@ def _extrapolated(solved: dict[int, float], rank: int) -> float:
     return min(1.0, (less * math.exp(fallen * steps)) ** 2)
 
 
+def bias_bytes(layer: nn.Bilinear) -> int:
+    """What a layer stores besides its weight: a replacement stores it as it is."""
+    return stored_bytes(layer) - layer.weight.numel() * layer.weight.element_size()
+
+
 def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
     """A layer's size as a fraction of its weight: the bias is stored as it is, and the weight has what is left."""
-    weight, total = layer.weight.numel() * layer.weight.element_size(), stored_bytes(layer)
-    left = target.fraction * total - (total - weight)
+    bias, total = bias_bytes(layer), stored_bytes(layer)
+    left = target.fraction * total - bias
     if left <= 0:
         raise InfeasibleError(
             f"MaxSize({target.fraction:g}) of the layer is too small beside its bias: the bias alone takes "
-            f"{total - weight} bytes, and {int(target.fraction * total)} of the layer's {total} are allowed."
+            f"{bias} bytes, and {int(target.fraction * total)} of the layer's {total} are allowed."
         )
-    return MaxSize(min(left / weight, 1 - 1e-9))
+    return MaxSize(min(left / (total - bias), 1 - 1e-9))

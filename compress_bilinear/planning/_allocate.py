@@ -8,7 +8,7 @@ import numpy
 from numpy.typing import NDArray
 
 from ..errors import InfeasibleError
-from ..fitting import Candidate
+from ..fitting import Candidate, smallest_within
 from ..modules import method_name
 from ..report import Note, error, size
 
@@ -20,10 +20,10 @@ _ABOVE = 1.08  # times a size: what lies just above it
 
 def best_within(candidates: Sequence[Candidate], limit: float, prefer: str) -> Candidate:
     """The cheapest candidate whose error is at most `limit`; keeping the layer always is one."""
-    fit = [candidate for candidate in candidates if candidate.error <= limit]
     if prefer == "speed":
+        fit = [candidate for candidate in candidates if candidate.error <= limit]
         return min(fit, key=lambda candidate: (candidate.latency or math.inf, candidate.bytes))
-    return min(fit, key=lambda candidate: (candidate.bytes, candidate.error))
+    return smallest_within(candidates, limit)
 
 
 def allocate(fronts: Mapping[str, Sequence[Candidate]], budget: int, prefer: str) -> dict[str, Candidate]:

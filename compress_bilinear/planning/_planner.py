@@ -28,7 +28,6 @@ from ..modules import (
     CompressedBilinear,
     CPBilinear,
     fingerprint,
-    method_name,
     observing,
     parameter_owners,
     reason_against,
@@ -166,14 +165,13 @@ def judge_all(
 
 def _sparse(candidates: Sequence[Candidate]) -> list[Candidate]:
     """What was made, and of what is predicted some at growing sizes: a report has no use for hundreds of sizes."""
-    last: dict[tuple[str, object], int] = {}
+    last: dict[object, int] = {}
     found = []
     for each in candidates:
-        if each.predicted and each.config is not None:
-            kind = method_name(each.config), getattr(each.config, "quantize", None)
-            if each.bytes < _REPORTED * last.get(kind, 0):
+        if each.predicted:
+            if each.bytes < _REPORTED * last.get(each.kind, 0):
                 continue
-            last[kind] = each.bytes
+            last[each.kind] = each.bytes
         found.append(each)
     return found
 
