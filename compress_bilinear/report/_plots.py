@@ -23,7 +23,7 @@ _VARIABLES = {_INK: "ink", _GRID: "grid", _SURFACE: "surface"} | {c: f"series-{k
 
 _CANDIDATES = (
     *(("cp", "CP"), ("tucker", "Tucker"), ("dense", "dense"), ("keep", "kept")),
-    *(("hollow", "quantized"), ("ring", "chosen")),
+    *(("hollow", "quantized"), ("dot", "predicted"), ("ring", "chosen")),
 )
 _UNFOLDINGS = (("l1", "out"), ("l2", "in1"), ("l3", "in2"))
 
