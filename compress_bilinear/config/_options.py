@@ -1,6 +1,6 @@
 """The keywords of `plan` and `compress`: named, described, defaulted and checked here only."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from ..errors import ConfigError, nearest
@@ -76,8 +76,15 @@ def completed(options: PlanOptions) -> PlanOptions:
     known = PlanOptions.__annotations__
     for name in options:
         if name not in known:
-            raise TypeError(f"plan() got an unexpected keyword argument {name!r}.{nearest(name, known)}")
+            raise TypeError(f"Found a keyword argument {name!r}, which `PlanOptions` lacks.{nearest(name, known)}")
     given: PlanOptions = {**dict.fromkeys(known), **_DEFAULTS, **options}  # type: ignore[typeddict-item]
+    batches = given["calibration"]
+    listed = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if batches is not None and (not listed or isinstance(batches, (str, Mapping))):
+        raise ConfigError(
+            "`calibration` should be an iterable of batches, such as a list of tensors, or of tuples or dicts of the "
+            f"model's arguments. Found {type(batches).__name__}."
+        )
     size = given["batch_size"]
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise ConfigError(f"`batch_size` should be a positive int or None. Found {size!r}.")

@@ -267,9 +267,9 @@ def collect_inputs(
             except Exception as error:
                 raise CompressionError(
                     f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
-                    "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments "
-                    "(or pass `forward_fn`, say `lambda model, batch: model(batch[0])` for batches with labels). "
-                    f"Found {_describe(batch)}."
+                    "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments, so that "
+                    "`[(x1, x2)]` is a single batch (or pass `forward_fn`, say `lambda model, batch: model(batch[0])` "
+                    f"for batches with labels). Found {_describe(batch)}."
                 ) from error
             if loss_fn is not None:
                 loss = _checked_loss(result)

@@ -112,7 +112,7 @@ def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
 def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple[FoundLayer, Config]]:
     """The layers that a glob of `configs` matches, each with the config of the first that does; None leaves it out.
 
-    Raises: MatchError where a glob matches nothing, or all of them together leave nothing.
+    Raises: MatchError where a glob matches nothing, is hidden by others, or all of them together leave nothing.
     """
     found = find(model)
     if not found:
@@ -126,18 +126,27 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
                 f"`model` should not be wrapped for parallel training. Found {type(module).__name__}: "
                 "compress its `.module` and wrap the result."
             )
+    first: dict[FoundLayer, str] = {}
     for glob in configs:
-        if not any(_matches(layer, glob) for layer in found):
+        matched = [layer for layer in found if _matches(layer, glob)]
+        if not matched:
             required = f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}."
             raise MatchError(required + unknown_forms(model))
-    chosen = []
-    for layer in found:
-        config = next((config for glob, config in configs.items() if _matches(layer, glob)), None)
-        if config is not None:
-            chosen.append((layer, config))
+        _check_order(glob, [first.setdefault(layer, glob) for layer in matched], configs)
+    chosen = [(layer, config) for layer in found if layer in first and (config := configs[first[layer]]) is not None]
     if not chosen:
         raise MatchError(f"`config` should be for at least one nn.Bilinear. Found: {_listing(found)}.")
     return chosen
+
+
+def _check_order(glob: str, holding: Sequence[str], configs: Mapping[str, Config | None]) -> None:
+    """Raise MatchError where other globs hold for all layers that this one matches, and it is no wider than they."""
+    hiding = [other for other in dict.fromkeys(holding) if configs[other] != configs[glob]]
+    if glob not in holding and not all(fnmatchcase(other, glob) for other in hiding):
+        raise MatchError(
+            f"`config` pattern {glob!r} should be the first that matches some layer. Found that all of its layers are "
+            f"taken by {', '.join(map(repr, hiding))} before it: put the narrower pattern first."
+        )
 
 
 def _matches(found: FoundLayer, glob: str) -> bool:
@@ -241,7 +250,7 @@ def _reason_against_values(layer: nn.Bilinear) -> str | None:
             return f"its {name} is {tensor.dtype}: float32, float64, float16 or bfloat16 is required"
         if type(tensor.data) is not Tensor or tensor.layout != torch.strided:
             return f"its {name} is a {type(tensor.data).__name__}, {tensor.layout}: a plain dense tensor is required"
-        bad = int((~torch.isfinite(tensor)).sum())
+        bad = int((~torch.isfinite(tensor.detach())).sum())
         if bad:
             return f"its {name} has {bad} values that are NaN or infinite"
     expected = (layer.out_features, layer.in1_features, layer.in2_features)

@@ -75,6 +75,7 @@ class Plan(Generic[_Model]):
             undo()  # a metric that fails leaves the model as it was too
             raise
 
+    @torch.inference_mode(False)  # so that the copy can be trained
     def _copied(self, replaced: Sequence[Job]) -> _Model:
         """A copy of the model with the replacements."""
         memo: dict[int, Any] = {}
@@ -104,6 +105,7 @@ class Plan(Generic[_Model]):
             return self.report
         return replace(self.report, metric_before=before, metric_after=task_metric(self._evaluate, compressed))
 
+    @torch.inference_mode(False)
     def _apply_inplace(self, replaced: Sequence[Job]) -> Callable[[], None]:
         """Swap the replacements in; returns what undoes it."""
         for job in replaced:
@@ -117,6 +119,7 @@ class Plan(Generic[_Model]):
         return swap(self.model, {id(job.found.module): _ready(job, job.layer.bias) for job in replaced})
 
 
+@torch.inference_mode(False)  # whatever the caller is in: factors are fitted by gradients
 def plan(model: _Model, config: Config | Mapping[str, Config | None], **options: Unpack[PlanOptions]) -> Plan[_Model]:
     """Solve and measure a replacement for each selected bilinear layer, without changing the model.
 
@@ -136,7 +139,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         A `Plan`.
 
     Raises:
-        MatchError: a glob matches no bilinear layer; the message lists what there is.
+        MatchError: a glob matches no bilinear layer, or none that earlier globs leave; the message lists what there is.
         ConfigError: a config or an option is invalid, or a rank fits none of the layers that it is meant for.
         CompressionError: calibration yields no batch, or the model fails on one.
     """

@@ -88,6 +88,26 @@ class TestSelect:
         with pytest.raises(MatchError, match=what + listing):
             chosen(configs)
 
+    @pytest.mark.parametrize(
+        ("configs", "glob", "hiding"),
+        [
+            ({"*": CP, "a": None}, "a", "'*'"),
+            ({"*": CP, "deep.b": TUCKER}, "deep.b", "'*'"),
+            ({"blocks.*": CP, "*0": TUCKER}, "*0", "'blocks.*'"),
+            ({"blocks.0": CP, "*1": TUCKER, "b*": DENSE}, "b*", "'blocks.0', '*1'"),
+            ({"a": CP, "deep.again": DENSE}, "deep.again", "'a'"),  # two names of one layer
+        ],
+        ids=str,
+    )
+    def test_a_glob_that_others_hide_is_an_error(self, configs, glob, hiding):
+        what = f"pattern {glob!r} should be the first .* taken by {hiding} before it: put the narrower"
+        with pytest.raises(MatchError, match=what.replace("*", r"\*").replace(r" .\*", " .*")):
+            chosen(configs)
+
+    @pytest.mark.parametrize("last", [{"*": DENSE}, {"deep.again": CP}], ids=str)
+    def test_a_wider_glob_may_be_left_with_nothing_and_a_second_name_may_repeat_the_first(self, last):
+        assert len(chosen({"a": CP, "blocks.*": TUCKER, "d*": CP} | last)) == 4
+
     def test_lazy_layers_are_listed_too(self):
         model = network()
         model.a.weight = nn.parameter.UninitializedParameter()

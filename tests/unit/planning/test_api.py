@@ -109,10 +109,20 @@ class TestSelecting:
         with pytest.raises(MatchError, match=r"first .*one = other"):
             run(cb.compress, net, {"decoder.*": config, "*": TUCKER})
 
+    @pytest.mark.parametrize("function", [cb.plan, cb.compress])
     @pytest.mark.parametrize(("name", "hint"), [("batchsize", "batch_size"), ("include", None)])
-    def test_an_unknown_option_is_a_mistake(self, net, name, hint):
-        with pytest.raises(TypeError, match=f"{name}.*{f'Did you mean {hint}' if hint else ''}"):
-            cb.plan(net, TUCKER, **{name: 1})
+    def test_an_unknown_option_is_a_mistake(self, net, function, name, hint):
+        with pytest.raises(TypeError, match=f"{name}.*PlanOptions.*{f'Did you mean {hint}' if hint else ''}"):
+            function(net, TUCKER, **{name: 1})
+
+    @pytest.mark.parametrize("calibration", [5, "rows.npy", {"x1": torch.ones(2)}], ids=["int", "str", "dict"])
+    def test_calibration_is_an_iterable_of_batches(self, net, calibration):
+        with pytest.raises(ConfigError, match=f"an iterable of batches.* Found {type(calibration).__name__}"):
+            run(cb.plan, net, TUCKER, calibration=calibration)
+
+    def test_a_batch_instead_of_batches_is_told_how_to_be_one(self, net):
+        with pytest.raises(cb.CompressionError, match=r"`\[\(x1, x2\)\]` is a single batch .* Found a tensor"):
+            run(cb.plan, net, TUCKER, calibration=rows())
 
     def test_the_root_is_replaced_in_the_copy_only(self):
         layer, batch = planted(), rows()
@@ -401,6 +411,22 @@ class TestFailures:
             compressed(net, inplace=True)
         assert_same_state(net, before)
         assert dict(net.named_modules()) == parts
+
+    @pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+    @pytest.mark.parametrize("refine", [None, "network"])
+    def test_gradients_that_the_caller_has_turned_off_are_no_hindrance(self, net, inplace, around, refine):
+        options = {"calibration": [rows(40)] * 2, "refine": refine, "max_seconds": 1}
+        with around():
+            new, report = run(cb.compress, net, TUCKER, inplace=inplace, **options)
+        assert set(decisions(report).values()) == {"replaced"}
+        new(*rows()).sum().backward()  # what it made can be trained
+        torch.optim.SGD(new.parameters(), 0.1).step()
+
+    def test_a_model_of_inference_tensors_is_compressed(self):
+        with torch.inference_mode():
+            net = Net()
+            _, report = run(cb.compress, net, TUCKER, calibration=[rows(40)])
+        assert set(decisions(report).values()) == {"replaced"}
 
     def test_a_failing_calibration_leaves_the_model_as_it_was(self, net, inplace):
         before = state_of(net)
