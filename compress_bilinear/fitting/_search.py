@@ -27,6 +27,7 @@ from ._measure import stored_bytes
 
 _STEP = 1.03  # between two sizes of a prediction
 _OPTIMISM = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
+_MORE_OPTIMISM = 0.85  # the same of an error that is extrapolated
 _SKETCHED = 2  # the rank that fills a size, over the larger one of the quick solutions; the other is half of it
 _SKETCH_SWEEPS = 12
 _FEW_SWEEPS = 20  # over the whole, below which a rank is not worth the time
@@ -171,12 +172,16 @@ class Search:
 
     def _add(self, row: Method, quantize: Quantize | None, points: list[_Point]) -> None:
         """Predicted candidates of a method and format, those that are smaller than the layer."""
+        dense = [each.error for each in self.made if each.kind == ("dense", quantize)]
         rounding = 0.0 if quantize is None else FORMATS[quantize].error
+        if dense and quantize is not None and FORMATS[quantize].coarse:  # inputs that are nearly of low rank see less of it
+            rounding = min(rounding, *dense)
+        optimism = _OPTIMISM if row.predict is not None else _MORE_OPTIMISM
         whole, bias = self.candidates[0].bytes, bias_bytes(self.layer)
         found, shape = [], self.layer.weight.shape
         for rank, size, lost in points:
             if size + bias < whole and lost < 1:
-                error = _OPTIMISM * math.sqrt(lost + rounding**2 * (1 - lost))
+                error = optimism * math.sqrt(lost + rounding**2 * (1 - lost))
                 config = row.configure(rank, quantize, self._seed)
                 known: dict[str, Any] = {
                     "flops": 2 * int(row.nbytes(rank, shape, 1, None)),

