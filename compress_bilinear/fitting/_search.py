@@ -180,6 +180,8 @@ class Search:
         whole, bias = self.candidates[0].bytes, bias_bytes(self.layer)
         found, shape = [], self.layer.weight.shape
         for rank, size, lost in points:
+            if self._dense and rank == tuple(shape):
+                continue  # a Tucker that leaves nothing out is a dense layer
             if size + bias < whole and lost < 1:
                 error = optimism * math.sqrt(lost + rounding**2 * (1 - lost))
                 config = row.configure(rank, quantize, self._seed)
