@@ -4,15 +4,24 @@ from ..config import check_max_seconds
 from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
 from ._cp import cp, cp_sketch
-from ._factors import CPDecomposition, TuckerDecomposition, relative, relative_error, row_slices
+from ._factors import (
+    CPDecomposition,
+    TuckerDecomposition,
+    relative,
+    relative_error,
+    row_slices,
+    tucker_rows,
+    working_dtype,
+)
 from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
 from ._hosvd import ordered
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
-from ._rounding import distance, rounded
+from ._rounding import rounded
 from ._search import Trial, best_within, smallest, tightened
 from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
+from ._source import mode_product
 from ._spectra import spectra
 from ._tucker import tucker
 from ._tucker_ranks import BlockEnergies
@@ -36,9 +45,9 @@ __all__ = [
     "cp",
     "cp_bytes",
     "cp_sketch",
-    "distance",
     "interpolation",
     "is_interpolated",
+    "mode_product",
     "ordered",
     "refit_cp",
     "refit_tucker",
@@ -56,7 +65,9 @@ __all__ = [
     "tucker_bytes",
     "tucker_flops",
     "tucker_parameters",
+    "tucker_rows",
     "unit_columns",
     "unwhitened_cp",
     "unwhitened_tucker",
+    "working_dtype",
 ]

@@ -12,9 +12,13 @@ from typing_extensions import Self
 from ..errors import CompressionError
 
 Factors: TypeAlias = tuple[Tensor, Tensor, Tensor]
+Reader: TypeAlias = Callable[[slice, torch.dtype], Tensor]
+"""Some slices (·, I, J) of an approximation (O, I, J) along its first axis, in a dtype."""
 
 MODES = ("out", "in1", "in2")
+SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 _WIDENED = 2**18  # elements of a slab that is widened to float64: 2 MiB, which caches hold
+_TELLING = 1e-3  # an error above which float32 tells it to four digits
 
 
 def _check_tensors(named: dict[str, Tensor]) -> None:
@@ -74,19 +78,20 @@ class _Decomposition:
         out, in1, in2 = self.factors
         return out.shape[0], in1.shape[0], in2.shape[0]
 
-    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
-        """A function that takes Ŵ[rows] from a contiguous float64 tensor, in place; see `relative_error`."""
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Slices (·, I, J) of the tensor that the factors stand for."""
         raise NotImplementedError
 
     def to_tensor(self) -> Tensor:
         """The tensor (O, I, J) that the factors stand for, in their dtype."""
-        raise NotImplementedError
+        return self.dense_rows(slice(None), self.factors[0].dtype)
 
     def relative_error(self, weight: Tensor) -> float:
-        """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself, summed in float64; 0 where both are 0."""
+        """‖W − Ŵ‖ / ‖W‖ in the Frobenius norm, from the residual itself; 0 where both are 0."""
         if tuple(weight.shape) != self.shape:
             raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
-        return relative_error(weight, self.subtraction())
+        with torch.no_grad():
+            return relative_error(weight, self.dense_rows)
 
 
 def peak(tensor: Tensor) -> float:
@@ -97,29 +102,38 @@ def peak(tensor: Tensor) -> float:
 
 def relative_error(
     weight: Tensor,  # (O, I, J)
-    subtract: Callable[[slice, Tensor], object],
-    most: int = _WIDENED,
+    read: Reader,
+    other: Reader | None = None,
+    most: int | None = None,
 ) -> float:
-    """‖W − Ŵ‖ / ‖W‖ (Frobenius), slab by slab in float64; `subtract` takes Ŵ[rows] from W[rows] in place.
+    """‖X − Ŵ‖ / ‖W‖ (Frobenius) of what `read` gives for Ŵ, and of W for X or what `other` gives; slab by slab.
 
-    A slab has at most `most` elements.
+    Sums are in float64, and so is all arithmetic for float64 weights, small ones, and errors below 1e-3. A slab has at
+    most `most` elements, or an eighth of all: few slabs, for each reads the whole core of a Tucker.
     """
     largest = peak(weight)
-    scale = 1.0 if 1e-100 < largest < 1e100 else largest or 1.0  # squares of 1e-200 or 1e+200 leave float64's range
+    scale = 1.0 if 1e-15 < largest < 1e15 else largest or 1.0  # the squares of others leave the range
     residual = total = 0.0
-    slices = list(row_slices(weight.shape, most))
-    buffer = torch.empty_like(weight.detach()[slices[0]], dtype=torch.float64, memory_format=torch.contiguous_format)
-    for rows in slices:
-        part = weight.detach()[rows]
-        values = buffer[: len(part)].copy_(part)
-        total += _squared(values, scale)
-        subtract(rows, values)
-        residual += _squared(values, scale)
+    for dtype in (working_dtype(weight), torch.float64):
+        residual = total = 0.0
+        for rows in slabs(weight.shape, most=most or weight.numel()):
+            part = weight.detach()[rows].to(dtype)
+            total += _squared(part, scale)
+            residual += _squared((part if other is None else other(rows, dtype)) - read(rows, dtype), scale)
+        if dtype == torch.float64 or relative(residual, total) > _TELLING:
+            break
     return relative(residual, total)
 
 
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """float64 for float64 weights and small ones, else float32."""
+    return torch.float64 if weight.dtype == torch.float64 or weight.numel() <= SMALL else torch.float32
+
+
 def _squared(values: Tensor, scale: float) -> float:
-    return float((values if scale == 1.0 else values / scale).norm()) ** 2
+    """The sum of squares, in float64."""
+    values = values if scale == 1.0 else values / scale
+    return sum(float(part.double().norm()) ** 2 for part in values.flatten().split(_WIDENED))
 
 
 def relative(residual: float, total: float) -> float:
@@ -168,21 +182,10 @@ class CPDecomposition(_Decomposition):
             inner = inner * (factor.double().T @ factor.double())
         return relative(float(inner.diagonal().sum()), max(0.0, float(inner.sum())))
 
-    def to_tensor(self) -> Tensor:
-        """The tensor (O, I, J) that the factors stand for, in their dtype."""
-        out, in1, in2 = self.factors
-        left = (out * self.weights.to(out.dtype))[:, None] * in1
-        return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
-
-    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
-        out, in1, in2 = (factor.detach().double() for factor in self.factors)
-        out, right = out * self.weights.detach().double(), in2.T.contiguous()
-
-        def subtract(rows: slice, values: Tensor) -> None:
-            left = out[rows, None] * in1
-            values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
-
-        return subtract
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
+        weighted = (out * self.weights.to(dtype))[rows]
+        return torch.stack([(row * in1) @ in2.T for row in weighted])  # an output at a time: (O, I, R) would be large
 
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.cp_tensor.CPTensor` of torch tensors."""
@@ -228,27 +231,9 @@ class TuckerDecomposition(_Decomposition):
         out, in1, in2 = self.core.shape
         return out, in1, in2
 
-    def to_tensor(self) -> Tensor:
-        """The tensor (O, I, J) that the factors stand for, in their dtype."""
-        out, in1, in2 = self.factors
-        projected = (out @ self.core.flatten(1)).unflatten(1, self.core.shape[1:])
-        left = torch.matmul(in1, projected)
-        return (left.flatten(0, 1) @ in2.T).unflatten(0, left.shape[:2])
-
-    def subtraction(self, most: int = _WIDENED) -> Callable[[slice, Tensor], object]:
-        out, in1, in2 = (factor.detach().double() for factor in self.factors)
-        right, whole = in2.T.contiguous(), self.core.detach()
-        parts = whole.split(max(1, most // whole[0].numel()))
-
-        def subtract(rows: slice, values: Tensor) -> None:
-            core, begin = values.new_zeros(len(values), whole[0].numel()), 0
-            for part in parts:  # a large core is not widened at once
-                core.addmm_(out[rows, begin : begin + len(part)], part.flatten(1).double())
-                begin += len(part)
-            left = torch.bmm(in1.expand(len(values), -1, -1), core.unflatten(1, whole.shape[1:]))
-            values.flatten(0, 1).addmm_(left.flatten(0, 1), right, alpha=-1)
-
-        return subtract
+    def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        out, in1, in2 = (factor.to(dtype) for factor in self.factors)
+        return tucker_rows(lambda part: self.core[part].to(dtype), out[rows], in1, in2)
 
     def to_tensorly(self) -> Any:
         """The same as a `tensorly.tucker_tensor.TuckerTensor` of torch tensors."""
@@ -261,3 +246,23 @@ class TuckerDecomposition(_Decomposition):
         """From a TensorLy `TuckerTensor` (or a pair of core and factors) of torch tensors or numpy arrays."""
         core, factors = tucker_tensor
         return cls(torch.as_tensor(core), _three(factors, "Tucker"))
+
+
+def tucker_rows(
+    core: Callable[[slice], Tensor],  # slices (·, R_i, R_j)
+    out: Tensor | None,  # (N, R_o), or None where `core` gives the slices that are wanted
+    in1: Tensor | None,  # (I, R_i)
+    in2: Tensor | None,  # (J, R_j)
+) -> Tensor:  # (N, I, J)
+    """Slices of a Tucker multiplied out. Of a core that is large, an eighth is read at once."""
+    if out is None:
+        dense = core(slice(None))
+    else:
+        count, first = out.shape[1], core(slice(0, 1))
+        dense = sum(
+            (out[:, part] @ core(part).flatten(1) for part in slabs((count, *first.shape[1:]), most=2**30)),
+            start=out.new_zeros(()),
+        ).unflatten(1, first.shape[1:])
+    if in1 is not None:
+        dense = torch.bmm(in1.expand(len(dense), -1, -1), dense)  # matmul would copy the tensor
+    return dense if in2 is None else dense @ in2.T

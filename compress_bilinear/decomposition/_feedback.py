@@ -14,9 +14,9 @@ from torch import Tensor
 from ..config import Quantize
 from ..quantization import FORMATS, LEVELS, UNIT, Format
 from ._budget import Budget
-from ._factors import slabs
+from ._factors import slabs, working_dtype
 from ._metric import Metric
-from ._source import full_precision, working_dtype
+from ._source import full_precision
 
 _TILE = 32  # entries along each axis that are rounded diagonal by diagonal; a product takes their errors to the rest
 _TOGETHER = 2**25  # entries of the outputs that are rounded together
@@ -89,7 +89,7 @@ def stored_weight(
     from1, from2 = (taken.to(weight.device, dtype) for taken in (from1, from2))
     stored, budget = form.encode(weight, "weight"), budget or Budget()
     result = stored.decode(torch.promote_types(weight.dtype, torch.float32))
-    for rows in slabs(weight.shape, most=most, least=most):
+    for rows in slabs(weight.shape, most=most, least=most // 4):
         peaks = form.peaks(stored, rows, dtype)
         if peaks is None or budget.left() <= 0:
             break

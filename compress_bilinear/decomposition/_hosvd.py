@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._factors import SMALL
 from ._metric import PLAIN, Metric
-from ._source import SMALL, Source, full_precision, gram, leading, mode_product, turned_
+from ._source import Source, full_precision, gram, leading, mode_product, turned_
 
 _LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
 _SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from

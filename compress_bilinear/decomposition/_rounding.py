@@ -7,7 +7,7 @@ small calibration sets", 2021); for CP and Tucker each step has a closed form.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..config import Quantize
 from ..quantization import FORMATS
-from ._factors import CPDecomposition, TuckerDecomposition, peak, relative, row_slices
-from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
+from ._factors import CPDecomposition, TuckerDecomposition
+from ._feedback import stored_columns, stored_weight
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric
-from ._source import Source, full_precision, gram, leading, mode_product
+from ._source import Source, full_precision, gram, leading, turned_
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
@@ -39,7 +39,7 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
 
     Returns:
         A decomposition in float32, or in float64 for such a weight. The layer that is made of it stores exactly these
-        values (but for a Tucker mode in interpolative form). Its `error` is the total, against `weight`, in float64.
+        values. Its `error` is not known: whoever needs it measures it.
     """
     if quantize is None or not FORMATS[quantize].coarse:
         return found
@@ -47,23 +47,6 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
         if isinstance(found, CPDecomposition):
             return _rounded_cp(found, weight, quantize, metric)
         return _rounded_tucker(found, weight, quantize, metric)
-
-
-def distance(
-    weight: Tensor,  # (O, I, J)
-    first: CPDecomposition | TuckerDecomposition,
-    second: Callable[[slice], Tensor],  # rows -> (·, I, J)
-) -> float:
-    """How far two approximations of a weight are apart, relative to its norm; in float64, slice by slice."""
-    largest = peak(weight) or 1.0
-    apart = total = 0.0
-    subtract = first.subtraction()
-    for rows in row_slices(weight.shape, weight.numel()):  # few, for each reads all of a Tucker's core
-        values = second(rows).to(torch.float64, memory_format=torch.contiguous_format, copy=True)
-        subtract(rows, values)
-        apart += float((values / largest).norm()) ** 2
-        total += float((weight.detach()[rows].double() / largest).norm()) ** 2
-    return relative(apart, total)
 
 
 def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metric: Metric) -> CPDecomposition:
@@ -90,9 +73,7 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metr
     dtype = torch.promote_types(weight.dtype, torch.float32)
     out, in1, in2 = (factor.to(dtype) for factor in best.units)
     scales = (best.scales / source.scale).to(dtype)
-    first, second, third = (metric.whitened(mode, unit).to(dtype) for mode, unit in enumerate((out, in1, in2)))
-    error = CPDecomposition(scales, (first, second, third)).relative_error(weight)
-    return CPDecomposition(scales, (out, in1, in2), error)
+    return CPDecomposition(scales, (out, in1, in2))
 
 
 class _CPFit:
@@ -125,59 +106,52 @@ def _solved(sums: Tensor, gram: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve(system, (sums / root).T).T / root
 
 
-def _interpolated(core: Tensor, factor: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-    """The core and a factor (d, r) in the form that a layer stores: r rows of the factor are those of the identity."""
-    order, coefficients, turn = interpolation(factor)
-    core = torch.tensordot(turn, core, dims=([1], [mode])).movedim(0, mode)
-    identity = torch.eye(factor.shape[1]).to(coefficients)
-    return core, torch.empty_like(factor, dtype=torch.float64).index_copy_(
-        0, order, torch.cat([identity, coefficients])
-    )
+def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
+    """A factor (d, r) of a Tucker as a layer stores it, up to an invertible (r, r) for the core to take; float64."""
+    size, rank = factor.shape
+    if not is_interpolated(rank, size):
+        return stored_columns(factor, mode, quantize)[0]
+    order, coefficients, _ = interpolation(factor)
+    if mode == 0:
+        stored = FORMATS[quantize].round_to(coefficients, "rows")
+    else:
+        stored = FORMATS[quantize].round_to(coefficients.T, "columns").T
+    parts = torch.cat([torch.eye(rank).to(coefficients), stored])
+    return torch.empty_like(parts).index_copy_(0, order, parts)
 
 
 def _rounded_tucker(
     found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric
 ) -> TuckerDecomposition:
-    source, dtype = Source(weight), torch.promote_types(weight.dtype, torch.float32)
-    free = [not is_interpolated(rank, size) for rank, size in zip(found.rank, found.shape, strict=True)]
-    factors = [factor.detach().double() for factor in found.factors]
-    core = found.core.detach().double()
-    for mode, (rank, size) in enumerate(zip(found.rank, found.shape, strict=True)):
-        if rank == size:  # absorbed, as its layer does
-            core = mode_product(core, factors[mode].T, mode)
-            factors[mode] = torch.eye(size, dtype=torch.float64, device=core.device)
+    """Each factor in turn moves to the best subspace for the others as they are by then, and is rounded; last the core.
 
-    def stored(core: Tensor, factors: list[Tensor]) -> TuckerDecomposition:
-        for mode in range(3):
-            if free[mode]:
-                unit, scale = unit_columns(factors[mode])
-                core = core * scale.view([-1 if axis == mode else 1 for axis in range(3)])
-                factors[mode] = stored_columns(unit, mode, quantize)[0]
-            elif found.rank[mode] < found.shape[mode]:
-                core, factors[mode] = _interpolated(core, factors[mode], mode)
-        roots = [None, *(metric.whitened(mode, factors[mode]) for mode in (1, 2))]
-        fed_back = stored_weight(core, quantize, Metric((roots[0], roots[1], roots[2]), PLAIN.inverses))
-        core = stored_core(core, quantize) if fed_back is None else fed_back.double()
-        out, in1, in2 = (factor.to(dtype) for factor in factors)
-        core = core.to(dtype)
-        first, second, third = (metric.whitened(mode, f).to(dtype) for mode, f in enumerate((out, in1, in2)))
-        error = TuckerDecomposition(core, (first, second, third)).relative_error(weight)
-        return TuckerDecomposition(core, (out, in1, in2), error)
-
-    plain = stored(core, list(factors))
+    A factor moves no further than it has to, so that one which is rounded already stays. Modes of full rank are
+    absorbed into the core.
+    """
+    source = Source(weight)
+    partial = [mode for mode in range(3) if found.rank[mode] < found.shape[mode]]
+    factors = [
+        factor.detach().double() if mode in partial else torch.eye(*factor.shape, dtype=torch.float64).to(factor.device)
+        for mode, factor in enumerate(found.factors)
+    ]
     white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
-    bases = [torch.linalg.qr(factor)[0].to(source.dtype) for factor in white]
-    for mode in range(3):
-        if not free[mode]:
-            continue
+    bases = [
+        torch.linalg.qr(factor)[0].to(source.dtype) if mode in partial else None for mode, factor in enumerate(white)
+    ]
+    for mode in partial:
         part = source.project(bases, skip=mode)
-        unit = leading(gram(part, mode), found.rank[mode], torch.float64)
-        factors[mode] = stored_columns(metric.unwhiten(mode, unit), mode, quantize)[0]
+        best = leading(gram(part, mode, source.dtype), found.rank[mode], torch.float64)
+        del part
+        factors[mode] = _stored_factor(metric.unwhiten(mode, best @ (best.T @ white[mode])), mode, quantize)
         white[mode] = metric.whitened(mode, factors[mode])
         bases[mode] = torch.linalg.qr(white[mode])[0].to(source.dtype)
-    core = source.project(bases).double() / source.scale
+    core = source.project(bases)
     for mode, (basis, factor) in enumerate(zip(bases, white, strict=True)):
-        turn = torch.linalg.pinv(basis.double().T @ factor, rtol=_LEAST_RIDGE)
-        core = mode_product(core, turn.T, mode)
-    fitted = stored(core, factors)
-    return min(plain, fitted, key=lambda result: result.error)  # type: ignore[arg-type, return-value]
+        inner = factor if basis is None else basis.double().T @ factor
+        turned_(core, torch.linalg.pinv(inner, rtol=_LEAST_RIDGE).T.to(core.dtype), mode)
+    core = core if source.scale == 1.0 else core.double() / source.scale
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    fed_back = stored_weight(core, quantize, Metric((None, white[1], white[2]), PLAIN.inverses))
+    core = FORMATS[quantize].encode(core, "weight").decode(dtype) if fed_back is None else fed_back.to(dtype)
+    out, in1, in2 = (factor.to(dtype) for factor in factors)
+    return TuckerDecomposition(core, (out, in1, in2))

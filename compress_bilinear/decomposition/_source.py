@@ -13,13 +13,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ._factors import peak, slabs
+from ._factors import peak, slabs, working_dtype
 
 Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
 
 _SLAB = 2**20  # elements of a slab, at most: 4 MiB in float32
-SMALL = 2**16  # elements of a weight that is worked on in float64 whatever its dtype
 
 
 @contextmanager
@@ -38,11 +37,6 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
-
-
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """float64 for float64 weights and small ones, else float32."""
-    return torch.float64 if weight.dtype == torch.float64 or weight.numel() <= SMALL else torch.float32
 
 
 class Source:

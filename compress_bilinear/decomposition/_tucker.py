@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
 from ._budget import Budget, Progress
-from ._factors import Factors, TuckerDecomposition, relative
+from ._factors import SMALL, Factors, TuckerDecomposition, relative
 from ._hosvd import ordered_, start
 from ._search import tightened
 from ._sizes import check_tucker_rank, check_weight
-from ._source import SMALL, Basis, Source, full_precision, gram, mode_product
+from ._source import Basis, Source, full_precision, gram, mode_product
 from ._tucker_ranks import BlockEnergies, Target, Triple
 
 _MAX_SWEEPS = 30

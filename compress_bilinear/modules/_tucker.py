@@ -13,10 +13,13 @@ from ..decomposition import (
     check_tucker_rank,
     interpolation,
     is_interpolated,
+    mode_product,
     rounded,
     tucker,
     tucker_flops,
+    tucker_rows,
     unit_columns,
+    working_dtype,
 )
 from ._dense import DenseBilinear
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
@@ -79,18 +82,18 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         out, in1, in2 = decomposition.shape
         dtype = decomposition.core.dtype
         new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        core = decomposition.core.double()
+        core = decomposition.core.to(working_dtype(decomposition.core))
         for mode, layer in enumerate((new.out_proj, new.in1_proj, new.in2_proj)):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
-                core = torch.tensordot(turn, core, dims=([1], [mode])).movedim(0, mode)
+                core = mode_product(core, turn.T.to(core.dtype), mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
                 continue
             if quantize is not None:
                 factor, peak = unit_columns(factor)
-                core = core * peak.view([-1 if axis == mode else 1 for axis in range(3)])
+                core = core * peak.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
             fill_linear(layer, factor.T if mode else factor)
         new.core = DenseBilinear.from_weight(core if quantize else core.to(dtype), quantize=quantize)
         if bias is not None:
@@ -109,16 +112,16 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         return tucker_flops(self.rank, (self.out_features, self.in1_features, self.in2_features))
 
     def dense_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        dense = self.core.dense_rows(slice(None), dtype)
-        if isinstance(self.out_proj, AddBias):
-            dense = dense[rows]
-        else:
-            dense = torch.einsum("oa,abc->obc", linear_weight(self.out_proj, dtype)[rows], dense)
-        if not isinstance(self.in1_proj, nn.Identity):
-            dense = linear_weight(self.in1_proj, dtype).T @ dense
-        if not isinstance(self.in2_proj, nn.Identity):
-            dense = dense @ linear_weight(self.in2_proj, dtype)
-        return dense
+        def read(part: slice) -> Tensor:
+            return self.core.dense_rows(rows if absorbed else part, dtype)
+
+        in1, in2 = (
+            None if isinstance(proj, nn.Identity) else linear_weight(proj, dtype).T
+            for proj in (self.in1_proj, self.in2_proj)
+        )
+        absorbed = isinstance(self.out_proj, AddBias)
+        out = None if absorbed else linear_weight(self.out_proj, dtype)[rows]
+        return tucker_rows(read, out, in1, in2)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         operands = self._operands()

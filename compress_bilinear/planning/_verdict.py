@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -178,8 +177,8 @@ def _factor_errors(weight: Tensor, candidate: Candidate, module: CompressedBilin
         return known | {"truncation_error": 0.0, "quantization_error": total}
     if floating is not None:
         known["truncation_error"] = floating.relative_error(weight) if floating.error is None else floating.error
-        read = partial(module.dense_rows, dtype=torch.float64)
-        known["quantization_error"] = decompose.distance(weight, floating, read)
+        with torch.no_grad():
+            known["quantization_error"] = decompose.relative_error(weight, module.dense_rows, floating.dense_rows)
     return known
 
 
