@@ -174,7 +174,7 @@ class Search:
         """Predicted candidates of a method and format, those that are smaller than the layer."""
         dense = [each.error for each in self.made if each.kind == ("dense", quantize)]
         rounding = 0.0 if quantize is None else FORMATS[quantize].error
-        if dense and quantize is not None and FORMATS[quantize].coarse:  # inputs that are nearly of low rank see less of it
+        if dense and quantize is not None and FORMATS[quantize].coarse:  # inputs nearly of low rank see less
             rounding = min(rounding, *dense)
         optimism = _OPTIMISM if row.predict is not None else _MORE_OPTIMISM
         whole, bias = self.candidates[0].bytes, bias_bytes(self.layer)

@@ -116,7 +116,7 @@ class LayerReport:
         quantize: the storage format: None (the layer's dtype), "bf16", "int8" or "nf4".
         decision: "replaced" or "kept".
         notes: why, and what else there is to say; `reason` joins their texts.
-        weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, in float64, of what is stored; for a kept layer, of the candidate that
+        weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, of what is stored; for a kept layer, of the candidate that
             was rejected. None where nothing was solved.
         truncation_error, quantization_error: the two parts of `weight_error` of a quantized layer: that of the
             decomposition before rounding, and that of rounding, both relative to ‖W‖. None where not quantized.
