@@ -8,7 +8,6 @@ inputs, which are correlated as features of an encoder are. Errors are of rows t
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from benchmarks.memory import with_peak
+from benchmarks.rows import write
 from benchmarks.weights import power_law
-from compress_bilinear._io import written_atomically
 from compress_bilinear.fitting import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,13 +116,8 @@ def main() -> None:
     Console().print(table)
     out = options.out or (None if options.quick else RESULTS)
     if out is not None:
-        facts = environment(torch.device("cpu"), torch.float32)
-        out.mkdir(parents=True, exist_ok=True)
         path = out / "large_layer_cpu.csv"
-        with written_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*found[0], *facts])
-            writer.writeheader()
-            writer.writerows(row | facts for row in found)
+        write(path, found, environment(torch.device("cpu"), torch.float32))
         print(f"Wrote {path}")
 
 

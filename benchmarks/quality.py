@@ -11,7 +11,6 @@ Writes results/quality_cpu.csv and .png: one row for each network, seed, method 
 
 import argparse
 import copy
-import csv
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,13 +29,15 @@ from torch import Tensor, nn
 import compress_bilinear as cb
 from benchmarks import link_prediction
 from benchmarks.quality_plot import plot
-from compress_bilinear._io import written_atomically
+from benchmarks.rows import write
 from compress_bilinear.cli import _demo as demo
 from compress_bilinear.decomposition import tucker_parameters
 from compress_bilinear.fitting import environment, stored_bytes
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = (4, 8, 12, 16, 24)
+SIZES = (4, 8, 12, 16, 24, 32, 48)
+REFINED = (16, 24)
+"""Sizes at which the network is trained to its own outputs too, for `REFINE_SECONDS`."""
 ERRORS = (0.1, 0.2)
 REFINE_SECONDS = 60.0
 
@@ -70,21 +71,23 @@ def digits(seed: int, epochs: int = demo.EPOCHS) -> Network:
 
 
 def by_hand(weight: Tensor, times: int) -> Iterator[tuple[str, Tensor, int]]:
-    """What a user would do with the weight alone: a name, the new weight, and its bytes."""
+    """What a user would do with the weight alone: a name, the new weight, and its bytes; nothing that does not fit."""
     out, in1, in2 = weight.shape
     budget = weight.numel() // times
     tensorly.set_backend("pytorch")
     rank = budget // (out + in1 + in2)
-    weights, factors = parafac(weight, rank, n_iter_max=100, init="random", random_state=0, normalize_factors=False)
-    dense = tensorly.cp_to_tensor((weights, factors))
-    yield "TensorLy CP", dense, rank * (out + in1 + in2) * weight.element_size()
-    ranks = _proportional(weight.shape, budget)
-    core, parts = tensorly_tucker(weight, rank=ranks)
-    yield (
-        "TensorLy Tucker",
-        tensorly.tucker_to_tensor((core, parts)),
-        int((core.numel() + sum(part.numel() for part in parts)) * weight.element_size()),
-    )
+    if rank:
+        weights, factors = parafac(weight, rank, n_iter_max=100, init="random", random_state=0, normalize_factors=False)
+        dense = tensorly.cp_to_tensor((weights, factors))
+        yield "TensorLy CP", dense, rank * (out + in1 + in2) * weight.element_size()
+    ranks = proportional_ranks(weight.shape, budget)
+    if ranks is not None:
+        core, parts = tensorly_tucker(weight, rank=ranks)
+        yield (
+            "TensorLy Tucker",
+            tensorly.tucker_to_tensor((core, parts)),
+            int((core.numel() + sum(part.numel() for part in parts)) * weight.element_size()),
+        )
     kept = budget // (out * (in1 + in2))
     if kept:
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -95,9 +98,9 @@ def by_hand(weight: Tensor, times: int) -> Iterator[tuple[str, Tensor, int]]:
         )
 
 
-def _proportional(shape: Sequence[int], budget: int) -> list[int]:
-    """Tucker ranks in proportion to the sizes, the largest whose plain factors and core are within a budget."""
-    best = [1] * len(shape)
+def proportional_ranks(shape: Sequence[int], budget: int) -> list[int] | None:
+    """Tucker ranks in proportion to the sizes, the largest whose plain factors and core are within a budget, if any."""
+    best = None
     for step in range(1, 1001):
         ranks = [max(1, step * size // 1000) for size in shape]
         plain = tucker_parameters(ranks, shape) if max(4 * r > 3 * d for r, d in zip(ranks, shape, strict=True)) else 0
@@ -149,7 +152,7 @@ def rows_of(network: Network, seed: int, quick: bool) -> Iterator[dict[str, Any]
         model, report = compressed(network, cb.AutoConfig(size=1 / times))
         known = told(report, begun)
         yield row("ours", "automatic", times, report.bytes_after, model, **known)
-        if times >= 16 and not quick:
+        if times in REFINED and not quick:
             begun = time.perf_counter()
             model, report = compressed(network, chosen_config(report), refine="network", max_seconds=REFINE_SECONDS)
             yield row("ours", "automatic, refined", times, report.bytes_after, model, **told(report, begun))
@@ -207,35 +210,19 @@ def main() -> None:
     unknown = set(options.networks) - set(makers)
     if unknown:
         parser.error(f"networks should be among {', '.join(makers)}. Found {', '.join(sorted(unknown))}.")
-    device = environment(torch.device("cpu"), torch.float32)
     rows: list[dict[str, Any]] = []
     console = Console(stderr=True)
     for name in ["digits"] if options.quick else options.networks:
         for seed in options.seeds[:1] if options.quick else options.seeds:
             network = makers[name](seed, **({"epochs": 1} if options.quick else {}))
             work = rows_of(network, seed, options.quick)
-            rows += [row | device for row in track(work, f"{name} {seed}", console=console, transient=True)]
-    options.out.mkdir(parents=True, exist_ok=True)
+            rows += track(work, f"{name} {seed}", console=console, transient=True)
     path = options.out / "quality_cpu.csv"
-    rows = [*others(path, rows), *rows]
-    fields = list(dict.fromkeys(key for row in rows for key in row if key not in device)) + list(device)
-    with written_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields)
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = write(path, rows, environment(torch.device("cpu"), torch.float32), keys=("network", "seed"))
     Console(width=120).print(summary(rows))
     if not options.quick:
         plot(path)
     print(f"Wrote {path}")
-
-
-def others(path: Path, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What an earlier run measured of other networks or seeds."""
-    if not path.exists():
-        return []
-    measured = {(row["network"], str(row["seed"])) for row in rows}
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row["network"], row["seed"]) not in measured]
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> Table:

@@ -71,7 +71,7 @@ def _draw(axis: Any, rows: list[dict[str, str]], network: str) -> None:
             axis.annotate(name, (24 - 7 * number, value), fontsize=7, color="#555555", va="bottom", ha="right")
     axis.set_title(title, fontsize=10)
     axis.set_xscale("log", base=2)
-    axis.set_xticks([4, 8, 12, 16, 24], ["4x", "8x", "12x", "16x", "24x"])
+    axis.set_xticks((sizes := (4, 8, 12, 16, 24, 32, 48)), [f"{times}x" for times in sizes])
     axis.set_xlabel("times smaller, all bytes of the layer counted")
     axis.set_ylabel(metric)
     floor = min(before) - 0.2

@@ -13,7 +13,6 @@ python -m benchmarks.quantization --quick   # a small case and a briefly trained
 
 import argparse
 import copy
-import csv
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -42,9 +41,9 @@ from benchmarks.quantized import (
     torchao,
     with_core,
 )
+from benchmarks.rows import write
 from benchmarks.weights import power_law
 from compress_bilinear import AmplificationWarning, decomposition
-from compress_bilinear._io import written_atomically
 from compress_bilinear.cli import _demo as demo
 from compress_bilinear.config import Quantize
 from compress_bilinear.fitting import Latency, environment, latencies, weight_error
@@ -274,20 +273,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
-    """The CSV, with what it was measured on in every row."""
-    where = environment(torch.device("cpu"), torch.float32)
-    try:
-        where["torchao"] = version("torchao")
-    except PackageNotFoundError:
-        where["torchao"] = "not installed"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_atomically(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*FIELDS, *where], restval="")
-        writer.writeheader()
-        writer.writerows(row | where for row in rows)
-
-
 def main() -> None:
     """Run, print a table and write the CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -312,7 +297,12 @@ def main() -> None:
         rows += cores(options.quick)
     Console(width=120).print(_table(rows))
     path = options.out / "quantization_cpu.csv"
-    write(rows, path)
+    facts = environment(torch.device("cpu"), torch.float32)
+    try:
+        facts["torchao"] = version("torchao")
+    except PackageNotFoundError:
+        facts["torchao"] = "not installed"
+    write(path, [dict.fromkeys(FIELDS, "") | row for row in rows], facts)
     print(f"Wrote {path}")
 
 

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import tensorly
+import torch
 
-from benchmarks import comparison, decoding, large_layer, measured, quantization
+from benchmarks import comparison, decoding, large_layer, measured, quality, quantization, time_to_error
+from benchmarks import rows as results
+from benchmarks import time_to_error_shown as promised
 from benchmarks.cases import SUITE
 from benchmarks.contestants import Contestant
 from benchmarks.weights import QUICK, power_law
@@ -93,6 +96,96 @@ def test_the_quantization_benchmark_compares_cores_of_equal_bytes():
     int8, bf16 = (rows[f"{core} core, 1/8"] for core in ("int8", "bfloat16"))
     assert 0 < float(bf16["error"]) < float(int8["error"]) < 1
     assert abs(float(int8["bytes_vs_fp32"]) - float(bf16["bytes_vs_fp32"])) < 0.03
+
+
+def test_rows_of_other_keys_stay_in_a_file_of_results(tmp_path):
+    path = tmp_path / "new" / "results.csv"
+    results.write(
+        path, [{"layer": name, "seed": 0, "error": 1.0} for name in "ab"], {"torch": 1}, keys=("layer", "seed")
+    )
+    new = [{"layer": "b", "seed": 0, "seconds": 2.0}, {"layer": "b", "seed": 1, "seconds": 3.0}]
+    whole = results.write(path, new, {"torch": 2}, keys=("layer", "seed"))
+    assert [(row["layer"], str(row["seed"]), row.get("seconds")) for row in whole] == [
+        ("a", "0", None),
+        ("b", "0", 2.0),
+        ("b", "1", 3.0),
+    ]
+    assert read(path)[0] == {"layer": "a", "seed": "0", "error": "1.0", "seconds": "", "torch": "1"}
+    assert [row["torch"] for row in results.write(path, new, {"torch": 3})] == [
+        3,
+        3,
+    ]  # without keys a file is written anew
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(
+    ("shape", "times", "methods"),
+    [
+        ((64, 64, 24), 48, ["TensorLy CP", "TensorLy Tucker"]),  # no rank of an SVD per output is so small
+        ((6, 5, 4), 7, ["TensorLy CP", "TensorLy Tucker"]),
+        ((6, 5, 4), 8, ["TensorLy CP"]),
+        ((6, 5, 4), 9, []),
+    ],
+    ids=str,
+)
+def test_by_hand_there_is_only_what_fits(shape, times, methods):
+    found = list(quality.by_hand(power_law(shape), times))
+    assert [name for name, _, _ in found] == methods
+    assert all(used <= 4 * math.prod(shape) / times for _, _, used in found)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("contestant", ["automatic", "Tucker", "CP"])
+def test_a_point_of_time_to_error_is_measured_within_the_size(contestant):
+    row = time_to_error.measure(contestant, (10, 14, 12), 0.5, torch.get_num_threads())
+    assert 0 < row["output_error"] < 1
+    assert row["smaller_x"] >= 8
+    assert row["seconds"] > 0
+
+
+def test_the_inputs_of_time_to_error_that_measure_are_in_no_batch_and_of_the_same_distribution():
+    layer, seen, unseen = time_to_error.problem((4, 9, 7))
+    assert (tuple(layer.weight.shape), len(seen), len(unseen)) == ((4, 9, 7), 8, 8)
+    for old, new in zip(zip(*seen, strict=True), zip(*unseen, strict=True), strict=True):
+        first, second = torch.cat(old).double(), torch.cat(new).double()
+        assert not (first[:, None, 0] == second[:, 0]).any()
+        moments = [inputs.T @ inputs / len(inputs) for inputs in (first, second)]
+        assert (moments[0] - moments[1]).norm() < 0.15 * moments[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ([(2, 3.1, 0.2), (5, 5, 0.1), ("", 20, 0.1)], ["+0.9 s", "yes", "+0.0%", "yes"]),
+        ([(2, 3.3, 0.2), (4, 5, 0.204)], ["+1.1 s", "NO", "+2.0%", "yes"]),
+        ([(2, 2, 0.1), (3, 3, 0.2), (4, 4, 0.11)], ["-0.2 s", "yes", "+10.0%", "NO"]),
+        ([(2, 2, 0.1), (4, 4, "")], ["-0.2 s", "yes", "+inf%", "NO"]),  # nothing was found in time
+        ([(2, 2, ""), (4, 4, 0.1), ("", 7, 0.2)], ["-0.2 s", "yes", "+0.0%", "yes"]),  # 7 s are no twice 4
+    ],
+    ids=str,
+)
+def test_promises_about_time_are_read_off_the_points(points, expected):
+    about = {"layer": "4x5x6", "contestant": "automatic", "status": "ok"}
+    fields = ("asked_seconds", "seconds", "output_error")
+    table = promised.promises([about | dict(zip(fields, point, strict=True)) for point in points])
+    assert [next(iter(column.cells)) for column in table.columns] == ["4x5x6", *expected]
+
+
+@pytest.mark.slow
+def test_the_quick_time_to_error_benchmark_measures_every_point_in_a_process_of_its_own(tmp_path):
+    printed, rows = quick("time_to_error", "time_to_error_cpu", tmp_path)
+    contestants = ["automatic"] * 3 + ["TensorLy Tucker, int8", "TensorLy CP, int8"]
+    assert [(row["contestant"], row["status"]) for row in rows] == [(name, "ok") for name in contestants]
+    assert [row["asked_seconds"] for row in rows] == ["0.5", "1", "", "", ""]
+    for row in rows:
+        assert 0 < float(row["output_error"]) < 1
+        assert float(row["smaller_x"]) >= 8
+        assert float(row["peak_mb"]) > 0
+        assert row["processor"]
+    ours, *libraries = (float(row["output_error"]) for row in rows[2:])
+    assert ours < min(libraries)
+    assert "Worse with twice the time" in printed
+    assert (tmp_path / "time_to_error_cpu.png").stat().st_size > 0
 
 
 @pytest.mark.slow
