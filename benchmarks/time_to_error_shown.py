@@ -97,6 +97,7 @@ def _draw(axis: Any, rows: list[dict[str, str]], layer: str) -> None:
     axis.set_title(f"{in1} x {in2} → {out}, at most 1/8 of the bytes", fontsize=10)
     axis.set_xscale("log")
     axis.set_xlabel("seconds taken")
+    axis.margins(x=0.15)  # room for "no limit"
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.25)
 
