@@ -174,31 +174,10 @@ class CompressedBilinear(ComputeModes):
         return self._forward(input1, one_hot.to(input1.dtype))
 
     def _check(self, input1: Tensor, input2: Tensor, last: int = 1) -> None:
-        """Raise InputError for inputs of other sizes or dtypes than the layer takes.
-
-        All dimensions but the `last` ones should be the same.
-        """
-        shape1, shape2, dtype, weight = input1.shape, input2.shape, input1.dtype, self._first_weight()
-        if not shape1 or shape1[-1] != self.in1_features:
-            raise InputError(f"`input1` should have shape (..., {self.in1_features}). Found {tuple(shape1)}.")
-        if not shape2 or shape2[-1] != self.in2_features:
-            raise InputError(f"`input2` should have shape (..., {self.in2_features}). Found {tuple(shape2)}.")
-        # not the shapes whole: a graph of pairs would be tied to inputs of one length
-        if shape1[:-last] != shape2[:-last] or len(shape1) < last or len(shape2) < last:
-            required = "(..., I) and (..., J)" if last == 1 else "(..., L1, I) and (..., L2, J)"
-            raise InputError(
-                f"`input1` and `input2` should be {required} with the same leading dimensions. "
-                f"Found {tuple(shape1)} and {tuple(shape2)}."
-            )
-        if dtype == input2.dtype and dtype.is_floating_point and (weight is None or weight.dtype == dtype):
-            return
-        mixed = ops.autocast_enabled(input1.device.type)
-        if dtype != input2.dtype and not mixed:
-            raise InputError(f"`input1` and `input2` should have the same dtype. Found {dtype} and {input2.dtype}.")
-        if not (dtype.is_floating_point and input2.dtype.is_floating_point):
-            raise InputError(f"`input1` and `input2` should be floating. Found {dtype} and {input2.dtype}.")
-        if weight is not None and weight.dtype != dtype and not mixed:
-            raise InputError(f"`input1` and `input2` should be {weight.dtype}, as the weight is. Found {dtype}.")
+        """Raise InputError for other inputs than the layer takes; all dimensions but the `last` should be the same."""
+        weight = self._first_weight()
+        shape = (self.out_features, self.in1_features, self.in2_features)
+        ops.check_inputs(input1, input2, shape, last, None if weight is None else weight.dtype)
 
     @abstractmethod
     def _first_weight(self) -> Tensor | None:

@@ -1,7 +1,16 @@
 """Factors and inputs to outputs: tensors in, tensors out. `reference` is the definition."""
 
 from . import reference
-from ._api import bilinear_cp, bilinear_dense, bilinear_tucker, explain, pairwise_cp, pairwise_dense, pairwise_tucker
+from ._api import (
+    bilinear_cp,
+    bilinear_dense,
+    bilinear_tucker,
+    check_inputs,
+    explain,
+    pairwise_cp,
+    pairwise_dense,
+    pairwise_tucker,
+)
 from ._blocks import block_runner
 from ._choice import BACKENDS, Backend, Choice
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
@@ -26,6 +35,7 @@ __all__ = [
     "bilinear_dense",
     "bilinear_tucker",
     "block_runner",
+    "check_inputs",
     "dense_flops",
     "explain",
     "linear",

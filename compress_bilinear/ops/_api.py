@@ -13,7 +13,6 @@ from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, small_dense
 from ._dense_pairs import composed_dense_pairs
 from ._stored import Weight, project, read_by_kernels, reason_against_kernels
-from ._tucker import composed_tucker, composed_tucker_pairs
 from .triton import _operators as triton
 
 
@@ -40,7 +39,7 @@ def bilinear_dense(
         output = small_dense(input1, input2, weight, bias)
         if output is not None:
             return output
-    _check(input1, input2, shape := _shape(weight, scale))
+    check_inputs(input1, input2, shape := _shape(weight, scale))
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
@@ -70,7 +69,7 @@ def bilinear_cp(
         output = small_cp(input1, input2, in1, in2, out, bias)
         if output is not None:
             return output
-    _check(input1, input2, shape := (out.shape[0], in1.shape[1], in2.shape[1]))
+    check_inputs(input1, input2, shape := (out.shape[0], in1.shape[1], in2.shape[1]))
     if not _fused("cp", (input1, input2, in1, in2, out, bias), shape, sigma, backend):
         return composed_cp(input1, input2, in1, in2, out, bias, sigma)
     product = triton.fused_product(*_rows(input1, input2), read_by_kernels(in1), read_by_kernels(in2), sigma)
@@ -91,9 +90,12 @@ def bilinear_tucker(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
-    _check(input1, input2, _tucker_shape(in1, in2, core, out, scale))
+    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out, scale))
     _check_composed("tucker", input1, backend)
-    return composed_tucker(input1, input2, in1, in2, core, out, bias, scale)
+    left, right = project(input1, in1), project(input2, in2)
+    if out is None:
+        return composed_dense(left, right, core, bias, scale)
+    return project(composed_dense(left, right, core, None, scale), out, bias)
 
 
 @follows_autocast
@@ -110,7 +112,7 @@ def pairwise_dense(
 
     Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
     """
-    _check(input1, input2, _shape(weight, scale), 2)
+    check_inputs(input1, input2, _shape(weight, scale), 2)
     _check_composed("dense", input1, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias, scale)
 
@@ -128,7 +130,7 @@ def pairwise_cp(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
-    _check(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
+    check_inputs(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
     _check_composed("cp", input1, backend, pairs=True)
     return composed_cp_pairs(input1, input2, in1, in2, out, bias, sigma)
 
@@ -147,9 +149,12 @@ def pairwise_tucker(
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
-    _check(input1, input2, _tucker_shape(in1, in2, core, out, scale), 2)
+    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out, scale), 2)
     _check_composed("tucker", input1, backend, pairs=True)
-    return composed_tucker_pairs(input1, input2, in1, in2, core, out, bias, scale)
+    left, right = project(input1, in1), project(input2, in2)
+    if out is None:
+        return composed_dense_pairs(left, right, core, bias, scale)
+    return project(composed_dense_pairs(left, right, core, None, scale), out, bias)
 
 
 def explain(
@@ -213,20 +218,39 @@ def _check_composed(method: Method, input1: Tensor, backend: Backend | None, pai
         choose(Problem(method, (0, 0, 0), 0, pairs, input1.device, input1.dtype, 0), backend)
 
 
-def _check(input1: Tensor, input2: Tensor, shape: tuple[int, int, int], last: int = 1) -> None:
-    """Raise InputError for other sizes than the weight's, and where leading dimensions or dtypes differ."""
-    shape1, shape2 = input1.shape, input2.shape
+def check_inputs(
+    input1: Tensor,
+    input2: Tensor,
+    shape: tuple[int, int, int],  # (O, I, J)
+    last: int = 1,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise InputError for inputs of other sizes than the weight's, or whose leading dimensions or dtypes differ.
+
+    Args:
+        last: how many dimensions do not have to be the same: 1 of rows, 2 of pairs.
+        dtype: that the inputs should have, where there is no autocast; None takes any floating one.
+    """
+    shape1, shape2, dtype1, dtype2 = input1.shape, input2.shape, input1.dtype, input2.dtype
+    # not the shapes whole: a graph of pairs would be tied to inputs of one length
     if min(len(shape1), len(shape2)) < last or shape1[:-last] != shape2[:-last]:
+        required = "(..., I) and (..., J)" if last == 1 else "(..., L1, I) and (..., L2, J)"
         raise InputError(
-            f"The inputs should have the same leading dimensions. Found {tuple(shape1)} and {tuple(shape2)}."
-        )
-    if shape1[-1] != shape[1] or shape2[-1] != shape[2]:
-        raise InputError(
-            f"The inputs' last dimensions should be {shape[1]} and {shape[2]}, as of the weight. "
+            f"`input1` and `input2` should be {required} with the same leading dimensions. "
             f"Found {tuple(shape1)} and {tuple(shape2)}."
         )
-    if input1.dtype != input2.dtype and not autocast_enabled(input1.device.type):
-        raise InputError(f"The inputs should have the same dtype. Found {input1.dtype} and {input2.dtype}.")
+    if shape1[-1] != shape[1] or shape2[-1] != shape[2]:
+        name, size, found = ("input1", shape[1], shape1) if shape1[-1] != shape[1] else ("input2", shape[2], shape2)
+        raise InputError(f"`{name}` should have shape (..., {size}). Found {tuple(found)}.")
+    if dtype1 == dtype2 and dtype1.is_floating_point and (dtype is None or dtype == dtype1):
+        return
+    mixed = autocast_enabled(input1.device.type)
+    if dtype1 != dtype2 and not mixed:
+        raise InputError(f"`input1` and `input2` should have the same dtype. Found {dtype1} and {dtype2}.")
+    if not (dtype1.is_floating_point and dtype2.is_floating_point):
+        raise InputError(f"`input1` and `input2` should be floating. Found {dtype1} and {dtype2}.")
+    if dtype is not None and dtype != dtype1 and not mixed:
+        raise InputError(f"`input1` and `input2` should be {dtype}, as the weight is. Found {dtype1}.")
 
 
 def _shape(weight: Weight, scale: Tensor | None) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from ._blocks import block_runner, block_size, joined
-from ._context import autocast_enabled, only_values, plain, traced
+from ._context import only_values, plain, traced
 from ._stored import Weight, project
 from ._tuning import eager_tuning, tuning
 
@@ -60,35 +60,23 @@ def composed_cp_pairs(
     leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
     batch, rank = math.prod(leading), in1.shape[0]
     tensors = [value for value in (input1, input2, in1, in2, out, bias, sigma) if isinstance(value, Tensor)]
-    if (  # in one block, writing in place would only add a copy
-        not (only_values(*tensors) and plain(*tensors))
-        or autocast_enabled(input1.device.type)
-        or rank * batch * max(length1, length2, length1 * length2) <= _block(input1)
-    ):
-        return cp_of_pairs(project(input1, in1), project(input2, in2), out, bias, sigma)
-    batch1, batch2 = input1.reshape(batch, *input1.shape[-2:]), input2.reshape(batch, *input2.shape[-2:])
-    output = input1.new_empty(batch, length1, length2, out.shape[0])
-    items = max(1, _block(input1) // max(1, rank * max(length1, length2)))
-    for part1, part2, target in zip(batch1.split(items), batch2.split(items), output.split(items), strict=True):
-        cp_of_pairs(project(part1, in1), project(part2, in2), out, bias, sigma, output=target)
+
+    def pairs(input1: Tensor, input2: Tensor) -> Tensor:
+        left, right = project(input1, in1), project(input2, in2)
+        dtype = right.dtype
+        if sigma is not None:
+            left = _wide(left) * sigma  # in float32, and so is the product
+        blocks = pair_blocks(left, right, out.shape[0])
+        run = block_runner(blocks is not None, left, right, *([out] if isinstance(out, Tensor) else []))
+        return over_pairs(lambda p, q: run(_project_product, p, q, out, bias, dtype), left, right, blocks)
+
+    projected = rank * (length1 + length2)  # of an item
+    if not only_values(*tensors) or batch * projected <= _block(input1):
+        return pairs(input1, input2)
+    items = max(1, _block(input1) // projected)
+    parts = [value.reshape(batch, *value.shape[-2:]).split(items) for value in (input1, input2)]
+    output = joined(map(pairs, *parts), batch, 0, True)
     return output.view(*leading, length1, length2, out.shape[0])
-
-
-def cp_of_pairs(
-    left: Tensor,  # (..., L1, R)
-    right: Tensor,  # (..., L2, R), the same leading dimensions
-    out: Weight,  # (O, R)
-    bias: Tensor | None,  # (O,)
-    sigma: Tensor | None,  # (R,), float32
-    output: Tensor | None = None,  # (B, L1, L2, O), to write into where only values are computed
-) -> Tensor:  # (..., L1, L2, O)
-    """All pairs of projected inputs. The products of the projections are held for a block of pairs at once."""
-    if sigma is not None:
-        left = _wide(left) * sigma  # in float32, and so is the product
-    blocks = pair_blocks(left, right, out.shape[0])
-    run = block_runner(blocks is not None, left, right, *([out] if isinstance(out, Tensor) else []))
-    dtype = right.dtype
-    return over_pairs(lambda p, q: run(_project_product, p, q, out, bias, dtype), left, right, blocks, output)
 
 
 def pair_blocks(
@@ -113,30 +101,20 @@ def over_pairs(
     left: Tensor,  # (..., L1, R)
     right: Tensor,  # (..., L2, R), the same leading dimensions
     blocks: tuple[int, int, int] | None,
-    output: Tensor | None = None,  # (B, L1, L2, O), to write into
 ) -> Tensor:  # (..., L1, L2, O)
     """`evaluate` for all pairs, in the blocks that `pair_blocks` gives."""
     if blocks is None:
-        result = evaluate(left.unsqueeze(-2), right.unsqueeze(-3))
-        return result if output is None else output.copy_(result)
-    leading, lengths = left.shape[:-2], (left.shape[-2], right.shape[-2])
-    batch = math.prod(leading)
-    left, right = left.reshape(batch, lengths[0], 1, -1), right.reshape(batch, 1, lengths[1], -1)
-    items, rows, columns = blocks
-    if output is None:
-        groups = []
-        for first, second in zip(left.split(items), right.split(items), strict=True):
-            # concatenated strip by strip, so that the blocks of only one strip are alive besides the output
-            strips = [joined([evaluate(p, q) for q in second.split(columns, 2)], 2) for p in first.split(rows, 1)]
-            groups.append(joined(strips, 1))
-            del strips
-        output = joined(groups, 0)
-    else:
-        for first, second, target in zip(left.split(items), right.split(items), output.split(items), strict=True):
-            for p, strip in zip(first.split(rows, 1), target.split(rows, 1), strict=True):
-                for q, place in zip(second.split(columns, 2), strip.split(columns, 2), strict=True):
-                    place.copy_(evaluate(p, q))
-    return output.view(*leading, *lengths, output.shape[-1])
+        return evaluate(left.unsqueeze(-2), right.unsqueeze(-3))
+    leading, lengths, values = left.shape[:-2], (left.shape[-2], right.shape[-2]), only_values(left, right)
+    batch, (items, rows, columns) = math.prod(leading), blocks
+    firsts = left.reshape(batch, lengths[0], 1, -1).split(items)
+    seconds = right.reshape(batch, 1, lengths[1], -1).split(items)
+    strips = (
+        joined((evaluate(p, q) for q in second.split(columns, 2)), lengths[1], 2, values).flatten(0, 1)
+        for first, second in zip(firsts, seconds, strict=True)
+        for p in first.split(rows, 1)
+    )
+    return joined(strips, batch * lengths[0], 0, values).view(*leading, *lengths, -1)
 
 
 def _project_product(left: Tensor, right: Tensor, out: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
-from ._blocks import TRACED_ROW, block_runner, block_size, joined, row_blocks, weight_parts
+from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, weight_parts
 from ._context import only_values, traced
 from ._gemm import stored_linear, uses_fast_mkl
 from ._stored import Weight, in_slabs
@@ -139,9 +139,7 @@ def composed_dense(
             output = _contract(rows2, rows1, weight.mT)
         else:
             output = _contract(rows1, rows2, weight)
-    if bias is not None:
-        bias = bias if bias.dtype == output.dtype else bias.to(output.dtype)
-        output = output.add_(bias) if only_values(output, bias) else output + bias
+    output = plus(output, bias)
     return output if len(leading) == 1 else output.view(*leading, out)
 
 
@@ -152,21 +150,16 @@ def _contract(kept: Tensor, first: Tensor, weight: Tensor) -> Tensor:
     columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
     parts = weight_parts(weight, columns)
     rows = max(1, min(count, limit // (width * min(out, columns))))
-    blocks = row_blocks(rows, kept, first)
-    if len(parts) * len(blocks) == 1:
+    if len(parts) == 1 and rows == count:
         return _contract_block(kept, first, weight)
-    if not only_values(kept, first, weight):
-        run = block_runner(True, kept, first, weight)
-        by_part = [[run(_contract_block, *block, part) for block in blocks] for part in parts]
-        return joined([joined(pieces, 0) for pieces in by_part], 1)
-    output, start = kept.new_empty(kept.shape[0], out), 0
-    for part in parts:
-        part = part.contiguous()  # once for all rows
-        columns_of = output[:, start : start + len(part)].split(rows)
-        start += len(part)
-        for (block1, block2), target in zip(blocks, columns_of, strict=True):
-            target.copy_(_contract_block(block1, block2, part))
-    return output
+    blocks, values = [*zip(kept.split(rows), first.split(rows), strict=True)], only_values(kept, first, weight)
+    run = block_runner(True, kept, first, weight)
+
+    def of_all_rows(part: Tensor) -> Tensor:
+        part = part.contiguous() if values and len(blocks) > 1 else part  # once for all
+        return joined((run(_contract_block, *block, part) for block in blocks), kept.shape[0], 0, values)
+
+    return joined(map(of_all_rows, parts), out, 1, values)
 
 
 def _contract_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
@@ -189,16 +182,13 @@ def _by_stored_layout(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     out, _, in2 = weight.shape
     limit = tuning().block
     rows = min(rows1.shape[0], max(1, limit // in2))
-    blocks, parts = row_blocks(rows, rows1, rows2), weight_parts(weight, limit // (rows * in2))
-    if len(parts) * len(blocks) == 1:
-        return _batched_product(rows1, rows2, weight).contiguous()
-    output, start = rows1.new_empty(rows1.shape[0], out), 0
-    for part in parts:
-        end = start + len(part)
-        for (block1, block2), target in zip(blocks, output.split(rows), strict=True):
-            target[:, start:end] = _batched_product(block1, block2, part)  # a sum with `out=` is slower
-        start = end
-    return output
+    blocks = [*zip(rows1.split(rows), rows2.split(rows), strict=True)]
+    parts = weight_parts(weight, limit // (rows * in2))
+
+    def of_all_rows(part: Tensor) -> Tensor:
+        return joined((_batched_product(*block, part) for block in blocks), rows1.shape[0], 0, True)
+
+    return joined(map(of_all_rows, parts), out, 1, True).contiguous()
 
 
 def _batched_product(rows1: Tensor, rows2: Tensor, part: Tensor) -> Tensor:
@@ -210,9 +200,10 @@ def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     """Σ_ij (x1_n ⊗ x2_n)_ij W_oij: (N, O)."""
     _, in1, in2 = weight.shape
     rows = max(1, block_size(rows1, tuning().outer, tuning().outer) // (in1 * in2))
-    blocks = row_blocks(rows, rows1, rows2)
+    blocks = [*zip(rows1.split(rows), rows2.split(rows), strict=True)]
     run = block_runner(len(blocks) > 1, rows1, rows2, weight)
-    return joined([run(_outer_block, *block, weight) for block in blocks], 0)
+    values = only_values(rows1, rows2, weight)
+    return joined((run(_outer_block, *block, weight) for block in blocks), rows1.shape[0], 0, values)
 
 
 def _outer_block(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:

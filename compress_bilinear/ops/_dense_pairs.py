@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import QuantizedTensor
-from ._blocks import TRACED_ROW, block_runner, block_size, joined, weight_parts
+from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, weight_parts
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, stored_linear, uses_onednn
 from ._stored import Weight, in_slabs
@@ -32,20 +32,11 @@ def composed_dense_pairs(
         elements = first.shape[0] * first.shape[1] * max(weight.shape[2], second.shape[1])
         outputs = block_size(first, tuning().pairs, tuning().block_grad) // max(1, elements)
     parts = weight_parts(weight, outputs)
-    bias = bias if bias is None else bias.to(input1.dtype)
-    if len(parts) > 1 and only_values(first, second, weight, bias):
-        output = first.new_empty(batch, length1, length2, out)
-        target, start = output if swap else output.transpose(1, 2), 0
-        for part in parts:
-            target[..., start : start + len(part)] = _part_of_pairs(first, second, part)
-            start += len(part)
-        output = output if bias is None else output.add_(bias)
-        return output.view(*leading, length1, length2, out)
     run = block_runner(len(parts) > 1, first, second, weight)
-    output = joined([run(_part_of_pairs, first, second, part) for part in parts], 3)
-    output = output if swap else output.transpose(1, 2)
-    output = (output if bias is None else output + bias).contiguous()
-    return output.reshape(*leading, length1, length2, out)
+    pieces = (run(_part_of_pairs, first, second, part) for part in parts)
+    turned = (piece if swap else piece.transpose(1, 2) for piece in pieces)
+    output = plus(joined(turned, out, 3, only_values(first, second, weight)), bias)
+    return output.contiguous().view(*leading, length1, length2, out)
 
 
 def _part_of_pairs(first: Tensor, second: Tensor, part: Tensor) -> Tensor:

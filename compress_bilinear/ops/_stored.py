@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import QuantizedTensor, decode_int8
-from ._blocks import TRACED_PARTS, block_runner, joined
+from ._blocks import TRACED_PARTS, block_runner, joined, plus
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, stored_linear
 from ._tuning import tuning
@@ -56,23 +56,16 @@ def project(
         return input
     if isinstance(weight, Tensor) and weight.dtype != torch.int8:
         return linear(input, weight, bias)
-    bias = bias if bias is None else bias.to(input.dtype)
-    stored = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers())
-    parts = slabs(weight)
-    if len(parts) <= 1 and (traced() or not gradient_wanted(input, bias)):
-        return linear(input, _decoded(weight, slice(None), input.dtype).flatten(1), bias)
-    if len(parts) > 1 and only_values(input, bias):
-        output = input.new_empty(*input.shape[:-1], weight.shape[0])
-        for rows in parts:
-            output[..., rows] = linear(input, _decoded(weight, rows, input.dtype).flatten(1))
-        return output if bias is None else output.add_(bias)
+    stored, parts = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers()), slabs(weight)
+    if len(parts) == 1 and (traced() or not gradient_wanted(input, bias)):
+        bias = bias if bias is None else bias.to(input.dtype)
+        return linear(input, _decoded(weight, parts[0], input.dtype).flatten(1), bias)
 
     def matrix(rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
         return _decoded(weight, rows, dtype).flatten(1)
 
-    pieces = [stored_linear(input, partial(matrix, rows), *stored) for rows in parts]
-    output = joined(pieces, -1)
-    return output if bias is None else output + bias
+    pieces = (stored_linear(input, partial(matrix, rows), *stored) for rows in parts)
+    return plus(joined(pieces, weight.shape[0], -1, only_values(input)), bias)
 
 
 def in_slabs(
@@ -88,18 +81,9 @@ def in_slabs(
     def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
         return operation(input1, input2, _decoded(weight, rows, input1.dtype, scale))
 
-    parts, values = slabs(weight), only_values(input1, input2, scale)
-    output = outputs(input1, input2, parts[0]) if values else None
-    if output is not None and len(parts) > 1:
-        first, output = output, output.new_empty(*output.shape[:-1], weight.shape[0])
-        output[..., parts[0]] = first
-        del first
-        for rows in parts[1:]:
-            output[..., rows] = outputs(input1, input2, rows)
-    elif output is None:
-        run = block_runner(True, input1, input2)
-        output = joined([run(outputs, input1, input2, rows) for rows in parts], -1)
-    return output if bias is None else output + bias.to(output.dtype)
+    run = block_runner(True, input1, input2)
+    pieces = (run(outputs, input1, input2, rows) for rows in slabs(weight))
+    return plus(joined(pieces, weight.shape[0], -1, only_values(input1, input2, scale)), bias)
 
 
 def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:

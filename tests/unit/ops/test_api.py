@@ -460,7 +460,7 @@ def test_inputs_of_other_leading_dimensions_are_an_error_and_never_broadcast(kin
 
 
 def test_sizes_whose_products_agree_are_not_taken_for_the_weights():
-    with pytest.raises(InputError, match="should be 3 and 4"):  # 2 x 6 entries, as of 3 x 4
+    with pytest.raises(InputError, match=r"`input1` should have shape \(\.\.\., 3\)"):  # 2 x 6 entries, as of 3 x 4
         ops.bilinear_dense(normal(3, 2), normal(3, 6), normal(5, 3, 4))
     for shape1, shape2 in itertools.permutations([(1, 8), (4, 2), (2, 4), (8,), (2, 2, 2)], 2):  # 8 entries each
         with pytest.raises(InputError, match="same leading dimensions"):
