@@ -44,38 +44,24 @@ class CPBilinear(ProjectedBilinear[int]):
         if isinstance(self.out_proj, QuantizedLinear):
             self.out_proj.sigma = torch.zeros(self.rank, device=self.out_proj.weight.device)
 
-    @classmethod
-    def from_decomposition(
-        cls,
-        decomposition: CPDecomposition,
-        bias: Tensor | None = None,  # (O,)
-        *,
-        quantize: Quantize | None = None,
-    ) -> Self:
-        """The layer whose weight is `decomposition.to_tensor()`, in its dtype and on its device."""
-        out, in1, in2 = decomposition.shape
-        weights, dtype = decomposition.weights, decomposition.factors[0].dtype
-        new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        parts = (new.out_proj, new.in1_proj, new.in2_proj)
-        factors, scale = decomposition.factors, weights.double()
-        if quantize is not None:
+    def _fill(self, decomposition: CPDecomposition) -> None:
+        factors, scale = decomposition.factors, decomposition.weights.double()
+        if self.quantize is not None:
             units, peaks = zip(*(unit_columns(factor) for factor in factors), strict=True)
             sigma = (scale * math.prod(peaks)).to(torch.float32)
             if not bool(torch.isfinite(sigma).all()):
                 raise CompressionError("The components' scales should be finite in float32. Found an infinite one.")
-            new.out_proj.sigma = sigma
+            self.out_proj.sigma = sigma
         else:
             # the weights go to the factors in equal parts, which keeps half-precision products in range
             root = scale.abs() ** (1 / 3)
             units = tuple(
-                (factor.double() * (root * scale.sign() if mode == 0 else root)).to(dtype)
+                (factor.double() * (root * scale.sign() if mode == 0 else root)).to(factor.dtype)
                 for mode, factor in enumerate(factors)
             )
+        parts = (self.out_proj, self.in1_proj, self.in2_proj)
         for mode, (linear, unit) in enumerate(zip(parts, units, strict=True)):
             fill_linear(linear, unit.T if mode else unit)
-        if bias is not None:
-            new.set_bias(nn.Parameter(bias.detach().clone()))
-        return new
 
     @classmethod
     def from_bilinear(

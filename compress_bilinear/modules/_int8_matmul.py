@@ -1,7 +1,6 @@
 """Products of integers: the inputs' rows are rounded to int8 in each call, and multiplied by an int8 weight."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,29 +51,8 @@ def _with_exact_gradient(rounded: Callable[..., Tensor], exact: Callable[..., Te
     """The value of `rounded`, a function of the inputs, with the gradient of `exact`."""
     if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
         return rounded(*inputs)
-    if ops.traced() or ops.transformed():
-        value = exact(*inputs)
-        return value + (rounded(*inputs) - value).detach()
-    output: Tensor = _ExactGradient.apply(rounded, exact, *inputs)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _ExactGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rounded: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*inputs)
-        ctx.exact = exact
-        return rounded(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        twice = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # new tensors, also where both inputs are one: autograd sums the gradients
-            inputs = [v.view_as(v) if twice else v.detach().requires_grad_(v.requires_grad) for v in ctx.saved_tensors]
-            wanted = [value for value in inputs if value.requires_grad]
-            gradients = iter(torch.autograd.grad(ctx.exact(*inputs), wanted, grads, create_graph=twice))
-        return None, None, *(next(gradients) if value.requires_grad else None for value in inputs)
+    value = exact(*inputs)
+    return value + (rounded(*(input.detach() for input in inputs)) - value.detach())
 
 
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

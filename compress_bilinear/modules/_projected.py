@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..config import Quantize
 from ..quantization import QuantizedTensor
@@ -51,6 +52,30 @@ class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
     @abstractmethod
     def _make_parts(self, bias: bool, *stored: Any) -> None:
         """Check the rank and make the inner layers; `stored` is their (format, device, dtype), as of `make_linear`."""
+
+    @classmethod
+    def from_decomposition(
+        cls,
+        decomposition: Any,
+        bias: Tensor | None = None,  # (O,)
+        *,
+        quantize: Quantize | None = None,
+    ) -> Self:
+        """The layer whose weight is `decomposition.to_tensor()`, up to rounding, in its dtype and on its device.
+
+        Args:
+            decomposition: a `CPDecomposition` for a `CPBilinear`, a `TuckerDecomposition` for a `TuckerBilinear`.
+        """
+        (out, in1, in2), dtype = decomposition.shape, decomposition.factors[0].dtype
+        new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
+        new._fill(decomposition)
+        if bias is not None:
+            new.set_bias(nn.Parameter(bias.detach().clone()))
+        return new
+
+    def _fill(self, decomposition: Any) -> None:
+        """Store the parts of a decomposition in the inner layers."""
+        raise NotImplementedError(f"{type(self).__name__} is made from no decomposition.")
 
     @property
     def rank(self) -> _Rank:

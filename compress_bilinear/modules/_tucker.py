@@ -67,23 +67,10 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         self.core = DenseBilinear(in1, in2, out, False, *stored[1:], quantize=self.quantize)
         self.out_proj = projection(self.out_features, out, True, bias)
 
-    @classmethod
-    def from_decomposition(
-        cls,
-        decomposition: TuckerDecomposition,
-        bias: Tensor | None = None,  # (O,)
-        *,
-        quantize: Quantize | None = None,
-    ) -> Self:
-        """The layer whose weight is `decomposition.to_tensor()`, up to rounding, in its dtype and on its device.
-
-        A factor (d, r) with r > 3 d / 4 is stored in part; the rest is multiplied into the core: see `interpolation`.
-        """
-        out, in1, in2 = decomposition.shape
-        dtype = decomposition.core.dtype
-        new = cls(in1, in2, out, decomposition.rank, bias is not None, "meta", dtype, quantize=quantize)
-        core = decomposition.core.to(working_dtype(decomposition.core))
-        for mode, layer in enumerate((new.out_proj, new.in1_proj, new.in2_proj)):
+    def _fill(self, decomposition: TuckerDecomposition) -> None:
+        # a factor (d, r) with r > 3 d / 4 is stored in part; the rest is multiplied into the core: see `interpolation`
+        dtype, core = decomposition.core.dtype, decomposition.core.to(working_dtype(decomposition.core))
+        for mode, layer in enumerate((self.out_proj, self.in1_proj, self.in2_proj)):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
@@ -91,14 +78,19 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
                 continue
-            if quantize is not None:
+            if self.quantize is not None:
                 factor, peak = unit_columns(factor)
                 core = core * peak.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
             fill_linear(layer, factor.T if mode else factor)
-        new.core = DenseBilinear.from_weight(core if quantize else core.to(dtype), quantize=quantize)
-        if bias is not None:
-            new.set_bias(nn.Parameter(bias.detach().clone()))
-        return new
+        self.core = DenseBilinear.from_weight(core if self.quantize else core.to(dtype), quantize=self.quantize)
+
+    def to_decomposition(self, dtype: torch.dtype = torch.float64) -> TuckerDecomposition:
+        """The stored decomposition. The factor of a mode that is absorbed into the core is the identity."""
+        core, factors = self.core.to_dense(dtype).detach(), []
+        for layer, size in zip((self.out_proj, self.in1_proj, self.in2_proj), self.rank, strict=True):
+            absorbed = isinstance(layer, (AddBias, nn.Identity))
+            factors.append(torch.eye(size).to(core) if absorbed else linear_weight(layer, dtype).detach())
+        return TuckerDecomposition(core, (factors[0], factors[1].T, factors[2].T))
 
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, rank: TuckerRank, *, quantize: Quantize | None = None) -> Self:
