@@ -71,13 +71,14 @@ def stored_weight(
     metric: Metric,
     budget: Budget | None = None,
     most: int = _TOGETHER,
+    overwrite: bool = False,
 ) -> Tensor | None:  # (O, I, J)
     """A weight as a dense layer stores it, rounded so that its outputs change little; in float32 or its wider dtype.
 
     The entries of each output are rounded one after another in the metric of its inputs, whose Kronecker product is
     never formed; at most `most` entries are worked on together, or one output. Outputs for which the budget leaves no
     time are rounded to the nearest values. None where that is what the moments advise for all, as for independent
-    inputs.
+    inputs. `overwrite` lets the result take the memory of a weight in float32 or wider.
     """
     form, dtype = FORMATS[quantize], working_dtype(weight)
     (from1, left1), (from2, left2) = (
@@ -88,18 +89,20 @@ def stored_weight(
         return None
     from1, from2 = (taken.to(weight.device, dtype) for taken in (from1, from2))
     stored, budget = form.encode(weight, "weight"), budget or Budget()
-    result = stored.decode(torch.promote_types(weight.dtype, torch.float32))
+    weight = weight.detach()
+    result = weight if overwrite else torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    over = False
     for rows in slabs(weight.shape, most=most, least=most // 4):
+        nearest = stored.decode(result.dtype, rows)
         peaks = form.peaks(stored, rows, dtype)
-        if peaks is None or budget.left() <= 0:
-            break
-        nearest, wanted, peaks = (part.permute(1, 2, 0) for part in (result[rows], weight.detach()[rows], peaks))
-        span = budget.child(span=(rows.start / len(weight), rows.stop / len(weight)))
-        with full_precision(weight.device):
-            done = _feed_back_(nearest, wanted, peaks, from1, from2, form, span)
-        if not done:
-            result[rows] = stored.decode(result.dtype, rows)  # errors half taken back are worse than none
-            break
+        if peaks is not None and not over:
+            span = budget.child(span=(rows.start / len(weight), rows.stop / len(weight)))
+            found, wanted, highest = (part.permute(1, 2, 0) for part in (nearest, weight[rows], peaks))
+            with full_precision(weight.device):
+                over = not _feed_back_(found, wanted, highest, from1, from2, form, span)
+            if over:
+                nearest = stored.decode(result.dtype, rows)  # errors half taken back are worse than none
+        result[rows] = nearest
     return result
 
 

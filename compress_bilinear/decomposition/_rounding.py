@@ -151,7 +151,7 @@ def _rounded_tucker(
         turned_(core, torch.linalg.pinv(inner, rtol=_LEAST_RIDGE).T.to(core.dtype), mode)
     core = core if source.scale == 1.0 else core.double() / source.scale
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    fed_back = stored_weight(core, quantize, Metric((None, white[1], white[2]), PLAIN.inverses))
+    fed_back = stored_weight(core, quantize, Metric((None, white[1], white[2]), PLAIN.inverses), overwrite=True)
     core = FORMATS[quantize].encode(core, "weight").decode(dtype) if fed_back is None else fed_back.to(dtype)
     out, in1, in2 = (factor.to(dtype) for factor in factors)
     return TuckerDecomposition(core, (out, in1, in2))
