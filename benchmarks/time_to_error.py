@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny layer and short limits")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every process")
     parser.add_argument("--timeout", type=float, default=900, help="most seconds for one point, whatever it asks for")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results, in which other rows stay")
+    parser.add_argument("--out", type=Path, help="folder for the results; benchmarks/results where it is not quick")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -184,16 +184,17 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)  # for the record
     facts = environment(torch.device("cpu"), torch.float32)
-    path = options.out / "time_to_error_cpu.csv"
+    out = options.out or (None if options.quick else RESULTS)
     rows: list[Row] = []
     suite, seconds = QUICK if options.quick else (LAYERS, SECONDS)
     for shape in options.layers or suite:
         work = points(shape, seconds, options.threads, options.timeout)
         rows += track(work, ",".join(map(str, shape)), console=Console(stderr=True), transient=True)
-        write(path, rows, facts, keys=("layer",))  # each time, for a run that is cut short
+        if out is not None:  # each time, for a run that is cut short; rows of other layers stay
+            write(out / "time_to_error_cpu.csv", rows, facts, keys=("layer",))
     Console(width=160).print(table(rows), promises(rows))
-    plot(path)
-    print(f"Wrote {path}")
+    if out is not None:
+        print(f"Wrote {plot(out / 'time_to_error_cpu.csv').with_suffix('.*')}")
 
 
 if __name__ == "__main__":

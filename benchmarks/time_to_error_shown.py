@@ -58,7 +58,7 @@ def plot(path: Path) -> Path:
     from matplotlib import pyplot
 
     rows = [row for row in read(path) if row["output_error"]]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    layers = sorted({row["layer"] for row in rows}, key=lambda name: math.prod(map(int, name.split("x"))))
     figure, axes = pyplot.subplots(1, len(layers), figsize=(4.4 * len(layers), 4.2), squeeze=False)
     for axis, layer in zip(axes[0], layers, strict=True):
         _draw(axis, [row for row in rows if row["layer"] == layer], layer)
