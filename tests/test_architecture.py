@@ -36,7 +36,7 @@ LAZY = {
     "tensorly": {"decomposition/_factors.py"},
     "sklearn": {"cli/_demo.py"},
     "matplotlib": {"report/_plots.py"},
-    "jinja2": {"report/_page.py"},
+    "jinja2": {"report/_html.py"},
     "pydantic": {"_io.py", "config/_recipe.py"},
 }
 

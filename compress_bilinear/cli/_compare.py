@@ -1,29 +1,15 @@
 """The commands that measure results: `report` on two checkpoints, and `compare` on several reports."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from ..errors import CompressionError, ConfigError
 from ..planning import compare_files
 from ..report import Limit, Report, failures, numeric_fields
 from ..report import compare as compare_reports
-from ._shared import (
-    FILE,
-    Style,
-    calibration,
-    check_files,
-    examples,
-    measuring,
-    printing,
-    rendered,
-    show,
-    style_of,
-    write_together,
-)
+from ._shared import FILE, Style, calibration, check_files, deliver, examples, measuring, printing, style_of
 
 
 @click.command(
@@ -49,26 +35,16 @@ def report(
     compressed: Path,
     style: Style,
     output: Path | None,
-    calibration: Path | None,
     batch_size: int | None,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
     as_json: bool,
     quiet: bool,
+    **where: Any,
 ) -> None:
     """Measure a COMPRESSED checkpoint against the ORIGINAL: errors, bytes and latencies, layer by layer."""
     if output is not None:
         style = style_of(output, "--output")
-        check_files((original, compressed, calibration), output=output)
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
-    measured = compare_files(original, compressed, batch_size or 256, **where)
-    if output is not None:
-        write_together([(output, rendered(measured, style))])
-        show(f"Wrote {output}", hidden=quiet or as_json)
-    if as_json:
-        print(measured.to_json())
-    elif output is None and not quiet:
-        print(rendered(measured, style))
+        check_files((original, compressed, where["calibration"]), output=output)
+    deliver(compare_files(original, compressed, batch_size or 256, **where), style, output, as_json, quiet)
 
 
 @click.command(
@@ -90,7 +66,7 @@ def report(
 def compare(
     files: tuple[Path, ...],
     figures: tuple[str, ...],
-    style: str,
+    style: Style,
     output: Path | None,
     fail_above: tuple[str, ...],
     fail_below: tuple[str, ...],
@@ -103,17 +79,11 @@ def compare(
     it, and for every layer whose figure is not known (null in its report). Each failure is a line on stderr.
     """
     limits = [*(Limit.parse(text, True) for text in fail_above), *(Limit.parse(text, False) for text in fail_below)]
-    if output is not None and output.suffix != ".json":
-        raise ConfigError(f"--output should end in .json. Found {str(output)!r}.")
+    if output is not None:
+        style = style_of(output, "--output", [".json"])
     check_files(files, output=output)
     reports = {name: _read(file) for name, file in zip(_names(files), files, strict=True)}
-    comparison = compare_reports(reports, figures)
-    text = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False)
-    if output is not None:
-        write_together([(output, text)])
-        show(f"Wrote {output}", hidden=quiet or as_json)
-    if as_json or (output is None and not quiet):
-        print(text if as_json or style == "json" else str(comparison))
+    deliver(compare_reports(reports, figures), style, output, as_json, quiet)
     failed = failures(reports, limits)
     for line in failed:
         click.echo(line, err=True)

@@ -1,20 +1,20 @@
 """The command `compress`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from glob import escape
 from pathlib import Path
 from typing import Any, get_args
 
 import click
-import torch
 from click.core import ParameterSource
 
-from ..config import COMPUTE_CHOICES, CONFIGS, Config, Quantize, Recipe, parse_config, read_recipe
+from ..config import COMPUTE_CHOICES, CONFIGS, Config, PlanOptions, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
 from ..files import read_layers, read_state, write_container
-from ..planning import StoredWeight, choose_weights, compress_state
+from ..modules import FoundLayer
+from ..planning import choose_weights, compress_state
 from ..report import size
 from ._shared import (
     FILE,
@@ -30,29 +30,8 @@ from ._shared import (
     write_together,
 )
 
-_CONFIG_OPTIONS = {
-    "method": click.option("--method", type=click.Choice(list(CONFIGS)), default="tucker", show_default=True),
-    "rank": click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker."),
-    "max_error": click.option("--max-error", type=float, help="Instead of a rank: highest relative error."),
-    "on": click.option(
-        "--on",
-        type=click.Choice(["weight", "output"]),
-        help="What --max-error counts on.  [default: weight; of --method auto with --calibration, output]",
-    ),
-    "max_size": click.option("--max-size", type=float, help="Instead of a rank: highest share of the layer's bytes."),
-    "quantize": click.option("--quantize", type=click.Choice(get_args(Quantize)), help="How new layers are stored."),
-    "prefer": click.option(
-        "--prefer", type=click.Choice(["size", "speed"]), help="What --method auto minimizes.  [default: size]"
-    ),
-    "seed": click.option("--seed", type=SEED, help="Of the random starts of CP and auto.  [default: 0]"),
-}
+_CONFIG_OPTIONS = ("method", "rank", "max_error", "on", "max_size", "quantize", "prefer", "seed")
 """The options that a recipe of --config replaces, by their keys there."""
-
-
-def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in reversed(_CONFIG_OPTIONS.values()):
-        command = option(command)
-    return command
 
 
 @click.command(
@@ -68,10 +47,23 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     '  [layers."*"]\n  method = "tucker"\n  rank = [16, 32, 32]\n'
 )
 @click.argument("path", metavar="CHECKPOINT", type=FILE)
-@click.option("-o", "--output", type=FILE, help="The file to write, in safetensors; needed without --dry-run.")
+@click.option(
+    "-o", "--output", type=FILE, help="The file to write, in safetensors by any name; needed without --dry-run."
+)
 @click.option("--layers", multiple=True, metavar="PATTERN", help="A glob of layers to compress; may be repeated.")
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json recipe: globs of layers and their configs.")
-@_config_options
+@click.option("--method", type=click.Choice(list(CONFIGS)), default="tucker", show_default=True)
+@click.option("--rank", metavar="R | O,I,J", help="64 for CP; 16,32,32 (out, in1, in2) for Tucker.")
+@click.option("--max-error", type=float, help="Instead of a rank: highest relative error.")
+@click.option(
+    "--on",
+    type=click.Choice(["weight", "output"]),
+    help="What --max-error counts on.  [default: weight; of --method auto with --calibration, output]",
+)
+@click.option("--max-size", type=float, help="Instead of a rank: highest share of the layer's bytes.")
+@click.option("--quantize", type=click.Choice(get_args(Quantize)), help="How new layers are stored.")
+@click.option("--prefer", type=click.Choice(["size", "speed"]), help="What --method auto minimizes.  [default: size]")
+@click.option("--seed", type=SEED, help="Of the random starts of CP and auto.  [default: 0]")
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
 @click.option(
@@ -91,8 +83,6 @@ def compress(
     layers: tuple[str, ...],
     config: Path | None,
     calibration: Path | None,
-    device: torch.device | None,
-    dtype: torch.dtype | None,
     dry_run: bool,
     report: Path | None,
     as_json: bool,
@@ -114,28 +104,27 @@ def compress(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
             "all --layers at once."
         )
-    options = dict(recipe.options) | _plan_options(given)
+    options = dict(recipe.options) | {name: given[name] for name in on_line & PlanOptions.__annotations__.keys()}
+    options |= {"measure_latency": False} if given["no_latency"] else {}
     state = read_state(path)
     chosen = choose_weights(state, layers or (tuple(recipe.configs) if config is not None else ()))
     configs = recipe.configs
     if layers:
         configs = _narrowed(configs, chosen) if config is not None else dict.fromkeys(layers, configs["*"])
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "calibration": calibration}
-    plan, new_state, described = compress_state(
-        state, chosen, configs, **where, progress=False if quiet else None, **options
-    )
-    made = plan.report
+    where: dict[str, Any] = {"device": given["device"], "dtype": given["dtype"], "calibration": calibration}
+    options |= {"progress": False} if quiet else {}
+    plan, new_state, described = compress_state(state, chosen, configs, **where, **options)
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
         files.append((output, lambda temporary: write_container(new_state, described, temporary)))
     if report is not None and style is not None:
-        files.append((report, rendered(made, style)))
+        files.append((report, rendered(plan.report, style)))
     write_together(files)  # before anything is printed: the reader of a pipe may have gone
     if as_json:
-        print(made.to_json())
+        print(plan.report.to_json())
     else:
         lines = [f"Wrote {path} ({size(path.stat().st_size)})" for path, _ in files]
-        show(str(plan if dry_run else made), *lines, hidden=quiet)
+        show(str(plan if dry_run else plan.report), *lines, hidden=quiet)
     if not described:
         return "nothing would be replaced" if dry_run else f"nothing was replaced, so {str(output)!r} was not written"
     return None
@@ -168,19 +157,12 @@ def _rank(text: str) -> int | list[int]:
     return int(text) if len(parts) == 1 else [int(part) for part in parts]
 
 
-def _plan_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `plan` that are not at their defaults."""
-    options = {name: given[name] for name in ("max_seconds", "batch_size", "compute") if given[name] is not None}
-    options |= {"force": True} if given["force"] else {}
-    return options | ({"measure_latency": False} if given["no_latency"] else {})
-
-
-def _narrowed(configs: Mapping[str, Config | None], chosen: list[StoredWeight]) -> dict[str, Config | None]:
+def _narrowed(configs: Mapping[str, Config | None], chosen: list[FoundLayer]) -> dict[str, Config | None]:
     """For --config with --layers: each chosen layer by its name, with the first config that matches it."""
-    narrowed: dict[str, Config | None] = {}
-    for stored in chosen:
-        config = next((config for glob, config in configs.items() if stored.matches(glob)), None)
-        narrowed[escape(stored.labels[0])] = config
+    narrowed = {
+        escape(stored.label): next((config for glob, config in configs.items() if stored.matches(glob)), None)
+        for stored in chosen
+    }
     if not any(narrowed.values()):
         raise ConfigError(f"--layers should leave a layer that --config is about. Found globs {', '.join(configs)}.")
     return narrowed

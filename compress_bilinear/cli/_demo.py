@@ -7,9 +7,10 @@ occur in multimodal networks.
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,10 +22,7 @@ from ..config import Config, CPConfig, DenseConfig, MaxSize, TuckerConfig
 from ..errors import CompressionError
 from ..files import load, save
 from ..planning import compress
-from ..report import LayerReport, Note, Report, compact_table, effective, error, size, speedup
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from ..report import COLUMNS, LayerReport, Note, Report, compact_table, effective, figure
 
 EPOCHS = 30
 _BATCH = 64
@@ -67,7 +65,7 @@ class Digits:
     test: tuple[Tensor, Tensor, Tensor]
 
     @property
-    def batches(self) -> "Sequence[tuple[Tensor, Tensor]]":
+    def batches(self) -> Sequence[tuple[Tensor, Tensor]]:
         """The training inputs in batches, without labels: what calibration takes."""
         top, bottom, _ = self.train
         return list(zip(top.split(_BATCH), bottom.split(_BATCH), strict=True))
@@ -172,25 +170,17 @@ def _original(layer: LayerReport, before: float) -> Row:
     return Row("nn.Bilinear", effective(kept), before)
 
 
-def table(rows: "Sequence[Row]") -> Table:
+def table(rows: Sequence[Row]) -> Table:
     """The demo's table."""
-    out = compact_table("The fusion layer of a network on two halves of a digit")
-    out.add_column("Method", no_wrap=True)
-    out.add_column("Rank", no_wrap=True)
-    columns = ("Bytes", "Smaller", "Weight\nerror", "Output\nerror", "vs nn.\nBilinear", "vs best\ndense", "Accuracy")
-    for column in columns:
-        out.add_column(column, justify="right", overflow="fold")
-    for row in rows:
-        layer = row.layer
-        out.add_row(
+    columns = ("Method", "Rank", "Bytes", "Smaller", *COLUMNS[2:4], *COLUMNS[-2:], "Accuracy")
+    figures = ("bytes_after", "times_smaller", "weight_error", "output_error", "speedup", "speedup_vs_dense")
+    lines = [
+        [
             row.name,
-            ",".join(map(str, layer.rank)) if isinstance(layer.rank, tuple) else str(layer.rank or "–"),
-            size(layer.bytes_after),
-            f"{layer.bytes_before / layer.bytes_after:.1f}x",
-            error(layer.weight_error),
-            error(layer.output_error),
-            speedup(layer.speedup),
-            speedup(layer.speedup_vs_dense),
+            figure(row.layer.rank).replace(" ", ""),
+            *(figure(getattr(row.layer, name), name) for name in figures),
             f"{row.accuracy:.4f}",
-        )
-    return out
+        ]
+        for row in rows
+    ]
+    return compact_table("The fusion layer of a network on two halves of a digit", columns, lines)

@@ -5,14 +5,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-from rich.table import Table
-from rich.text import Text
 
-from ..files import LayerDescription, read_layers, read_state
-from ..planning import StoredWeight, stored_weights, unknown_weights
-from ..report import printable, size
+from ..files import read_layers, read_state
+from ..modules import FoundLayer
+from ..planning import maybe_convolution, stored_weights, unknown_weights
+from ..report import compact_table, figure, size
 from ._shared import FILE, SEED, as_json, examples, printing, show
 
 
@@ -54,50 +54,42 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         listed = {
             "compressed": [dataclasses.asdict(layer) for layer in compressed],
-            "layers": [_plain(name, stored) for stored in found for name in stored.names],
+            "layers": [{"name": name, **_facts(stored)} for stored in found for name in stored.names],
         }
         print(json.dumps(listed, indent=2))
         return
     if compressed:
-        columns = ["Compressed layer", "Shape", "Method", "Rank", "Format"]
-        show(_table(path, columns, [_compressed_row(layer) for layer in compressed]))
+        rows = [
+            (
+                ", ".join(name or "(root)" for name in layer.names),
+                _joined(layer.shape),
+                *(figure(value) for value in (layer.method, layer.rank, layer.quantize)),
+            )
+            for layer in compressed
+        ]
+        show(compact_table(str(path), ("Compressed layer", "Shape", "Method", "Rank", "Format"), rows, left=5))
     if found:
-        columns = ["Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note"]
-        show(_table(path, columns, [_weight_row(stored) for stored in found]))
+        rows = []
+        for stored in found:
+            shape, dtype, nbytes, bias, short = _facts(stored).values()
+            note = "may be a Conv1d's (out, in, kernel)" if short else ""
+            rows.append((", ".join(stored.labels), _joined(shape), dtype, size(nbytes), "yes" if bias else "no", note))
+        columns = ("Layer", "Shape (out, in1, in2)", "Dtype", "Bytes", "Bias", "Note")
+        show(compact_table(str(path), columns, rows, left=6))
     elif not compressed:
         show("No three-dimensional weight: nothing here can be an nn.Bilinear's." + unknown_weights(state))
 
 
-def _plain(name: str, stored: StoredWeight) -> dict[str, object]:
+def _facts(stored: FoundLayer) -> dict[str, Any]:
+    weight = stored.layer.weight
     return {
-        "name": name,
-        "shape": list(stored.weight.shape),
-        "dtype": str(stored.weight.dtype).removeprefix("torch."),
-        "bytes": stored.weight.nbytes,
-        "bias": stored.bias is not None,
-        "maybe_convolution": stored.maybe_convolution,
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "bytes": weight.nbytes,
+        "bias": stored.layer.bias is not None,
+        "maybe_convolution": maybe_convolution(stored),
     }
 
 
-def _compressed_row(layer: LayerDescription) -> tuple[str, ...]:
-    shape = f"{layer.out_features}x{layer.in1_features}x{layer.in2_features}"
-    name = ", ".join(name or "(root)" for name in layer.names)
-    return name, shape, layer.method, str(layer.rank or "–"), layer.quantize or "–"
-
-
-def _weight_row(stored: StoredWeight) -> tuple[str, ...]:
-    return (
-        ", ".join(stored.labels),
-        "x".join(map(str, stored.weight.shape)),
-        str(stored.weight.dtype).removeprefix("torch."),
-        size(stored.weight.nbytes),
-        "yes" if stored.bias is not None else "no",
-        "may be a Conv1d's (out, in, kernel)" if stored.maybe_convolution else "",
-    )
-
-
-def _table(path: Path, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(*columns, title=Text(str(path)), title_justify="left")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))
-    return table
+def _joined(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))

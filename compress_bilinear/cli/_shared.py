@@ -1,6 +1,6 @@
 """What the commands share: options, printing and writing."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 
 from .._io import check_target, written_atomically
 from ..errors import ConfigError
-from ..report import Report
+from ..report import Comparison, Report
 
 PROGRAM = "compress-bilinear"
 FILE = click.Path(path_type=Path)
@@ -79,18 +79,26 @@ def examples(*lines: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {PROGRAM} {line}" for line in lines)
 
 
-def style_of(path: Path, option: str) -> Style:
+def style_of(path: Path, option: str, suffixes: Sequence[str] = tuple(_STYLES)) -> Style:
     """The format that a file's suffix names. Raises: ConfigError for any other suffix."""
-    if path.suffix not in _STYLES:
-        raise ConfigError(f"{option} should end in .json, .md or .html. Found {str(path)!r}.")
+    if path.suffix not in suffixes:
+        listed = " or ".join(filter(None, (", ".join(suffixes[:-1]), suffixes[-1])))
+        raise ConfigError(f"{option} should end in {listed}. Found {str(path)!r}.")
     return _STYLES[path.suffix]
 
 
-def rendered(report: Report, style: Style) -> str:
-    """The report as text in one of its formats."""
-    forms: dict[Style, Callable[[Report], str]]
-    forms = {"table": str, "markdown": Report.to_markdown, "json": Report.to_json, "html": Report.to_html}
-    return forms[style](report)
+def rendered(made: Report | Comparison, style: Style) -> str:
+    """A report or a comparison as text in one of the formats that it has."""
+    return str(made) if style == "table" else str(getattr(made, f"to_{style}")())
+
+
+def deliver(made: Report | Comparison, style: Style, output: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write it to a file, or print it, as a command's options say."""
+    if output is not None:
+        write_together([(output, rendered(made, style))])
+        show(f"Wrote {output}", hidden=quiet or as_json)
+    if as_json or (output is None and not quiet):
+        print(rendered(made, "json" if as_json else style))
 
 
 Content: TypeAlias = str | Callable[[Path], object]

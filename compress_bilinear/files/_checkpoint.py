@@ -60,7 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         model: a network that `compress` returned, or any other.
-        path: the file; one that exists is replaced once the new one is complete.
+        path: the file, in safetensors whatever its suffix; one that exists is replaced once the new one is complete.
 
     Raises:
         CheckpointError: the state is not all tensors with values, or a compressed layer was changed from the inside.

@@ -66,6 +66,11 @@ class LayerDescription:
         """The first name as messages show it."""
         return self.name or "(root)"
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(O, I, J)."""
+        return self.out_features, self.in1_features, self.in2_features
+
     def build(self) -> CompressedBilinear:
         """The layer on the meta device, without values. Raises: CheckpointError for sizes that no layer has."""
         if self.method not in LAYERS:

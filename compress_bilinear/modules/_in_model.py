@@ -43,7 +43,16 @@ class FoundLayer:
     @property
     def label(self) -> str:
         """The first name as messages show it."""
-        return self.names[0] or "(root)"
+        return self.labels[0]
+
+    @property
+    def labels(self) -> list[str]:
+        """All names as messages show them."""
+        return [name or "(root)" for name in self.names]
+
+    def matches(self, glob: str) -> bool:
+        """Whether a glob names it; the model itself is "(root)" too."""
+        return any(fnmatchcase(name, glob) for name in (*self.names, *self.labels))
 
     @property
     def module(self) -> nn.Module:
@@ -128,7 +137,7 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
             )
     first: dict[FoundLayer, str] = {}
     for glob in configs:
-        matched = [layer for layer in found if _matches(layer, glob)]
+        matched = [layer for layer in found if layer.matches(glob)]
         if not matched:
             required = f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}."
             raise MatchError(required + unknown_forms(model))
@@ -149,16 +158,11 @@ def _check_order(glob: str, holding: Sequence[str], configs: Mapping[str, Config
         )
 
 
-def _matches(found: FoundLayer, glob: str) -> bool:
-    return any(fnmatchcase(name, glob) or fnmatchcase(name or "(root)", glob) for name in found.names)
-
-
 def _listing(found: Sequence[FoundLayer]) -> str:
     shown = []
     for layer in found:
-        names = " = ".join(name or "(root)" for name in layer.names)
         shape = "lazy" if is_lazy(layer.layer) else "x".join(str(size) for size in layer.layer.weight.shape)
-        shown.append(f"{names} ({shape})")
+        shown.append(f"{' = '.join(layer.labels)} ({shape})")
     return ", ".join(shown)
 
 

@@ -5,10 +5,10 @@ from ._api import Plan, compress, plan
 from ._convert import dequantize, quantize, set_compute
 from ._distill import BatchSample, Distilled, distil
 from ._offline import (
-    StoredWeight,
     choose_weights,
     compare_files,
     compress_state,
+    maybe_convolution,
     stored_weights,
     unknown_weights,
 )

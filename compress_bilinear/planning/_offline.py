@@ -2,8 +2,7 @@
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..config import Config
 from ..errors import CheckpointError, MatchError
 from ..files import LayerDescription, by_layer, describe, filled, place, read_container, read_state
 from ..fitting import environment
+from ..modules import FoundLayer
 from ..report import Report
 from ._api import Plan, plan
 from ._rows import batches, call_rows, error_on, read_rows
@@ -22,79 +22,56 @@ _TIMED_ROWS = 256  # of a call, whatever a file of rows holds
 _LONGEST_KERNEL = 16  # a last dimension below this may well be a convolution's kernel
 
 
-@dataclass(frozen=True, eq=False)
-class StoredWeight:
-    """A three-dimensional floating tensor "....weight", which may be an `nn.Bilinear`'s (O, I, J).
+def stored_weights(state: Mapping[str, Tensor]) -> list[FoundLayer]:
+    """All weights "....weight" that may be an `nn.Bilinear`'s, as such layers in the state's memory, in its order.
 
-    Attributes:
-        names: all names of the layer: the keys of the same tensors without ".weight"; "" for a bare "weight".
-        weight: (O, I, J).
-        bias: (O,), or None where the file has none.
-    """
-
-    names: tuple[str, ...]
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def labels(self) -> list[str]:
-        """The names as messages show them."""
-        return [name or "(root)" for name in self.names]
-
-    @property
-    def maybe_convolution(self) -> bool:
-        """Whether the last dimension is short enough for a one-dimensional convolution's kernel."""
-        return self.weight.shape[2] < _LONGEST_KERNEL
-
-    def layer(self) -> nn.Bilinear:
-        """The `nn.Bilinear` of this weight and bias, in their memory."""
-        out, in1, in2 = self.weight.shape
-        if self.weight.numel() == 0:
-            raise CheckpointError(f"A weight should have no dimension of size 0. Found {(out, in1, in2)}.")
-        layer = nn.Bilinear(in1, in2, out, self.bias is not None, device="meta", dtype=self.weight.dtype)
-        layer.weight = nn.Parameter(self.weight)
-        if self.bias is not None:
-            layer.bias = nn.Parameter(self.bias)
-        return layer
-
-    def matches(self, glob: str) -> bool:
-        """Whether a glob names it; one that is the whole file is "(root)" too."""
-        return any(fnmatchcase(name, glob) for name in (*self.names, *self.labels))
-
-
-def stored_weights(state: Mapping[str, Tensor]) -> list[StoredWeight]:
-    """All three-dimensional floating weights that stand alone or with a bias, in the file's order.
-
-    One layer under several names comes once: weight and bias are in the same memory.
+    They have three dimensions, are floating, and stand alone or with a bias. One layer under several names comes once:
+    weight and bias are in the same memory. The name of a bare "weight" is "".
     """
     parts: dict[str, set[str]] = {}  # of each module, the names of its tensors and submodules
     for key in state:
         path = key.split(".")
         for count in range(len(path)):
             parts.setdefault(".".join(path[:count]), set()).add(path[count])
-    layers: dict[Hashable, tuple[list[str], Tensor, Tensor | None]] = {}
-    for key, value in state.items():
+    layers: dict[Hashable, tuple[list[str], nn.Bilinear]] = {}
+    for key, weight in _three_dimensional(state).items():
         name, _, last = key.rpartition(".")
         bias = state.get(f"{name}.bias" if name else "bias")
-        if last != "weight" or value.dim() != 3 or not value.is_floating_point():
-            continue
-        fits = bias is None or (bias.shape == value.shape[:1] and bias.dtype == value.dtype)
-        if fits and parts[name] <= {"weight", "bias"}:  # an nn.Bilinear holds these and nothing else
-            where = place(value), bias if bias is None else place(bias)
-            layers.setdefault(where, ([], value, bias))[0].append(name)
-    return [StoredWeight(tuple(names), weight, bias) for names, weight, bias in layers.values()]
+        fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
+        if last == "weight" and fits and parts[name] <= {"weight", "bias"}:  # an nn.Bilinear holds nothing else
+            where = place(weight), bias if bias is None else place(bias)
+            layers.setdefault(where, ([], _layer(weight, bias)))[0].append(name)
+    return [FoundLayer(tuple(names), layer) for names, layer in layers.values()]
+
+
+def _three_dimensional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: x for key, x in state.items() if x.dim() == 3 and x.is_floating_point() and x.numel()}
+
+
+def _layer(weight: Tensor, bias: Tensor | None) -> nn.Bilinear:
+    out, in1, in2 = weight.shape
+    layer = nn.Bilinear(in1, in2, out, bias is not None, device="meta", dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias)
+    return layer
+
+
+def maybe_convolution(found: FoundLayer) -> bool:
+    """Whether the last dimension is short enough for a one-dimensional convolution's kernel."""
+    return found.layer.in2_features < _LONGEST_KERNEL
 
 
 def unknown_weights(state: Mapping[str, Tensor]) -> str:
     """A sentence about three-dimensional tensors that other modules may hold, or nothing."""
-    known = {f"{name}.weight" if name else "weight" for stored in stored_weights(state) for name in stored.names}
-    floating = {key: value.shape for key, value in state.items() if value.dim() == 3 and value.is_floating_point()}
-    others = [f"{key} ({'x'.join(map(str, shape))})" for key, shape in floating.items() if key not in known]
+    known = {name for found in stored_weights(state) for name in found.parameter_names()}
+    shapes = {key: "x".join(map(str, value.shape)) for key, value in _three_dimensional(state).items()}
+    others = [f"{key} ({shape})" for key, shape in shapes.items() if key not in known]
     may_be = " may be a bilinear weight in another form, which needs the network's code: cb.compress."
     return f" {', '.join(others)}{may_be}" if others else ""
 
 
-def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[StoredWeight]:
+def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[FoundLayer]:
     """The weights that the globs name, or without globs the only one there is, where it is unambiguous.
 
     Raises: MatchError where a glob matches nothing, or there is no glob and a weight may be a convolution's.
@@ -104,8 +81,8 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
         required = "The file should hold the three-dimensional weight (out, in1, in2) of an nn.Bilinear. Found none."
         raise MatchError(required + unknown_weights(state))
     listing = ", ".join(
-        f"{' = '.join(stored.labels)} ({'x'.join(map(str, stored.weight.shape))}"
-        f"{', conv1d?' if stored.maybe_convolution else ''})"
+        f"{' = '.join(stored.labels)} ({'x'.join(map(str, stored.layer.weight.shape))}"
+        f"{', conv1d?' if maybe_convolution(stored) else ''})"
         for stored in weights
     )
     for glob in globs:
@@ -113,7 +90,7 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
             raise MatchError(f"--layers {glob!r} should match a three-dimensional weight. Found: {listing}.")
     if globs:
         return [stored for stored in weights if any(stored.matches(glob) for glob in globs)]
-    if len(weights) == 1 and not weights[0].maybe_convolution:
+    if len(weights) == 1 and not maybe_convolution(weights[0]):
         return weights
     raise MatchError(
         "--layers PATTERN is needed: a three-dimensional weight may be an nn.Bilinear's (out, in1, in2) or a "
@@ -123,7 +100,7 @@ def choose_weights(state: Mapping[str, Tensor], globs: Sequence[str]) -> list[St
 
 def compress_state(
     state: Mapping[str, Tensor],
-    chosen: Sequence[StoredWeight],
+    chosen: Sequence[FoundLayer],
     config: Config | Mapping[str, Config | None],
     *,
     device: torch.device | None = None,
@@ -141,7 +118,7 @@ def compress_state(
         calibration: a file of rows; see `read_rows`.
         options: those of `plan`.
     """
-    stored_dtype = chosen[0].weight.dtype
+    stored_dtype = chosen[0].layer.weight.dtype
     if dtype is not None:
         state, names = _cast(state, dtype), {stored.names for stored in chosen}
         chosen = [stored for stored in stored_weights(state) if stored.names in names]
@@ -189,18 +166,17 @@ def _bytes(state: Mapping[str, Tensor]) -> int:
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """(O, I, J) of each weight, by all its names."""
-    return {name: stored.weight.shape for stored in stored_weights(state) for name in stored.names}
+    return {name: stored.layer.weight.shape for stored in stored_weights(state) for name in stored.names}
 
 
-def _model_of(chosen: Sequence[StoredWeight]) -> nn.Module:
+def _model_of(chosen: Sequence[FoundLayer]) -> nn.Module:
     """A module that holds an `nn.Bilinear` under all names of each weight; the layer itself if it is the whole file."""
     model = nn.Module()
     for stored in chosen:
-        layer = stored.layer()
         if stored.names == ("",):
-            return layer
+            return stored.layer
         for name in stored.names:
-            model._modules[name] = layer  # not add_module, which refuses dots and the names of methods
+            model._modules[name] = stored.layer  # not add_module, which refuses dots and the names of methods
     return model
 
 
@@ -263,13 +239,12 @@ def _original_layer(
             f"{str(compressed)!r} should hold layers that were nn.Bilinear, to be compared without the network's "
             f"code. Found {description.label!r}, which was of the form {description.adapter!r}."
         )
-    shape = (description.out_features, description.in1_features, description.in2_features)
-    stored = next((one for one in stored_weights(state) if description.name in one.names), None)
-    if stored is None or stored.weight.shape != shape or (stored.bias is not None) != description.bias:
-        parts = {} if stored is None else {"weight": stored.weight, "bias": stored.bias}
-        found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items() if part is not None)
+    layer = next((one.layer for one in stored_weights(state) if description.name in one.names), None)
+    if layer is None or layer.weight.shape != description.shape or (layer.bias is not None) != description.bias:
+        parts = {} if layer is None else dict(layer.named_parameters())
+        found = ", ".join(f"{name} {tuple(part.shape)}" for name, part in parts.items())
         raise CheckpointError(
-            f"{str(original)!r} should hold the weight of {description.label!r} of shape {shape}"
+            f"{str(original)!r} should hold the weight of {description.label!r} of shape {description.shape}"
             f"{' and a bias' if description.bias else ''}. Found {found or 'none'}."
         )
-    return stored.layer()
+    return layer

@@ -59,7 +59,7 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
         against = Note("forced", f"forced, although {against.text}")
     notes = [against or AS_CONFIGURED]
     if timing is not None and timing.speedup < 1:
-        notes.append(Note("slower", f"slower here than {job.found.form} ({timing.speedup:.2f}x)"))
+        notes.append(Note("slower", f"slower here than {job.found.form}: {timing.speedup:.2f}x its speed"))
     notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
     if options["measure_latency"] and timing is None:
         notes.append(Note("not_timed", "no time was left to measure its latency"))

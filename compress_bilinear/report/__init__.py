@@ -3,10 +3,11 @@
 from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compare, failures
 from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Spectrum, effective, numeric_fields
 from ._report import SCHEMA_VERSION, Report
-from ._text import compact_table, error, printable, render_text, size, size_change, speedup
+from ._text import COLUMNS, compact_table, error, figure, printable, render_text, size, size_change, speedup
 
 __all__ = [
     "AS_CONFIGURED",
+    "COLUMNS",
     "DEFAULT_FIELDS",
     "SCHEMA_VERSION",
     "Comparison",
@@ -24,6 +25,7 @@ __all__ = [
     "effective",
     "error",
     "failures",
+    "figure",
     "numeric_fields",
     "printable",
     "render_text",

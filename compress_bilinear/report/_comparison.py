@@ -1,5 +1,6 @@
 """Several reports in one table: a row for each layer and a column for each run, the best figures marked."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from rich.text import Text
 
 from ..errors import CompressionError, nearest
 from ._data import LayerReport, ReportData, effective, numeric_fields
-from ._text import compact_table, error, printable, printed, size
+from ._text import compact_table, figure, printable, printed
 
 Better: TypeAlias = Literal["lower", "higher"] | None
 
@@ -44,29 +45,14 @@ class Panel:
         marks = tuple(value is not None and math.isclose(value, target, rel_tol=_CLOSE) for value in self.values[row])
         return none if sum(marks) == len(known) else marks
 
-    def text(self, value: float | None) -> str:
-        """A value as people read it."""
-        if value is None:
-            return "–"
-        if self.field.endswith("error"):
-            return error(value)
-        if "bytes" in self.field:
-            return size(round(value))
-        if self.field.startswith("speedup"):
-            return f"{value:.2f}x"
-        return str(value) if isinstance(value, int) else f"{value:.4g}"
-
     def table(self, runs: Sequence[str]) -> Table:
         """The figure in the terminal, the best with a star."""
-        table = compact_table("")
-        table.padding = (0, 1, 0, 0)
-        table.add_column("Layer", overflow="fold", min_width=12)  # however many runs there are
-        for run in runs:
-            table.add_column(Text(printable(run)), justify="right", overflow="fold")
+        rows = []
         for k, name in enumerate(self.rows):
             marked = zip(self.values[k], self.best(k), strict=True)
-            figures = (self.text(value) + ("*" if best else " ") for value, best in marked)
-            table.add_row(Text(printable(name)), *(Text(figure) for figure in figures))
+            rows.append([name, *(figure(value, self.field) + ("*" if best else " ") for value, best in marked)])
+        table = compact_table("", ["Layer", *runs], rows, left=1)
+        table.padding, table.columns[0].min_width = (0, 1, 0, 0), 12  # however many runs there are
         return table
 
 
@@ -105,6 +91,10 @@ class Comparison:
         ]
         return {"runs": list(self.runs), "figures": panels, "notes": list(self.notes)}
 
+    def to_json(self) -> str:
+        """`to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
+
 
 def better(field: str) -> Better:
     """Which values of a figure are the best."""
@@ -124,26 +114,26 @@ def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> C
     """
     if not reports:
         raise CompressionError("A comparison needs at least one report. Found none.")
-    for figure in figures:
-        _check_field(figure, "A figure to compare")
+    for field in figures:
+        _check_field(field, "A figure to compare")
     runs = {run: {layer.label: effective(layer) for layer in report.layers} for run, report in reports.items()}
     names = tuple(dict.fromkeys(name for layers in runs.values() for name in layers))
 
     panels = []
-    for figure in figures or DEFAULT_FIELDS:
-        rows = [tuple(_value(layers.get(name), figure) for layers in runs.values()) for name in names]
-        panels.append(Panel(field=figure, better=better(figure), rows=names, values=tuple(rows)))
+    for field in figures or DEFAULT_FIELDS:
+        rows = [tuple(_value(layers.get(name), field) for layers in runs.values()) for name in names]
+        panels.append(Panel(field=field, better=better(field), rows=names, values=tuple(rows)))
     if not figures:
         whole: dict[str, Better] = {"model_bytes_after": "lower", "metric_after": None}  # None: only the user knows
-        for figure, best in whole.items():
-            values = tuple(getattr(report, figure) for report in reports.values())
-            panels.append(Panel(field=figure, better=best, rows=("whole model",), values=(values,)))
+        for field, best in whole.items():
+            values = tuple(getattr(report, field) for report in reports.values())
+            panels.append(Panel(field=field, better=best, rows=("whole model",), values=(values,)))
         panels = [one for one in panels if any(value is not None for row in one.values for value in row)]
     return Comparison(runs=tuple(reports), panels=tuple(panels), notes=_notes(reports, runs))
 
 
-def _value(layer: LayerReport | None, figure: str) -> float | None:
-    value = None if layer is None else getattr(layer, figure)
+def _value(layer: LayerReport | None, field: str) -> float | None:
+    value = None if layer is None else getattr(layer, field)
     return value if isinstance(value, (int, float)) else None
 
 

@@ -2,9 +2,8 @@
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,8 @@ from ._html import render_html
 from ._text import render_markdown, render_text
 
 SCHEMA_VERSION = 3
-_DROPPED = ("reason", "backend", "compared", "resident_bytes")  # fields of layers in older schemas
+_DERIVED = ("schema_version", "reason")  # what no record has
+_DROPPED = (*_DERIVED, "call", "backend", "compared", "resident_bytes")  # and what older schemas had
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,8 @@ class Report(ReportData):
         """Plain dicts, lists, strings and numbers; a figure that is not finite becomes None."""
         own = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         own["layers"] = [dataclasses.asdict(layer) | {"reason": layer.reason} for layer in self.layers]
-        plain: dict[str, Any] = _plain({"schema_version": SCHEMA_VERSION, **own})
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **own})
+        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity
         return plain
 
     def to_json(self) -> str:
@@ -87,29 +88,16 @@ class Report(ReportData):
         return text
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _current(data: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """A report's dict as the fields of the present schema. `reason` goes: `notes` are its source."""
-    found = {key: value for key, value in data.items() if key not in ("schema_version", *(["call"] * (version < 3)))}
-    if isinstance(found.get("layers"), (list, tuple)):
-        found["layers"] = [_current_layer(one, version) if isinstance(one, Mapping) else one for one in data["layers"]]
-    return found
-
-
-def _current_layer(layer: Mapping[str, Any], version: int) -> dict[str, Any]:
-    if version == SCHEMA_VERSION:
-        return {key: value for key, value in layer.items() if key != "reason"}
-    reason = layer.get("reason")
-    note = AS_CONFIGURED if reason == AS_CONFIGURED.text else Note("text", reason)  # type: ignore[arg-type]
-    found = {key: value for key, value in layer.items() if key not in _DROPPED} | {"notes": [dataclasses.asdict(note)]}
-    modes = found.get("compute_modes", ())
-    if isinstance(modes, (list, tuple)) and all(isinstance(one, Mapping) for one in modes):
-        found["compute_modes"] = [{key: one[key] for key in one if key != "resident_bytes"} for one in modes]
+    """A report's dict, or a layer's in it, as the present schema has it. `reason` goes: `notes` are its source."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in (_DROPPED if version < SCHEMA_VERSION else _DERIVED):
+            is_list = isinstance(value, (list, tuple))
+            found[key] = (
+                [_current(one, version) if isinstance(one, Mapping) else one for one in value] if is_list else value
+            )
+    if version < SCHEMA_VERSION and "reason" in data:
+        known = data["reason"] == AS_CONFIGURED.text
+        found["notes"] = [dataclasses.asdict(AS_CONFIGURED if known else Note("text", data["reason"]))]
     return found

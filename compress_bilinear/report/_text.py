@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -45,6 +45,28 @@ def cells(layer: LayerReport) -> tuple[str, ...]:
     )
 
 
+def figure(value: object, field: str = "") -> str:
+    """A figure of a report as people read it; the name of its field says in which unit."""
+    match value:
+        case None:
+            return "–"
+        case ComputeMode():
+            return compute_mode(value)
+        case tuple():
+            return ", ".join(figure(part, field) for part in value)
+        case int() | float() if "bytes" in field:
+            return size(round(value))
+        case int() | float() if field.endswith("error"):
+            return error(value)
+        case int() | float() if field.startswith("speedup"):
+            return speedup(value)
+        case int() if not isinstance(value, bool):
+            return f"{value:,}".replace(",", " ")  # a thin space, as standards have it
+        case float():
+            return f"{value:.3g}x" if field == "times_smaller" else f"{value:.4g}"
+    return str(value)
+
+
 def method(layer: LayerReport) -> str:
     """For instance "kept (cp)", "cp 64" or "tucker 8,16,16 int8"."""
     return f"kept ({layer.method})" if layer.decision == "kept" else named(layer)
@@ -81,9 +103,12 @@ def size_change(before: int, after: int) -> str:
 
 def speedup(value: float | None) -> str:
     """A factor; below 1 it says that the replacement is slower."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}x" if value >= 0.995 else f"{value:.2f}x slower"
+    return "–" if value is None else f"{value:.2f}x{' (slower)' if is_slower(value) else ''}"
+
+
+def is_slower(speedup: float | None) -> bool:
+    """Whether a speedup is known and below 1, as it is shown."""
+    return speedup is not None and speedup < 0.995
 
 
 def notes(report: ReportData) -> list[str]:
@@ -171,9 +196,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
-def compact_table(title: str) -> Table:
-    """An empty table of narrow columns: a report has many, a terminal often has room for 80 characters."""
-    return Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False)
+def compact_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 2) -> Table:
+    """A table of narrow columns: a report has many, a terminal often has room for 80 characters.
+
+    The first columns are aligned to the left, so many.
+    """
+    table = Table(
+        title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False
+    )
+    for k, column in enumerate(columns):
+        table.add_column(Text(printable(column)), justify="left" if k < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    return table
 
 
 def printed(parts: Sequence[RenderableType]) -> str:
@@ -189,11 +224,7 @@ def printed(parts: Sequence[RenderableType]) -> str:
 
 def render_text(report: ReportData, title: str) -> str:
     """The table of the layers, and the notes below it."""
-    table = compact_table(title)
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index < 2 else "right", overflow="fold")
-    for layer in report.layers:
-        table.add_row(*(Text(printable(cell)) for cell in cells(layer)))
+    table = compact_table(title, COLUMNS, map(cells, report.layers))
     return printed([table, *(Text(printable(note)) for note in notes(report))])
 
 

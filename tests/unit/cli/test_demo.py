@@ -75,7 +75,7 @@ def test_the_table_shows_every_row(ran):
     for row in ran[0]:
         assert row.name in text
         assert f"{row.accuracy:.4f}" in text
-    assert "0.50x slower" in text
+    assert "0.50x (slower)" in text
     assert "exact" in text
 
 

@@ -77,7 +77,7 @@ class TestStoredWeights:
     )
     def test_a_bias_beside_it_has_to_fit(self, bias, fits):
         found = stored_weights({"a.weight": torch.ones(4, 18, 17)} | ({} if bias is None else {"a.bias": bias}))
-        assert [stored.bias is bias for stored in found] == ([True] if fits else [])
+        assert [(stored.layer.bias is None) == (bias is None) for stored in found] == ([True] if fits else [])
 
     def test_patterns_choose_weights(self):
         state = Net().state_dict() | {"conv.weight": torch.ones(4, 3, 2)}
@@ -206,7 +206,7 @@ class TestCompressing:
             assert found == sum(value.numel() * value.element_size() for value in tensors.values())
 
     def test_empty_weights_are_refused(self):
-        with pytest.raises(CheckpointError, match="no dimension of size 0"):
+        with pytest.raises(MatchError, match="Found none"):
             compressed({"a.weight": torch.ones(4, 0, 17)})
 
 

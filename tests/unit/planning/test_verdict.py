@@ -249,7 +249,7 @@ class TestJudge:
         timed(2, 4)
         job = judged(planted(), TUCKER, time_rows=7)
         assert job.chosen is not None
-        assert job.report.reason == "as configured; slower here than nn.Bilinear (0.50x)"
+        assert job.report.reason == "as configured; slower here than nn.Bilinear: 0.50x its speed"
 
     def test_unreached_is_said(self):
         assert "no calibration row reached it" in judged(planted(), TUCKER, unreached=True).report.reason

@@ -153,7 +153,7 @@ class TestPage:
         path = tmp_path / "report.html"
         assert path.write_text("old")
         assert made.to_html(path) == path.read_text(encoding="utf-8")
-        monkeypatch.setattr("compress_bilinear.report._html.page", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr("compress_bilinear.report._html._page", lambda *a, **k: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made.to_html(path)
         assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
