@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +25,7 @@ from ..modules import (
 from ._container import LayerDescription, read_container, write_container
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -33,18 +34,9 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     adapters = {id(m.compressed): m.adapter_name for m in model.modules() if isinstance(m, AdaptedBilinear)}
     descriptions = []
     for layer in find_compressed(model).values():
-        description = LayerDescription(
-            names=tuple(names[id(layer)]),
-            method=layer.method,
-            in1_features=layer.in1_features,
-            in2_features=layer.in2_features,
-            out_features=layer.out_features,
-            rank=layer.rank,
-            quantize=layer.quantize,
-            bias=layer.bias is not None,
-            adapter=adapters.get(id(layer)),
-            compute=layer.compute,
-        )
+        known: dict[str, Any] = {name: getattr(layer, name) for name in _DESCRIBED}
+        known |= {"bias": layer.bias is not None, "adapter": adapters.get(id(layer))}
+        description = LayerDescription(names=tuple(names[id(layer)]), **known)
         expected, found = list(description.build().state_dict()), list(layer.state_dict())
         if sorted(expected) != sorted(found):
             raise CheckpointError(
@@ -246,7 +238,10 @@ def _filled_model(
     try:
         ties = _ties(root, originals)
         root.load_state_dict(rest, strict=False, assign=any(value.is_meta for value in current.values()))
-        _retie(ties)
+        for (holder, name), *others in ties:  # one Parameter again, unless the file has them differ
+            if all(torch.equal(holder[name], other[key]) for other, key in others):
+                for other, key in others:
+                    other[key] = holder[name]
     except BaseException:
         undo()
         for holder, tensors in before:
@@ -271,11 +266,3 @@ def _ties(model: nn.Module, originals: Mapping[int, int]) -> list[_Places]:
             shared.insert(len(shared) if id(parameter) in originals else 0, (module._parameters, name))
     places.pop(id(None), None)
     return [shared for shared in places.values() if len(shared) > 1]
-
-
-def _retie(ties: Sequence[_Places]) -> None:
-    """One Parameter again where replacing a layer or assigning made several, unless the file has them differ."""
-    for (holder, name), *others in ties:
-        if all(torch.equal(holder[name], other[key]) for other, key in others):
-            for other, key in others:
-                other[key] = holder[name]

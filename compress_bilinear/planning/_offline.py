@@ -151,11 +151,8 @@ def compress_state(
 
 def _cast(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The state with its floating tensors in another dtype; those that were one stay one."""
-    done: dict[Hashable, Tensor] = {}
-    for value in state.values():
-        if value.is_floating_point() and place(value) not in done:
-            done[place(value)] = value.to(dtype)
-    return {name: done.get(place(value), value) for name, value in state.items()}
+    cast = {place(value): value.to(dtype) for value in state.values() if value.is_floating_point()}
+    return {name: cast.get(place(value), value) for name, value in state.items()}
 
 
 def _bytes(state: Mapping[str, Tensor]) -> int:

@@ -72,7 +72,7 @@ def calibrate(model: nn.Module, jobs: Sequence[Job], options: PlanOptions, bars:
     calibration, forward_fn, sample = options["calibration"], options["forward_fn"], BatchSample()
     if calibration is None or not open_:
         return []
-    batches = bars.tracked(calibration, "Calibrating")
+    batches = bars.track(calibration, description="Calibrating")
     watched = batches if options["refine"] is None else sample.watch(batches)
     with observing(job.found.adapted for job in open_.values()):
         layers = {label: job.found.rows for label, job in open_.items()}

@@ -2,15 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from operator import length_hint
-from typing import TypeVar
 
 from rich import progress as rich
 from rich.console import Console
-
-_T = TypeVar("_T")
 
 
 class ProgressBars(rich.Progress):
@@ -23,7 +19,6 @@ class ProgressBars(rich.Progress):
             rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
             rich.TaskProgressColumn(),
-            rich.TextColumn("{task.fields[note]}", markup=False),
             rich.TimeElapsedColumn(),
             rich.TextColumn("left"),
             rich.TimeRemainingColumn(elapsed_when_finished=False),
@@ -44,22 +39,15 @@ class ProgressBars(rich.Progress):
         yield
         self.seconds[name] = round(time.perf_counter() - begun, 3)
 
-    def tracked(self, items: Iterable[_T], what: str) -> Iterator[_T]:
-        """The items, counted as they are taken; their number is unknown where they are a stream."""
-        task = self.add_task(what, total=length_hint(items) or None, note="")
-        for item in items:
-            yield item
-            self.advance(task)
-
     def parts(self, what: str, total: int) -> Callable[[int, str], Callable[[float, float], None]]:
         """A bar over `total` solves; called with a solve's number and name, it gives that solve's `progress`."""
-        task = self.add_task(what, total=total, note="")
+        task = self.add_task(what, total=total)
 
         def part(number: int, name: str) -> Callable[[float, float], None]:
-            self.update(task, description=f"{what} {name}", completed=number, note="")
+            self.update(task, description=f"{what} {name}", completed=number)
 
             def report(done: float, error: float) -> None:
-                self.update(task, completed=number + done, note=f"error {error:.4f}")
+                self.update(task, description=f"{what} {name}: error {error:.4f}", completed=number + done)
 
             return report
 

@@ -4,32 +4,3 @@ from ._comparison import DEFAULT_FIELDS, Comparison, Limit, Panel, better, compa
 from ._data import AS_CONFIGURED, ComputeMode, FrontPoint, LayerReport, Note, Spectrum, effective, numeric_fields
 from ._report import SCHEMA_VERSION, Report
 from ._text import COLUMNS, compact_table, error, figure, printable, render_text, size, size_change, speedup
-
-__all__ = [
-    "AS_CONFIGURED",
-    "COLUMNS",
-    "DEFAULT_FIELDS",
-    "SCHEMA_VERSION",
-    "Comparison",
-    "ComputeMode",
-    "FrontPoint",
-    "LayerReport",
-    "Limit",
-    "Note",
-    "Panel",
-    "Report",
-    "Spectrum",
-    "better",
-    "compact_table",
-    "compare",
-    "effective",
-    "error",
-    "failures",
-    "figure",
-    "numeric_fields",
-    "printable",
-    "render_text",
-    "size",
-    "size_change",
-    "speedup",
-]

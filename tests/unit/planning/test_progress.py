@@ -8,7 +8,7 @@ from compress_bilinear.planning import ProgressBars
 @pytest.mark.parametrize("shown", [False, None])
 def test_nothing_is_shown_where_nobody_looks(shown, capsys):
     with ProgressBars(shown) as bars:
-        assert list(bars.tracked([1, 2], "Calibrating")) == [1, 2]
+        assert list(bars.track([1, 2], description="Calibrating")) == [1, 2]
         bars.parts("Solving", 2)(0, "rel")(0.5, 0.1)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
@@ -32,7 +32,7 @@ def test_it_passes_on_what_is_raised_inside():
 
 def test_items_of_unknown_number_are_tracked():
     with ProgressBars(False) as bars:
-        assert list(bars.tracked((k for k in range(3)), "Calibrating")) == [0, 1, 2]
+        assert list(bars.track((k for k in range(3)), description="Calibrating")) == [0, 1, 2]
 
 
 def test_stages_are_timed_one_by_one(monkeypatch):
