@@ -177,7 +177,7 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     found["Tucker composed"] = replace(found["Tucker"], call=tucker_chain)
 
     def int8(x1: Tensor, x2: Tensor, bias: Tensor) -> Tensor:
-        return calls["dense"](x1, x2, held.int8.qdata, bias, scale=held.int8.scale)
+        return calls["dense"](x1, x2, held.int8, bias)
 
     exact_int8 = _by_outputs(einsum, case, lambda part: held.int8.decode(torch.float64, part), bias)
     assert held.int8.scale is not None

@@ -134,10 +134,10 @@ class DenseBilinear(CompressedBilinear):
             weight, bias = parameters.get("weight"), parameters.get("bias")
             weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
             return ops.bilinear_dense(input1, input2, weight, bias)
-        assert isinstance(self.weight, QuantizedTensor) and self.weight.scale is not None  # noqa: PT018
+        assert isinstance(self.weight, QuantizedTensor)
         input1, input2 = self._inputs(input1, input2)
         with ops.without_autocast(input1.device.type):
-            return plus(int8_bilinear(input1, input2, self.weight.qdata, self.weight.scale), self.bias)
+            return plus(int8_bilinear(input1, input2, self.weight), self.bias)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         return ops.pairwise_dense(input1, input2, self.weight, self.bias)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..quantization import LEVELS, UNIT, expand_scale
+from ..quantization import LEVELS, UNIT, QuantizedTensor, expand_scale
 
 _BLOCK = 2**19  # products that are held at once: they fit a CPU's cache
 _BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
@@ -17,21 +17,20 @@ _LEAST = 2e-36  # stands for the largest magnitude of a row of zeros: 127 / _LEA
 
 def int8_linear(
     input: Tensor,  # (..., I)
-    weight: Tensor,  # (O, I), int8 in steps of 2⁻⁷
+    weight: QuantizedTensor,  # (O, I), int8 in steps of 2⁻⁷
 ) -> Tensor:  # (..., O)
     """x Wᵀ by `torch._int_mm`. Rounding the inputs costs about 1% of the output.
 
     The gradient is that of the product without rounding, for which the weight is decoded slab by slab. Integers are
     padded to sizes that the kernel takes: on CUDA more than 16 rows, and multiples of 8.
     """
-    return _with_exact_gradient(lambda x: _product(x, weight), lambda x: ops.project(x, weight), input)
+    return _with_exact_gradient(lambda x: _product(x, weight.qdata), lambda x: ops.project(x, weight), input)
 
 
 def int8_bilinear(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J)
-    weight: Tensor,  # (O, I, J), int8
-    scale: Tensor,  # of its blocks, as `quantization.scale_grid` cuts them
+    weight: QuantizedTensor,  # (O, I, J), int8
 ) -> Tensor:  # (..., O)
     """y_o = x1ᵀ W_o x2. The longer input's rows are rounded to int8, and multiplied as integers within each block.
 
@@ -39,9 +38,11 @@ def int8_bilinear(
     and output, a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and the copy that a
     kernel makes of at most 2²⁰ of the weight's integers (or one output's).
     """
+    assert weight.scale is not None
+    scale = weight.scale
     return _with_exact_gradient(
-        lambda x1, x2: _bilinear(x1, x2, weight, scale),
-        lambda x1, x2: ops.bilinear_dense(x1, x2, weight, scale=scale),
+        lambda x1, x2: _bilinear(x1, x2, weight.qdata, scale),
+        lambda x1, x2: ops.bilinear_dense(x1, x2, weight),
         input1,
         input2,
     )

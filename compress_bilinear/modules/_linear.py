@@ -53,7 +53,7 @@ class QuantizedLinear(FixedBuffers):
             bias = self.bias if self.bias is None else self.bias.to(dtype)
             if not self.integer:
                 return ops.project(input.to(dtype), self.weight, bias)
-            return plus(int8_linear(input.to(dtype), self.weight.qdata), bias)
+            return plus(int8_linear(input.to(dtype), self.weight), bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

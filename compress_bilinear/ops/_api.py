@@ -20,10 +20,9 @@ from .triton import _operators as triton
 def bilinear_dense(
     input1: Tensor,  # (..., I)
     input2: Tensor,  # (..., J), the same leading dimensions
-    weight: Weight,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J)
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
     order: Order | None = None,
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
@@ -35,19 +34,19 @@ def bilinear_dense(
 
     Raises: InputError for different leading dimensions, an unknown `order`, or a `backend` that cannot run here.
     """
-    if order is None and backend is None and scale is None and isinstance(weight, Tensor) and weight.dim() == 3:
+    if order is None and backend is None and isinstance(weight, Tensor) and weight.dim() == 3:
         output = small_dense(input1, input2, weight, bias)
         if output is not None:
             return output
-    check_inputs(input1, input2, shape := _shape(weight, scale))
+    check_inputs(input1, input2, shape := _shape(weight))
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
     operands = (input1, input2, weight, bias)
-    if order is not None or not _fused("dense", operands, shape, scale, backend):
-        return composed_dense(input1, input2, weight, bias, scale, order)
+    if order is not None or not _fused("dense", operands, shape, None, backend):
+        return composed_dense(input1, input2, weight, bias, order)
     output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight))
     return _leading(output if bias is None else output + bias, input1)
 
@@ -86,35 +85,33 @@ def bilinear_tucker(
     out: Weight | None,  # (O, R_o); None where the core gives the output
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
     backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
-    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out, scale))
+    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out))
     _check_composed("tucker", input1, backend)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
-        return composed_dense(left, right, core, bias, scale)
-    return project(composed_dense(left, right, core, None, scale), out, bias)
+        return composed_dense(left, right, core, bias)
+    return project(composed_dense(left, right, core), out, bias)
 
 
 @follows_autocast
 def pairwise_dense(
     input1: Tensor,  # (..., L1, I)
     input2: Tensor,  # (..., L2, J), the same leading dimensions
-    weight: Weight,  # (O, I, J); int8 with `scale`
+    weight: Weight,  # (O, I, J)
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # one for each block of entries: see `QuantizedTensor`
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs.
 
     Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
     """
-    check_inputs(input1, input2, _shape(weight, scale), 2)
+    check_inputs(input1, input2, _shape(weight), 2)
     _check_composed("dense", input1, backend, pairs=True)
-    return composed_dense_pairs(input1, input2, weight, bias, scale)
+    return composed_dense_pairs(input1, input2, weight, bias)
 
 
 @follows_autocast
@@ -145,16 +142,15 @@ def pairwise_tucker(
     out: Weight | None,  # (O, R_o)
     bias: Tensor | None = None,  # (O,)
     *,
-    scale: Tensor | None = None,  # of an int8 core, as `bilinear_dense` takes it
     backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
-    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out, scale), 2)
+    check_inputs(input1, input2, _tucker_shape(in1, in2, core, out), 2)
     _check_composed("tucker", input1, backend, pairs=True)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
-        return composed_dense_pairs(left, right, core, bias, scale)
-    return project(composed_dense_pairs(left, right, core, None, scale), out, bias)
+        return composed_dense_pairs(left, right, core, bias)
+    return project(composed_dense_pairs(left, right, core), out, bias)
 
 
 def explain(
@@ -185,7 +181,7 @@ def _fused(
     method: Method,
     operands: Sequence[Weight | None],  # inputs first, then what is stored
     shape: tuple[int, int, int],
-    scale: Tensor | None,
+    sigma: Tensor | None,
     backend: Backend | None,
 ) -> bool:
     """Whether a fused kernel runs. Without a `backend` none does on a CPU, or in a graph for any number of rows."""
@@ -199,14 +195,14 @@ def _fused(
     problem = Problem(method, shape, rows, False, input1.device, input1.dtype, bits, gradient_wanted(*tensors))
     if backend is None and not problem.kernel_is_faster:
         return False
-    reason = reason_for_plain_operators(*tensors, scale)
+    reason = reason_for_plain_operators(*tensors, sigma)
     read = operands[2:4] if method == "cp" else operands[2:3]
     reason = reason or next(filter(None, map(reason_against_kernels, read)), None)
-    if reason is None and scale is not None and method == "dense":
+    if reason is None and method == "dense" and not isinstance(stored, Tensor):
         reason = "the dense kernel reads weights in floating point"
-    if reason is None and scale is not None and scale.requires_grad:
+    if reason is None and sigma is not None and sigma.requires_grad:
         reason = "the fused kernels take scales as constants, and one requires a gradient"
-    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    dtypes = {tensor.dtype for tensor in tensors}
     if reason is None and dtypes != {input1.dtype}:
         reason = f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}"
     return choose(problem, backend, reason).backend == "triton"
@@ -253,25 +249,18 @@ def check_inputs(
         raise InputError(f"`input1` and `input2` should be {dtype}, as the weight is. Found {dtype1}.")
 
 
-def _shape(weight: Weight, scale: Tensor | None) -> tuple[int, int, int]:
-    """(O, I, J). Raises: InputError for other dimensions, or for a scale that does not belong to the weight."""
+def _shape(weight: Weight) -> tuple[int, int, int]:
+    """(O, I, J). Raises: InputError for other dimensions, or for integers."""
     if len(weight.shape) != 3:
         raise InputError(f"A weight or core should have three dimensions. Found {tuple(weight.shape)}.")
-    plain_int8 = isinstance(weight, Tensor) and weight.dtype == torch.int8
-    if plain_int8 != (scale is not None):
-        raise InputError("An int8 tensor as weight needs a `scale`, and no other weight takes one. Found otherwise.")
-    if scale is not None and (scale.dim() != 3 or any(a > b for a, b in zip(scale.shape, weight.shape, strict=True))):
-        raise InputError(
-            f"`scale` should have one entry for each block of {tuple(weight.shape)}. Found {tuple(scale.shape)}."
-        )
+    if isinstance(weight, Tensor) and not weight.is_floating_point():
+        raise InputError(f"A weight or core should be floating or a `QuantizedTensor`. Found {weight.dtype}.")
     out, in1, in2 = weight.shape
     return out, in1, in2
 
 
-def _tucker_shape(
-    in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None, scale: Tensor | None
-) -> tuple[int, int, int]:
-    ranks = _shape(core, scale)
+def _tucker_shape(in1: Weight | None, in2: Weight | None, core: Weight, out: Weight | None) -> tuple[int, int, int]:
+    ranks = _shape(core)
     return (
         ranks[0] if out is None else out.shape[0],
         ranks[1] if in1 is None else in1.shape[1],

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 _Operation = TypeVar("_Operation", bound=Callable[..., Tensor])
-_SCALES = ("scale", "sigma")  # keyword arguments that keep float32 under autocast
 
 
 def traced() -> bool:
@@ -67,7 +66,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 def follows_autocast(operation: _Operation) -> _Operation:
     """Give `operation` the dtype rule of a matrix product under autocast.
 
-    Floating operands are cast to autocast's dtype, and the operation runs without autocast. Scales keep their dtype.
+    Floating operands are cast to autocast's dtype, and the operation runs without autocast. `sigma` keeps its dtype.
     With an operand in float64 nothing is cast, as in torch.
     """
 
@@ -76,7 +75,7 @@ def follows_autocast(operation: _Operation) -> _Operation:
         if input1.is_cpu and not torch.is_autocast_enabled("cpu"):  # at once, for calls may be short
             return operation(input1, *args, **kwargs)
         device = input1.device.type
-        named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name not in _SCALES}
+        named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name != "sigma"}
         tensors = [value for value in (input1, *args, *named.values()) if isinstance(value, Tensor)]
         dtype = autocast_dtype(device, *tensors)
         if dtype is None:

@@ -107,7 +107,6 @@ def composed_dense(
     input2: Tensor,
     weight: Weight,
     bias: Tensor | None = None,
-    scale: Tensor | None = None,
     order: Order | None = None,
 ) -> Tensor:
     """y_o = x1ᵀ W_o x2 + b_o by matrix products of torch; shapes as of `bilinear_dense`.
@@ -116,8 +115,8 @@ def composed_dense(
     is not in floating point is decoded slab by slab into the inputs' dtype, and once more for a backward. The output
     has the inputs' dtype, whatever the bias has.
     """
-    if isinstance(weight, QuantizedTensor) or weight.dtype == torch.int8:
-        return in_slabs(partial(composed_dense, order=order), input1, input2, weight, scale, bias)
+    if isinstance(weight, QuantizedTensor):
+        return in_slabs(partial(composed_dense, order=order), input1, input2, weight, bias)
     small = small_dense(input1, input2, weight, bias) if order is None else None
     if small is not None:
         return small

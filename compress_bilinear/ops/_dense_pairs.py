@@ -13,12 +13,10 @@ from ._stored import Weight, in_slabs
 from ._tuning import tuning
 
 
-def composed_dense_pairs(
-    input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None = None, scale: Tensor | None = None
-) -> Tensor:
+def composed_dense_pairs(input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l; shapes as of `pairwise_dense`."""
-    if isinstance(weight, QuantizedTensor) or weight.dtype == torch.int8:
-        return in_slabs(composed_dense_pairs, input1, input2, weight, scale, bias)
+    if isinstance(weight, QuantizedTensor):
+        return in_slabs(composed_dense_pairs, input1, input2, weight, bias)
     leading, (length1, in1), (length2, in2) = input1.shape[:-2], input1.shape[-2:], input2.shape[-2:]
     batch, out = math.prod(leading), weight.shape[0]
     first, second = input1.reshape(batch, length1, in1), input2.reshape(batch, length2, in2)

@@ -8,14 +8,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..quantization import QuantizedTensor, decode_int8
+from ..quantization import QuantizedTensor
 from ._blocks import TRACED_PARTS, block_runner, joined, plus
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, stored_linear
 from ._tuning import tuning
 
 Weight: TypeAlias = Tensor | QuantizedTensor
-"""A weight of an operation: floating, int8 with the step 2⁻⁷ (or with scales beside it), or in a storage format."""
+"""A weight of an operation: floating, or in a storage format."""
 
 
 def reason_against_kernels(weight: Weight | None) -> str | None:
@@ -34,7 +34,7 @@ def read_by_kernels(weight: Weight) -> Tensor:
 
 def slabs(weight: Weight) -> list[slice]:
     """The rows of the first axis in slabs of at most `tuning().weight` entries, or one row; in a graph at most 16."""
-    if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+    if isinstance(weight, Tensor):
         return [slice(None)]
     count = weight.shape[0]
     rows = max(1, tuning().weight // max(1, math.prod(weight.shape[1:])))
@@ -54,17 +54,17 @@ def project(
     """
     if weight is None:
         return input
-    if isinstance(weight, Tensor) and weight.dtype != torch.int8:
+    if isinstance(weight, Tensor):
         return linear(input, weight, bias)
-    stored, parts = (weight,) if isinstance(weight, Tensor) else tuple(weight.buffers()), slabs(weight)
+    parts = slabs(weight)
     if len(parts) == 1 and (traced() or not gradient_wanted(input, bias)):
         bias = bias if bias is None else bias.to(input.dtype)
-        return linear(input, _decoded(weight, parts[0], input.dtype).flatten(1), bias)
+        return linear(input, weight.decode(input.dtype).flatten(1), bias)
 
     def matrix(rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
-        return _decoded(weight, rows, dtype).flatten(1)
+        return weight.decode(dtype, rows).flatten(1)
 
-    pieces = (stored_linear(input, partial(matrix, rows), *stored) for rows in parts)
+    pieces = (stored_linear(input, partial(matrix, rows), *weight.buffers()) for rows in parts)
     return plus(joined(pieces, weight.shape[0], -1, only_values(input)), bias)
 
 
@@ -72,24 +72,14 @@ def in_slabs(
     operation: Callable[[Tensor, Tensor, Tensor], Tensor],  # of the inputs and a floating weight
     input1: Tensor,
     input2: Tensor,
-    weight: Weight,  # (O, I, J), not in floating point
-    scale: Tensor | None,  # of an int8 tensor, broadcastable to it but for blocks
+    weight: QuantizedTensor,  # (O, I, J)
     bias: Tensor | None,  # (O,)
 ) -> Tensor:  # (..., O)
     """The operation on one decoded slab of outputs after another. Slabs are decoded again for a backward."""
 
     def outputs(input1: Tensor, input2: Tensor, rows: slice) -> Tensor:
-        return operation(input1, input2, _decoded(weight, rows, input1.dtype, scale))
+        return operation(input1, input2, weight.decode(input1.dtype, rows))
 
     run = block_runner(True, input1, input2)
     pieces = (run(outputs, input1, input2, rows) for rows in slabs(weight))
-    return plus(joined(pieces, weight.shape[0], -1, only_values(input1, input2, scale)), bias)
-
-
-def _decoded(weight: Weight, rows: slice, dtype: torch.dtype, scale: Tensor | None = None) -> Tensor:
-    """A slice of the weight along its first axis, in `dtype`."""
-    if isinstance(weight, QuantizedTensor):
-        return weight.decode(dtype, rows)
-    if scale is not None and scale.shape[0] > 1:
-        scale = scale[rows]
-    return decode_int8(weight[rows], scale, dtype)
+    return plus(joined(pieces, weight.shape[0], -1, only_values(input1, input2)), bias)

@@ -15,7 +15,7 @@ from compress_bilinear.fitting import stored_bytes, weight_error
 from compress_bilinear.modules import LAYERS
 from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
 from compress_bilinear.ops import reference
-from compress_bilinear.quantization import FORMATS, decode_int8, missing, scale_grid
+from compress_bilinear.quantization import FORMATS, QuantizedTensor, decode_int8, missing, scale_grid
 
 SHAPES = [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)]
 COMPUTES = [(*kind, "on_the_fly") for kind in QUANTIZED]
@@ -216,7 +216,7 @@ def test_integer_products_are_exact_for_all_sizes(width, out):
         input = (31 * normal(count, width, dtype=torch.float32)).round().clamp(-126, 126)
         input[:, :1] = 127
         weight = (40 * normal(out, width, seed=1, dtype=torch.float32)).round().clamp(-127, 127).to(torch.int8)
-        found = int8_linear(input.double(), weight)
+        found = int8_linear(input.double(), QuantizedTensor(FORMATS["int8"], "factor", weight.shape, weight))
         torch.testing.assert_close(found, input.double() @ weight.double().T / 128, rtol=1e-12, atol=1e-12)
 
 
@@ -225,13 +225,14 @@ def test_integer_bilinear_products_are_exact_for_all_sizes(shape):
     _, in1, in2 = shape
     weight = (40 * normal(*shape, dtype=torch.float32)).round().clamp(-127, 127).to(torch.int8)
     scale = (1e-3 * normal(*scale_grid(shape), seed=1, dtype=torch.float32).abs()).bfloat16()
+    stored = QuantizedTensor(FORMATS["int8"], "weight", shape, weight, scale)
     for count in (0, 1, 2, 40):
         input1, input2 = normal(count, in1, seed=2), normal(count, in2, seed=3)
         longer = input1 if in1 > in2 else input2
         longer.mul_(31).round_().clamp_(-126, 126)[:, :1] = 127  # such rows are rounded to themselves
         exact = reference.bilinear_dense(input1, input2, decode_int8(weight, scale, torch.float64))
-        torch.testing.assert_close(int8_bilinear(input1, input2, weight, scale), exact, rtol=1e-11, atol=1e-9)
-        halves = int8_bilinear(input1.half(), input2.half(), weight, scale)
+        torch.testing.assert_close(int8_bilinear(input1, input2, stored), exact, rtol=1e-11, atol=1e-9)
+        halves = int8_bilinear(input1.half(), input2.half(), stored)
         assert halves.dtype == torch.float16
         assert count == 0 or relative(halves, exact) < 2e-3
 

@@ -16,7 +16,7 @@ from compress_bilinear import ops
 from compress_bilinear.errors import InputError
 from compress_bilinear.ops import _choice
 from compress_bilinear.ops.triton import _operators
-from compress_bilinear.quantization import FORMATS
+from compress_bilinear.quantization import FORMATS, QuantizedTensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # (N, I, J, O): odd, a size 1 in each place, and wider than the tiles
@@ -159,13 +159,13 @@ def test_an_int8_weight_is_left_to_torch():
     with pytest.raises(InputError, match="read int8 without scales"):
         ops.bilinear_dense(x1, x2, stored, backend="triton")
     with pytest.raises(InputError, match="reads weights in floating point"):
-        ops.bilinear_dense(x1, x2, stored.qdata, scale=stored.scale, backend="triton")
+        ops.bilinear_dense(x1, x2, FORMATS["int8"].zeros(weight.shape, "factor"), backend="triton")
 
 
 def unit_factor(factor):
     """int8 of step 2⁻⁷, and what it stands for."""
     qdata = (factor / factor.abs().max() * 127).round().to(torch.int8)
-    return framed(qdata), qdata.double() / 128
+    return QuantizedTensor(FORMATS["int8"], "factor", qdata.shape, framed(qdata)), qdata.double() / 128
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -189,10 +189,11 @@ def test_one_factor_of_a_cp_in_int8(place):
     tensors = operands("cp", SIZES[0], torch.float32)
     wide = wide_of(tensors)
     tensors[place], wide[place] = unit_factor(tensors[place])
-    tensors = [tensor.requires_grad_(tensor.is_floating_point()) for tensor in tensors]
+    floating = [index for index in range(6) if index != place]
+    for index in floating:
+        tensors[index].requires_grad_()
     found, exact = ops.bilinear_cp(*tensors, backend="triton"), reference("cp", wide)
     assert_matches_reference(found.detach(), exact.detach())
-    floating = [index for index in range(6) if index != place]
     assert_gradients(found, exact, [tensors[index] for index in floating], [wide[index] for index in floating])
 
 

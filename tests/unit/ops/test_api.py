@@ -210,13 +210,10 @@ class OnTheDevice(TorchDispatchMode):
 
 
 def stored_in_int8(kind, tensors):
-    """The operands with their weights in int8, as the layers hold them, and the option that has the scales."""
+    """The operands with their weights in int8, as the layers hold them, and the option that has the scales of a CP."""
     x1, x2, *rest, bias = tensors
-    values = [torch.zeros_like(t, dtype=torch.int8) for t in rest]
-    if kind == "cp":
-        return (x1, x2, *values, bias), {"sigma": torch.ones(len(rest[0]), device=x1.device)}
-    grid = torch.ones(1, 1, rest[-1 if kind == "dense" else 2].shape[2], device=x1.device)
-    return (x1, x2, *values, bias), {"scale": grid}
+    values = [FORMATS["int8"].zeros(t.shape, "weight" if t.dim() == 3 else "factor", t.device) for t in rest]
+    return (x1, x2, *values, bias), {"sigma": torch.ones(len(rest[0]), device=x1.device)} if kind == "cp" else {}
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -231,7 +228,7 @@ def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, i
         return  # which have no kernel
     with OnTheDevice():
         found = call(kind, pairs, *arguments, backend=backend, **options)
-        wanted = [t for t in arguments if t.requires_grad]
+        wanted = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
         gradients = torch.autograd.grad(found.sum(), wanted)
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in wanted]
 
@@ -353,9 +350,9 @@ def test_int8_factors_have_the_step_of_the_format():
     x1, x2 = inputs(False, shape, torch.float32)
     in1, in2, core, out, bias = factors("tucker", shape, torch.float32)
     stored = FORMATS["int8"].encode(core, "weight")
-    values = [(100 * t / t.abs().max()).to(torch.int8) for t in (in1, in2, out)]
-    wide = [value.double() / 128 for value in values]
-    found = ops.bilinear_tucker(x1, x2, *values[:2], stored.qdata, values[2], bias, scale=stored.scale)
+    values = [FORMATS["int8"].encode(0.9 * t / t.abs().max(), "factor") for t in (in1, in2, out)]
+    wide = [value.qdata.double() / 128 for value in values]
+    found = ops.bilinear_tucker(x1, x2, *values[:2], stored, values[2], bias)
     exact = stored.decode(torch.float64)
     expected = reference("tucker", False, x1.double(), x2.double(), *wide[:2], exact, wide[2], bias.double())
     assert_matches_reference(found, expected)
@@ -482,18 +479,14 @@ def test_products_of_inputs_do_not_overflow_in_float16(leading, traced, autocast
     torch.testing.assert_close(found.double(), exact, rtol=1e-2, atol=1)
 
 
-def test_a_scale_belongs_to_an_int8_weight_alone():
+def test_a_weight_is_floating_or_stored_and_has_three_dimensions():
     x1, x2, weight = torch.randn(4, 5), torch.randn(4, 6), torch.randn(7, 5, 6)
-    integers, scale = weight.round().to(torch.int8), torch.ones(7, 1, 6)
-    calls = (
+    for call in (
         ops.bilinear_dense,
         ops.pairwise_dense,
-        lambda a, b, core, **more: ops.bilinear_tucker(a, b, None, None, core, None, **more),
-    )
-    for call in calls:
-        for wrong in ((weight, scale), (integers, None), (integers, torch.ones(8, 1, 1)), (integers, torch.ones(7))):
-            with pytest.raises(InputError, match="scale"):
-                call(x1, x2, wrong[0], scale=wrong[1])
-        assert call(x1, x2, integers, scale=scale).shape[-1] == 7
-    with pytest.raises(InputError, match="three dimensions"):
-        ops.bilinear_dense(x1, x2, weight[0])
+        lambda a, b, core: ops.bilinear_tucker(a, b, None, None, core, None),
+    ):
+        with pytest.raises(InputError, match=r"floating or a `QuantizedTensor`. Found torch.int8"):
+            call(x1, x2, weight.to(torch.int8))
+        with pytest.raises(InputError, match="three dimensions"):
+            call(x1, x2, weight[0])

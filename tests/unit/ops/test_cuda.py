@@ -5,7 +5,7 @@ import torch
 from support import assert_matches_reference
 
 from compress_bilinear import ops
-from compress_bilinear.quantization import FORMATS
+from compress_bilinear.quantization import FORMATS, LEVELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -48,19 +48,17 @@ def test_every_path_has_the_references_outputs_and_gradients(kind, pairs, backen
 
 
 def in_int8(kind, tensors):
-    """The operands with their weights in int8, and the option that has the scales."""
+    """The operands with their weights in int8, and the option that has the scales of a CP."""
     x1, x2, *rest, bias = tensors
     if kind == "cp":
         sigma = torch.stack([factor.float().abs().max() for factor in rest]).prod().expand(30).contiguous()
         return [x1, x2, *map(unit_values, rest), bias], {"sigma": sigma}
-    index = 0 if kind == "dense" else 2
-    stored = FORMATS["int8"].encode(rest[index], "weight")
-    values = [stored.qdata if at == index else unit_values(factor) for at, factor in enumerate(rest)]
-    return [x1, x2, *values, bias], {"scale": stored.scale}
+    values = [FORMATS["int8"].encode(t, "weight") if t.dim() == 3 else unit_values(t) for t in rest]
+    return [x1, x2, *values, bias], {}
 
 
 def unit_values(factor):
-    return (factor.float() / factor.float().abs().max() * 127).round().to(torch.int8)
+    return FORMATS["int8"].encode(factor.float() / factor.float().abs().max() * LEVELS / 128, "factor")
 
 
 def captured(step):

@@ -2,14 +2,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import int8_slices
 from support import DTYPES, SHAPES, Memory, assert_matches_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.quantization import decode_int8
+from compress_bilinear.quantization import FORMATS
 
 ROWS = 11
 
@@ -129,20 +128,16 @@ def test_only_the_gradients_that_are_wanted_are_taken(order):
 
 @pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [None, 1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_an_int8_weight_is_the_weight_it_stands_for(shape, dim, dtype):
+def test_an_int8_weight_is_the_weight_it_stands_for(shape, dtype):
     input1, input2, weight, bias = operands(shape, dtype=dtype)
-    if dim is None:  # one scale for all
-        qdata, scale = (100 * weight / weight.abs().max()).to(torch.int8), torch.full((1, 1, 1), 0.01)
-    else:
-        qdata, scale = int8_slices(weight, dim)
-    exact = decode_int8(qdata, scale, torch.float64)
+    stored = FORMATS["int8"].encode(weight, "weight")
+    exact = stored.decode(torch.float64)
     wide = (input1.double(), input2.double(), exact, bias.double())
     expected = ops.reference.bilinear_dense(*wide)
     for order in ops.ORDERS:
-        assert_matches_reference(ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order), expected)
-    found = ops.pairwise_dense(input1[:3], input2, qdata, bias, scale=scale)
+        assert_matches_reference(ops.bilinear_dense(input1, input2, stored, bias, order=order), expected)
+    found = ops.pairwise_dense(input1[:3], input2, stored, bias)
     assert_matches_reference(found, ops.reference.pairwise_dense(wide[0][:3], *wide[1:]))
 
 
@@ -150,15 +145,15 @@ def test_an_int8_weight_is_the_weight_it_stands_for(shape, dim, dtype):
 @pytest.mark.parametrize("order", ops.ORDERS)
 def test_gradients_pass_through_an_int8_weight(order):
     input1, input2, weight, bias = operands((9, 7, 5), requires_grad=True)
-    qdata, scale = int8_slices(weight, 2)
-    exact = decode_int8(qdata, scale, torch.float64)
+    stored = FORMATS["int8"].encode(weight, "weight")
+    exact = stored.decode(torch.float64)
     assert_same_with_gradients(
-        lambda *args: ops.bilinear_dense(args[0], args[1], qdata, args[2], scale=scale, order=order),
+        lambda *args: ops.bilinear_dense(args[0], args[1], stored, args[2], order=order),
         lambda *args: ops.reference.bilinear_dense(args[0], args[1], exact, args[2]),
         [input1, input2, bias],
     )
     assert_same_with_gradients(
-        lambda *args: ops.pairwise_dense(args[0], args[1], qdata, args[2], scale=scale),
+        lambda *args: ops.pairwise_dense(args[0], args[1], stored, args[2]),
         lambda *args: ops.reference.pairwise_dense(args[0], args[1], exact, args[2]),
         [input1, input2, bias],
     )
@@ -276,15 +271,15 @@ def test_peak_memory_of_pairs_is_their_output_and_a_few_blocks():
 @pytest.mark.parametrize("order", ops.ORDERS)
 def test_an_int8_weight_is_never_decoded_whole(order):
     input1, input2, weight, bias = operands((64, 64, 128), (3,), dtype=torch.float32)
-    qdata, scale = int8_slices(weight, 2)
+    stored = FORMATS["int8"].encode(weight, "weight")
     for call in (
-        lambda: ops.bilinear_dense(input1, input2, qdata, bias, scale=scale, order=order),
-        lambda: ops.pairwise_dense(input1, input2, qdata, bias, scale=scale),
+        lambda: ops.bilinear_dense(input1, input2, stored, bias, order=order),
+        lambda: ops.pairwise_dense(input1, input2, stored, bias),
     ):
         with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(weight=2**13)):
             call()
-        assert memory.largest <= qdata.numel() / 16
-        assert memory.peak < qdata.numel() / 2
+        assert memory.largest <= stored.shape.numel() / 16
+        assert memory.peak < stored.shape.numel() / 2
 
 
 class Operators(TorchDispatchMode):
@@ -312,7 +307,7 @@ def intel():
 @pytest.mark.parametrize("shape", [(63, 37, 17), (9, 1, 3), (6, 6, 1)])
 def test_the_weight_is_read_in_its_stored_layout(shape, dtype, rows):
     input1, input2, weight, bias = operands(shape, (1, rows), dtype=dtype)  # leading dimensions: not the small path
-    qdata, scale = int8_slices(weight, 2)
+    stored = FORMATS["int8"].encode(weight, "weight")
     wide = [tensor.double() for tensor in (input1, input2, weight, bias)]
     with Operators() as operators:
         output = ops.bilinear_dense(input1, input2, weight, bias)
@@ -320,10 +315,8 @@ def test_the_weight_is_read_in_its_stored_layout(shape, dtype, rows):
     assert not operators.names & {"mm", "addmm"}
     assert output.is_contiguous()
     assert_matches_reference(output, ops.reference.bilinear_dense(*wide))
-    wide[2] = decode_int8(qdata, scale, torch.float64)
-    assert_matches_reference(
-        ops.bilinear_dense(input1, input2, qdata, bias, scale=scale), ops.reference.bilinear_dense(*wide)
-    )
+    wide[2] = stored.decode(torch.float64)
+    assert_matches_reference(ops.bilinear_dense(input1, input2, stored, bias), ops.reference.bilinear_dense(*wide))
 
 
 def test_the_stored_layout_is_read_without_a_copy_of_the_weight():
