@@ -38,10 +38,8 @@ def int8_bilinear(
     and output, a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and the copy that a
     kernel makes of at most 2²⁰ of the weight's integers (or one output's).
     """
-    assert weight.scale is not None
-    scale = weight.scale
     return _with_exact_gradient(
-        lambda x1, x2: _bilinear(x1, x2, weight.qdata, scale),
+        lambda x1, x2: _bilinear(x1, x2, weight),
         lambda x1, x2: ops.bilinear_dense(x1, x2, weight),
         input1,
         input2,
@@ -56,8 +54,9 @@ def _with_exact_gradient(rounded: Callable[..., Tensor], exact: Callable[..., Te
     return value + (rounded(*(input.detach() for input in inputs)) - value.detach())
 
 
-def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    out, in1, in2 = weight.shape
+def _bilinear(input1: Tensor, input2: Tensor, stored: QuantizedTensor) -> Tensor:
+    (out, in1, in2), weight, scale = stored.shape, stored.qdata, stored.scale
+    assert scale is not None
     kept, first = input1, input2
     if in1 > in2:  # scales are of blocks along the longer axis, which is summed over first
         kept, first, weight, scale = input2, input1, weight.mT, scale.mT

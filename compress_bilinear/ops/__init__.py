@@ -6,13 +6,12 @@ from ._api import (
     bilinear_dense,
     bilinear_tucker,
     check_inputs,
-    explain,
     pairwise_cp,
     pairwise_dense,
     pairwise_tucker,
 )
 from ._blocks import block_runner
-from ._choice import BACKENDS, Backend, Choice
+from ._choice import BACKENDS, Backend, Choice, explain
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
 from ._cp import over_pairs, pair_blocks
 from ._dense import ORDERS, Order, best_order, dense_flops

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._choice import Backend, Choice, Method, Problem, choose
+from ._choice import Backend, Method, Problem, choose
 from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators, traced
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, small_dense
@@ -151,30 +151,6 @@ def pairwise_tucker(
     if out is None:
         return composed_dense_pairs(left, right, core, bias)
     return project(composed_dense_pairs(left, right, core), out, bias)
-
-
-def explain(
-    method: str,
-    shape: tuple[int, int, int],
-    rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    weight_bits: int,
-    *,
-    pairs: bool = False,
-    gradient: bool = False,
-    reason_against: str | None = None,
-) -> Choice:
-    """The choice for operands of these sizes.
-
-    Args:
-        method: "dense", "cp" or "tucker".
-        shape: (O, I, J).
-        weight_bits: 8 for int8.
-        reason_against: what the caller knows to rule the fused kernels out.
-    """
-    problem = Problem(method, shape, rows, pairs, device, dtype, weight_bits, gradient)  # type: ignore[arg-type]
-    return choose(problem, None, reason_against)
 
 
 def _fused(

@@ -168,3 +168,27 @@ def choose(problem: Problem, backend: Backend | None = None, reason_against: str
     if problem.kernel_is_faster:
         return Choice("triton", problem.kernel, "predicted to be faster for so large a weight and so few rows")
     return Choice("composed", composed, "the kernel is not predicted to be clearly faster, and has not been measured")
+
+
+def explain(
+    method: str,
+    shape: tuple[int, int, int],
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_bits: int,
+    *,
+    pairs: bool = False,
+    gradient: bool = False,
+    reason_against: str | None = None,
+) -> Choice:
+    """The choice for operands of these sizes.
+
+    Args:
+        method: "dense", "cp" or "tucker".
+        shape: (O, I, J).
+        weight_bits: 8 for int8.
+        reason_against: what the caller knows to rule the fused kernels out.
+    """
+    problem = Problem(method, shape, rows, pairs, device, dtype, weight_bits, gradient)  # type: ignore[arg-type]
+    return choose(problem, None, reason_against)

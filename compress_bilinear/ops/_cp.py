@@ -10,7 +10,7 @@ from torch.nn.functional import linear as torch_linear
 from ._blocks import block_runner, block_size, joined
 from ._context import only_values, plain, traced
 from ._stored import Weight, project
-from ._tuning import eager_tuning, tuning
+from ._tuning import tuning
 
 
 def small_cp(
@@ -24,7 +24,7 @@ def small_cp(
         return None
     if not isinstance(in2, Tensor) or not isinstance(out, Tensor):
         return None
-    (rank, width), limit, count = in1.shape, eager_tuning().onednn_products, input1.numel()
+    (rank, width), limit, count = in1.shape, tuning().onednn_products, input1.numel()
     if count * rank > limit or input2.numel() * rank > limit or count * out.numel() > limit * width:
         return None
     left, right = torch_linear(input1, in1), torch_linear(input2, in2)

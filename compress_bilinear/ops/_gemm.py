@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from ..quantization import decode_int8
 from ._context import gradient_wanted, plain, recorded, traced
-from ._tuning import eager_tuning, tuning
+from ._tuning import tuning
 
 
 def linear(
@@ -47,11 +46,6 @@ def stored_linear(
         return linear(input, decode(input.dtype, *stored))
     output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
     return output
-
-
-def decode_factor(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor in `dtype`: int8 has the step 2⁻⁷, which every floating dtype holds exactly."""
-    return decode_int8(factor, None, dtype) if factor.dtype == torch.int8 else factor
 
 
 class _StoredLinear(torch.autograd.Function):
@@ -97,7 +91,7 @@ def uses_onednn(input: Tensor, weight: Tensor) -> bool:
     """Whether `linear` takes oneDNN for this product."""
     if traced():
         return False  # before sizes are looked at, which would tie the graph to them
-    (outputs, width), count, limits = weight.shape, input.numel(), eager_tuning()
+    (outputs, width), count, limits = weight.shape, input.numel(), tuning()
     if count * outputs <= limits.onednn_products or count < limits.onednn_rows * width or width == 0:
         return False
     if not (input.is_cpu and input.dtype == weight.dtype == torch.float32 and plain(input, weight)):

@@ -45,10 +45,6 @@ _DEFAULT = Tuning()
 _ACTIVE = ContextVar("tuning", default=_DEFAULT)
 
 
-eager_tuning = _ACTIVE.get
-"""The sizes in use, where no graph is recorded: a small layer's call asks nothing twice."""
-
-
 def tuning() -> Tuning:
     """The sizes in use."""
     return _DEFAULT if torch.compiler.is_compiling() else _ACTIVE.get()  # Dynamo reads no context variables

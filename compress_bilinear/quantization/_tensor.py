@@ -91,14 +91,9 @@ class Format(ABC):
         self, shape: Sequence[int], layout: Layout, device: torch.device | str | None = None
     ) -> "QuantizedTensor":
         """A stored tensor of zeros."""
-        qdata, scale = self.buffers(shape, layout)
-        return QuantizedTensor(
-            self,
-            layout,
-            shape,
-            torch.zeros(qdata.shape, dtype=qdata.dtype, device=device),
-            None if scale is None else torch.zeros(scale.shape, dtype=scale.dtype, device=device),
-        )
+        buffers = [buffer for buffer in self.buffers(shape, layout) if buffer is not None]
+        zeros = (torch.zeros(buffer.shape, dtype=buffer.dtype, device=device) for buffer in buffers)
+        return QuantizedTensor(self, layout, shape, *zeros)
 
     def round_to(self, tensor: Tensor, layout: Layout) -> Tensor:
         """The values that a layer would store of a tensor, in float64."""

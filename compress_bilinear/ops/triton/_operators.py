@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ...errors import InputError
+from ...quantization import decode_int8
 from .._choice import reason_against_gpu
 from .._context import gradient_wanted, observed
-from .._gemm import decode_factor
 
 Gradients = Sequence[Tensor | None]
 
@@ -122,7 +122,7 @@ def _product_gradients(
         dh = dh.float() * sigma
     elif torch.int8 in (in1.dtype, in2.dtype):  # of which products could overflow in float16
         dh = dh.float()
-    in1, in2 = decode_factor(in1, dtype), decode_factor(in2, dtype)
+    in1, in2 = (decode_int8(factor, None, dtype) if factor.dtype == torch.int8 else factor for factor in (in1, in2))
 
     def of(x: Tensor, weight: Tensor, other: Callable[[], Tensor], inputs: bool, factor: bool) -> Gradients:
         if not (inputs or factor):
