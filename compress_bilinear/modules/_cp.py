@@ -95,9 +95,7 @@ class CPBilinear(ProjectedBilinear[int]):
         operands = self._operands()
         if not isinstance(operands, str):
             return ops.pairwise_cp(input1, input2, *operands, sigma=self._sigma())
-        left, right = self.in1_proj(input1), self.in2_proj(input2)
-        blocks = ops.pair_blocks(left, right, self.out_features)
-        return ops.over_pairs(self._of_product, left, right, blocks)
+        return ops.over_pairs(self._of_product, self.in1_proj(input1), self.in2_proj(input2), self.out_features)
 
     def _sigma(self) -> Tensor | None:
         return cast(nn.Module, self._modules["out_proj"])._buffers.get("sigma")  # as fast as `_operands`

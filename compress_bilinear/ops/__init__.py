@@ -13,7 +13,7 @@ from ._api import (
 from ._blocks import block_runner
 from ._choice import BACKENDS, Backend, Choice, explain
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
-from ._cp import over_pairs, pair_blocks
+from ._cp import over_pairs
 from ._dense import ORDERS, Order, best_order, dense_flops
 from ._gemm import linear, stored_linear
 from ._stored import Weight, project, slabs
@@ -39,7 +39,6 @@ __all__ = [
     "explain",
     "linear",
     "over_pairs",
-    "pair_blocks",
     "pairwise_cp",
     "pairwise_dense",
     "pairwise_tucker",

@@ -1,7 +1,7 @@
 """CP as three linear maps around a product, on any device and in any dtype."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -63,12 +63,13 @@ def composed_cp_pairs(
 
     def pairs(input1: Tensor, input2: Tensor) -> Tensor:
         left, right = project(input1, in1), project(input2, in2)
-        dtype = right.dtype
         if sigma is not None:
             left = _wide(left) * sigma  # in float32, and so is the product
-        blocks = pair_blocks(left, right, out.shape[0])
-        run = block_runner(blocks is not None, left, right, *([out] if isinstance(out, Tensor) else []))
-        return over_pairs(lambda p, q: run(_project_product, p, q, out, bias, dtype), left, right, blocks)
+
+        def evaluate(p: Tensor, q: Tensor) -> Tensor:
+            return project((p * q).to(right.dtype), out, bias)
+
+        return over_pairs(evaluate, left, right, out.shape[0], [out] if isinstance(out, Tensor) else [])
 
     projected = rank * (length1 + length2)  # of an item
     if not only_values(*tensors) or batch * projected <= _block(input1):
@@ -79,46 +80,36 @@ def composed_cp_pairs(
     return output.view(*leading, length1, length2, out.shape[0])
 
 
-def pair_blocks(
-    left: Tensor,  # (..., L1, R)
-    right: Tensor,  # (..., L2, R)
-    outputs: int,  # O
-) -> tuple[int, int, int] | None:
-    """How many items of the batch, rows of L1 and rows of L2 a block of pairs has; None where one block holds all."""
-    if traced():
-        return None  # sizes would tie the graph to these lengths
-    batch, (length1, rank), length2 = math.prod(left.shape[:-2]), left.shape[-2:], right.shape[-2]
-    most, width = _block(left), max(rank, outputs)
-    if batch * length1 * length2 * rank <= most:
-        return None
-    columns = max(1, min(length2, most // width))
-    rows = max(1, min(length1, most // (columns * width)))
-    return max(1, most // (rows * columns * width)) if rows == length1 else 1, rows, columns
-
-
 def over_pairs(
     evaluate: Callable[[Tensor, Tensor], Tensor],  # (b, k, 1, R), (b, 1, l, R) -> (b, k, l, O)
     left: Tensor,  # (..., L1, R)
     right: Tensor,  # (..., L2, R), the same leading dimensions
-    blocks: tuple[int, int, int] | None,
+    outputs: int,  # O
+    recomputed: Sequence[Tensor] | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
-    """`evaluate` for all pairs, in the blocks that `pair_blocks` gives."""
-    if blocks is None:
+    """`evaluate` for all pairs, in blocks of some items of the batch, rows of L1 and rows of L2.
+
+    Args:
+        recomputed: what `evaluate` reads besides, if a backward may call it again instead of keeping a block; or None.
+    """
+    leading, (length1, rank), length2 = left.shape[:-2], left.shape[-2:], right.shape[-2]
+    most, width = _block(left), max(rank, outputs)
+    # a graph first: sizes would tie it to these lengths
+    if traced() or math.prod(leading) * length1 * length2 * rank <= most:
         return evaluate(left.unsqueeze(-2), right.unsqueeze(-3))
-    leading, lengths, values = left.shape[:-2], (left.shape[-2], right.shape[-2]), only_values(left, right)
-    batch, (items, rows, columns) = math.prod(leading), blocks
-    firsts = left.reshape(batch, lengths[0], 1, -1).split(items)
-    seconds = right.reshape(batch, 1, lengths[1], -1).split(items)
+    columns = max(1, min(length2, most // width))
+    rows = max(1, min(length1, most // (columns * width)))
+    items = max(1, most // (rows * columns * width)) if rows == length1 else 1
+    run = block_runner(recomputed is not None, left, right, *(recomputed or ()))
+    batch, values = math.prod(leading), only_values(left, right)
+    firsts = left.reshape(batch, length1, 1, rank).split(items)
+    seconds = right.reshape(batch, 1, length2, rank).split(items)
     strips = (
-        joined((evaluate(p, q) for q in second.split(columns, 2)), lengths[1], 2, values).flatten(0, 1)
+        joined((run(evaluate, p, q) for q in second.split(columns, 2)), length2, 2, values).flatten(0, 1)
         for first, second in zip(firsts, seconds, strict=True)
         for p in first.split(rows, 1)
     )
-    return joined(strips, batch * lengths[0], 0, values).view(*leading, *lengths, -1)
-
-
-def _project_product(left: Tensor, right: Tensor, out: Weight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return project((left * right).to(dtype), out, bias)
+    return joined(strips, batch * length1, 0, values).view(*leading, length1, length2, outputs)
 
 
 def _block(like: Tensor) -> int:
