@@ -10,8 +10,7 @@ from ..errors import InputError
 from ._choice import Backend, Method, Problem, choose
 from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators, traced
 from ._cp import composed_cp, composed_cp_pairs, small_cp
-from ._dense import ORDERS, Order, composed_dense, small_dense
-from ._dense_pairs import composed_dense_pairs
+from ._dense import ORDERS, Order, composed_dense, composed_dense_pairs, small_dense
 from ._stored import Weight, project, read_by_kernels, reason_against_kernels
 from .triton import _operators as triton
 

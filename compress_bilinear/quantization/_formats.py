@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import assert_never
 
 from ..errors import CompressionError
 from ._decode_bnb import nf4_values
@@ -40,17 +39,11 @@ class Int8(Format):
 
     def buffers(self, shape: Sequence[Any], layout: Layout) -> tuple[Buffer, Buffer | None]:
         qdata = Buffer(tuple(shape), torch.int8)
-        match layout:
-            case "weight":
-                return qdata, Buffer(scale_grid(shape), SCALE_DTYPE)
-            case "factor":
-                return qdata, None
-            case "rows":
-                return qdata, Buffer((shape[0], 1), torch.float32)
-            case "columns":
-                return qdata, Buffer((1, shape[1]), torch.float32)
-            case _:
-                assert_never(layout)
+        if layout == "weight":
+            return qdata, Buffer(scale_grid(shape), SCALE_DTYPE)
+        if layout == "factor":
+            return qdata, None
+        return qdata, Buffer((shape[0], 1) if layout == "rows" else (1, shape[1]), torch.float32)
 
     def _encode(self, values: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
         _, scale = self.buffers(values.shape, layout)

@@ -65,9 +65,7 @@ def scale_grid(shape: Sequence[Any]) -> tuple[Any, Any, Any]:
 def _block_count(size: Any, other: Any, is_longer: Any) -> Any:
     """Blocks along one input axis; along the shorter one, a block has ⌈32 / longer⌉ rows."""
     along, across = -(-size // _MOST_BLOCK), -(-size // -(-_LEAST_BLOCK // other))
-    if isinstance(is_longer, Tensor):
-        return torch.where(is_longer, along, across)
-    return along if is_longer else across
+    return across + is_longer * (along - across)
 
 
 def _peaks(values: Tensor, grid: Sequence[int]) -> Tensor:

@@ -97,9 +97,7 @@ def decode_nf4(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     first, last = start // BLOCK, -(-stop // BLOCK)  # whole blocks
     packed = qdata[first * BLOCK // 2 : min(last * BLOCK // 2, len(qdata))]
-    if (
-        is_traced_or_transformed()
-    ):  # nothing that was made before is to be in the graph, and not all exporters reinterpret bits
+    if is_traced_or_transformed():  # nothing made before is to be in the graph, and not all exporters reinterpret bits
         index = torch.stack([packed >> 4, packed & 15], dim=1).flatten()
         values = torch.tensor(NF4_CODE, dtype=wide, device=qdata.device).index_select(0, index.int())
     else:

@@ -11,17 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tiles import (
-    OPTIONS,
-    exact,
-    load_tile,
-    multiply,
-    precision,
-    shares,
-    store_tile,
-    tile,
-    times,
-)
+from ._tiles import OPTIONS, exact, load_tile, multiply, precision, shares, store_tile, tile, times
 
 
 @triton.jit
