@@ -14,8 +14,6 @@ from ..config import Compute, Quantize, check_quantize
 from ..errors import CompressionError, ConfigError, InputError
 from ..quantization import FORMATS, QuantizedTensor, missing
 
-_GONE = "`compress_bilinear.dequantize` stores the weights in floating point instead"
-
 
 class CompressedBilinear(nn.Module):
     """A drop-in replacement of `nn.Bilinear`: the same attributes, inputs and outputs, and another storage.
@@ -211,7 +209,8 @@ class CompressedBilinear(nn.Module):
         if self.quantize is None:
             return "the layer is in floating point"
         if compute not in get_args(Compute):
-            return _GONE if compute == "resident" else "there is no such mode"
+            gone = "`compress_bilinear.dequantize` stores the weights in floating point instead"
+            return gone if compute == "resident" else "there is no such mode"
         if compute == "bitsandbytes":
             reasons = [part.reason_against_bitsandbytes() for part in self._stored()]
             return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))

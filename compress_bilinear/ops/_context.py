@@ -75,18 +75,16 @@ def follows_autocast(operation: _Operation) -> _Operation:
         if input1.is_cpu and not torch.is_autocast_enabled("cpu"):  # at once, for calls may be short
             return operation(input1, *args, **kwargs)
         device = input1.device.type
-        named = {name: value for name, value in kwargs.items() if isinstance(value, Tensor) and name != "sigma"}
-        tensors = [value for value in (input1, *args, *named.values()) if isinstance(value, Tensor)]
-        dtype = autocast_dtype(device, *tensors)
+        dtype = autocast_dtype(device, *(v for v in (input1, *args, *kwargs.values()) if isinstance(v, Tensor)))
         if dtype is None:
             return operation(input1, *args, **kwargs)
 
         def in_dtype(value: Any) -> Any:
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        named = {name: in_dtype(value) for name, value in named.items()}
+        named = {name: value if name == "sigma" else in_dtype(value) for name, value in kwargs.items()}
         with without_autocast(device):
-            return operation(*map(in_dtype, (input1, *args)), **(kwargs | named))
+            return operation(*map(in_dtype, (input1, *args)), **named)
 
     return cast(_Operation, with_rule)
 
