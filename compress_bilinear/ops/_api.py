@@ -204,14 +204,15 @@ def check_inputs(
     """
     shape1, shape2, dtype1, dtype2 = input1.shape, input2.shape, input1.dtype, input2.dtype
     # not the shapes whole: a graph of pairs would be tied to inputs of one length
-    if min(len(shape1), len(shape2)) < last or shape1[:-last] != shape2[:-last]:
+    if shape1[:-last] != shape2[:-last] or len(shape1) < last or len(shape2) < last:
         required = "(..., I) and (..., J)" if last == 1 else "(..., L1, I) and (..., L2, J)"
         raise InputError(
             f"`input1` and `input2` should be {required} with the same leading dimensions. "
             f"Found {tuple(shape1)} and {tuple(shape2)}."
         )
-    if shape1[-1] != shape[1] or shape2[-1] != shape[2]:
-        name, size, found = ("input1", shape[1], shape1) if shape1[-1] != shape[1] else ("input2", shape[2], shape2)
+    _, in1, in2 = shape
+    if shape1[-1] != in1 or shape2[-1] != in2:
+        name, size, found = ("input1", in1, shape1) if shape1[-1] != in1 else ("input2", in2, shape2)
         raise InputError(f"`{name}` should have shape (..., {size}). Found {tuple(found)}.")
     if dtype1 == dtype2 and dtype1.is_floating_point and (dtype is None or dtype == dtype1):
         return
