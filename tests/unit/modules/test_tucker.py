@@ -106,6 +106,20 @@ def test_a_rank_near_its_size_stores_only_what_is_beside_an_identity():
     assert torch.linalg.matrix_rank(torch.cat([matrix.T, decomposition.factors[2]], dim=1)) == 6  # the same space
 
 
+@pytest.mark.parametrize("rank", [PLAIN, RANK, (5, 3, 6), (4, 9, 7)], ids=str)
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_the_stored_decomposition_makes_the_same_layer(rank, quantize):
+    layer, _ = example(rank, quantize=quantize)
+    found = layer.to_decomposition()
+    assert found.rank == rank
+    assert_matches_reference(found.to_tensor(), layer.to_dense(torch.float64).detach())
+    again = TuckerBilinear.from_decomposition(found)
+    assert_matches_reference(again.to_dense().detach(), found.to_tensor())
+    for name in ("out_proj", "in1_proj", "in2_proj"):
+        part = getattr(layer, name)
+        assert not isinstance(part, InterpolativeLinear) or torch.equal(part.index, getattr(again, name).index)
+
+
 def test_it_shares_no_memory_with_its_decomposition():
     layer, decomposition = example()
     before = decomposition.to_tensor()
