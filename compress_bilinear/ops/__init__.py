@@ -10,14 +10,13 @@ from ._api import (
     pairwise_dense,
     pairwise_tucker,
 )
-from ._blocks import block_runner
+from ._blocks import Tuning, block_runner, tuning, use_tuning
 from ._choice import BACKENDS, Backend, Choice, explain
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
 from ._cp import over_pairs
 from ._dense import ORDERS, Order, best_order, dense_flops
 from ._gemm import linear, stored_linear
 from ._stored import Weight, project, slabs
-from ._tuning import Tuning, tuning, use_tuning
 
 __all__ = [
     "BACKENDS",

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
-from ._blocks import block_runner, block_size, joined
+from ._blocks import block_runner, block_size, joined, tuning
 from ._context import only_values, plain, traced
 from ._stored import Weight, project
-from ._tuning import tuning
 
 
 def small_cp(

@@ -23,11 +23,10 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
-from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, weight_parts
+from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, tuning, weight_parts
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, stored_linear, uses_fast_mkl, uses_onednn
 from ._stored import Weight, in_slabs
-from ._tuning import tuning
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 

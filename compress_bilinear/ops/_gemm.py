@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 
+from ._blocks import tuning
 from ._context import gradient_wanted, plain, recorded, traced
-from ._tuning import tuning
 
 
 def linear(

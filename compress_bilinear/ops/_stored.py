@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..quantization import QuantizedTensor
-from ._blocks import TRACED_PARTS, block_runner, joined, plus
+from ._blocks import TRACED_PARTS, block_runner, joined, plus, tuning
 from ._context import gradient_wanted, only_values, traced
 from ._gemm import linear, stored_linear
-from ._tuning import tuning
 
 Weight: TypeAlias = Tensor | QuantizedTensor
 """A weight of an operation: floating, or in a storage format."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._tuning import tuning
+from .._blocks import tuning
 
 OPTIONS = {
     "enable_fp_fusion": True,  # the default until now; Triton 3.9 warns that it will change
