@@ -1,9 +1,9 @@
 """The quantization-aware finish: factors that are exactly what a layer stores, each fitted to how others were rounded.
 
 Once a factor has been rounded, the remaining factors are solved again by least squares, which absorbs part of the
-rounding error; then the next is rounded. The plain rounding is kept where it is as good. Such sequences are known from
-neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post training quantization with
-small calibration sets", 2021); for CP and Tucker each step has a closed form.
+rounding error; then the next is rounded. Of a CP, the plain rounding is kept where it is as good. Such sequences are
+known from neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post training
+quantization with small calibration sets", 2021); for CP and Tucker each step has a closed form.
 """
 
 import math
