@@ -253,14 +253,10 @@ def _trainable(module: CompressedBilinear, dtype: torch.dtype) -> CompressedBili
         new.register_forward_hook(lambda _, inputs, output: output.to(dtype))
     if module.quantize is None:
         return new
-    for name in ("out_proj", "in1_proj", "in2_proj"):
-        linear = getattr(new, name, None)
-        if isinstance(linear, nn.Linear):
-            rounding = _Rounded(module.quantize, 0 if name == "out_proj" else 1)
-            parametrize.register_parametrization(linear, "weight", rounding)
-    for core in new.children():
-        if isinstance(core, DenseBilinear):
-            parametrize.register_parametrization(core, "weight", _Rounded(module.quantize, None))
+    for name, mode in {"out_proj": 0, "in1_proj": 1, "in2_proj": 1, "core": None}.items():
+        part = getattr(new, name, None)
+        if isinstance(part, (nn.Linear, DenseBilinear)):
+            parametrize.register_parametrization(part, "weight", _Rounded(module.quantize, mode))
     return new
 
 

@@ -4,11 +4,12 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy
 
-from ._data import FrontPoint, LayerReport, Spectrum
+from ._data import LayerReport, Spectrum
 from ._text import named, printable, size
 
 _SIZE = (330 / 72, 190 / 72)  # inches, of 72 points each
@@ -91,8 +92,9 @@ def front_plot(layer: LayerReport) -> Plot | None:
     def draw(axes: Any) -> None:
         axes.set_xscale("log")
         axes.set_yscale("log")
-        edge = _edge(placed)
-        axes.plot([point.bytes for point, _ in edge], [value for _, value in edge], color=_GRID, linewidth=1.5)
+        order = sorted((point.bytes, value) for point, value in placed)
+        least = list(accumulate((value for _, value in order), min))  # error within so many bytes
+        axes.step([nbytes for nbytes, _ in order], least, where="post", color=_GRID, linewidth=1.5)
         for point, value in placed:
             mark, colour = _MARKS.get(point.method, _MARKS["keep"])
             if point.predicted:
@@ -103,24 +105,13 @@ def front_plot(layer: LayerReport) -> Plot | None:
                 axes.plot(point.bytes, value, "o", ms=14, mfc="none", mec=_INK, mew=1.6)
             if value == floor:
                 axes.annotate("exact", (point.bytes, value), (-8, -3), textcoords="offset points", ha="right")
-        sizes, errors = ([one.bytes for one, _ in placed], [value for _, value in placed])
-        axes.set_xlim(min(sizes) / 1.2, max(sizes) * 1.2)
-        axes.set_ylim(min(errors) / 1.3, max(errors) * 1.3)
-        _round_ticks(axes.xaxis, max(sizes) / min(sizes), lambda value: size(round(value)))
-        _round_ticks(axes.yaxis, max(errors) / min(errors), lambda value: f"{value:g}")
+        axes.margins(0.06)
+        _round_ticks(axes.xaxis, lambda value, _: size(round(value)))
+        _round_ticks(axes.yaxis, "{x:g}")
         axes.set_xlabel("bytes")
         axes.set_ylabel(kind.replace("_", " "))
 
     return Plot(_drawn(draw, f"front {layer.name}"), "Candidates by bytes and error", _CANDIDATES)
-
-
-def _edge(placed: Sequence[tuple[FrontPoint, float]]) -> list[tuple[FrontPoint, float]]:
-    """Those that none beats in both bytes and error, by bytes."""
-    edge: list[tuple[FrontPoint, float]] = []
-    for point, value in sorted(placed, key=lambda pair: (pair[0].bytes, pair[1])):
-        if not edge or value < edge[-1][1]:
-            edge.append((point, value))
-    return edge
 
 
 def spectra_plot(layer: LayerReport) -> Plot | None:
@@ -136,11 +127,9 @@ def spectra_plot(layer: LayerReport) -> Plot | None:
             axes.plot(spectrum.indices, values, color=_SERIES[k], linestyle=_DASHES[k], linewidth=1.6)
             if rank is not None and rank <= spectrum.indices[-1]:  # a CP may have a rank above a mode's length
                 axes.plot(rank, at(spectrum, rank), "osD"[k], ms=7, mfc=_SERIES[k], mec=_INK)
-        heights = [max(value, _SMALLEST) for spectrum in layer.spectra for value in spectrum.values]
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(1, max(2, *(one.indices[-1] for one in layer.spectra)))
-        axes.set_ylim(min(heights) / 1.2, max(heights) * 1.2)
-        _round_ticks(axes.yaxis, max(heights) / min(heights), lambda value: f"{value:g}")
+        _round_ticks(axes.yaxis, "{x:g}")
         axes.set_xlabel("singular value number")
         axes.set_ylabel("σ / ‖W‖")
 
@@ -153,13 +142,14 @@ def at(spectrum: Spectrum, index: int) -> float:
     return max(float(numpy.interp(index, spectrum.indices, spectrum.values)), _SMALLEST)
 
 
-def _round_ticks(axis: Any, ratio: float, label: Callable[[float], str]) -> None:
-    """At most five marks at round numbers on a logarithmic axis whose ends have this ratio."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+def _round_ticks(axis: Any, label: str | Callable[[float, int], str]) -> None:
+    """At most five marks at round numbers on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator
 
-    steps = (1, 3) if ratio > 30 else (1, 2, 5) if ratio > 3 else (1, 1.5, 2, 3, 4, 5, 7)
-    axis.set_major_locator(LogLocator(subs=steps if ratio < 1000 else (1,), numticks=5))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+    low, high = axis.get_view_interval()
+    steps = (1, 3) if high > 30 * low else (1, 2, 5) if high > 3 * low else (1, 1.5, 2, 3, 4, 5, 7)
+    axis.set_major_locator(LogLocator(subs=steps if high < 1000 * low else (1,), numticks=5))
+    axis.set_major_formatter(label)
 
 
 def _drawn(draw: Callable[[Any], None], salt: str, left: float = 0.16) -> str:
