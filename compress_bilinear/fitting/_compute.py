@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -71,7 +71,10 @@ def choose_compute(
         reasons |= {mode: reason_against(copied) for mode, copied in layers.items() if mode != "on_the_fly"}
     elif strict and asked != "on_the_fly" and reasons[asked] is None:
         reasons[asked] = reason_against(_in_mode(layer, asked))
-    measured, changes = _measured(layers, inputs)
+    calls: dict[str, Callable[[], object]] = {mode: partial(copied, *inputs) for mode, copied in layers.items()}
+    with torch.no_grad():
+        measured = latencies(calls, inputs[0].device) if calls else {}
+        facts = {mode: _facts(measured[mode], layers["on_the_fly"], copied, inputs) for mode, copied in layers.items()}
     chosen: Compute = "on_the_fly"
     if asked == "fastest":
         faster = [mode for mode in layers if reasons[mode] is None and measured[mode].upper < measured[chosen].lower]
@@ -79,18 +82,11 @@ def choose_compute(
     elif reasons[asked] is None:
         chosen = asked
     layer.set_compute(chosen)
-    measures = tuple(
-        ComputeMode(
-            mode=mode,
-            chosen=mode == chosen,
-            latency_ms=measured[mode].median if mode in measured else None,
-            latency_quartiles_ms=(measured[mode].lower, measured[mode].upper) if mode in measured else None,
-            output_change=changes.get(mode),
-            refused=reason,
-        )
+    found = [
+        ComputeMode(mode=mode, chosen=mode == chosen, refused=reason, **facts.get(mode, {}))
         for mode, reason in reasons.items()
-    )
-    return ComputeChoice(compute=chosen, modes=measures, stored_bytes=stored_bytes(layer))
+    ]
+    return ComputeChoice(compute=chosen, modes=tuple(found), stored_bytes=stored_bytes(layer))
 
 
 def _in_mode(layer: CompressedBilinear, mode: Compute) -> CompressedBilinear:
@@ -99,22 +95,13 @@ def _in_mode(layer: CompressedBilinear, mode: Compute) -> CompressedBilinear:
     return copied
 
 
-def _measured(
-    layers: dict[Compute, CompressedBilinear], inputs: Inputs
-) -> tuple[dict[str, Latency], dict[Compute, float | None]]:
-    """Latencies of the modes, and how far their outputs are from those on the fly."""
-    if not layers:
-        return {}, {}
-    with torch.no_grad():
-        found = latencies({mode: partial(copied, *inputs) for mode, copied in layers.items()}, inputs[0].device)
-        return found, {mode: _change(layers["on_the_fly"], copied, inputs) for mode, copied in layers.items()}
-
-
-def _change(base: CompressedBilinear, other: CompressedBilinear, inputs: Inputs) -> float | None:
-    """‖y − y'‖ / ‖y − b‖ of the outputs in two modes; None where nothing but the bias comes out."""
+def _facts(latency: Latency, base: CompressedBilinear, other: CompressedBilinear, inputs: Inputs) -> dict[str, Any]:
+    """The figures of a mode. ‖y − y'‖/‖y − b‖ is of the outputs in two modes: None where only the bias comes out."""
     outputs, changed = base(*inputs).double(), other(*inputs).double()
     total = outputs - base.bias.double() if isinstance(base.bias, Tensor) else outputs
-    return float((outputs - changed).norm() / total.norm()) if bool(total.any()) else None
+    change = float((outputs - changed).norm() / total.norm()) if bool(total.any()) else None
+    quartiles = (latency.lower, latency.upper)
+    return {"latency_ms": latency.median, "latency_quartiles_ms": quartiles, "output_change": change}
 
 
 def reason_against_rounded_inputs(
