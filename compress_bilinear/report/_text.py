@@ -61,7 +61,7 @@ def figure(value: object, field: str = "") -> str:
         case int() | float() if field.startswith("speedup"):
             return speedup(value)
         case int() if not isinstance(value, bool):
-            return f"{value:,}".replace(",", " ")  # a thin space, as standards have it
+            return f"{value:,}".replace(",", "\u202f")  # a thin space, as standards have it
         case float():
             return f"{value:.3g}x" if field == "times_smaller" else f"{value:.4g}"
     return str(value)
