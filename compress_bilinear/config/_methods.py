@@ -159,6 +159,10 @@ class DenseConfig:
         check_quantize(self.quantize)
 
 
+TARGETS = ("error", "size", "metric_drop")
+"""What an `AutoConfig` has one of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AutoConfig:
     """Choose method, rank and storage format for each layer, by what they are measured to lose and to cost.
@@ -173,23 +177,31 @@ class AutoConfig:
             counts on the outputs where there are calibration rows.
         size: all layers of this config together take at most this fraction of their bytes, and the sum of their
             squared errors is least. A number, or a `MaxSize`.
+        metric_drop: the network's own metric, that of the option `evaluate`, of which more is better, falls by at most
+            this, and all layers of this config together are small. A number above 0 in the metric's units. Some
+            compressed copies of the network are measured, about eight.
         prefer: "size" makes the bytes small; "speed" the measured time of a call: under an `error`, of all that meet it
             the fastest is taken; under a `size`, what is slower than the layer itself is left out wherever something
             faster fits.
         seed: of the solvers' random starts.
 
-    Raises: ConfigError for anything else, or unless exactly one of `error` and `size` is given.
+    Raises: ConfigError for anything else, or unless exactly one of `error`, `size` and `metric_drop` is given.
     """
 
     error: MaxError | float | None = None
     size: MaxSize | float | None = None
+    metric_drop: float | None = None
     prefer: Literal["size", "speed"] = "size"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (self.error is None) == (self.size is None):
-            both = "both" if self.error is not None else "neither"
-            raise ConfigError(f"An AutoConfig should have one of `error` and `size`. Found {both}.")
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ConfigError(f"An AutoConfig should have one of {', '.join(TARGETS)}. Found {found}.")
+        drop = self.metric_drop
+        if drop is not None and (isinstance(drop, bool) or not isinstance(drop, (int, float)) or not drop > 0):
+            raise ConfigError(f"`metric_drop` should be a number above 0. Found {drop!r}.")
         if self.error is not None and not isinstance(self.error, MaxError):
             _check_fraction(self.error, "`error` of an AutoConfig, where it is not a MaxError,")
         if self.size is not None and not isinstance(self.size, MaxSize):

@@ -3,7 +3,8 @@
 max_seconds = 60            # optional: batch_size, measure_latency, compute, force, max_seconds, refine
 [layers."rel.*"]            # a glob of layer names; of several the first match holds
 method = "cp"               # cp, tucker, dense, auto, or keep to leave the layer alone
-rank = 64                   # of Tucker [16, 32, 32]; or max_size = 0.25, or max_error = 0.05 and on = "output"
+rank = 64                   # of Tucker [16, 32, 32]; or max_size = 0.25, or max_error = 0.05 and on = "output";
+                            # of auto, max_size, max_error or metric_drop
 quantize = "int8"           # optional, as is seed (cp)
 """
 
@@ -25,7 +26,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-_TARGETS = ("rank", "max_error", "max_size")
+_TARGETS = ("rank", "max_error", "max_size", "metric_drop")
 
 
 @dataclass(frozen=True, kw_only=True)

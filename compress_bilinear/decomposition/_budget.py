@@ -49,6 +49,10 @@ class Budget:
             return Budget(seconds)
         return Budget(seconds, lambda done, error: self.report(start + (end - start) * done, error))
 
+    def part(self, size: float, rest: float, progress: Progress) -> "Budget":
+        """A budget for work of this size, of `rest` that is still to do in all, with its own progress."""
+        return Budget(max(self.left() * size / (rest or 1), 1e-3) if self.limited else None, progress)
+
     def report(self, done: float, error: float) -> None:
         """Tell the caller the part that is done and the error; the first never falls, and the second never rises."""
         if self._progress is None:

@@ -3,7 +3,7 @@
 from ._calibrate import LayerInputs, collect_inputs
 from ._candidate import Candidate
 from ._compute import ComputeChoice, choose_compute, reason_against_rounded_inputs
-from ._fit import fit, smallest_within, solve
+from ._fit import FIRST_SIZE, aim, fit, smallest_within, solve
 from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting
 from ._held_out import FEWEST_GROUPS, FEWEST_ROWS

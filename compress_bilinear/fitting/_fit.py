@@ -15,6 +15,9 @@ from ._held_out import FEWEST_ROWS
 from ._job import Job
 from ._search import Search, settle, without_bias
 
+FIRST_SIZE = 1 / 8
+"""Where a search begins that has no size to meet."""
+
 
 def fit(job: Job, budget: Budget, options: PlanOptions) -> Search | None:
     """Fill `job.candidates` with what its config asks for.
@@ -39,10 +42,17 @@ def fit(job: Job, budget: Budget, options: PlanOptions) -> Search | None:
     by_weight = limit is not None and limit.on == "weight"
     fitting = WeightFitting(job.layer) if by_weight or outputs is None else outputs
     search = Search(fitting, budget, config.seed, exact=config.prefer == "speed" and options["measure_latency"])
-    size = None if config.fraction is None else config.fraction * search.candidates[0].bytes
-    search.predict(size, None if limit is None else limit.error)
-    job.candidates = search.candidates
+    aim(search, job)
     return search
+
+
+def aim(search: Search, job: Job) -> None:
+    """Predict for the target of the job's `AutoConfig`; fills `job.candidates`."""
+    assert isinstance(job.config, AutoConfig)
+    fraction = job.config.fraction or (None if job.limit is not None else FIRST_SIZE)
+    size = None if fraction is None else fraction * search.candidates[0].bytes
+    search.predict(size, None if job.limit is None else job.limit.error)
+    job.candidates = search.candidates
 
 
 def solve(

@@ -84,6 +84,12 @@ class Job:
         """The error on held-out rows; their exact outputs are computed once. None without rows."""
         return None if self.inputs is None else OutputError(self.layer, self.inputs)
 
+    def again(self, config: Config) -> "Job":
+        """The same job, before anything was chosen, with another config."""
+        other = replace(self, config=config)
+        other.__dict__["held_out"] = self.held_out
+        return other
+
     def rows(self, batch_size: int | None) -> int:
         """Rows of a timed call: as many as asked for, or as a call of the calibration had."""
         seen = None if self.inputs is None else min(self.inputs.rows_per_call, _MOST_ROWS)

@@ -78,6 +78,8 @@ class Search:
             self._kinds = [(method_of(only), only.quantize)]
         self._predicted: dict[Kind, list[Candidate]] = {}  # at first
         self._ratios: dict[Kind, dict[int, float]] = {}  # of measured errors to these, by bytes
+        self._polished: set[Candidate] = set()
+        self._solved: dict[str, dict[int, float]] = {}  # errors of quick solutions of a method, by rank
 
     @property
     def made(self) -> list[Candidate]:
@@ -85,13 +87,17 @@ class Search:
         return [candidate for candidate in self.candidates if not candidate.predicted]
 
     def predict(self, size: float | None = None, limit: float | None = None) -> None:
-        """Make the dense candidates, and predict all others, at every size.
+        """Make the dense candidates, and predict all others, at every size; again for another size or limit.
 
         Args:
             size: of these bytes, one prediction is exactly the largest below.
             limit: an error; a method that needs quick solutions has them near the size at which others meet it.
         """
+        self.candidates = self.made
+        there = {candidate.config for candidate in self.candidates}
         for number, quantize in enumerate(self._dense):
+            if DenseConfig(quantize=quantize) in there:
+                continue
             part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
             self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), part, quick=True))
         bias = bias_bytes(self.layer)
@@ -126,9 +132,11 @@ class Search:
         self._predict_again(point.kind)
 
     def polish(self, candidate: Candidate, budget: Budget) -> Candidate:
-        """The candidate, or a better one of its kind and size, which takes its place."""
-        better = self.fitting.polished(candidate, budget)
-        better = replace(better, latency=candidate.latency)
+        """The candidate, or a better one of its kind and size, which takes its place; once for each."""
+        if candidate in self._polished:
+            return candidate
+        better = replace(self.fitting.polished(candidate, budget), latency=candidate.latency)
+        self._polished.add(better)
         self.candidates[self.candidates.index(candidate)] = better
         return better
 
@@ -174,7 +182,8 @@ class Search:
         """Predicted candidates of a method and format, those that are smaller than the layer."""
         dense = [each.error for each in self.made if each.kind == ("dense", quantize)]
         rounding = 0.0 if quantize is None else FORMATS[quantize].error
-        if dense and quantize is not None and FORMATS[quantize].coarse:  # inputs nearly of low rank see less
+        if dense and quantize is not None and FORMATS[quantize].coarse:
+            # inputs that are nearly of low rank see less of it
             rounding = min(rounding, *dense)
         optimism = _OPTIMISM if row.predict is not None else _MORE_OPTIMISM
         whole, bias = self.candidates[0].bytes, bias_bytes(self.layer)
@@ -191,18 +200,23 @@ class Search:
                 }
                 found.append(Candidate(config=config, module=None, bytes=int(size + bias), error=error, **known))
         self._predicted[row.name, quantize] = found
-        self.candidates += found
+        self._predict_again((row.name, quantize))
 
     def _sketch(self, row: Method, formats: list[Quantize | None], anchor: float) -> None:
         """Predict a method whose ranks are integers from quick solutions at two low ranks."""
         shape, itemsize = self.layer.weight.shape, self.layer.weight.element_size()
         fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
         most = self._most_rank(max(fullest.values()))
-        solved: dict[int, float] = {}
+        solved = self._solved.setdefault(row.name, {})
+        before = dict(solved)
         begin = 1 if self.fitting.is_cheap(most) else _SKETCHED
-        for part in (2 * begin, begin, *(begin * 2**k for k in range(2, 8))):
+        parts = (2 * begin, begin, *(begin * 2**k for k in range(2, 8)))
+        wanted = 2
+        if solved:  # for another size: only a rank that is far beyond the known ones
+            parts, wanted = (begin,), len(solved) + (most > _SKETCHED * begin * max(solved))
+        for part in parts:
             rank = max(1, most // part)
-            if len(solved) == 2 or rank in solved or self.budget.left() <= 0:
+            if len(solved) == wanted or rank in solved or self.budget.left() <= 0:
                 continue
             begun = time.perf_counter()
             config = row.configure(rank, None, self._seed)
@@ -216,6 +230,8 @@ class Search:
         if not solved:
             return
         for quantize in formats:
+            if solved != before:
+                self._ratios.pop((row.name, quantize), None)
             sizes = sorted({min(most, rank) for rank in _geometric(max(1, min(solved) // 2), 4 * most)})
             sizes = sorted({*sizes, *solved, *({fullest[quantize]} if 0 < fullest[quantize] <= most else ())})
             points = [
@@ -232,7 +248,7 @@ class Search:
 
     def _predict_again(self, kind: Kind) -> None:
         """Predict a kind anew: between what was measured, its ratio to the first prediction is interpolated."""
-        known = sorted(self._ratios[kind].items())
+        known = sorted(self._ratios.get(kind, {1: 1.0}).items())
         places, ratios = ([math.log(size) for size, _ in known], [math.log(ratio) for _, ratio in known])
         made = {candidate.config for candidate in self.made}
         self.candidates = [each for each in self.candidates if not (each.predicted and each.kind == kind)]
@@ -294,7 +310,8 @@ def _extrapolated(solved: dict[int, float], rank: int) -> float:
         places, squares = [0.0, *(float(one) for one, _ in known)], [1.0, *(error**2 for _, error in known)]
         end = [] if exact is None else [float(exact)]
         return float(numpy.interp(rank, [*places, *end], [*squares, *[0.0 for _ in end]]))
-    (low, high), (more, less) = known[0], known[-1]
+    last = next((k for k, (other, _) in enumerate(known[1:], 1) if other >= rank), len(known) - 1)
+    (low, high), (more, less) = known[last - 1 : last + 1]
     fallen = min(math.log(less / high), 0.0)
     power, exponential = math.log(rank / more) / math.log(more / low), (rank - more) / (more - low)
     steps = 0.5 * (power + exponential) if rank > more else power

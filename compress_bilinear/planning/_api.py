@@ -1,40 +1,85 @@
 """`plan` and `compress`: check everything, solve and measure everything, then only swap."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from ..config import AutoConfig, Config, Evaluate, PlanOptions, by_glob, completed, not_default, plain
+from ..config import (
+    AutoConfig,
+    Config,
+    Evaluate,
+    MaxError,
+    MaxSize,
+    PlanOptions,
+    by_glob,
+    completed,
+    not_default,
+    plain,
+)
 from ..decomposition import Budget
-from ..errors import CompressionError, ConfigError, StalePlanError
-from ..fitting import Job, environment, stored_bytes, task_metric
-from ..modules import check_inplace, fingerprint, parameter_owners, plain_reference, reason_against, swap, take_flags
+from ..errors import ConfigError
+from ..fitting import Job, Search, environment, stored_bytes, task_metric
+from ..modules import parameter_owners
 from ..report import FrontPoint, Report, render_text
-from ._distill import DEFAULT_SECONDS
-from ._planner import calibrate, choose, distil_all, find_jobs, fit_all, judge_all, judging_seconds
+from ._choose import choose
+from ._execute import check_fresh, check_same_weight, copied, swapped
+from ._planner import Times, aim_all, calibrate, distil_all, find_jobs, fit_all, judge_all
 from ._progress import ProgressBars
 
-_MOST_JUDGING = 0.25  # of the time
-
 _Model = TypeVar("_Model", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Tables(Generic[_Model]):
+    """What a plan is chosen from: jobs before anything is chosen, and the searches of those with an `AutoConfig`."""
+
+    model: _Model
+    configs: Mapping[str, Config | None]
+    options: PlanOptions
+    jobs: Sequence[Job]
+    searches: Mapping[Job, Search]
+    batches: list[Any]
+
+    def at(self, max_seconds: float | None, **target: Any) -> "_Tables[_Model]":
+        """The same with another target for every `AutoConfig`, and another time. Raises as `Plan.at`."""
+        if not self.searches:
+            raise ConfigError("`at` needs a plan in which an AutoConfig is fitted to some layer. Found none.")
+        new = {
+            id(config): replace(config, **target) if isinstance(config, AutoConfig) else config
+            for config in self.configs.values()
+        }
+        configs = {glob: new[id(config)] for glob, config in self.configs.items()}
+        _check_metric(configs.values(), self.options["evaluate"])
+        jobs = {job: job.again(new[id(job.config)] or job.config) for job in self.jobs}
+        searches = {jobs[job]: search for job, search in self.searches.items()}
+        for job, search in searches.items():
+            check_same_weight(job)
+            if job.limit is not None and (job.limit.on == "output") != search.fitting.on_output:
+                raise ConfigError(
+                    f"The plan should have been made for errors of the {job.limit.on}. Found that layer {job.label!r} "
+                    f"has those of the {'output' if search.fitting.on_output else 'weight'}: plan again."
+                )
+        options: PlanOptions = {**self.options, "max_seconds": max_seconds}
+        return replace(self, configs=configs, options=options, jobs=tuple(jobs.values()), searches=searches)
 
 
 class Plan(Generic[_Model]):
     """What `compress` would do to a model: solved, checked and measured, and nothing changed yet.
 
-    `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out.
+    `print(plan)` shows it; `plan.report` is the same as data; `plan.apply()` carries it out; `plan.at(size=1/16)` is
+    another plan in a fraction of the time. For that, a plan with an `AutoConfig` holds about twice the bytes of the
+    layers' weights, and their calibration rows.
     """
 
-    def __init__(self, model: _Model, jobs: Sequence[Job], report: Report, evaluate: Evaluate | None = None) -> None:
-        self.model = model
+    def __init__(self, jobs: Sequence[Job], report: Report, tables: _Tables[_Model]) -> None:
+        self.model = tables.model
         self.report = report
         self._jobs = tuple(jobs)
-        self._evaluate = evaluate
+        self._tables = tables
 
     @property
     def fronts(self) -> dict[str, tuple[FrontPoint, ...]]:
@@ -63,60 +108,51 @@ class Plan(Generic[_Model]):
         owners = parameter_owners(self.model)
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for job in replaced:
-            _check_fresh(modules, job, owners)
-        before = None if self._evaluate is None else task_metric(self._evaluate, self.model)
+            check_fresh(modules, job, owners)
+        evaluate = self._tables.options["evaluate"]
+        before = None if evaluate is None else task_metric(evaluate, self.model)
         if not inplace:
-            copied = self._copied(replaced)
-            return copied, self._evaluated(before, copied)
-        undo = self._apply_inplace(replaced)
+            compressed = copied(self.model, replaced)
+            return compressed, self._evaluated(before, compressed)
+        undo = swapped(self.model, replaced)
         try:
             return self.model, self._evaluated(before, self.model)
         except BaseException:
             undo()  # a metric that fails leaves the model as it was too
             raise
 
-    @torch.inference_mode(False)  # so that the copy can be trained
-    def _copied(self, replaced: Sequence[Job]) -> _Model:
-        """A copy of the model with the replacements."""
-        memo: dict[int, Any] = {}
-        try:
-            for job in replaced:
-                # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
-                # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
-                bias = copy.deepcopy(job.layer.bias, memo)
-                memo[id(job.found.module)] = _ready(job, bias, memo)
-            copied = copy.deepcopy(self.model, memo)
-        except Exception as error:
-            raise CompressionError(
-                f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
-            ) from error
-        there = dict(copied.named_modules(remove_duplicate=False))
-        for job in replaced:
-            for name in job.found.names:
-                if there.get(name) is not memo[id(job.found.module)]:
-                    raise CompressionError(
-                        f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
-                        "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
-                    )
-        return copied
-
     def _evaluated(self, before: float | None, compressed: _Model) -> Report:
-        if self._evaluate is None:
+        evaluate = self._tables.options["evaluate"]
+        if evaluate is None:
             return self.report
-        return replace(self.report, metric_before=before, metric_after=task_metric(self._evaluate, compressed))
+        return replace(self.report, metric_before=before, metric_after=task_metric(evaluate, compressed))
 
     @torch.inference_mode(False)
-    def _apply_inplace(self, replaced: Sequence[Job]) -> Callable[[], None]:
-        """Swap the replacements in; returns what undoes it."""
-        for job in replaced:
-            check_inplace(self.model, job.found.names)
-            held = plain_reference(self.model, job.found.module)
-            if held is not None:
-                raise CompressionError(
-                    f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "
-                    f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
-                )
-        return swap(self.model, {id(job.found.module): _ready(job, job.layer.bias) for job in replaced})
+    def at(
+        self,
+        *,
+        size: MaxSize | float | None = None,
+        error: MaxError | float | None = None,
+        metric_drop: float | None = None,
+        max_seconds: float | None = None,
+    ) -> "Plan[_Model]":
+        """Another plan, with another target for every `AutoConfig`; what was predicted and made is not done again.
+
+        Args:
+            size, error, metric_drop: one of them, as of an `AutoConfig`. What other configs asked for stays.
+            max_seconds: for this plan.
+
+        Raises:
+            ConfigError: no layer has an `AutoConfig`, or the tables are not of the errors that `error` counts on.
+            StalePlanError: a layer has changed since its tables were made.
+        """
+        tables = self._tables.at(max_seconds, size=size, error=error, metric_drop=metric_drop)
+        whole = Budget(max_seconds)
+        with ProgressBars(tables.options["progress"]) as bars:
+            times = Times.of(whole, tables.jobs, tables.options)
+            with bars.stage("fit"):
+                aim_all(tables.searches, times.solving, bars)
+            return _decided(tables, times, bars)
 
 
 @torch.inference_mode(False)  # whatever the caller is in: factors are fitted by gradients
@@ -150,29 +186,36 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         isinstance(each, AutoConfig) or getattr(each, "quantize", None) for each in configs.values()
     ):
         raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")
-    refine, whole = given["refine"], Budget(given["max_seconds"])
+    _check_metric(configs.values(), given["evaluate"])
+    whole = Budget(given["max_seconds"])
     jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
     with ProgressBars(given["progress"]) as bars:
         with bars.stage("calibrate"):
             batches = calibrate(model, jobs, given, bars)
-            shares = judging_seconds(jobs, given) if whole.limited else {}
-        rest = whole.child(1.0 if refine is None else 0.5)
-        kept_back = min(sum(shares.values()) / max(rest.left(), 1e-3), _MOST_JUDGING)
-        budget = rest.child(1 - kept_back)
+            times = Times.of(whole, jobs, given)
         with bars.stage("fit"):
-            searches = fit_all(jobs, given, budget, bars)
-        with bars.stage("choose"):
-            choose(jobs, searches, given, budget, bars)
-        with bars.stage("judge"):
-            judge_all(jobs, given, rest, shares, bars)
-        if refine is not None:
-            with bars.stage("distil"):
-                left = whole.left() if whole.limited else DEFAULT_SECONDS
-                distil_all(model, jobs, batches, given, left, bars)
-    for job in jobs:
+            searches = fit_all(jobs, given, times.solving, bars)
+        given["calibration"] = None  # a plan should not hold a data set
+        known: dict[str, Any] = {"options": given, "jobs": jobs, "searches": searches, "batches": batches}
+        return _decided(_Tables(model=model, configs=configs, **known), times, bars)
+
+
+def _decided(tables: _Tables[_Model], times: Times, bars: ProgressBars) -> Plan[_Model]:
+    """Choose, judge and distil."""
+    model, options = tables.model, tables.options
+    again = {job: job.again(job.config) for job in tables.jobs}
+    jobs, searches = tuple(again.values()), {again[job]: search for job, search in tables.searches.items()}
+    with bars.stage("choose"):
+        choose(model, jobs, searches, options, times.solving, bars)
+    with bars.stage("judge"):
+        judge_all(jobs, options, times, bars)
+    if options["refine"] is not None:
+        with bars.stage("distil"):
+            distil_all(model, jobs, tables.batches, options, times, bars)
+    for job in (*jobs, *(job for job in tables.jobs if job not in tables.searches)):
         job.release()
-    report = _report(model, jobs, plain(configs, not_default(given)), bars.seconds)
-    return Plan(model, jobs, report, given["evaluate"])
+    report = _report(model, jobs, plain(tables.configs, not_default(options)), bars.seconds)
+    return Plan(jobs, report, tables)
 
 
 def compress(
@@ -187,6 +230,17 @@ def compress(
     Arguments and errors are those of `plan` and `Plan.apply`. An error leaves the model exactly as it was.
     """
     return plan(model, config, **options).apply(inplace)
+
+
+def _check_metric(configs: Iterable[Config | None], evaluate: Evaluate | None) -> None:
+    """Raise ConfigError where a config's limit on the metric cannot be measured."""
+    limits = {id(config) for config in configs if isinstance(config, AutoConfig) and config.metric_drop is not None}
+    if limits and evaluate is None:
+        raise ConfigError("`metric_drop` needs `evaluate`, the network's metric as a function of it. Found none.")
+    if len(limits) > 1:
+        raise ConfigError(
+            f"`metric_drop` should be in one config, for one network has one metric. Found {len(limits)}."
+        )
 
 
 def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
@@ -204,36 +258,3 @@ def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any], se
         config=config,
         seconds=seconds,
     )
-
-
-def _check_fresh(modules: Mapping[str, nn.Module], job: Job, owners: Mapping[int, Sequence[str]]) -> None:
-    """Raise StalePlanError unless the model has the layer that the job was planned for."""
-    found = job.found
-    for name in found.names:
-        if modules.get(name) is not found.module:
-            raise StalePlanError(
-                f"Layer {name or '(root)'!r} should be the one that was planned for. "
-                f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."
-            )
-    reason = reason_against(found, owners)
-    if reason is not None:
-        raise StalePlanError(f"Layer {job.label!r} can no longer be replaced: {reason}. Plan again.")
-    if fingerprint(found.current()) != job.fingerprint:
-        raise StalePlanError(
-            f"Layer {job.label!r} should have the weights that were planned for. Found that its weight or bias has "
-            "changed, or has moved to another device or dtype: plan again."
-        )
-
-
-def _ready(job: Job, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the replacement with the layer's flags and this bias, which keeps its identity unless it is corrected.
-
-    Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
-    """
-    assert job.chosen is not None
-    new = copy.deepcopy(job.chosen.module)
-    assert new is not None
-    take_flags(new, job.layer)
-    if bias is None or not job.chosen.bias_corrected:
-        new.set_bias(bias)
-    return new if job.found.adapted is None else job.found.adapted.replaced(new, memo)

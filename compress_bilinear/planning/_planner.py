@@ -1,26 +1,22 @@
 """The stages of a plan, in their order: find, calibrate, fit, choose, judge, distil. Each adds its part to the jobs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..config import AutoConfig, Config, DenseConfig, PlanOptions
 from ..decomposition import Budget
-from ..errors import CompressionError, ConfigError, InfeasibleError
+from ..errors import CompressionError, ConfigError
 from ..fitting import (
     Candidate,
     Job,
     Search,
-    choose_compute,
+    aim,
     collect_inputs,
     expected_seconds,
     fit,
-    reason_against_rounded_inputs,
-    settle,
-    timing_inputs,
     weight_error,
 )
 from ..modules import (
@@ -34,14 +30,14 @@ from ..modules import (
     select,
 )
 from ..report import LayerReport, Note
-from ._allocate import allocate, best_within, just_above
-from ._distill import BatchSample, Distilled, check_distillable, distil
+from ._distill import DEFAULT_SECONDS, BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
 from ._rows import call_rows
 from ._verdict import cancelling, judge
 
 _REPORTED = 1.25  # between two predicted sizes in a report
-_PREDICT, _VERIFY = 0.3, 0.6  # of the time for an `AutoConfig`: to predict, and of what is left to make candidates
+_PREDICT = 0.3  # of the time for an `AutoConfig`
+_MOST_JUDGING = 0.25  # of the time
 
 
 def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool) -> list[Job]:
@@ -99,10 +95,11 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     progress = bars.parts("Solving", len(open_))
     for number, job in enumerate(open_):
         share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
-        part = _part(budget, sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
+        part = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
         try:
             if job.found.adapted is not None:
                 job.found.adapted.verify()
+            job.fingerprint = fingerprint(job.found.current())
             if (search := fit(job, part, options)) is not None:
                 searches[job] = search
         except ConfigError as error:
@@ -115,43 +112,43 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     return searches
 
 
-def choose(
-    jobs: Sequence[Job], searches: Mapping[Job, Search], options: PlanOptions, budget: Budget, bars: ProgressBars
-) -> None:
-    """One candidate for each open job, in the compute mode that was asked for."""
-    waiting = list(searches)
-    while waiting:
-        group = [job for job in waiting if job.config is waiting[0].config]
-        sizes = [sum(job.layer.weight.numel() for job in some) for some in (group, waiting)]
-        part = _part(budget, sizes[0], sizes[1], budget.report)
-        _choose_together(group, searches, group[0].config, options, part, bars)
-        waiting = [job for job in waiting if job not in group]
-    for job in jobs:
-        if job.is_open and not isinstance(job.config, AutoConfig):
-            job.chosen = job.candidates[0]
-        if job.is_open and job.chosen is not None:
-            place = job.candidates.index(job.chosen)
-            job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options)
+class Times(NamedTuple):
+    """The time for a plan; without distilling; that without judging; and each open job's share of judging, by label."""
+
+    whole: Budget
+    judged: Budget
+    solving: Budget
+    shares: Mapping[str, float]
+
+    @classmethod
+    def of(cls, whole: Budget, jobs: Sequence[Job], options: PlanOptions) -> "Times":
+        """Divide what is left of a time."""
+        shares = {job.label: _judging_seconds(job, options) for job in jobs if job.is_open and whole.limited}
+        judged = whole.child(1.0 if options["refine"] is None else 0.5)
+        return cls(whole, judged, judged.child(1 - min(sum(shares.values()) / judged.left(), _MOST_JUDGING)), shares)
 
 
-def judging_seconds(jobs: Sequence[Job], options: PlanOptions) -> dict[Job, float]:
-    """What `judge_all` will take for each open job, about: a weight is measured like some calls of many rows."""
-    found = {}
-    for job in jobs:
-        if job.is_open:
-            timing = 1 + expected_seconds(job.layer, job.rows(options["batch_size"]))
-            found[job] = expected_seconds(job.layer, 256) / 3 + timing * options["measure_latency"]
-    return found
+def _judging_seconds(job: Job, options: PlanOptions) -> float:
+    """What judging will take, about: a weight is measured like some calls of many rows."""
+    timing = 1 + expected_seconds(job.layer, job.rows(options["batch_size"]))
+    return expected_seconds(job.layer, 256) / 3 + timing * options["measure_latency"]
 
 
-def judge_all(
-    jobs: Sequence[Job], options: PlanOptions, budget: Budget, shares: Mapping[Job, float], bars: ProgressBars
-) -> None:
-    """Decide on each chosen candidate, and record that in `job.report`; the time is divided by these shares."""
+def aim_all(searches: Mapping[Job, Search], budget: Budget, bars: ProgressBars) -> None:
+    """Predict for the targets of the jobs' configs, from what has been solved for others."""
+    sizes = [job.layer.weight.numel() for job in searches]
+    progress = bars.parts("Predicting", len(sizes))
+    for number, (job, search) in enumerate(searches.items()):
+        search.budget = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(_PREDICT)
+        aim(search, job)
+
+
+def judge_all(jobs: Sequence[Job], options: PlanOptions, times: Times, bars: ProgressBars) -> None:
+    """Decide on each chosen candidate, and record that in `job.report`."""
     progress = bars.parts("Judging", len(jobs))
     for number, job in enumerate(jobs):
-        rest = sum(shares.get(each, 0.0) for each in jobs[number:])
-        part = _part(budget, shares.get(job, 0.0), rest, progress(number, job.label))
+        shares = [times.shares.get(each.label, 0.0) for each in jobs[number:]]
+        part = times.judged.part(shares[0], sum(shares), progress(number, job.label))
         shown = job.chosen or (job.candidates[0] if job.candidates else None)
         report = judge(job, options, budget=part)
         if isinstance(job.config, AutoConfig) and job.candidates:
@@ -159,8 +156,6 @@ def judge_all(
             order = sorted(job.candidates, key=lambda candidate: (candidate.bytes, candidate.error))
             points = tuple(each.point(on_output, each is shown) for each in _sparse(order))
             job.report = replace(report, front=points)
-        if job.chosen is not None:
-            job.fingerprint = fingerprint(job.found.current())
 
 
 def _sparse(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -177,7 +172,7 @@ def _sparse(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def distil_all(
-    model: nn.Module, jobs: Sequence[Job], batches: list[Any], options: PlanOptions, seconds: float, bars: ProgressBars
+    model: nn.Module, jobs: Sequence[Job], batches: list[Any], options: PlanOptions, times: Times, bars: ProgressBars
 ) -> None:
     """Train all replacements together to give the network's outputs; keep what is better; renew the reports."""
     replaced = {id(job.layer): job for job in jobs if job.module is not None}
@@ -195,110 +190,12 @@ def distil_all(
         trained_bias=[key for key, job in replaced.items() if job.chosen and job.chosen.bias_corrected],
         adapted={id(job.layer): job.found.adapted for job in jobs if job.found.adapted is not None},
         forward_fn=options["forward_fn"],
-        seconds=max(seconds, 1e-3),
+        seconds=max(times.whole.left(), 1e-3) if times.whole.limited else DEFAULT_SECONDS,
         progress=bars.parts("Distilling", 1)(0, "the network"),
         accept=accept,
     )
     for key, job in replaced.items():
         _record_distilled(job, found.modules[key].train(job.layer.training), found)
-
-
-def _part(budget: Budget, size: float, rest: float, progress: Callable[[float, float], None]) -> Budget:
-    """The part of the time left that a layer of this size gets, of layers of `rest` in all; with its own bar."""
-    return Budget(max(budget.left() * size / (rest or 1), 1e-3) if budget.limited else None, progress)
-
-
-def _choose_together(
-    jobs: Sequence[Job],
-    searches: Mapping[Job, Search],
-    config: Config,
-    options: PlanOptions,
-    budget: Budget,
-    bars: ProgressBars,
-) -> None:
-    """One candidate for each of these jobs, which have an `AutoConfig` in common; made, measured and polished."""
-    assert isinstance(config, AutoConfig)
-    own = [searches[job] for job in jobs]
-    for search in own:
-        search.budget = budget.child(_VERIFY)
-    pick = partial(_picked, jobs, config)
-    try:
-        chosen = settle(own, pick)
-        if config.prefer == "speed":
-            chosen = _fastest(jobs, own, chosen, pick, options)
-    except InfeasibleError as error:
-        for job in jobs:
-            job.reason, job.candidates = Note("out_of_reach", str(error)), searches[job].candidates
-        return
-    if config.fraction is not None:
-        fronts = {job.label: search.made for job, search in zip(jobs, own, strict=True)}
-        labelled = {job.label: candidate for job, candidate in zip(jobs, chosen, strict=True)}
-        above = just_above(fronts, _allowed(config, [search.candidates for search in own]), config.prefer, labelled)
-        for job in jobs:
-            job.notes = above.get(job.label, ())
-    progress = bars.parts("Polishing", len(jobs))
-    for number, (job, search, candidate) in enumerate(zip(jobs, own, chosen, strict=True)):
-        if config.fraction is not None and options["measure_latency"]:
-            candidate = search.quickest_as_good(candidate, job.rows(options["batch_size"]))
-        sizes = [other.layer.weight.numel() for other in jobs[number:]]
-        part = _part(budget, sizes[0], sum(sizes), progress(number, job.label))
-        job.chosen = search.polish(candidate, part)
-        job.candidates = search.candidates
-        if job.chosen.module is None:
-            what = "faster" if config.prefer == "speed" else "smaller"
-            code, why = "out_of_reach", f"no {what} replacement meets the target"
-            if config.fraction is not None:
-                code, why = "within_size", "the size allows to keep it"
-            job.reason = Note(code, f"{why} of {len(search.made) - 1} that were tried")
-
-
-def _picked(jobs: Sequence[Job], config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> list[Candidate]:
-    """The best candidates of each list under the config. Raises: InfeasibleError where its size is out of reach."""
-    if config.fraction is None:
-        limits = [job.limit.error if job.limit is not None else 0.0 for job in jobs]
-        return [best_within(each, limit, config.prefer) for each, limit in zip(lists, limits, strict=True)]
-    fronts = {str(number): candidates for number, candidates in enumerate(lists)}
-    chosen = allocate(fronts, _allowed(config, lists), config.prefer)
-    return [chosen[name] for name in fronts]
-
-
-def _allowed(config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> int:
-    """The bytes that a size allows for all layers together; the first candidate of each keeps it."""
-    return int((config.fraction or 1.0) * sum(candidates[0].bytes for candidates in lists))
-
-
-def _fastest(
-    jobs: Sequence[Job],
-    searches: Sequence[Search],
-    chosen: Sequence[Candidate],
-    pick: Callable[[list[list[Candidate]]], list[Candidate]],
-    options: PlanOptions,
-) -> list[Candidate]:
-    """The pick among measured latencies: of every method and format, what needs least work is made and timed too."""
-    for job, search, candidate in zip(jobs, searches, chosen, strict=True):
-        search.build_quickest(candidate, None if job.limit is None else job.limit.error)
-        search.time(job.rows(options["batch_size"]))
-    return pick([search.made for search in searches])
-
-
-def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Candidate:
-    """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode."""
-    module, wanted = candidate.module, options["compute"]
-    if module is None or module.quantize is None or wanted == "on_the_fly":
-        return candidate
-    choice = choose_compute(
-        module,
-        wanted,
-        timing_inputs(job.layer, job.rows(options["batch_size"]), job.inputs),
-        timed=options["measure_latency"],
-        reason_against=partial(reason_against_rounded_inputs, limit=job.limit, held_out=job.held_out),
-        # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
-        strict=isinstance(job.config, AutoConfig),
-    )
-    error = candidate.error
-    if choice.compute == "int8" and candidate.on_output and job.held_out is not None:
-        error = job.held_out.of(module) or error
-    return replace(candidate, compute_modes=choice.modes, error=error)
 
 
 def _within_limit(job: Job, module: CompressedBilinear) -> bool:

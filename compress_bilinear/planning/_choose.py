@@ -1,0 +1,182 @@
+"""The stage that chooses one candidate for each layer: what is picked is made and measured, and then polished."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import count
+
+from torch import nn
+
+from ..config import AutoConfig, PlanOptions
+from ..decomposition import Budget
+from ..errors import InfeasibleError
+from ..fitting import Candidate, Job, Search, choose_compute, reason_against_rounded_inputs, settle, timing_inputs
+from ..report import Note
+from ._allocate import allocate, best_within, just_above
+from ._metric_drop import TaskMetric
+from ._progress import ProgressBars
+
+_VERIFY = 0.6  # of the time, to make candidates; what is left polishes the chosen ones
+
+
+def choose(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    searches: Mapping[Job, Search],
+    options: PlanOptions,
+    budget: Budget,
+    bars: ProgressBars,
+) -> None:
+    """One candidate for each open job, in the compute mode that was asked for. An `AutoConfig` is for all its jobs."""
+    for job in jobs:
+        if job.is_open and job not in searches:
+            job.chosen = job.candidates[0]
+    groups: dict[int, list[Job]] = {}
+    for job in searches:
+        groups.setdefault(id(job.config), []).append(job)
+    waiting = sum(job.layer.weight.numel() for job in searches)
+    # a metric is of the whole network, with what the other configs give
+    for group in sorted(groups.values(), key=lambda group: _auto(group).metric_drop is not None):
+        size = sum(job.layer.weight.numel() for job in group)
+        _choose_together(model, jobs, group, searches, options, budget.part(size, waiting, budget.report), bars)
+        waiting -= size
+    for job in jobs:
+        if job.is_open and job.chosen is not None:
+            place = job.candidates.index(job.chosen)
+            job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options)
+
+
+def _choose_together(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    group: Sequence[Job],
+    searches: Mapping[Job, Search],
+    options: PlanOptions,
+    budget: Budget,
+    bars: ProgressBars,
+) -> None:
+    """One candidate for each job of a group, which have an `AutoConfig` in common; made, measured and polished."""
+    config, own = _auto(group), [searches[job] for job in group]
+    for search in own:
+        search.budget = budget.child(_VERIFY)
+    metric = None if config.metric_drop is None else TaskMetric(model, jobs, options["evaluate"], config.metric_drop)
+    try:
+        if metric is not None:
+            config = replace(config, metric_drop=None, size=_least_size(metric, group, own, bars))
+        pick = partial(_picked, group, config)
+        chosen = settle(own, pick)
+        if config.prefer == "speed":
+            chosen = _fastest(group, own, chosen, pick, options)
+    except InfeasibleError as error:
+        for job in group:
+            job.reason, job.candidates = Note("out_of_reach", str(error)), searches[job].candidates
+        return
+    if config.fraction is not None and metric is None:
+        fronts = {job.label: search.made for job, search in zip(group, own, strict=True)}
+        labelled = {job.label: candidate for job, candidate in zip(group, chosen, strict=True)}
+        above = just_above(fronts, _allowed(config, [search.candidates for search in own]), config.prefer, labelled)
+        for job in group:
+            job.notes = above.get(job.label, ())
+    _polish(group, own, chosen, options, budget, bars)
+    if metric is not None:
+        metric.confirm(group)
+    for job, search in zip(group, own, strict=True):
+        assert job.chosen is not None
+        job.candidates = list(dict.fromkeys([*search.candidates, job.chosen]))
+        if job.module is None:
+            what = "faster" if config.prefer == "speed" else "smaller"
+            code, why = "out_of_reach", f"no {what} replacement meets the target"
+            if job.limit is None:
+                code, why = "within_size", "the size allows to keep it"
+            job.reason = Note(code, f"{why} of {len(search.made) - 1} that were tried")
+
+
+def _polish(
+    group: Sequence[Job],
+    searches: Sequence[Search],
+    chosen: Sequence[Candidate],
+    options: PlanOptions,
+    budget: Budget,
+    bars: ProgressBars,
+) -> None:
+    """Polish what was chosen, or what is as good and faster."""
+    progress = bars.parts("Polishing", len(group))
+    for number, (job, search, candidate) in enumerate(zip(group, searches, chosen, strict=True)):
+        if job.limit is None and options["measure_latency"]:
+            candidate = search.quickest_as_good(candidate, job.rows(options["batch_size"]))
+        sizes = [other.layer.weight.numel() for other in group[number:]]
+        job.chosen = search.polish(candidate, budget.part(sizes[0], sum(sizes), progress(number, job.label)))
+
+
+def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Search], bars: ProgressBars) -> float:
+    """The least size, as a fraction, at which the network's metric holds. Raises: InfeasibleError where there is none.
+
+    Some compressed copies of the network are measured, whose candidates are not polished.
+    """
+    progress = bars.parts("Measuring the metric at", 8)
+    tried = count()
+
+    def pick(fraction: float) -> dict[Job, Candidate] | None:
+        progress(next(tried), f"{fraction:.3g} of the size")
+        try:
+            chosen = settle(searches, partial(_picked, group, AutoConfig(size=fraction)))
+        except InfeasibleError:
+            return None
+        return dict(zip(group, chosen, strict=True))
+
+    return metric.least_size(pick, in_time=lambda: all(search.budget.left() > 0 for search in searches))
+
+
+def _auto(group: Sequence[Job]) -> AutoConfig:
+    config = group[0].config
+    assert isinstance(config, AutoConfig)
+    return config
+
+
+def _picked(jobs: Sequence[Job], config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> list[Candidate]:
+    """The best candidates of each list under the config. Raises: InfeasibleError where its size is out of reach."""
+    if config.fraction is None:
+        limits = [job.limit.error if job.limit is not None else 0.0 for job in jobs]
+        return [best_within(each, limit, config.prefer) for each, limit in zip(lists, limits, strict=True)]
+    fronts = {str(number): candidates for number, candidates in enumerate(lists)}
+    chosen = allocate(fronts, _allowed(config, lists), config.prefer)
+    return [chosen[name] for name in fronts]
+
+
+def _allowed(config: AutoConfig, lists: Sequence[Sequence[Candidate]]) -> int:
+    """The bytes that a size allows for all layers together; the first candidate of each keeps it."""
+    return int((config.fraction or 1.0) * sum(candidates[0].bytes for candidates in lists))
+
+
+def _fastest(
+    jobs: Sequence[Job],
+    searches: Sequence[Search],
+    chosen: Sequence[Candidate],
+    pick: Callable[[list[list[Candidate]]], list[Candidate]],
+    options: PlanOptions,
+) -> list[Candidate]:
+    """The pick among measured latencies: of every method and format, what needs least work is made and timed too."""
+    for job, search, candidate in zip(jobs, searches, chosen, strict=True):
+        search.build_quickest(candidate, None if job.limit is None else job.limit.error)
+        search.time(job.rows(options["batch_size"]))
+    return pick([search.made for search in searches])
+
+
+def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Candidate:
+    """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode."""
+    module, wanted = candidate.module, options["compute"]
+    if module is None or module.quantize is None or wanted == "on_the_fly":
+        return candidate
+    choice = choose_compute(
+        module,
+        wanted,
+        timing_inputs(job.layer, job.rows(options["batch_size"]), job.inputs),
+        timed=options["measure_latency"],
+        reason_against=partial(reason_against_rounded_inputs, limit=job.limit, held_out=job.held_out),
+        # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
+        strict=isinstance(job.config, AutoConfig),
+    )
+    error = candidate.error
+    if choice.compute == "int8" and candidate.on_output and job.held_out is not None:
+        error = job.held_out.of(module) or error
+    return replace(candidate, compute_modes=choice.modes, error=error)

@@ -1,0 +1,91 @@
+"""Put the replacements of jobs in place, in a copy of the model or in the model itself."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..errors import CompressionError, StalePlanError
+from ..fitting import Job
+from ..modules import check_inplace, fingerprint, plain_reference, reason_against, swap, take_flags
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def check_fresh(modules: Mapping[str, nn.Module], job: Job, owners: Mapping[int, Sequence[str]]) -> None:
+    """Raise StalePlanError unless the model has the layer that the job was planned for."""
+    found = job.found
+    for name in found.names:
+        if modules.get(name) is not found.module:
+            raise StalePlanError(
+                f"Layer {name or '(root)'!r} should be the one that was planned for. "
+                f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."
+            )
+    reason = reason_against(found, owners)
+    if reason is not None:
+        raise StalePlanError(f"Layer {job.label!r} can no longer be replaced: {reason}. Plan again.")
+    check_same_weight(job)
+
+
+def check_same_weight(job: Job) -> None:
+    """Raise StalePlanError unless the layer has the weight and bias that the job was planned for."""
+    if fingerprint(job.found.current()) != job.fingerprint:
+        raise StalePlanError(
+            f"Layer {job.label!r} should have the weights that were planned for. Found that its weight or bias has "
+            "changed, or has moved to another device or dtype: plan again."
+        )
+
+
+def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
+    """A copy of the model with the replacements."""
+    memo: dict[int, Any] = {}
+    try:
+        for job in replaced:
+            # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
+            # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
+            bias = copy.deepcopy(job.layer.bias, memo)
+            memo[id(job.found.module)] = _ready(job, bias, memo)
+        new = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CompressionError(
+            f"The model could not be copied ({type(error).__name__}: {error}). `inplace=True` does not copy it."
+        ) from error
+    there = dict(new.named_modules(remove_duplicate=False))
+    for job in replaced:
+        for name in job.found.names:
+            if there.get(name) is not memo[id(job.found.module)]:
+                raise CompressionError(
+                    f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
+                    "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
+                )
+    return new
+
+
+@torch.inference_mode(False)
+def swapped(model: nn.Module, replaced: Sequence[Job]) -> Callable[[], None]:
+    """Swap the replacements in; returns what undoes it."""
+    for job in replaced:
+        check_inplace(model, job.found.names)
+        held = plain_reference(model, job.found.module)
+        if held is not None:
+            raise CompressionError(
+                f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "
+                f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
+            )
+    return swap(model, {id(job.found.module): _ready(job, job.layer.bias) for job in replaced})
+
+
+def _ready(job: Job, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of the replacement with the layer's flags and this bias, which keeps its identity unless it is corrected.
+
+    Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
+    """
+    assert job.chosen is not None
+    new = copy.deepcopy(job.chosen.module)
+    assert new is not None
+    take_flags(new, job.layer)
+    if bias is None or not job.chosen.bias_corrected:
+        new.set_bias(bias)
+    return new if job.found.adapted is None else job.found.adapted.replaced(new, memo)
