@@ -26,7 +26,7 @@ _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to 
 _AGREES = 0.1  # of the squared error, between what the moments predict and what fitted rows have: rows then add nothing
 _SMALL = 2**14  # entries of a weight for which everything is tried in less than a second
 _ROWS = 512  # of which that is found
-_MISLEADS = 1.2  # times the predicted error: then moments of other rows say little, and the plain weight may do better
+_MISLEADS = 0.3  # the same of held-out rows: then moments of others say little, and the plain weight may do better
 
 
 class OutputFitting(WeightFitting):
@@ -85,11 +85,13 @@ class OutputFitting(WeightFitting):
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
         fitted = self._fitted.of(floating.module) or 0.0
         differs = small or abs(fitted**2 - white.error**2) > _AGREES * fits[0].error ** 2
-        if method.refit is not None and differs:
+        if method.refit is not None and differs and budget.left() > 0:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._best_rounded(config, refitted, None, "rows"))
-        if small or floating.error > _MISLEADS * white.error:
+        misleads = floating.error**2 - white.error**2 > _MISLEADS * fits[0].error ** 2
+        del floating
+        if small or (misleads and budget.left() > 0):
             self.__dict__.pop("_rows", None)  # its memory is for the solver
             fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
         return best([fit for fit in fits if fit.bytes <= found.bytes])
@@ -123,7 +125,11 @@ class OutputFitting(WeightFitting):
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""
         plain = self._solved(config, rank, budget)
-        return [self._rounded(config, plain, each) for each in ((True, False) if self._fix_bias else (True,))]
+        parts = method_of(config).round(plain, self.weight, config.quantize)
+        found = [
+            self._layer_of(config, parts, correct_bias=each) for each in ([True, False] if self._fix_bias else [True])
+        ]
+        return [replace(each, decomposition=plain) for each in found]
 
     def _corrected(self, bias: Tensor, module: CompressedBilinear) -> tuple[Tensor, bool]:
         """With the mean of what the outputs lack."""

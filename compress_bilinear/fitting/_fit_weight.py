@@ -86,7 +86,7 @@ class WeightFitting:
                 rank = self._rank_within(method, rank, config.quantize)
             elif config.quantize is not None:
                 rank = MaxSize(rank.fraction * self.layer.weight.element_size() / weight.element_size())
-        if method.sketch is None or self.is_cheap(rank):
+        if method.sketch is None:
             assert method.solve is not None
             known = {} if method.predict is None else {"ordered": True}
             return method.solve(weight, rank, config, budget, **known)
@@ -126,10 +126,15 @@ class WeightFitting:
         """The better of a candidate and of what more sweeps of a slow method make of it."""
         assert found.config is not None
         method = method_of(found.config)
-        if method.sketch is None or found.fitted is None or self.is_cheap(found.fitted.rank):
+        if method.sketch is None or found.fitted is None:
             return found
         weight, rank = self.ordered[0], found.fitted.rank
-        more = method.sketch(weight, rank, found.config, budget.child(0.8), _MORE_SWEEPS, begin=found.fitted)
+        part = budget.child(0.8)
+        if self.is_cheap(rank):
+            assert method.solve is not None
+            more = method.solve(weight, rank, found.config, part)
+        else:
+            more = method.sketch(weight, rank, found.config, part, _MORE_SWEEPS, begin=found.fitted)
         return best([found, self._best_rounded(found.config, more, weight)])
 
     def is_cheap(self, rank: Rank) -> bool:

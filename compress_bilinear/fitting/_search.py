@@ -315,7 +315,9 @@ def _extrapolated(solved: dict[int, float], rank: int) -> float:
     fallen = min(math.log(less / high), 0.0)
     power, exponential = math.log(rank / more) / math.log(more / low), (rank - more) / (more - low)
     steps = 0.5 * (power + exponential) if rank > more else power
-    return min(1.0, (less * math.exp(fallen * steps)) ** 2)
+    # each component leaves out less than the one before, so that the squared error is below the line from rank 0
+    line = 1 - (1 - high**2) * rank / low if rank < low else 1.0
+    return min(line, (less * math.exp(fallen * steps)) ** 2)
 
 
 def bias_bytes(layer: nn.Bilinear) -> int:

@@ -38,6 +38,7 @@ def check_same_weight(job: Job) -> None:
         )
 
 
+@torch.inference_mode(False)  # so that the copy can be trained
 def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
     """A copy of the model with the replacements."""
     memo: dict[int, Any] = {}

@@ -14,7 +14,7 @@ from compress_bilinear.decomposition import Budget
 from compress_bilinear.decomposition._als import Sweeper
 from compress_bilinear.errors import CompressionError, ConfigError, MatchError, StalePlanError
 from compress_bilinear.fitting import Latency, Timing, stored_bytes
-from compress_bilinear.planning import _api, _planner, _verdict
+from compress_bilinear.planning import _execute, _planner, _verdict
 
 IN1, IN2, OUT = 12, 10, 8
 TUCKER = cb.TuckerConfig(rank=(3, 4, 4))
@@ -392,7 +392,7 @@ class TestFailures:
     @pytest.mark.parametrize("at", [1, 3])
     @pytest.mark.parametrize(
         ("module", "name"),
-        [(_planner, "fit"), (_planner, "judge"), (_planner, "fingerprint"), (_api, "_ready")],
+        [(_planner, "fit"), (_planner, "judge"), (_planner, "fingerprint"), (_execute, "_ready")],
     )
     def test_a_failure_anywhere_leaves_the_model_as_it_was(self, net, inplace, monkeypatch, module, name, at):
         before, parts = state_of(net), dict(net.named_modules())

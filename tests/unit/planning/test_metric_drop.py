@@ -77,7 +77,7 @@ def test_a_larger_drop_allows_a_smaller_network():
 
 
 def test_a_metric_that_nothing_keeps_leaves_the_model_alone():
-    plan = planned(cb.AutoConfig(metric_drop=0.1), evaluate=lambda model: float(isinstance(model.a, nn.Bilinear)))
+    plan = planned(cb.AutoConfig(metric_drop=0.1), evaluate=lambda model: float(model is NET))
     for layer in plan.report.layers:
         assert layer.decision == "kept"
         assert "a metric within 0.1 of 1 is out of reach" in layer.reason.lower()
