@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Quantize
 from ..quantization import FORMATS
+from ._budget import Budget
 from ._factors import CPDecomposition, TuckerDecomposition
 from ._feedback import stored_columns, stored_weight
 from ._interpolation import interpolation, is_interpolated
@@ -28,7 +29,9 @@ _CYCLES = 4  # of rounding each factor anew
 _GAIN = 0.98  # of the squared error, below which another cycle is worth its time
 
 
-def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metric = PLAIN) -> _Any:
+def rounded(
+    found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metric = PLAIN, budget: Budget | None = None
+) -> _Any:
     """A decomposition of the same rank whose parts are values of a storage format, with the least error found.
 
     Args:
@@ -36,6 +39,7 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
         weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
         quantize: the format. With None, and with 16 bits, whose errors are negligible, the result is `found`.
         metric: in which the error counts.
+        budget: after which errors are no longer taken back.
 
     Returns:
         A decomposition in float32, or in float64 for such a weight. The layer that is made of it stores exactly these
@@ -45,11 +49,13 @@ def rounded(found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metr
         return found
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):
-            return _rounded_cp(found, weight, quantize, metric)
-        return _rounded_tucker(found, weight, quantize, metric)
+            return _rounded_cp(found, weight, quantize, metric, budget or Budget())
+        return _rounded_tucker(found, weight, quantize, metric, budget or Budget())
 
 
-def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metric: Metric) -> CPDecomposition:
+def _rounded_cp(
+    found: CPDecomposition, weight: Tensor, quantize: Quantize, metric: Metric, budget: Budget
+) -> CPDecomposition:
     source = Source(weight)
     ridge = FORMATS[quantize].error ** 2  # what rounding the factors that are left will add
     factors = [factor.detach().double() for factor in found.factors]
@@ -68,7 +74,7 @@ def _rounded_cp(found: CPDecomposition, weight: Tensor, quantize: Quantize, metr
         trial = _CPFit(source, list(factors), metric, sums)  # of mode 0, which depend on the other factors only
         best = min(best, trial, key=_CPFit.squared_error)
         factors[0], white[0] = factors[0] * trial.scales, white[0] * trial.scales
-        if best.squared_error() > _GAIN * before:
+        if best.squared_error() > _GAIN * before or budget.left() <= 0:
             break
     dtype = torch.promote_types(weight.dtype, torch.float32)
     out, in1, in2 = (factor.to(dtype) for factor in best.units)
@@ -121,7 +127,7 @@ def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
 
 
 def _rounded_tucker(
-    found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric
+    found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric, budget: Budget
 ) -> TuckerDecomposition:
     """Each factor in turn moves to the best subspace for the others as they are by then, and is rounded; last the core.
 
@@ -151,7 +157,8 @@ def _rounded_tucker(
         turned_(core, torch.linalg.pinv(inner, rtol=_LEAST_RIDGE).T.to(core.dtype), mode)
     core = core if source.scale == 1.0 else core.double() / source.scale
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    fed_back = stored_weight(core, quantize, Metric((None, white[1], white[2]), PLAIN.inverses), overwrite=True)
+    inputs = Metric((None, white[1], white[2]), PLAIN.inverses)
+    fed_back = stored_weight(core, quantize, inputs, budget, overwrite=True)
     core = FORMATS[quantize].encode(core, "weight").decode(dtype) if fed_back is None else fed_back.to(dtype)
     out, in1, in2 = (factor.to(dtype) for factor in factors)
     return TuckerDecomposition(core, (out, in1, in2))

@@ -1,5 +1,6 @@
 """A candidate: one way to replace a layer, or to keep it, with what it was measured to lose and to cost."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,8 +25,8 @@ class Candidate:
         on_output: which of the two that is.
         fitted_to: what the factors were fitted to in the end.
         bias_corrected: whether the bias is no longer the layer's.
-        decomposition: the factors in floating point; None of a dense layer.
-        fitted: these in the coordinates in which they were fitted.
+        fitted: the factors in floating point, in the coordinates in which they were fitted; None of a dense layer.
+        unwhiten: makes of these the factors of the weight; None where they are that already.
         latency: median milliseconds of a call; None where nothing was timed.
         notes: what else the report should say of it.
         compute_modes: what its compute mode was chosen by.
@@ -39,8 +40,8 @@ class Candidate:
     on_output: bool = False
     fitted_to: Literal["weight", "whitened", "rows"] = "weight"
     bias_corrected: bool = False
-    decomposition: Any = None
     fitted: Any = None
+    unwhiten: Callable[[Any], Any] | None = None
     latency: float | None = None
     notes: tuple[Note, ...] = ()
     compute_modes: tuple[ComputeMode, ...] = ()
@@ -56,6 +57,11 @@ class Candidate:
         """The layer itself."""
         flops = ops.dense_flops((layer.out_features, layer.in1_features, layer.in2_features))
         return cls(config=None, module=None, bytes=stored_bytes(layer), flops=flops, error=0.0)
+
+    @property
+    def decomposition(self) -> Any:
+        """The factors of the weight in floating point; None of a dense layer."""
+        return self.fitted if self.unwhiten is None or self.fitted is None else self.unwhiten(self.fitted)
 
     @property
     def kind(self) -> tuple[str, Quantize | None]:

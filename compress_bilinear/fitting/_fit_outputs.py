@@ -76,7 +76,7 @@ class OutputFitting(WeightFitting):
         config = found.config
         if config is None or isinstance(config, DenseConfig):
             return found if config is None else best([found, self.dense(config, budget)])
-        if found.fitted is None:
+        if found.unwhiten is None or budget.left() <= 0:
             return found
         fits, method = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
@@ -85,10 +85,10 @@ class OutputFitting(WeightFitting):
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
         fitted = self._fitted.of(floating.module) or 0.0
         differs = small or abs(fitted**2 - white.error**2) > _AGREES * fits[0].error ** 2
-        if method.refit is not None and differs and budget.left() > 0:
+        if method.refit is not None and differs:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
-            fits.append(self._best_rounded(config, refitted, None, "rows"))
+            fits.append(self._unwhitened(config, refitted, None, budget, "rows"))
         misleads = floating.error**2 - white.error**2 > _MISLEADS * fits[0].error ** 2
         del floating
         if small or (misleads and budget.left() > 0):
@@ -126,10 +126,8 @@ class OutputFitting(WeightFitting):
         """Of the plain weight, with the layer's bias and with a corrected one."""
         plain = self._solved(config, rank, budget)
         parts = method_of(config).round(plain, self.weight, config.quantize)
-        found = [
-            self._layer_of(config, parts, correct_bias=each) for each in ([True, False] if self._fix_bias else [True])
-        ]
-        return [replace(each, decomposition=plain) for each in found]
+        corrections = (True, False) if self._fix_bias else (True,)
+        return [self._layer_of(config, parts, correct_bias=each, fitted=plain) for each in corrections]
 
     def _corrected(self, bias: Tensor, module: CompressedBilinear) -> tuple[Tensor, bool]:
         """With the mean of what the outputs lack."""

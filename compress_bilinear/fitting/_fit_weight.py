@@ -3,8 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -69,7 +69,7 @@ class WeightFitting:
         budget = budget or Budget()
         if method_of(config).unwhiten is None:
             return self.at(config, rank, budget)
-        return self._best_rounded(config, self.solved(config, rank, budget), self.ordered[0])
+        return self._unwhitened(config, self.solved(config, rank, budget), self.ordered[0], budget)
 
     def solved(self, config: LayerConfig, rank: Rank, budget: Budget, sweeps: int = SWEEPS) -> Decomposition:
         """The decomposition of `ordered`, or of the plain weight for a method that takes no other; in floating point.
@@ -126,7 +126,7 @@ class WeightFitting:
         """The better of a candidate and of what more sweeps of a slow method make of it."""
         assert found.config is not None
         method = method_of(found.config)
-        if method.sketch is None or found.fitted is None:
+        if found.unwhiten is None or method.sketch is None:
             return found
         weight, rank = self.ordered[0], found.fitted.rank
         part = budget.child(0.8)
@@ -135,7 +135,7 @@ class WeightFitting:
             more = method.solve(weight, rank, found.config, part)
         else:
             more = method.sketch(weight, rank, found.config, part, _MORE_SWEEPS, begin=found.fitted)
-        return best([found, self._best_rounded(found.config, more, weight)])
+        return best([found, self._unwhitened(found.config, more, weight, budget)])
 
     def is_cheap(self, rank: Rank) -> bool:
         """Whether a slow method is solved to its end in little time."""
@@ -160,12 +160,17 @@ class WeightFitting:
     def _rounded(self, config: LayerConfig, found: Decomposition, correct_bias: bool = True) -> Candidate:
         """A decomposition of the weight in the config's format, its parts rounded to fit each other."""
         parts = method_of(config).round(found, self.weight, config.quantize)
-        return replace(self._layer_of(config, parts, correct_bias=correct_bias), decomposition=found)
+        return self._layer_of(config, parts, correct_bias=correct_bias, fitted=found)
 
-    def _best_rounded(
-        self, config: LayerConfig, found: Decomposition, target: Tensor | None, fitted_to: str | None = None
+    def _unwhitened(
+        self,
+        config: LayerConfig,
+        found: Decomposition,
+        target: Tensor | None,
+        budget: Budget,
+        fitted_to: Literal["whitened", "rows"] = "whitened",
     ) -> Candidate:
-        """A decomposition in the coordinates of `ordered`: rounded value by value, or its parts to fit each other.
+        """A decomposition in the coordinates of `ordered`, its parts rounded to fit each other.
 
         Args:
             target: what the rounded parts should be near to, in those coordinates (O, I, J); None takes what is
@@ -173,17 +178,17 @@ class WeightFitting:
         """
         method, metric = method_of(config), self.ordered[1]
         assert method.unwhiten is not None
-        known = {"fitted_to": fitted_to or ("whitened" if self.on_output else "weight"), "fitted": found}
-        parts = method.unwhiten(found, metric, self.layer.weight.dtype)
-        plain = self._layer_of(config, parts, **known)
-        if config.quantize is None or not FORMATS[config.quantize].coarse:
-            return plain
-        rounded = method.round(parts, found.to_tensor() if target is None else target, config.quantize, metric)
-        return best([plain, replace(self._layer_of(config, rounded, **known), decomposition=parts)])
+        unwhiten = partial(method.unwhiten, metric=metric, dtype=self.layer.weight.dtype)
+        parts = unwhiten(found)
+        if config.quantize is not None and FORMATS[config.quantize].coarse:
+            target = found.to_tensor() if target is None else target
+            parts = method.round(parts, target, config.quantize, metric, budget)
+        where = fitted_to if self.on_output else "weight"
+        return self._layer_of(config, parts, fitted=found, unwhiten=unwhiten, fitted_to=where)
 
     def _layer_of(self, config: LayerConfig, parts: Decomposition, **known: Any) -> Candidate:
         make = cast(Any, method_of(config).layer).from_decomposition
-        return self._stored(config, make(parts, quantize=config.quantize), decomposition=parts, **known)
+        return self._stored(config, make(parts, quantize=config.quantize), **known)
 
     def _stored(
         self, config: LayerConfig, module: CompressedBilinear, correct_bias: bool = True, **known: Any

@@ -100,4 +100,4 @@ class Job:
         self.inputs, self.candidates = None, []
         self.__dict__.pop("held_out", None)
         if self.chosen is not None:
-            self.chosen = replace(self.chosen, decomposition=None, fitted=None)
+            self.chosen = replace(self.chosen, fitted=None)

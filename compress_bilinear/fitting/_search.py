@@ -121,7 +121,8 @@ class Search:
         self.candidates.remove(point)
         ratio = _NONE
         try:
-            found = self.fitting.build(point.config, getattr(point.config, "rank", None), self._part())
+            part = self._part() if method_of(point.config).sketch is not None else self.budget.child(1.0, (0.3, 0.9))
+            found = self.fitting.build(point.config, getattr(point.config, "rank", None), part)
         except CompressionError:  # factors out of range
             pass
         else:

@@ -55,7 +55,7 @@ class Method:
     nbytes: Callable[..., int] = lambda rank, shape, itemsize, quantize: 0
     predict: Callable[[Tensor], Callable[..., list[tuple[Rank, float, float]]]] | None = None
     refit: Callable[[Decomposition, decompose.Rows, Budget], Decomposition] | None = None
-    round: Callable[..., Decomposition] = lambda found, weight, quantize, metric=None: found
+    round: Callable[..., Decomposition] = lambda found, weight, quantize, metric=None, budget=None: found
     unwhiten: Callable[..., Decomposition] | None = None
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]

@@ -218,7 +218,7 @@ def _record_distilled(job: Job, module: CompressedBilinear, found: Distilled) ->
         code = "refined"
         text = f"refined: the network's error on held-out batches fell from {found.before:.3g} to {found.after:.3g}"
         known = _errors_of_distilled(job, module, job.report)
-        job.chosen = replace(job.chosen, module=module, decomposition=None, on_output=False)
+        job.chosen = replace(job.chosen, module=module, fitted=None, unwhiten=None, on_output=False)
     elif METHODS[module.method].solve is not None:
         text = f"not refined: the network's error on held-out batches did not fall from {found.before:.3g}"
     notes = [each for each in job.report.notes if each.code not in ("as_configured", "cancelling")]
