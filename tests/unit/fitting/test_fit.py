@@ -139,7 +139,7 @@ def test_half_precision_cores_stay_in_range_where_one_direction_of_the_inputs_do
 
 @pytest.mark.parametrize("config", [CP, TUCKER], ids=["cp", "tucker"])
 def test_factors_out_of_range_give_way_to_those_of_the_weight(config, monkeypatch):
-    def unwhiten(*_):
+    def unwhiten(*_, **__):
         raise CompressionError("`core` should be finite. Found NaN or infinity.")
 
     layer, batch = bilinear(IN1, IN2, OUT), rows(300)
