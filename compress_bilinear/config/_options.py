@@ -26,7 +26,8 @@ class PlanOptions(TypedDict, total=False):
             is most sensitive to their outputs.
         refine: "network" afterwards trains the factors of all replacements together, without labels, to give the
             original network's outputs on calibration batches, for as long as `max_seconds` leaves, or a minute.
-        evaluate: your task metric of a model. The report of `apply` has it before and after.
+        evaluate: your task metric of a model. The report of `apply` has it before and after. An
+            `AutoConfig(metric_drop=...)` limits how far it falls; more of it is then better.
         batch_size: rows in a timed call. None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves out latencies and speedups, which saves a second or so for each layer.
         compute: how quantized layers compute: see `set_compute`. "fastest" times the modes on rows that the layer saw,

@@ -50,7 +50,9 @@ def rounded(
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):
             return _rounded_cp(found, weight, quantize, metric, budget or Budget())
-        return _rounded_tucker(found, weight, quantize, metric, budget or Budget())
+        factors = found.factors
+        del found  # its core, which is nearly as large as the weight, is made anew
+        return _rounded_tucker(factors, weight, quantize, metric, budget or Budget())
 
 
 def _rounded_cp(
@@ -127,7 +129,7 @@ def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
 
 
 def _rounded_tucker(
-    found: TuckerDecomposition, weight: Tensor, quantize: Quantize, metric: Metric, budget: Budget
+    floating: Sequence[Tensor], weight: Tensor, quantize: Quantize, metric: Metric, budget: Budget
 ) -> TuckerDecomposition:
     """Each factor in turn moves to the best subspace for the others as they are by then, and is rounded; last the core.
 
@@ -135,10 +137,10 @@ def _rounded_tucker(
     absorbed into the core.
     """
     source = Source(weight)
-    partial = [mode for mode in range(3) if found.rank[mode] < found.shape[mode]]
+    partial = [mode for mode, factor in enumerate(floating) if factor.shape[1] < len(factor)]
     factors = [
         factor.detach().double() if mode in partial else torch.eye(*factor.shape, dtype=torch.float64).to(factor.device)
-        for mode, factor in enumerate(found.factors)
+        for mode, factor in enumerate(floating)
     ]
     white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
     bases = [
@@ -146,7 +148,7 @@ def _rounded_tucker(
     ]
     for mode in partial:
         part = source.project(bases, skip=mode)
-        best = leading(gram(part, mode, source.dtype), found.rank[mode], torch.float64)
+        best = leading(gram(part, mode, source.dtype), floating[mode].shape[1], torch.float64)
         del part
         factors[mode] = _stored_factor(metric.unwhiten(mode, best @ (best.T @ white[mode])), mode, quantize)
         white[mode] = metric.whitened(mode, factors[mode])

@@ -179,10 +179,12 @@ class WeightFitting:
         method, metric = method_of(config), self.ordered[1]
         assert method.unwhiten is not None
         unwhiten = partial(method.unwhiten, metric=metric, dtype=self.layer.weight.dtype)
-        parts = unwhiten(found)
         if config.quantize is not None and FORMATS[config.quantize].coarse:
             target = found.to_tensor() if target is None else target
-            parts = method.round(parts, target, config.quantize, metric, budget)
+            # the parts in floating point are held by nobody else
+            parts = method.round(unwhiten(found), target, config.quantize, metric, budget)
+        else:
+            parts = unwhiten(found)
         where = fitted_to if self.on_output else "weight"
         return self._layer_of(config, parts, fitted=found, unwhiten=unwhiten, fitted_to=where)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..config import Evaluate
-from ..errors import InfeasibleError
+from ..errors import CompressionError, InfeasibleError
 from ..fitting import FIRST_SIZE, Candidate, Job, task_metric
 from ..report import Note
 from ._execute import copied
@@ -33,7 +33,14 @@ class TaskMetric:
         key = tuple(chosen.values())
         if key not in self._known:
             made = [replace(job, chosen=candidate) for job, candidate in chosen.items() if candidate.module is not None]
-            self._known[key] = task_metric(self._evaluate, copied(self._model, [*self._others, *made]))
+            try:
+                compressed = copied(self._model, [*self._others, *made])
+            except CompressionError as error:
+                raise CompressionError(
+                    "`metric_drop` needs a model that can be copied, to measure it compressed. Found that it cannot: "
+                    f"{error.__cause__ or error}. Use `size` or `error`."
+                ) from error
+            self._known[key] = task_metric(self._evaluate, compressed)
         held = self._known[key] >= self.before - self._drop
         if held:
             self._best = chosen

@@ -58,9 +58,13 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
     if against is not None and not made:
         against = Note("forced", f"forced, although {against.text}")
     notes = [against or AS_CONFIGURED]
-    if timing is not None and timing.speedup < 1:
-        notes.append(Note("slower", f"slower here than {job.found.form}: {timing.speedup:.2f}x its speed"))
-    notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
+    notes += [
+        *([] if timing is None else _slower(timing, job.found.form)),
+        *cancelling(known["amplification"]),
+        *candidate.notes,
+        *job.notes,
+        *shaky,
+    ]
     if options["measure_latency"] and timing is None:
         notes.append(Note("not_timed", "no time was left to measure its latency"))
     if job.calibrated and job.inputs is None:
@@ -119,6 +123,17 @@ def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> Note | None:
         f"{timing.after.median:.3g} ms (upper quartile {timing.after.upper:.3g}), "
         f"{form} {timing.before.median:.3g} ms (lower quartile {timing.before.lower:.3g})",
     )
+
+
+def _slower(timing: Timing, form: str) -> list[Note]:
+    """Notes on a replacement that is slower than the layer, or than the same weight in the best order."""
+    found = []
+    if timing.speedup < 1:
+        found.append(Note("slower", f"slower here than {form}: {timing.speedup:.2f}x its speed"))
+    if timing.speedup_vs_dense < 1 and timing.dense_order != "nn.Bilinear":
+        dense, after = timing.dense.median, timing.after.median
+        found.append(Note("slower", f"`DenseConfig()` is faster here, in {dense:.3g} ms for {after:.3g} ms"))
+    return found
 
 
 def cancelling(amplification: float | None) -> tuple[Note, ...]:

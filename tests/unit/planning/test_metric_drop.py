@@ -8,7 +8,7 @@ from support import assert_same_state, low_rank, state_of
 from torch import Tensor, nn
 
 import compress_bilinear as cb
-from compress_bilinear.errors import ConfigError, StalePlanError
+from compress_bilinear.errors import CompressionError, ConfigError, StalePlanError
 from compress_bilinear.fitting import Candidate
 from compress_bilinear.planning._metric_drop import TaskMetric
 
@@ -113,6 +113,15 @@ def test_a_polished_candidate_that_fails_is_taken_back(plan):
 def test_a_metric_that_cannot_be_kept_is_an_error(config, options, problem):
     with pytest.raises(ConfigError, match=problem):
         planned(config, **options)
+
+
+def test_a_model_that_cannot_be_copied_says_what_else_there_is():
+    class Held(Net):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("it holds a lock")
+
+    with pytest.raises(CompressionError, match=r"it holds a lock\. Use `size` or `error`"):
+        cb.plan(Held(), cb.AutoConfig(metric_drop=0.1), evaluate=lambda model: 1.0, measure_latency=False)
 
 
 @pytest.mark.parametrize("drop", [0, -1, True, "0.1", math.nan])

@@ -249,7 +249,14 @@ class TestJudge:
         timed(2, 4)
         job = judged(planted(), TUCKER, time_rows=7)
         assert job.chosen is not None
-        assert job.report.reason == "as configured; slower here than nn.Bilinear: 0.50x its speed"
+        slower, faster = [note.text for note in job.report.notes if note.code == "slower"]
+        assert slower == "slower here than nn.Bilinear: 0.50x its speed"
+        assert faster == "`DenseConfig()` is faster here, in 1 ms for 4 ms"
+
+    def test_what_is_faster_than_the_layer_and_not_than_its_best_order_names_that(self, timed):
+        timed(4, 2)
+        (note,) = [note for note in judged(planted(), TUCKER, time_rows=7).report.notes if note.code == "slower"]
+        assert note.text == "`DenseConfig()` is faster here, in 1 ms for 2 ms"
 
     def test_unreached_is_said(self):
         assert "no calibration row reached it" in judged(planted(), TUCKER, unreached=True).report.reason
