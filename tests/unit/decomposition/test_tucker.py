@@ -344,13 +344,13 @@ def test_progress_never_goes_back_and_may_end_the_solve(rank):
 
 @pytest.mark.parametrize("rank", [(4, 5, 3), (10, 5, 9), (10, 13, 9), MaxError(0.35), MaxSize(0.2)], ids=repr)
 @pytest.mark.parametrize("scale", [1.0, 1e-150])
-def test_a_weight_in_its_hosvds_coordinates_gives_the_same_ranks_and_error(rank, scale):
+def test_a_weight_in_its_hosvds_coordinates_has_the_same_ranks_and_nearly_the_error(rank, scale):
     tensor, _ = ordered(NOISY)
     tensor = tensor * scale
     before = tensor.clone()
     found, expected = tucker(tensor, rank, ordered=True), tucker(tensor, rank)
     assert found.rank == expected.rank
-    assert found.error == pytest.approx(expected.error, rel=1e-6, abs=1e-12)
+    assert expected.error - 1e-12 <= found.error <= 1.01 * expected.error + 1e-12  # HOOI gains little
     assert found.error == pytest.approx(found.relative_error(tensor), rel=1e-9)
     assert torch.equal(tensor, before)
 
@@ -360,7 +360,8 @@ def test_an_ordered_float32_weight_too(rank):
     tensor, _ = ordered(low_rank((50, 45, 40), 60, noise=0.2).float())
     found, expected = tucker(tensor, rank, ordered=True), tucker(tensor, rank)
     assert found.rank == expected.rank
-    assert found.error == pytest.approx(expected.error, rel=2e-3)
+    assert 0.999 * expected.error <= found.error <= 1.06 * expected.error
+    assert found.error == pytest.approx(found.relative_error(tensor), rel=1e-3)
 
 
 @pytest.mark.parametrize("rank", [(8, 9, 10), (12, 45, 40), (25, 28, 30), MaxSize(0.1)], ids=repr)

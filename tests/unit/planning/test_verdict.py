@@ -220,7 +220,7 @@ class TestJudge:
         job = judged(layer, TUCKER, time_rows=7, inputs=inputs)
         report, module = job.report, job.chosen.module
         assert (report.decision, report.notes[0]) == ("replaced", AS_CONFIGURED)
-        assert [note.code for note in report.notes] == ["as_configured", "few_rows"]
+        assert [note.code for note in report.notes] == ["as_configured", "slower", "few_rows"]
         assert (report.name, report.aliases, report.shape) == ("rel", ("again",), (8, 12, 10))
         assert (report.method, report.rank, report.quantize) == ("tucker", (3, 4, 4), None)
         assert (report.params_before, report.bytes_before) == (968, 4 * 968)
