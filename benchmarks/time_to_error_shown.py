@@ -85,12 +85,16 @@ def _draw(axis: Any, rows: list[dict[str, str]], layer: str) -> None:
             label=name,
             markersize=6,
         )
+        last = 0.0
         for time, error, limit in points if name == "automatic" else ():
+            if limit and time < 1.5 * last:
+                continue  # no room for its label
+            last = time
             axis.annotate(
                 f"{limit} s" if limit else "no limit",
                 (time, error),
                 fontsize=7,
-                xytext=(3, 4),
+                xytext=(3, 5 if limit else -11),
                 textcoords="offset points",
             )
     out, in1, in2 = layer.split("x")
