@@ -59,8 +59,8 @@ class TaskMetric:
         while in_time() and bad < _LARGEST and (good is None or good > bad * _CLOSE):
             chosen = pick(fraction)
             if chosen is not None and self.holds(chosen):
-                used = sum(each.bytes for each in chosen.values())
-                good = min(fraction, (used + 0.5) / sum(job.candidates[0].bytes for job in chosen))
+                used = sum(each.bytes for each in chosen.values()) + 0.5  # so that rounding down gives the same bytes
+                good = min(fraction, used / sum(job.candidates[0].bytes for job in chosen))
             else:
                 bad = fraction
             if good is None:
