@@ -159,10 +159,6 @@ class DenseConfig:
         check_quantize(self.quantize)
 
 
-TARGETS = ("error", "size", "metric_drop")
-"""What an `AutoConfig` has one of."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class AutoConfig:
     """Choose method, rank and storage format for each layer, by what they are measured to lose and to cost.
@@ -195,10 +191,10 @@ class AutoConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        given = [name for name in TARGETS if getattr(self, name) is not None]
+        given = [name for name in ("error", "size", "metric_drop") if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none"
-            raise ConfigError(f"An AutoConfig should have one of {', '.join(TARGETS)}. Found {found}.")
+            raise ConfigError(f"An AutoConfig should have one of `error`, `size` and `metric_drop`. Found {found}.")
         drop = self.metric_drop
         if drop is not None and (isinstance(drop, bool) or not isinstance(drop, (int, float)) or not drop > 0):
             raise ConfigError(f"`metric_drop` should be a number above 0. Found {drop!r}.")

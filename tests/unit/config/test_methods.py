@@ -97,9 +97,12 @@ def test_the_checks_accept_what_is_valid():
     check_rank(1)
 
 
-@pytest.mark.parametrize("options", [{}, {"error": 0.1, "size": 0.1}, {"error": MaxError(0.1), "size": MaxSize(0.1)}])
-def test_an_auto_config_has_one_of_error_and_size(options):
-    with pytest.raises(ConfigError, match="one of `error` and `size`"):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"error": 0.1, "size": 0.1}, {"error": MaxError(0.1), "size": MaxSize(0.1)}, {"size": 0.1, "metric_drop": 1}],
+)
+def test_an_auto_config_has_one_target(options):
+    with pytest.raises(ConfigError, match="one of `error`, `size` and `metric_drop`"):
         AutoConfig(**options)
 
 

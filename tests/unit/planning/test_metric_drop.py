@@ -157,7 +157,7 @@ def test_calibration_runs_once_for_all_targets():
 @pytest.mark.parametrize(
     ("target", "problem"),
     [
-        ({}, "one of error, size, metric_drop. Found none"),
+        ({}, "and `metric_drop`. Found none"),
         ({"size": 0.1, "error": 0.1}, "Found error and size"),
         ({"error": cb.MaxError(0.1)}, "made for errors of the weight"),
     ],
