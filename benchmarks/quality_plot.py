@@ -3,10 +3,12 @@
 python -m benchmarks.quality_plot  # draws the committed results again
 """
 
-import csv
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from benchmarks.panels import draw_panels
+from benchmarks.rows import read
 
 METRICS = {
     "kinships": ("mrr", "Kinships, TuckER (64 x 24 → 64): filtered MRR"),
@@ -28,22 +30,10 @@ STYLES = {
 
 def plot(path: Path) -> Path:
     """Draw a CSV of `benchmarks.quality` beside it as PNG: means over the seeds, bars from the least to the most."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["kind"] != "to an error"]
-    networks = list(dict.fromkeys(row["network"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(networks), figsize=(6.2 * len(networks), 4.6), squeeze=False)
-    for axis, network in zip(axes[0], networks, strict=True):
-        _draw(axis, [row for row in rows if row["network"] == network], network)
-    figure.tight_layout()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
-    pyplot.close(figure)
-    return target
+    rows = [row for row in read(path) if row["kind"] != "to an error"]
+    networks = dict.fromkeys(row["network"] for row in rows)
+    groups = {network: [row for row in rows if row["network"] == network] for network in networks}
+    return draw_panels(path, groups, _draw, (6.2, 4.6))
 
 
 def _draw(axis: Any, rows: list[dict[str, str]], network: str) -> None:

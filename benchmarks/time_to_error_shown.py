@@ -11,6 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from benchmarks.panels import draw_panels
 from benchmarks.rows import Row, read
 
 BOX = box.SIMPLE_HEAD
@@ -52,23 +53,17 @@ def promises(rows: Sequence[Row]) -> Table:
 
 def plot(path: Path) -> Path:
     """Draw a CSV of `benchmarks.time_to_error` beside it as PNG."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
     rows = [row for row in read(path) if row["output_error"]]
     layers = sorted({row["layer"] for row in rows}, key=lambda name: math.prod(map(int, name.split("x"))))
-    figure, axes = pyplot.subplots(1, len(layers), figsize=(4.4 * len(layers), 4.2), squeeze=False)
-    for axis, layer in zip(axes[0], layers, strict=True):
-        _draw(axis, [row for row in rows if row["layer"] == layer], layer)
-    axes[0][0].set_ylabel("output error on unseen rows")
-    axes[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    target = path.with_suffix(".png")
-    figure.savefig(target, dpi=120)
-    pyplot.close(figure)
-    return target
+    groups = {layer: [row for row in rows if row["layer"] == layer] for layer in layers}
+
+    def draw(axis: Any, own: list[dict[str, str]], layer: str) -> None:
+        _draw(axis, own, layer)
+        if layer == layers[0]:
+            axis.set_ylabel("output error on unseen rows")
+            axis.legend(fontsize=7)
+
+    return draw_panels(path, groups, draw, (4.4, 4.2))
 
 
 def _draw(axis: Any, rows: list[dict[str, str]], layer: str) -> None:
