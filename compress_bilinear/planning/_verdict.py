@@ -59,7 +59,7 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
         against = Note("forced", f"forced, although {against.text}")
     notes = [against or AS_CONFIGURED]
     notes += [
-        *([] if timing is None else _slower(timing, job.found.form)),
+        *([] if timing is None else _slower(timing, job.found.form, _is_exact(module))),
         *cancelling(known["amplification"]),
         *candidate.notes,
         *job.notes,
@@ -125,12 +125,12 @@ def slowness(timing: Timing | None, form: str = "nn.Bilinear") -> Note | None:
     )
 
 
-def _slower(timing: Timing, form: str) -> list[Note]:
+def _slower(timing: Timing, form: str, exact: bool) -> list[Note]:
     """Notes on a replacement that is slower than the layer, or than the same weight in the best order."""
     found = []
     if timing.speedup < 1:
         found.append(Note("slower", f"slower here than {form}: {timing.speedup:.2f}x its speed"))
-    if timing.speedup_vs_dense < 1 and timing.dense_order != "nn.Bilinear":
+    if not exact and timing.speedup_vs_dense < 1 and timing.dense_order != "nn.Bilinear":
         dense, after = timing.dense.median, timing.after.median
         found.append(Note("slower", f"`DenseConfig()` is faster here, in {dense:.3g} ms for {after:.3g} ms"))
     return found

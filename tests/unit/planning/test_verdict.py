@@ -258,6 +258,11 @@ class TestJudge:
         (note,) = [note for note in judged(planted(), TUCKER, time_rows=7).report.notes if note.code == "slower"]
         assert note.text == "`DenseConfig()` is faster here, in 1 ms for 2 ms"
 
+    def test_an_exact_layer_does_not_name_itself(self, timed):
+        timed(4, 2)  # where the best order takes 1 ms
+        job = judged(planted(), DenseConfig(), time_rows=7)
+        assert [note.code for note in job.report.notes] == ["as_configured"]
+
     def test_unreached_is_said(self):
         assert "no calibration row reached it" in judged(planted(), TUCKER, unreached=True).report.reason
 
