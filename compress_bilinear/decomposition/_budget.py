@@ -10,6 +10,8 @@ from ..config import check_max_seconds
 Progress: TypeAlias = Callable[[float, float], object]
 """Called with the part of the work done, from 0 to 1, and the relative error so far; what it raises ends the solve."""
 
+_NO_TIME = 1e-9  # seconds of a part of a budget that is over: so is the part
+
 
 class Budget:
     """Seconds and progress of a piece of work. Parts of it get a `child` each; None for `max_seconds` never ends."""
@@ -44,14 +46,14 @@ class Budget:
             span: where the part begins and ends in this budget's work, for its progress.
         """
         start, end = span
-        seconds = max(share * self.left(), 1e-3) if self.limited else None
+        seconds = max(share * self.left(), _NO_TIME) if self.limited else None
         if self._progress is None:
             return Budget(seconds)
         return Budget(seconds, lambda done, error: self.report(start + (end - start) * done, error))
 
     def part(self, size: float, rest: float, progress: Progress) -> "Budget":
         """A budget for work of this size, of `rest` that is still to do in all, with its own progress."""
-        return Budget(max(self.left() * size / (rest or 1), 1e-3) if self.limited else None, progress)
+        return Budget(max(self.left() * size / (rest or 1), _NO_TIME) if self.limited else None, progress)
 
     def report(self, done: float, error: float) -> None:
         """Tell the caller the part that is done and the error; the first never falls, and the second never rises."""

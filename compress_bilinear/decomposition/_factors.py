@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, TypeAlias
 
 import torch
@@ -91,7 +92,7 @@ class _Decomposition:
         if tuple(weight.shape) != self.shape:
             raise CompressionError(f"`weight` should have shape {self.shape}. Found {tuple(weight.shape)}.")
         with torch.no_grad():
-            return relative_error(weight, self.dense_rows)
+            return relative_errors(weight, self.dense_rows)[0]
 
 
 def peak(tensor: Tensor) -> float:
@@ -100,29 +101,31 @@ def peak(tensor: Tensor) -> float:
     return max(-float(least), float(most)) if not bool(torch.isnan(most)) else math.nan
 
 
-def relative_error(
+def relative_errors(
     weight: Tensor,  # (O, I, J)
-    read: Reader,
-    other: Reader | None = None,
+    *reads: Reader,
     most: int | None = None,
-) -> float:
-    """‖X − Ŵ‖ / ‖W‖ (Frobenius) of what `read` gives for Ŵ, and of W for X or what `other` gives; slab by slab.
+) -> list[float]:
+    """‖X − Y‖ / ‖W‖ (Frobenius) for each two of the weight W and its approximations, slab by slab.
 
-    Sums are in float64, and so is all arithmetic for float64 weights, small ones, and errors below 1e-3. A slab has at
-    most `most` elements, or an eighth of all: few slabs, for each reads the whole core of a Tucker.
+    Of two approximations A and B, these are W − A, W − B and A − B. Sums are in float64, and so is all arithmetic for
+    float64 weights, small ones, and errors below 1e-3. A slab has at most `most` elements, or an eighth of all: few
+    slabs, for each reads the whole core of a Tucker.
     """
     largest = peak(weight)
     scale = 1.0 if 1e-15 < largest < 1e15 else largest or 1.0  # the squares of others leave the range
-    residual = total = 0.0
+    errors: list[float] = []
     for dtype in (working_dtype(weight), torch.float64):
-        residual = total = 0.0
+        residuals, total = [0.0] * (len(reads) * (len(reads) + 1) // 2), 0.0
         for rows in slabs(weight.shape, most=most or weight.numel()):
-            part = weight.detach()[rows].to(dtype)
-            total += _squared(part, scale)
-            residual += _squared((part if other is None else other(rows, dtype)) - read(rows, dtype), scale)
-        if dtype == torch.float64 or relative(residual, total) > _TELLING:
+            parts = [weight.detach()[rows].to(dtype), *(read(rows, dtype) for read in reads)]
+            total += _squared(parts[0], scale)
+            for number, (one, other) in enumerate(combinations(parts, 2)):
+                residuals[number] += _squared(one - other, scale)
+        errors = [relative(residual, total) for residual in residuals]
+        if dtype == torch.float64 or min(errors) > _TELLING:
             break
-    return relative(residual, total)
+    return errors
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from ._factors import CPDecomposition, TuckerDecomposition, peak, row_slices, working_dtype
-from ._source import full_precision, mode_product, turned_
+from ._source import full_precision, turned_
 
 _DAMPING = 1e-3  # of the mean eigenvalue
 _FEW_ROWS = 0.05  # the same, for as many rows as dimensions
@@ -127,20 +127,20 @@ def unwhitened_tucker(found: TuckerDecomposition, metric: Metric, dtype: torch.d
     equal variance, which rounds best, but for a common scale; where the core would leave the dtype's range so, they
     have unit columns.
     """
-    core = found.core.to(working_dtype(found.core))
+    core = found.core.to(working_dtype(found.core), copy=True)  # the only copy of it
     factors = [metric.unwhiten(mode, factor) for mode, factor in enumerate(found.factors)]
     free = [mode for mode, wide in enumerate(factors) if wide.shape[0] != wide.shape[1]]
     for mode in {0, 1, 2}.difference(free):
-        core = mode_product(core, factors[mode].T.to(core.dtype), mode)
+        turned_(core, factors[mode].T.to(core.dtype), mode)
         factors[mode] = torch.eye(len(factors[mode]), dtype=torch.float64, device=core.device)
     scales = {mode: float(factors[mode].norm(dim=0).max()) or 1.0 for mode in free}
     if peak(core) * math.prod(scales.values()) < torch.finfo(dtype).max:
-        core = core * math.prod(scales.values())
+        core *= math.prod(scales.values())
         factors = [factor / scales.get(mode, 1.0) for mode, factor in enumerate(factors)]
     else:
         for mode in free:
             norms = factors[mode].norm(dim=0)
-            core = core * norms.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
+            core *= norms.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
             factors[mode] = factors[mode] / norms.where(norms > 0, 1.0)
     out, in1, in2 = (factor.to(dtype) for factor in factors)
     return TuckerDecomposition(core.to(dtype), (out, in1, in2))

@@ -194,7 +194,8 @@ class _InOrder(_Solver):
 
     def _start(self, sizes: Sequence[int]) -> tuple[Basis, Tensor]:
         out, in1, in2 = sizes
-        return _units(self.source, sizes), self.source.weight[:out, :in1, :in2] * self.source.scale
+        block = self.source.weight[:out, :in1, :in2]
+        return _units(self.source, sizes), block if self.source.scale == 1.0 else block * self.source.scale
 
     def _lifted(self, basis: Basis, core: Tensor) -> tuple[Basis, Tensor]:
         lifted = list(basis)

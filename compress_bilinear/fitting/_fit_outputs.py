@@ -4,8 +4,9 @@ Every step is kept only where the stored candidate's error falls on rows that no
 """
 
 import copy
-from dataclasses import replace
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from .. import ops
 from ..config import DenseConfig, LayerConfig
 from ..decomposition import Budget, Metric
 from ..errors import CompressionError, ConfigError, InfeasibleError
-from ..modules import CompressedBilinear, DenseBilinear, Rank, method_of
+from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Method, Rank, method_of
 from ..report import Note
 from ._calibrate import LayerInputs
 from ._candidate import Candidate
@@ -80,17 +81,16 @@ class OutputFitting(WeightFitting):
             return found
         fits, method = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
-        floating = fits[0] if config.quantize is None else self._floating(white, config)
-        assert floating.module is not None
+        outputs = self._outputs_of(white, method)
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
-        fitted = self._fitted.of(floating.module) or 0.0
+        fitted, others = self._fitted.of(outputs) or 0.0, self.held_out.of(outputs) or 0.0
+        del outputs  # and its memory
         differs = small or abs(fitted**2 - white.error**2) > _AGREES * fits[0].error ** 2
         if method.refit is not None and differs:
             refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._unwhitened(config, refitted, None, budget, "rows"))
-        misleads = floating.error**2 - white.error**2 > _MISLEADS * fits[0].error ** 2
-        del floating
+        misleads = others**2 - white.error**2 > _MISLEADS * fits[0].error ** 2
         if small or (misleads and budget.left() > 0):
             self.__dict__.pop("_rows", None)  # its memory is for the solver
             fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
@@ -109,12 +109,18 @@ class OutputFitting(WeightFitting):
             found += [] if fed_back is None else [fit(fed_back)]
         return best(found)
 
-    def _floating(self, found: object, config: LayerConfig) -> Candidate:
-        """The candidate of a decomposition in the coordinates of `ordered`, before any rounding."""
-        method = method_of(config)
-        assert method.unwhiten is not None
-        parts = method.unwhiten(found, self.ordered[1], self.weight.dtype)
-        return self._layer_of(replace(config, quantize=None), parts)
+    def _outputs_of(self, white: Decomposition, method: Method) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a decomposition in the coordinates of `ordered` computes of rows, before any rounding."""
+        metric, bias = self.ordered[1], self.layer.bias
+        module = cast(Any, method.layer).from_decomposition(white)
+
+        def outputs(input1: Tensor, input2: Tensor) -> Tensor:
+            first, second = (rows.to(module.weight_dtype) for rows in (input1, input2))
+            found = module(metric.whitened_rows(1, first), metric.whitened_rows(2, second))
+            found = found if metric.inverses[0] is None else found @ metric.inverses[0].to(found).T
+            return cast(Tensor, found if bias is None else found + bias.to(found))
+
+        return outputs
 
     @cached_property
     def _fitted(self) -> OutputError:

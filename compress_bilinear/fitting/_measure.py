@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .. import ops
-from ..decomposition import relative_error, row_slices
+from ..decomposition import relative_errors, row_slices
 from ..errors import ConfigError
 from ..modules import CompressedBilinear
 from ..quantization import QuantizedTensor
@@ -34,9 +34,9 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def weight_error(weight: Tensor, module: CompressedBilinear) -> float:  # weight (O, I, J)
-    """‖W − Ŵ‖ / ‖W‖ (Frobenius), with Ŵ from what `module` stores; see `relative_error`."""
+    """‖W − Ŵ‖ / ‖W‖ (Frobenius), with Ŵ from what `module` stores; see `relative_errors`."""
     with torch.no_grad():
-        return relative_error(weight, module.dense_rows)
+        return relative_errors(weight, module.dense_rows)[0]
 
 
 class OutputError:
@@ -67,8 +67,11 @@ class OutputError:
         self._exact = [torch.cat(part, dim=-1) for part in parts]
         self._total = math.hypot(*map(_norm, self._exact))
 
-    def of(self, module: CompressedBilinear) -> float | None:
-        """The error of a replacement: None where y − b is zero on all rows, NaN or infinite where ŷ is."""
+    def of(self, module: Callable[[Tensor, Tensor], Tensor]) -> float | None:
+        """The error of a replacement, or of any function of inputs: None where y − b is zero on all rows.
+
+        It is NaN or infinite where ŷ is.
+        """
         residual = 0.0
         device = self._rows[0][0].device.type if self._rows else "cpu"
         with torch.no_grad(), torch.autocast(device, enabled=False):  # as `_dtype`

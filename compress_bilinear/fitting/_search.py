@@ -87,7 +87,7 @@ class Search:
         return [candidate for candidate in self.candidates if not candidate.predicted]
 
     def predict(self, size: float | None = None, limit: float | None = None) -> None:
-        """Make the dense candidates, and predict all others, at every size; again for another size or limit.
+        """Make the dense candidates of coarse formats, and predict all others, at every size; again for another target.
 
         Args:
             size: of these bytes, one prediction is exactly the largest below.
@@ -96,10 +96,12 @@ class Search:
         self.candidates = self.made
         there = {candidate.config for candidate in self.candidates}
         for number, quantize in enumerate(self._dense):
-            if DenseConfig(quantize=quantize) in there:
-                continue
-            part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
-            self.candidates.append(self.fitting.dense(DenseConfig(quantize=quantize), part, quick=True))
+            config = DenseConfig(quantize=quantize)
+            if quantize is None or not FORMATS[quantize].coarse:
+                self._predict_dense(config)
+            elif config not in there:
+                part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
+                self.candidates.append(self.fitting.dense(config, part, quick=True))
         bias = bias_bytes(self.layer)
         anchor = (self.candidates[0].bytes if size is None else size) - bias
         weight = self.fitting.ordered[0]
@@ -122,7 +124,10 @@ class Search:
         ratio = _NONE
         try:
             part = self._part() if method_of(point.config).sketch is not None else self.budget.child(1.0, (0.3, 0.9))
-            found = self.fitting.build(point.config, getattr(point.config, "rank", None), part)
+            if isinstance(point.config, DenseConfig):
+                found = self.fitting.dense(point.config, part, quick=True)
+            else:
+                found = self.fitting.build(point.config, point.config.rank, part)
         except CompressionError:  # factors out of range
             pass
         else:
@@ -178,6 +183,19 @@ class Search:
             ]
             if fit and self.budget.left() > 0:
                 self.build(min(fit, key=lambda each: (each.flops, each.error)))
+
+    def _predict_dense(self, config: DenseConfig) -> None:
+        """The weight in a format that is so fine that its copy, which is large, is only made where it is chosen."""
+        weight, quantize = self.layer.weight, config.quantize
+        size, error = weight.numel() * weight.element_size(), 0.0
+        if quantize is not None:
+            form = FORMATS[quantize]
+            size, error = form.nbytes(weight.shape, "weight"), form.error / math.sqrt(3)  # that is of three factors
+        kept = self.candidates[0]
+        known: dict[str, Any] = {"flops": kept.flops, "on_output": self.fitting.on_output}
+        found = Candidate(config=config, module=None, bytes=size + bias_bytes(self.layer), error=error, **known)
+        self._predicted[found.kind] = [found]
+        self._predict_again(found.kind)
 
     def _add(self, row: Method, quantize: Quantize | None, points: list[_Point]) -> None:
         """Predicted candidates of a method and format, those that are smaller than the layer."""

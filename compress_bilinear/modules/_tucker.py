@@ -74,13 +74,15 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
-                core = mode_product(core, turn.T.to(core.dtype), mode)
+                if not torch.equal(turn, torch.eye(len(turn)).to(turn)):  # else the core, which is large, is not copied
+                    core = mode_product(core, turn.T.to(core.dtype), mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
                 continue
             if self.quantize is not None:
                 factor, peak = unit_columns(factor)
-                core = core * peak.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
+                if bool((peak != 1).any()):
+                    core = core * peak.to(core.dtype).view([-1 if axis == mode else 1 for axis in range(3)])
             fill_linear(layer, factor.T if mode else factor)
         self.core = DenseBilinear.from_weight(core if self.quantize else core.to(dtype), quantize=self.quantize)
 

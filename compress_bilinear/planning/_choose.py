@@ -72,7 +72,10 @@ def _choose_together(
             job.reason, job.candidates = Note("out_of_reach", str(error)), searches[job].candidates
         return
     if config.fraction is not None and metric is None:
-        fronts = {job.label: search.made for job, search in zip(group, own, strict=True)}
+        fronts = {
+            job.label: [each for each in search.candidates if not each.predicted or each.kind[0] == "dense"]
+            for job, search in zip(group, own, strict=True)
+        }
         labelled = {job.label: candidate for job, candidate in zip(group, chosen, strict=True)}
         above = just_above(fronts, _allowed(config, [search.candidates for search in own]), config.prefer, labelled)
         for job in group:

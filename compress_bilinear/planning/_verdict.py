@@ -23,7 +23,6 @@ from ..fitting import (
     stored_bytes,
     time_adapted,
     time_replacement,
-    weight_error,
 )
 from ..modules import METHODS, CompressedBilinear, FoundLayer, is_lazy, method_name
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
@@ -183,18 +182,17 @@ def _factor_errors(weight: Tensor, candidate: Candidate, module: CompressedBilin
     Of a quantized one also the parts of its error: of the decomposition in floating point, and how far what is stored
     is from that, both relative to the weight's norm.
     """
-    floating, total = candidate.decomposition, weight_error(weight, module)
+    floating = candidate.decomposition
+    parts = [module] if floating is None or module.quantize is None else [module, floating]
+    with torch.no_grad():
+        total, *others = decompose.relative_errors(weight, *(part.dense_rows for part in parts))
     known: dict[str, Any] = {"weight_error": total, "amplification": getattr(floating, "amplification", None)}
     if module.quantize is None:
         return known
     known["compute"], known["compute_modes"] = module.compute, candidate.compute_modes
     if METHODS[module.method].solve is None:
         return known | {"truncation_error": 0.0, "quantization_error": total}
-    if floating is not None:
-        known["truncation_error"] = floating.relative_error(weight) if floating.error is None else floating.error
-        with torch.no_grad():
-            known["quantization_error"] = decompose.relative_error(weight, module.dense_rows, floating.dense_rows)
-    return known
+    return known | dict(zip(("truncation_error", "quantization_error"), others, strict=False))
 
 
 def _is_exact(module: CompressedBilinear) -> bool:

@@ -12,7 +12,7 @@ from compress_bilinear.decomposition import (
     CPDecomposition,
     Metric,
     cp,
-    relative_error,
+    relative_errors,
     rounded,
     stored_columns,
     stored_weight,
@@ -42,7 +42,7 @@ class TestRounded:
         assert type(result) is type(found)
         assert result.rank == found.rank
         layer = layer_of(result, quantize)
-        assert relative_error(result.to_tensor(), layer.dense_rows) < 1e-6
+        assert relative_errors(result.to_tensor(), layer.dense_rows)[0] < 1e-6
         again = rounded(result, result.to_tensor(), quantize)
         assert again.relative_error(result.to_tensor()) < 1e-6  # what is rounded already is kept
 
@@ -90,7 +90,7 @@ def test_absorbed_and_interpolative_modes(rank, quantize):
     found = tucker(WEIGHT, rank)
     result = rounded(found, WEIGHT, quantize)
     layer, plain = layer_of(result, quantize), layer_of(found, quantize)
-    assert relative_error(result.to_tensor(), layer.dense_rows) < 1e-6  # coefficients are rounded too
+    assert relative_errors(result.to_tensor(), layer.dense_rows)[0] < 1e-6  # coefficients are rounded too
     lost = [weight_error(WEIGHT, each) ** 2 - found.error**2 for each in (plain, layer)]
     assert lost[1] < 0.97 * lost[0]
 
@@ -133,9 +133,10 @@ def test_unit_columns_are_those_of_int8_and_stay_as_they_are():
 
 
 def test_the_distance_of_two_approximations_is_relative_to_the_weight():
-    found = relative_error(WEIGHT, lambda rows, dtype: WEIGHT[rows].to(dtype), TUCKER.dense_rows)
-    assert found == pytest.approx(TUCKER.error, rel=1e-6)
-    assert relative_error(WEIGHT, CP.dense_rows, CP.dense_rows) == 0
+    itself, error, apart = relative_errors(WEIGHT, lambda rows, dtype: WEIGHT[rows].to(dtype), TUCKER.dense_rows)
+    assert itself == 0
+    assert error == apart == pytest.approx(TUCKER.error, rel=1e-6)
+    assert relative_errors(WEIGHT, CP.dense_rows, CP.dense_rows)[2] == 0
 
 
 def spread_metric() -> Metric:
