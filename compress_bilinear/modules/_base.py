@@ -106,7 +106,6 @@ class CompressedBilinear(nn.Module):
         rows: int = 1024,
         *,
         pairs: bool = False,
-        gradient: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> str:
@@ -115,22 +114,11 @@ class CompressedBilinear(nn.Module):
         Args:
             rows: N of the call, or the number of its pairs.
             pairs: whether the call is of `pairwise`.
-            gradient: whether a gradient is wanted.
             device, dtype: of the inputs; None takes the layer's.
         """
         tensor, dtype = next(iter([*self.parameters(), *self.buffers()])), dtype or self.weight_dtype
-        choice = ops.explain(
-            self.method,
-            (self.out_features, self.in1_features, self.in2_features),
-            rows,
-            torch.device(device or tensor.device),
-            dtype,
-            8 if self.quantize else 8 * dtype.itemsize,
-            pairs=pairs,
-            gradient=gradient,
-            reason_against=self._reason_against_kernels(),
-        )
-        return str(choice)
+        device, reason = torch.device(device or tensor.device), self._reason_against_kernels()
+        return ops.explain(self.method, device, dtype, rows=rows, pairs=pairs, reason_against=reason)
 
     def _reason_against_kernels(self) -> str | None:
         """Why no fused kernel can run the layer, whatever the inputs are."""

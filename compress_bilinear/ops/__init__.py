@@ -11,18 +11,16 @@ from ._api import (
     pairwise_tucker,
 )
 from ._blocks import Tuning, block_runner, tuning, use_tuning
-from ._choice import BACKENDS, Backend, Choice, explain
+from ._choice import BACKENDS, Backend, explain
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
 from ._cp import over_pairs
 from ._dense import ORDERS, Order, best_order, dense_flops
-from ._gemm import linear, stored_linear
-from ._stored import Weight, project, slabs
+from ._stored import Weight, project, slabs, stored_linear
 
 __all__ = [
     "BACKENDS",
     "ORDERS",
     "Backend",
-    "Choice",
     "Order",
     "Tuning",
     "Weight",
@@ -36,7 +34,6 @@ __all__ = [
     "check_inputs",
     "dense_flops",
     "explain",
-    "linear",
     "over_pairs",
     "pairwise_cp",
     "pairwise_dense",

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._choice import Backend, Method, Problem, choose
-from ._context import autocast_enabled, follows_autocast, gradient_wanted, reason_for_plain_operators, traced
+from ._choice import Backend, kernel_runs, reason_against_kernel
+from ._context import autocast_enabled, follows_autocast, reason_for_plain_operators, traced
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, composed_dense_pairs, small_dense
 from ._stored import Weight, project, read_by_kernels, reason_against_kernels
@@ -29,7 +29,7 @@ def bilinear_dense(
 
     Args:
         order: "in1_first", "in2_first" or "outer", which the composed path takes; None chooses by shape (`best_order`).
-        backend: None, "composed" or "triton", the fused kernel; None takes the one that is predicted to be faster.
+        backend: None, "triton" takes the fused kernel, which has not been timed; None and "composed" products of torch.
 
     Raises: InputError for different leading dimensions, an unknown `order`, or a `backend` that cannot run here.
     """
@@ -37,14 +37,14 @@ def bilinear_dense(
         output = small_dense(input1, input2, weight, bias)
         if output is not None:
             return output
-    check_inputs(input1, input2, shape := _shape(weight))
+    check_inputs(input1, input2, _shape(weight))
     if order is not None and (order not in ORDERS or backend == "triton"):
         raise InputError(
             f"`order` should be None or one of {ORDERS}, and `backend` not 'triton' with it. "
             f"Found {order!r} and {backend!r}."
         )
     operands = (input1, input2, weight, bias)
-    if order is not None or not _fused("dense", operands, shape, None, backend):
+    if order is not None or not _fused("dense", operands, None, backend):
         return composed_dense(input1, input2, weight, bias, order)
     output = triton.fused_dense(*_rows(input1, input2), read_by_kernels(weight))
     return _leading(output if bias is None else output + bias, input1)
@@ -67,8 +67,8 @@ def bilinear_cp(
         output = small_cp(input1, input2, in1, in2, out, bias)
         if output is not None:
             return output
-    check_inputs(input1, input2, shape := (out.shape[0], in1.shape[1], in2.shape[1]))
-    if not _fused("cp", (input1, input2, in1, in2, out, bias), shape, sigma, backend):
+    check_inputs(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]))
+    if not _fused("cp", (input1, input2, in1, in2, out, bias), sigma, backend):
         return composed_cp(input1, input2, in1, in2, out, bias, sigma)
     product = triton.fused_product(*_rows(input1, input2), read_by_kernels(in1), read_by_kernels(in2), sigma)
     return _leading(project(product, out, bias), input1)
@@ -88,7 +88,7 @@ def bilinear_tucker(
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out))
-    _check_composed("tucker", input1, backend)
+    kernel_runs(backend, reason_against_kernel("tucker", input1.device, input1.dtype))
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense(left, right, core, bias)
@@ -109,7 +109,7 @@ def pairwise_dense(
     Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
     """
     check_inputs(input1, input2, _shape(weight), 2)
-    _check_composed("dense", input1, backend, pairs=True)
+    kernel_runs(backend, reason_against_kernel("dense", input1.device, input1.dtype, pairs=True))
     return composed_dense_pairs(input1, input2, weight, bias)
 
 
@@ -127,7 +127,7 @@ def pairwise_cp(
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
     check_inputs(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
-    _check_composed("cp", input1, backend, pairs=True)
+    kernel_runs(backend, reason_against_kernel("cp", input1.device, input1.dtype, pairs=True))
     return composed_cp_pairs(input1, input2, in1, in2, out, bias, sigma)
 
 
@@ -145,7 +145,7 @@ def pairwise_tucker(
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out), 2)
-    _check_composed("tucker", input1, backend, pairs=True)
+    kernel_runs(backend, reason_against_kernel("tucker", input1.device, input1.dtype, pairs=True))
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense_pairs(left, right, core, bias)
@@ -153,40 +153,27 @@ def pairwise_tucker(
 
 
 def _fused(
-    method: Method,
+    method: str,
     operands: Sequence[Weight | None],  # inputs first, then what is stored
-    shape: tuple[int, int, int],
     sigma: Tensor | None,
     backend: Backend | None,
 ) -> bool:
-    """Whether a fused kernel runs. Without a `backend` none does on a CPU, or in a graph for any number of rows."""
-    input1, input2, stored = operands[:3]
-    assert isinstance(input1, Tensor) and isinstance(input2, Tensor)  # noqa: PT018
-    if backend is None and (input1.is_cpu or traced()):
-        return False
-    tensors = [value for value in operands if isinstance(value, Tensor)]
-    bits = 8 * (stored.element_size() if isinstance(stored, Tensor) else 1)
+    """Whether a fused kernel runs. Raises: InputError where one is asked for that cannot."""
+    if backend != "triton":
+        return kernel_runs(backend, None)
+    input1, *_ = tensors = [value for value in operands if isinstance(value, Tensor)]
+    stored = operands[2:4] if method == "cp" else operands[2:3]
     rows = 1 if traced() else math.prod(input1.shape[:-1])  # any number, which must not tie the graph to it
-    problem = Problem(method, shape, rows, False, input1.device, input1.dtype, bits, gradient_wanted(*tensors))
-    if backend is None and not problem.kernel_is_faster:
-        return False
-    reason = reason_for_plain_operators(*tensors, sigma)
-    read = operands[2:4] if method == "cp" else operands[2:3]
-    reason = reason or next(filter(None, map(reason_against_kernels, read)), None)
-    if reason is None and method == "dense" and not isinstance(stored, Tensor):
-        reason = "the dense kernel reads weights in floating point"
-    if reason is None and sigma is not None and sigma.requires_grad:
-        reason = "the fused kernels take scales as constants, and one requires a gradient"
     dtypes = {tensor.dtype for tensor in tensors}
-    if reason is None and dtypes != {input1.dtype}:
-        reason = f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}"
-    return choose(problem, backend, reason).backend == "triton"
-
-
-def _check_composed(method: Method, input1: Tensor, backend: Backend | None, pairs: bool = False) -> None:
-    """Raise InputError for another `backend` than the composed one, where there is no kernel."""
-    if backend is not None:
-        choose(Problem(method, (0, 0, 0), 0, pairs, input1.device, input1.dtype, 0), backend)
+    reasons = [reason_for_plain_operators(*tensors, sigma), *map(reason_against_kernels, stored)]
+    if method == "dense" and not isinstance(stored[0], Tensor):
+        reasons.append("the dense kernel reads weights in floating point")
+    if sigma is not None and sigma.requires_grad:
+        reasons.append("the fused kernels take scales as constants, and one requires a gradient")
+    if dtypes != {input1.dtype}:
+        reasons.append(f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}")
+    reasons.append(reason_against_kernel(method, input1.device, input1.dtype, rows=rows))
+    return kernel_runs(backend, "; ".join(filter(None, reasons)) or None)
 
 
 def check_inputs(

@@ -46,6 +46,13 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
+def plain_on_cpu(first: Tensor, *others: Tensor) -> bool:
+    """Whether these are plain CPU tensors of one dtype, float32 or float64."""
+    if first.dtype not in (torch.float32, torch.float64) or not plain(first, *others):
+        return False
+    return first.is_cpu and all(t.is_cpu and t.dtype == first.dtype for t in others)
+
+
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on; the meta device has none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -90,15 +97,9 @@ def follows_autocast(operation: _Operation) -> _Operation:
 
 
 def reason_for_plain_operators(*tensors: Tensor | None) -> str | None:
-    """Why a call on these tensors needs operators that torch can transform and cast; None where it does not."""
-    kinds = {tensor.device.type for tensor in tensors if tensor is not None}
-    if any(map(autocast_enabled, kinds)):
-        return "autocast is on, and leaves operands in float64 alone"
+    """Why a call on these tensors needs operators that torch can transform; None where it does not."""
     if torch.compiler.is_compiling():
         return None
-    if torch._C._are_functorch_transforms_active():
-        return "a transform of torch.func is active"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
-    other = next((tensor for tensor in tensors if not plain(tensor)), None)
-    return None if other is None else f"an operand is a {type(other).__name__}"
+    if transformed():
+        return "a transform of torch.func or forward-mode differentiation is active"
+    return None if plain(*tensors) else "an operand is of a subclass of Tensor"

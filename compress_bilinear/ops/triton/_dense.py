@@ -1,4 +1,4 @@
-"""Fused dense bilinear: y_no = Σ_ij x1_ni W_oij x2_nj, never N x O x J, and the gradient of W, never N x I x J.
+"""Fused dense bilinear: y_no = Σ_ij x1_ni W_oij x2_nj, never N x O x J.
 
 For each i the rows of x2, times column i of x1, are multiplied with the slice W[:, i, :] on tensor cores and summed in
 float32. The inputs' gradients are dense bilinears of the weight with its axes in another order: the same kernel.
@@ -40,27 +40,6 @@ def dense_forward(
     store_tile(y + split.to(tl.int64) * y_part, total, n, rows, y_row, o, outputs, 1)
 
 
-@triton.jit
-def dense_weight_gradient(
-    dy, x1, x2, dw,
-    rows, width1, width2, tiles1,
-    dy_row, dy_column, x1_row, x1_column, x2_row, x2_column,
-    PRECISION: tl.constexpr, BN: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
-):  # fmt: skip
-    """Σ_n dy_no x1_ni x2_nj for one o, a block of i and a block of j."""
-    o = (tl.program_id(0) // tiles1).to(tl.int64)
-    i = (tl.program_id(0) % tiles1) * BI + tl.arange(0, BI)
-    j = tl.program_id(1) * BJ + tl.arange(0, BJ)
-    total = tl.zeros((BI, BJ), tl.float32)
-    for start in range(0, rows, BN):
-        n = start + tl.arange(0, BN)
-        left = load_tile(x1, i, width1, x1_column, n, rows, x1_row)
-        gradient = tl.load(dy + n.to(tl.int64) * dy_row + o * dy_column, mask=n < rows, other=0.0)
-        right = load_tile(x2, n, rows, x2_row, j, width2, x2_column)
-        total = multiply(times(left, gradient[None, :]), right, total, PRECISION)
-    store_tile(dw + o * width1 * width2, total, i, width1, width2, j, width2, 1)
-
-
 @cache
 def dense_tiles(rows: int, width2: int, outputs: int, bits: int, exact: bool, aligned: bool) -> dict[str, int]:
     """Block sizes and warps of the forward.
@@ -72,13 +51,6 @@ def dense_tiles(rows: int, width2: int, outputs: int, bits: int, exact: bool, al
     blocks = {"BN": tile(rows, most), "BO": tile(outputs, most)}
     blocks["BJ"] = tile(width2, 16 if blocks["BN"] * blocks["BO"] == 2**14 and not aligned else 32)
     return blocks | {"num_warps": 4 if exact else 8, "num_stages": 3} | OPTIONS
-
-
-@cache
-def gradient_tiles(width1: int, width2: int, exact: bool) -> dict[str, int]:
-    """Block sizes and warps of the weight's gradient."""
-    most = 32 if exact else 64
-    return {"BN": 32, "BI": tile(width1, most), "BJ": tile(width2, most), "num_warps": 4, "num_stages": 2} | OPTIONS
 
 
 def launch_dense(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
@@ -98,16 +70,3 @@ def launch_dense(x1: Tensor, x2: Tensor, weight: Tensor) -> Tensor:
         PRECISION=precision(x1.dtype), **blocks,
     )  # fmt: skip
     return y[0] if splits == 1 else y.sum(0).to(x1.dtype)
-
-
-def launch_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-    """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
-    rows, outputs, width1, width2 = *dy.shape, x1.shape[1], x2.shape[1]
-    dw = torch.empty(outputs, width1, width2, dtype=x1.dtype, device=x1.device)
-    blocks = gradient_tiles(width1, width2, exact(x1))
-    tiles1 = triton.cdiv(width1, blocks["BI"])
-    dense_weight_gradient[outputs * tiles1, triton.cdiv(width2, blocks["BJ"])](
-        dy, x1, x2, dw, rows, width1, width2, tiles1, *dy.stride(), *x1.stride(), *x2.stride(),
-        PRECISION=precision(x1.dtype), **blocks,
-    )  # fmt: skip
-    return dw

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from ...errors import InputError
 from ...quantization import decode_int8
+from .._blocks import TRACED_PARTS, TRACED_ROW
 from .._choice import reason_against_gpu
 from .._context import gradient_wanted, observed
 
@@ -71,12 +72,25 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _dense_gradients(wanted: Sequence[bool], dy: Tensor, x1: Tensor, x2: Tensor, weight: Tensor) -> Gradients:
-    """The inputs' gradients are dense bilinears of the weight with its axes in another order."""
+    """The inputs' gradients are dense bilinears of the weight with its axes in another order: the same kernel."""
     return (
         fused_dense(dy, x2, weight.permute(1, 0, 2)) if wanted[0] else None,
         fused_dense(dy, x1, weight.permute(2, 0, 1)) if wanted[1] else None,
-        fused_weight_gradient(dy, x1, x2) if wanted[2] else None,
+        _weight_gradient(dy, x1, x2) if wanted[2] else None,
     )
+
+
+def _weight_gradient(
+    dy: Tensor,  # (N, O)
+    x1: Tensor,  # (N, I)
+    x2: Tensor,  # (N, J)
+) -> Tensor:  # (O, I, J)
+    """Σ_n dy_no x1_ni x2_nj by matrix products of torch, some outputs at once, in a number that no graph ties to N."""
+    if x1.shape[1] > x2.shape[1]:
+        return _weight_gradient(dy, x2, x1).mT
+    outputs = max(1, TRACED_ROW // x1.shape[1], -(-dy.shape[1] // TRACED_PARTS))
+    parts = [(part.unsqueeze(1) * x1.T).flatten(0, 1) @ x2 for part in dy.T.split(outputs)]
+    return torch.cat(parts).view(-1, x1.shape[1], x2.shape[1])
 
 
 @operator(
@@ -93,24 +107,6 @@ def fused_dense(
     from ._dense import launch_dense
 
     return launch_dense(x1, x2, weight)
-
-
-def _weight_gradient_gradients(wanted: Sequence[bool], dw: Tensor, dy: Tensor, x1: Tensor, x2: Tensor) -> Gradients:
-    """Each is the dense bilinear of the other two operands with `dw` as the weight."""
-    dx1, dx2, _ = _dense_gradients((wanted[1], wanted[2], False), dy, x1, x2, dw)
-    return fused_dense(x1, x2, dw) if wanted[0] else None, dx1, dx2
-
-
-@operator(
-    "dense_weight_gradient",
-    lambda dy, x1, x2: x1.new_empty(dy.shape[1], x1.shape[1], x2.shape[1]),
-    _weight_gradient_gradients,
-)
-def fused_weight_gradient(dy: Tensor, x1: Tensor, x2: Tensor) -> Tensor:
-    """Σ_n dy_no x1_ni x2_nj, (O, I, J)."""
-    from ._dense import launch_weight_gradient
-
-    return launch_weight_gradient(dy, x1, x2)
 
 
 def _product_gradients(

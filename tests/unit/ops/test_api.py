@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from compress_bilinear import ops
 from compress_bilinear.errors import InputError
-from compress_bilinear.ops import _api, _choice, _gemm
+from compress_bilinear.ops import _choice
 from compress_bilinear.quantization import FORMATS
 
 RANK = (4, 5, 6)
@@ -46,7 +46,7 @@ def inputs(pairs, shape, dtype=torch.float64):
 
 
 WAYS = [("cp", False), ("cp", True), ("tucker", False), ("tucker", True)]
-NO_SMALL_CALLS = ops.Tuning(onednn_products=0)  # for which a CP has a path of its own
+NO_SMALL_CALLS = ops.Tuning(cp=0)  # for which a CP has a path of its own
 # every shape with every way, every dtype with each of both
 PATHS = [
     (shape, DTYPES[(row + column) % 4], *way, tuning)
@@ -272,50 +272,29 @@ def test_on_a_gpu_a_graph_has_the_kernels_operator_only_on_request(kind, backend
     assert (f"compress_bilinear.{name}.default" in targets) == (backend == "triton")
 
 
-ON_A_GPU = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "weight_bits": 16}
-LARGE = (512, 512, 512)
+GPU = torch.device("cuda")
+UNMEASURED = "the kernel has not been measured, and runs only on request"
 
 
 @pytest.mark.parametrize(
-    ("method", "shape", "rows", "changes", "reason"),
+    ("method", "options", "reason"),
     [
-        ("dense", LARGE, 256, {}, None),
-        ("dense", (1024, 1024, 1024), 64, {"gradient": True}, None),
-        ("dense", LARGE, 257, {}, "not predicted"),
-        ("dense", LARGE, 63, {}, "not predicted"),
-        ("dense", (256, 512, 512), 256, {}, "not predicted"),
-        ("dense", (520, 505, 512), 256, {}, "not predicted"),
-        ("dense", (512, 1024, 512), 256, {}, "not predicted"),
-        ("dense", LARGE, 256, {"dtype": torch.float32}, "not predicted"),
-        ("dense", LARGE, 256, {"weight_bits": 8}, "not predicted"),
-        ("dense", LARGE, 256, {"dtype": torch.float16}, "overflow in float16"),
-        ("dense", LARGE, 256, {"dtype": torch.float64}, "inputs are torch.float64"),
-        ("dense", LARGE, 256, {"reason_against": "it has hooks"}, "it has hooks"),
-        ("dense", LARGE, 256, {"pairs": True}, "the only one for pairs"),
-        ("dense", LARGE, 0, {}, "no rows"),
-        ("cp", LARGE, 256, {}, "not predicted"),
-        ("cp", LARGE, 256, {"pairs": True}, "the only one for pairs"),
-        ("tucker", LARGE, 256, {}, "the only one for a Tucker layer"),
+        ("dense", {}, UNMEASURED),
+        ("cp", {}, UNMEASURED),
+        ("cp", {"dtype": torch.float16}, UNMEASURED),
+        ("dense", {"dtype": torch.float16}, "overflow in float16"),
+        ("dense", {"dtype": torch.float64}, "inputs are torch.float64"),
+        ("dense", {"reason_against": "it has hooks"}, "it has hooks"),
+        ("dense", {"rows": 0}, "no rows"),
+        ("dense", {"pairs": True}, "the only one for pairs"),
+        ("cp", {"pairs": True}, "the only one for pairs"),
+        ("tucker", {}, "the only one for a Tucker layer"),
     ],
 )
-def test_a_kernel_is_chosen_only_where_a_gain_is_predicted(method, shape, rows, changes, reason, monkeypatch):
+def test_what_is_against_a_kernel_is_explained(method, options, reason, monkeypatch):
     monkeypatch.setattr(_choice, "HAS_TRITON", True)
     monkeypatch.setattr(_choice, "reason_against_gpu", lambda index: None)
-    found = ops.explain(method, shape, rows, **(ON_A_GPU | changes))
-    assert found.backend == ("triton" if reason is None else "composed")
-    assert (reason or "predicted to be faster") in found.reason
-    if reason is None:
-        assert ("backward" in found.runs) == changes.get("gradient", False)
-
-
-@pytest.mark.parametrize(("rows", "fused"), [(256, True), (257, False)])
-def test_the_call_takes_the_path_that_is_chosen(rows, fused, monkeypatch):
-    monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
-    meta = [torch.empty(*shape, device="meta", dtype=torch.bfloat16) for shape in ((rows, 512), (rows, 512), LARGE)]
-    launched = []
-    monkeypatch.setattr(_api.triton, "fused_dense", lambda *args: launched.append(args) or args[0])
-    assert ops.bilinear_dense(*meta).shape == (rows, 512)
-    assert bool(launched) == fused
+    assert reason in ops.explain(method, GPU, **({"dtype": torch.bfloat16} | options))
 
 
 @pytest.mark.parametrize(
@@ -335,9 +314,7 @@ def test_a_gpu_or_a_triton_that_would_compute_wrongly_is_refused(capability, ver
     monkeypatch.setattr(_choice, "HAS_TRITON", True)
     monkeypatch.setattr(_choice, "_capability", lambda index: capability)
     monkeypatch.setattr(_choice, "_triton_version", lambda: version)
-    found = ops.explain("dense", LARGE, 256, **ON_A_GPU)
-    assert found.backend == ("triton" if reason is None else "composed")
-    assert (reason or "predicted to be faster") in found.reason
+    assert (reason or UNMEASURED) in ops.explain("dense", GPU, torch.bfloat16)
 
 
 def test_the_installed_version_of_triton_is_read():
@@ -356,72 +333,6 @@ def test_int8_factors_have_the_step_of_the_format():
     exact = stored.decode(torch.float64)
     expected = reference("tucker", False, x1.double(), x2.double(), *wide[:2], exact, wide[2], bias.double())
     assert_matches_reference(found, expected)
-
-
-@pytest.fixture
-def onednn():
-    """Products of any size by oneDNN, whatever the processor."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        pytest.skip("torch was built without oneDNN")
-    with ops.use_tuning(ops.Tuning(onednn=True, onednn_rows=1, onednn_products=0)):
-        yield
-
-
-@pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (1,)])
-def test_onednn_products_are_linear_maps(shape):
-    x, weight, bias = normal(*shape, 9).float(), normal(7, 9).float(), normal(7).float()
-    for w in (weight, weight.T.contiguous().T, normal(9, 7).float().T):
-        assert _gemm.uses_onednn(x, w)
-        exact = torch.nn.functional.linear(x.double(), w.double())
-        assert_matches_reference(ops.linear(x, w, bias), exact + bias.double())
-
-
-@pytest.mark.usefixtures("onednn")
-def test_onednn_products_have_gradients_twice():
-    tensors = [normal(4, 5).float(), normal(3, 5).float(), normal(3).float()]
-    for wanted in ((0,), (1,), (2,), (0, 1, 2)):
-        ours, wide = ([t.clone() for t in tensors], [t.double() for t in tensors])
-        for index in wanted:
-            ours[index].requires_grad_(), wide[index].requires_grad_()
-        y, exact = ops.linear(*ours).pow(3).sum(), torch.nn.functional.linear(*wide).pow(3).sum()
-        first = torch.autograd.grad(y, [ours[i] for i in wanted], create_graph=True)
-        expected = torch.autograd.grad(exact, [wide[i] for i in wanted], create_graph=True)
-        for gradient, reference_ in zip(first, expected, strict=True):
-            assert_matches_reference(gradient.detach(), reference_.detach())
-        (second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in first), ours[wanted[0]])
-        (exact_second,) = torch.autograd.grad(sum(g.pow(2).sum() for g in expected), wide[wanted[0]])
-        assert_matches_reference(second, exact_second)
-
-
-@pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize("order", ops.ORDERS)
-def test_every_order_of_a_dense_layer_by_onednn(order):
-    tensors = [normal(33, 37), normal(33, 63), normal(17, 37, 63), normal(17)]
-    single = [t.float().requires_grad_() for t in tensors]
-    wide = [t.float().double().requires_grad_() for t in tensors]
-    expected = ops.reference.bilinear_dense(*wide)
-    found = ops.bilinear_dense(*single, order=order)
-    assert_matches_reference(found.detach(), expected.detach())
-    with torch.no_grad():
-        assert_matches_reference(ops.bilinear_dense(*single, order=order), expected.detach())
-        pairs = ops.pairwise_dense(single[0][:5], *single[1:])
-        assert_matches_reference(pairs, ops.reference.pairwise_dense(wide[0][:5], *wide[1:]).detach())
-    for ours, exact in zip(
-        *(torch.autograd.grad(y.sum(), t) for y, t in ((found, single), (expected, wide))), strict=True
-    ):
-        assert_matches_reference(ours, exact)
-
-
-@pytest.mark.usefixtures("onednn")
-def test_whoever_watches_operators_sees_those_of_torch():
-    x, weight = normal(4, 5).float(), normal(3, 5).float()
-    assert _gemm.uses_onednn(x, weight)
-    with torch.autocast("cpu"):
-        assert not _gemm.uses_onednn(x, weight)
-    assert torch.func.vmap(lambda row: ops.linear(row, weight))(x.unsqueeze(1)).shape == (4, 1, 3)
-    exported = torch.export.export(torch.nn.Linear(5, 3), (x,))
-    assert "mkldnn" not in str(exported.graph)
 
 
 def test_a_backend_that_cannot_run_is_an_error_with_the_reason():

@@ -116,7 +116,6 @@ def bilinears(dtype, stored):
         if stored == dtype:
             x1, x2 = inputs(dtype, rows, in1, in2)
             yield triton_dense.launch_dense, (x1, x2, meta(out, in1, in2, dtype=stored))
-            yield triton_dense.launch_weight_gradient, (meta(rows, out, dtype=dtype), x1, x2)
 
 
 def cps(dtype, stored):
