@@ -10,7 +10,7 @@ float64.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,18 +31,13 @@ _MOMENTUM = (0.5, 0.1, 0.9)  # after the first sweep that improves, its growth w
 
 @dataclass
 class Iterate:
-    """Factors (d_m, R), the objective there, and its parts: the squared residual, Σ λ_r² and the squared norm.
-
-    `previous` and `momentum` are what a descent goes on with: the factors before, and how often they have improved.
-    """
+    """Factors (d_m, R), the objective there, and its parts: the squared residual, Σ λ_r² and the squared norm."""
 
     factors: list[Tensor]
     objective: float = math.inf
     residual: float = math.inf
     sizes: float = math.inf
     norm: float = 0.0
-    previous: list[Tensor] | None = None
-    momentum: int = 0
 
     @property
     def error(self) -> float:
@@ -53,12 +48,6 @@ class Iterate:
     def amplification(self) -> float:
         """sqrt(Σ λ_r²) relative to the norm of the approximation."""
         return math.sqrt(self.sizes / max(self.norm, 1e-300))
-
-    def moved(self, transform: Callable[[int, Tensor], Tensor]) -> "Iterate":
-        """In other coordinates: each factor is what `transform` makes of its mode and itself, without loss."""
-        factors = [transform(mode, factor) for mode, factor in enumerate(self.factors)]
-        previous = self.previous and [transform(mode, factor) for mode, factor in enumerate(self.previous)]
-        return replace(self, factors=factors, previous=previous)
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,6 @@ def descend(
     stage: Stage,
     budget: Budget,
     scale: float = 1.0,
-    room: int = 0,
 ) -> Iterate:
     """Accelerated sweeps; returns the best iterate under the last penalty that was reached.
 
@@ -102,13 +90,11 @@ def descend(
 
     Args:
         scale: it times the tensor, or times the tensor that it is the core of, has norm 1.
-        room: elements that a partial product may have to be kept, if they are more than the tensor's.
     """
-    best = start.moved(lambda _, factor: factor.to(tensor.dtype))
+    best = replace(start, factors=[factor.to(tensor.dtype) for factor in start.factors])
     del start  # so that its memory is freed, if the caller has no other use for it
-    room = max(room, tensor.numel(), _LEAST_ROOM)
-    sweeper = Sweeper(tensor, best.factors[0].shape[1], room, scale)
-    settled, penalty = 0, math.nan
+    sweeper = Sweeper(tensor, best.factors[0].shape[1], max(tensor.numel(), _LEAST_ROOM), scale)
+    previous, momentum, settled, penalty = best.factors, 0, 0, math.nan
     begun, limit = budget.elapsed(), max(budget.left(), 1e-9)
     for k in range(stage.sweeps):
         before = budget.elapsed()
@@ -116,10 +102,10 @@ def descend(
         if stage.penalty(done) != penalty:
             penalty = stage.penalty(done)
             best.objective = math.inf
-        step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * best.momentum) if best.momentum else 0.0
+        step = min(_MOMENTUM[2], _MOMENTUM[0] + _MOMENTUM[1] * momentum) if momentum else 0.0
         ahead = best.factors
-        if step and best.previous is not None:
-            ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, best.previous, strict=True)]
+        if step:
+            ahead = [torch.lerp(p, b, 1 + step) for b, p in zip(best.factors, previous, strict=True)]
         # Grams and systems in float32 take half the time; the residual that is left has to be far above their rounding
         narrow = tensor.dtype != torch.float64 and best.residual > _NARROW_LIMIT
         new = sweeper.sweep(ahead, penalty, tensor.dtype if narrow else torch.float64)
@@ -127,12 +113,11 @@ def descend(
         budget.report(min(done, 1.0), new.error)
         if new.objective < best.objective:  # not where it is NaN
             settled = settled + 1 if best.objective - new.objective <= stage.tolerance * new.objective else 0
-            new.previous, new.momentum = best.factors, best.momentum + 1
-            best = new
+            previous, momentum, best = best.factors, momentum + 1, new
         elif step == 0.0:
             break  # a plain sweep can rise by rounding only: this is the minimum
         else:
-            best.momentum = 0
+            momentum = 0
         if settled >= 3 or best.residual <= stage.enough or budget.left() < 2 * (budget.elapsed() - before):
             break
     return best

@@ -1,12 +1,12 @@
-"""CP at a given rank: cheap starts on a small core, the best one refined on ever larger ones and on the whole tensor.
+"""CP at a given rank: a cheap start on a block of a core, refined on ever larger blocks and on the whole tensor.
 
 The core is that of an HOSVD, whose leading blocks hold most of the energy (the compression of Bro and Andersson, 1998,
 in several steps). So a coarse solution, which costs a fraction of a sweep over the whole, is a good start for the next
-size. On the whole, sweeps alternate with sweeps on the core that the factors then span.
+size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,38 +18,32 @@ from ..config import Quantize
 from ..quantization import FORMATS
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._budget import Budget
-from ._exact import EXACT, ZERO, anneal_penalty, finish, is_newton_cheap, negligible, pencil_start
-from ._hosvd import Core, compressed, hosvd_start, leading_block, random_start
-from ._source import Basis, Source, mode_product
+from ._exact import EXACT, ZERO, anneal_penalty, finish, is_newton_cheap
+from ._hosvd import compressed, hosvd_start, leading_block, random_start
+from ._source import Source
 
 
 class _Level(NamedTuple):
-    """A leading block of the core to solve on, and under which penalty that ends."""
+    """A leading block of a core to solve on, and the penalty that it ends under."""
 
     size: float  # of each of the core's sizes
-    sweeps: int
     share: float  # of the time that is left
     penalty: float
 
 
 # Blocks of 1/8 and 27/64 of the core: sweeps there are cheap, and components find their places under large penalties
-_LEVELS = (_Level(0.5, 30, 0.08, 2e-2), _Level(0.75, 30, 0.22, 4e-3), _Level(1.0, 40, 0.6, PENALTY))
+_LEVELS = (_Level(0.5, 0.08, 2e-2), _Level(0.75, 0.22, 4e-3))
+_LEVEL_SWEEPS = 30
 _FIRST_PENALTY = 1e-1  # a tenth of the weight's norm: large components cannot yet cancel
-_STARTS = 3  # one from the HOSVD, the others random; more where they cost next to nothing
-_MOST_STARTS = 24  # for tensors of a few entries, whose minima differ most
-_KEPT = 4  # of the starts of such a tensor that are followed to their minima: the best after 30 sweeps may not stay it
+_STARTS = 24  # for tensors of a few entries, whose minima differ most: one from the HOSVD, the others random
+_KEPT = 4  # of these that are followed to their minima: the best after 30 sweeps may not stay it
 _CHEAP = 2**17  # elements of a core times the rank with which a sweep takes less time than its calls do
-_CYCLES = 4  # of a sweep on the whole and up to 20 on the core that the factors span; more gain nothing
-_CYCLE_SWEEPS = 20
-_SMALLER = 3  # times fewer elements than the weight make a core worth such cycles
-_FAR_SMALLER = 16  # times fewer elements allow a core that is wider than the rank, which loses less of the weight
+_CORE_SWEEPS = 40  # on a core that is smaller than the weight
 _SWEEPS = 150  # on the whole, after the core: all but slow weights settle before
 _QUICK_SWEEPS = 45  # on the whole, from the result at another rank: enough to see whether it meets an error
 _LAST_SWEEPS = 400  # on a core that is the whole, where nothing follows
 _SETTLED = 1e-4  # of the objective in a sweep: the next twenty would lower the error by less than a tenth of a per cent
-_FLOAT32_LIMIT = 1e-5  # squared residual that float32 cannot tell from rounding
 _PROMISING = 0.1  # squared residual above which a tensor is not nearly of this rank
-_ROUNDING = 1e-12  # squared norm left out by a core that holds the whole tensor
 
 
 def solve(
@@ -74,22 +68,21 @@ def solve(
     if 1 in source.shape:
         return _of_matrix(source, rank)
     order = _order(source.shape)
-    zero = negligible(source, rank, quantize)
     penalty = _last_penalty(quantize)
     plain = budget if penalty == PENALTY else budget.child(0.8, (0.0, 0.9))
-    done = False
+    sweeps, done = _QUICK_SWEEPS, False
     if begin is None:
-        source, best, done = _from_core(source, rank, order, torch.Generator().manual_seed(seed), plain, zero)
+        best, done = _from_core(source, rank, order, torch.Generator().manual_seed(seed), plain)
+        sweeps = _SWEEPS
     else:
         best = Iterate(balanced([begin[m] for m in order]))
     tensor, scale = source.permuted(order)
-    sweeps = _SWEEPS if begin is None else _QUICK_SWEEPS
     if not done:
-        best = _on_whole(tensor, scale, best, plain, Stage(sweeps, enough=enough**2))
-        best = anneal_penalty(tensor, best, plain, zero, scale=scale)
+        best = descend(tensor, best, Stage(sweeps, enough=enough**2), plain.child(span=(0.5, 1.0)), scale)
+        best = anneal_penalty(tensor, best, plain, scale=scale)
     if penalty > PENALTY and best.residual > EXACT:  # an exact CP is one in any format
         stage = Stage(sweeps, enough=enough**2, first=penalty, last=penalty)
-        best = descend(tensor, replace(best, momentum=0), stage, budget.child(span=(0.9, 1.0)), scale)
+        best = descend(tensor, best, stage, budget.child(span=(0.9, 1.0)), scale)
     return [best.factors[order.index(mode)] for mode in range(3)]
 
 
@@ -104,24 +97,16 @@ def sketch(
 ) -> list[Tensor]:
     """As `solve`, of a weight in the coordinates of its HOSVD, in at most `sweeps` sweeps over the whole.
 
-    One start, a quarter of the sweeps on each of two leading blocks, and none of what finds exact solutions.
+    A quarter of the sweeps on each of two leading blocks, and none of what finds exact solutions.
     """
     order = _order(source.shape)
     tensor, scale = source.permuted(order)
-    last = _last_penalty(quantize)
-    if begin is not None:
-        best, first = Iterate(balanced([begin[m] for m in order])), last
-    else:
-        block = leading_block(tensor, _LEVELS[0].size)
+    last = first = _last_penalty(quantize)
+    if begin is None:
         generator = torch.Generator().manual_seed(seed)
-        best, first = Iterate(hosvd_start(block, rank, generator)), _FIRST_PENALTY
-        for level in _LEVELS[:-1]:
-            block = leading_block(tensor, level.size)
-            best = _padded(best, block.shape)
-            stage = Stage(max(sweeps // 4, 1), _SETTLED, first=first, last=max(level.penalty, last))
-            best = descend(block, best, stage, budget.child(level.share, (0.0, 0.3)), scale, source.weight.numel())
-            first = stage.last
-        best = _padded(best, tensor.shape)
+        best, first = _over_blocks(tensor, rank, generator, budget, max(sweeps // 4, 1), last, scale)
+    else:
+        best = Iterate(balanced([begin[m] for m in order]))
     stage = Stage(sweeps, _SETTLED, first=first, last=last, falling=0.5)
     best = descend(tensor, best, stage, budget.child(span=(0.3, 1.0)), scale)
     return [best.factors[order.index(mode)] for mode in range(3)]
@@ -132,9 +117,22 @@ def _last_penalty(quantize: Quantize | None) -> float:
     return PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
 
 
+def _over_blocks(
+    core: Tensor, rank: int, generator: torch.Generator, budget: Budget, sweeps: int, last: float, scale: float = 1.0
+) -> tuple[Iterate, float]:
+    """Factors for the core from its leading blocks, and the penalty, of at least `last`, that these ended under."""
+    best, first = Iterate(hosvd_start(leading_block(core, _LEVELS[0].size), rank, generator)), _FIRST_PENALTY
+    for level, span in zip(_LEVELS, ((0.0, 0.2), (0.2, 0.3)), strict=True):
+        block = leading_block(core, level.size)
+        stage = Stage(sweeps, _SETTLED, first=first, last=max(level.penalty, last))
+        best = descend(block, _padded(best, block.shape), stage, budget.child(level.share, span), scale)
+        first = stage.last
+    return _padded(best, core.shape), first
+
+
 def _padded(best: Iterate, sizes: Sequence[int]) -> Iterate:
     """The same components in a larger block, whose further rows are zero so far."""
-    return best.moved(lambda mode, factor: pad(factor, (0, 0, 0, sizes[mode] - len(factor))))
+    return Iterate([pad(f, (0, 0, 0, size - len(f))) for f, size in zip(best.factors, sizes, strict=True)])
 
 
 def is_small(source: Source, rank: int) -> bool:
@@ -149,132 +147,54 @@ def _order(shape: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _from_core(
-    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget, zero: float
-) -> tuple[Source, Iterate, bool]:
-    """The source in the dtype that it needs, the CP of its core, axes in this order, and whether that is the whole."""
-
-    def solved(source: Source) -> tuple[Iterate, bool]:
-        core, basis = _core(source, rank, order, generator)
-        found = _on_core(core, rank, generator, budget.child(span=(0.0, 0.9)), zero)
-        return found.moved(_lifting(basis)), core.outside <= _ROUNDING
-
-    best, done = solved(source)
-    if best.residual < _FLOAT32_LIMIT and source.dtype != torch.float64 and budget.left() > budget.elapsed():
-        wide = Source(source.weight, torch.float64)
-        again, done_again = solved(wide)
-        if again.residual <= max(abs(best.residual), 1e-7):
-            return wide, again, done_again
-    return source, best, done
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget
+) -> tuple[Iterate, bool]:
+    """The CP of the core that CP of this rank is solved on, with axes in this order, and whether that is the whole."""
+    basis, core = compressed(source, [min(size, rank) for size in source.shape], generator)
+    done = core.shape == source.weight.shape
+    outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
+    best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget)
+    factors = [basis[m].to(f.dtype) @ f for m, f in zip(order, best.factors, strict=True)]
+    return replace(best, factors=factors), done
 
 
-def _core(source: Source, rank: int, order: Sequence[int], generator: torch.Generator) -> tuple[Core, Basis]:
-    """The core that CP of this rank is solved on, and the bases (d_m, k_m) of its modes; both in this order."""
-    sizes = [min(size, 3 * rank // 2) for size in source.shape]
-    if math.prod(sizes) * _FAR_SMALLER > math.prod(source.shape):
-        sizes = [min(size, rank) for size in source.shape]
-    basis, tensor = compressed(source, sizes, generator)
-    full = all(u.shape[0] == u.shape[1] for u in basis)
-    outside = 0.0 if full else max(1 - float(tensor.double().square().sum()), 0.0)
-    return Core(tensor.permute(*order).contiguous(), outside, source.weight.numel()), [basis[m] for m in order]
+def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator, budget: Budget) -> Iterate:
+    """The best CP that the starts on a core lead to, which leaves out `outside` of a squared norm of 1."""
+    first = PENALTY
+    if core.numel() * rank <= _CHEAP:
+        starts = _starts(core, rank, generator, budget)
+    else:
+        begun, first = _over_blocks(core, rank, generator, budget, _LEVEL_SWEEPS, PENALTY)
+        starts = [begun]
+    last = Stage(_CORE_SWEEPS, 1e-5, first=first) if outside else Stage(_LAST_SWEEPS, first=first, falling=0.25)
+    newton = is_newton_cheap(core.shape, rank)
 
-
-def _on_core(core: Core, rank: int, generator: torch.Generator, budget: Budget, zero: float) -> Iterate:
-    """The best CP of the core that the starts lead to, over its leading blocks."""
-    newton = is_newton_cheap(core.tensor.shape, rank)
-    starts = sorted(_starts(core, rank, generator, budget), key=lambda start: start.objective)
-    best: Iterate | None = None
+    best = Iterate([])
     for start in starts[: _KEPT if newton else 1]:
-        found = _over_levels(core, start, newton, budget, zero)
-        best = found if best is None or found.objective < best.objective else best
-        if best.residual < max(zero, ZERO):
-            return best
-    assert best is not None
-    if best.residual < _PROMISING and core.outside < EXACT and budget.left() > budget.elapsed():
-        # as one more start it also helps where spectra fall fast: 5% less error on second moments of digits
-        pencil = pencil_start(core.tensor, rank, generator)
-        found = _over_levels(core, Iterate(pencil), newton, budget, zero) if pencil else best
-        best = found if found.objective < best.objective else best
+        found = descend(core, start, last, budget.child(span=(0.3, 0.5 if outside else 0.9)))
+        if newton and found.residual < _PROMISING:
+            found = finish(core, found.factors, PENALTY, outside, budget)
+        found = anneal_penalty(core, found, budget, outside)
+        best = found if found.objective < best.objective or not best.factors else best
+        if best.residual <= ZERO:
+            break
     return best
 
 
-def _starts(core: Core, rank: int, generator: torch.Generator, budget: Budget) -> list[Iterate]:
-    """Some sweeps from each start, on the first level; on the core itself where that costs next to nothing."""
-    cost = core.tensor.numel() * rank
-    small = cost <= _CHEAP
-    block = leading_block(core.tensor, 1.0 if small else _LEVELS[0].size)
-    # on the core itself, the objectives are compared, for which the penalty must have settled
-    last, falling = (PENALTY, 0.7) if small else (_LEVELS[0].penalty, 1.0)
-    stage = Stage(_LEVELS[0].sweeps, first=_FIRST_PENALTY, last=last, falling=falling)
-    count = max(_STARTS, min(_MOST_STARTS, _CHEAP * _STARTS // cost))
+def _starts(core: Tensor, rank: int, generator: torch.Generator, budget: Budget) -> list[Iterate]:
+    """Some sweeps from each of many starts, the best first."""
+    # the objectives are compared, for which the penalty must have settled
+    stage = Stage(_LEVEL_SWEEPS, first=_FIRST_PENALTY, falling=0.7)
+    count = min(_STARTS, 3 * _CHEAP // (core.numel() * rank))
     scouting = budget.child(_LEVELS[0].share, (0.0, 0.3))
     found: list[Iterate] = []
     for k in range(count):
-        begin = (random_start if k else hosvd_start)(block, rank, generator)
+        begin = (random_start if k else hosvd_start)(core, rank, generator)
         part = scouting.child(span=(k / count, (k + 1) / count))
-        found.append(descend(block, Iterate(begin), stage, part, room=core.room))
+        found.append(descend(core, Iterate(begin), stage, part))
         if scouting.left() < part.elapsed():
             break
-    return found
-
-
-def _over_levels(core: Core, best: Iterate, newton: bool, budget: Budget, zero: float) -> Iterate:
-    """The minimum of the core that factors of one of its leading blocks lead to, by way of larger blocks."""
-    whole = all(len(factor) == size for factor, size in zip(best.factors, core.tensor.shape, strict=True))
-    last = core.outside <= _ROUNDING  # nothing follows
-    first = PENALTY if whole else _LEVELS[0].penalty
-    for level in _LEVELS[1:]:
-        if whole and level.size < 1:
-            continue
-        if last and level.size == 1:
-            stage, part = Stage(_LAST_SWEEPS, first=first, falling=0.25), budget.child(span=(0.4, 0.9))
-        else:
-            stage = Stage(level.sweeps, 1e-5, first=first, last=PENALTY if whole else level.penalty)
-            part = budget.child(level.share, (0.3, 0.4) if level.size < 1 else (0.4, 0.5))
-        block = leading_block(core.tensor, level.size)
-        best = _padded(best, block.shape)
-        best = descend(block, best, stage, part, room=core.room)
-        first = stage.last
-    if newton and budget.left() > 0 and best.residual < _PROMISING:
-        best = finish(core.tensor, best.factors, PENALTY, core.outside, budget)
-    return anneal_penalty(core.tensor, best, budget, zero, core.outside)
-
-
-def _on_whole(tensor: Tensor, scale: float, best: Iterate, budget: Budget, last: Stage) -> Iterate:
-    """Sweeps on the whole turn the subspaces that the factors span; within these, sweeps are cheap at first."""
-    rank = best.factors[0].shape[1]
-    smaller = _FAR_SMALLER if budget.limited else _SMALLER
-    small = math.prod(min(size, rank) for size in tensor.shape) * smaller < tensor.numel()
-    sweep = 0.0  # seconds
-    for k in range(_CYCLES if small else 0):
-        span = (0.5 + 0.1 * k, 0.6 + 0.1 * k)
-        begun = budget.elapsed()
-        # plain: one accelerated sweep may rise, and there may be no time for another
-        best = descend(tensor, replace(best, momentum=0), Stage(1), budget.child(span=span), scale)
-        sweep = budget.elapsed() - begun
-        if budget.left() <= sweep:
-            break
-        basis = [torch.linalg.qr(f)[0] if f.shape[0] > rank else None for f in best.factors]
-        core = tensor
-        for mode in (2, 1, 0):
-            core = mode_product(core, basis[mode], mode)
-        inside = best.moved(_lifting([None if u is None else u.T for u in basis]))
-        part = budget.child(span=span)
-        best = descend(core.contiguous(), inside, Stage(_CYCLE_SWEEPS, 1e-5), part, scale).moved(_lifting(basis))
-        if budget.left() <= 2 * sweep:
-            break
-    if not small or budget.left() > 2 * sweep:
-        best = descend(tensor, best, last, budget.child(span=(0.5, 1.0)), scale)
-    return best
-
-
-def _lifting(basis: Basis) -> Callable[[int, Tensor], Tensor]:
-    """Takes factors in a subspace of each mode to the coordinates of the whole; with transposed bases, back."""
-
-    def lift(mode: int, factor: Tensor) -> Tensor:
-        u = basis[mode]
-        return factor if u is None else u.to(factor.dtype) @ factor
-
-    return lift
+    return sorted(found, key=lambda start: start.objective)
 
 
 def _of_matrix(source: Source, rank: int) -> list[Tensor]:

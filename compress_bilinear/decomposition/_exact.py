@@ -11,19 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import Quantize
 from ._als import AMPLIFICATION_LIMIT, PENALTY, Iterate, Stage, balanced, descend, wide_gram
 from ._budget import Budget
-from ._source import Source
 
 EXACT = 1e-3  # squared residual under which a tensor may be exactly of low rank: ten times the penalty
-ZERO = 1e-13  # squared residual that is float32's rounding of the weight
+ZERO = 1e-20  # squared residual at which nothing is left to gain: what rounding adds is far above it
 
-_FORMAT_ZERO = 1e-8  # the same where factors will have 16 bits or fewer: far below what their rounding adds
-_SWEEPS = 150  # under each lower penalty
+_SWEEPS = 600  # under each lower penalty
 _LEAST_PENALTY = 1e-16  # below which it is lost in float64's rounding
 _CHEAP_UNKNOWNS = 600  # whose Newton steps cost less than sweeps; they grow with the cube of the unknowns
-_MOST_UNKNOWNS = 3000  # whose Newton steps take about a second each: matrix multiplication tensors have fewer
 _STEPS = 100
 _DAMPING = 1e-2  # at the start, relative to the mean of the diagonal
 _LEAST_DAMPING = 1e-15  # relative too: below it, float64 does not see it
@@ -34,56 +30,37 @@ def is_newton_cheap(sizes: Sequence[int], rank: int) -> bool:
     return sum(sizes) * rank <= _CHEAP_UNKNOWNS
 
 
-def negligible(source: Source, rank: int, quantize: Quantize | None) -> float:
-    """The squared residual below which a smaller one is lost when the factors are rounded to how they are stored."""
-    if is_newton_cheap([min(size, rank) for size in source.shape], rank):
-        return 0.0
-    if quantize is not None or source.weight.dtype.itemsize < 4:
-        return _FORMAT_ZERO
-    return ZERO if source.weight.dtype == torch.float32 else 0.0
-
-
 def anneal_penalty(
     tensor: Tensor,  # (a, b, c)
     best: Iterate,
     budget: Budget,
-    zero: float,
     outside: float = 0.0,
     scale: float = 1.0,
 ) -> Iterate:
     """Reduce the penalty as long as it dominates the residual, as it does on weights that are exactly of low rank.
 
     Args:
-        zero: the squared residual at which to stop.
         outside: squared norm that the tensor leaves out of one of norm 1.
         scale: of the tensor, as in `descend`.
     """
     if best.residual > EXACT:
         return best
-    narrow = tensor.dtype != torch.float64 or best.factors[0].dtype != torch.float64
     tensor = tensor.double() * scale
-    if narrow:  # float32's residual is mostly rounding
-        best = measured_exactly(tensor, [factor.double() for factor in best.factors], PENALTY, outside)
-    unknowns = sum(tensor.shape) * best.factors[0].shape[1]
-    # with many more unknowns than entries, sweeps find one of the many solutions sooner
-    newton = unknowns <= max(_CHEAP_UNKNOWNS, min(_MOST_UNKNOWNS, tensor.numel()))
+    # float32's residual is mostly rounding
+    best = measured_exactly(tensor, [factor.double() for factor in best.factors], PENALTY, outside)
+    newton = is_newton_cheap(tensor.shape, best.factors[0].shape[1])
     penalty = PENALTY
-    # expensive Newton steps come after the sweeps, which with components to spare leave nothing to do
-    for by_newton in [newton] if not newton or unknowns <= _CHEAP_UNKNOWNS else [False, True]:
-        enough = 10 * zero if by_newton else zero
-        while enough < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and budget.left() > 0:
-            penalty *= 1e-3 if by_newton else 1e-1
-            lower = (
-                finish(tensor, best.factors, penalty, outside, budget)
-                if by_newton
-                else descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), budget)
-            )
-            if not lower.residual < best.residual:
-                break
-            best = lower
-            if best.amplification > AMPLIFICATION_LIMIT and best.residual > ZERO:
-                return best  # lower residuals are bought by components that cancel, of which `cp` warns
-        penalty *= 10  # the last at which sweeps still helped
+    while ZERO < best.residual < 10 * penalty and penalty > _LEAST_PENALTY and budget.left() > 0:
+        penalty *= 1e-3 if newton else 1e-1
+        if newton:
+            lower = finish(tensor, best.factors, penalty, outside, budget)
+        else:
+            lower = descend(tensor, best, Stage(_SWEEPS, first=penalty, last=penalty), budget)
+        if not lower.residual < best.residual:
+            break
+        best = lower
+        if best.amplification > AMPLIFICATION_LIMIT:
+            break  # lower residuals are bought by components that cancel, of which `cp` warns
     return best
 
 
@@ -157,34 +134,3 @@ def _normal_equations(tensor: Tensor, factors: Sequence[Tensor], penalty: float)
             blocks.append(block)
         rows.append(torch.cat(blocks, dim=1))
     return torch.cat(rows), torch.cat([part.flatten() for part in gradient])
-
-
-def pencil_start(core: Tensor, rank: int, generator: torch.Generator) -> list[Tensor] | None:
-    """The components of a tensor of exactly this rank, from the eigenvectors of a matrix pencil.
-
-    Needs two modes that are no smaller than the rank (Leurgans, Ross, Abel, 1993; Sanchez and Kowalski, 1990); None
-    where there are none, or where the pencil is singular.
-    """
-    modes = sorted(range(3), key=lambda m: core.shape[m])
-    small, first, second = modes
-    if min(core.shape[first], core.shape[second]) < rank or core.shape[small] < 2:
-        return None
-    cube = core.double().permute(small, first, second)[:, :rank, :rank].cpu()
-    mixes = torch.randn(2, core.shape[small], generator=generator, dtype=torch.float64, device="cpu")
-    one, two = torch.einsum("ms,sij->mij", mixes, cube)
-    solved, failed = torch.linalg.solve_ex(two.T, one.T)  # (one two⁻¹)ᵀ
-    if int(failed) or not bool(torch.isfinite(solved).all()):
-        return None
-    values, vectors = torch.linalg.eig(solved.T)
-    # of a complex pair, which a tensor of this real rank would not have, the parts span the same plane
-    basis = torch.where(values.imag < 0, vectors.imag, vectors.real)
-    left = basis / basis.norm(dim=0).clamp_min(1e-300)
-    slices = torch.linalg.lstsq(left, cube.movedim(1, 0).flatten(1)).solution.unflatten(1, (core.shape[small], rank))
-    u, s, vh = torch.linalg.svd(slices, full_matrices=False)  # each (small, rank) slice is of rank one
-    factors = [torch.empty(0)] * 3
-    factors[small] = (u[:, :, 0] * s[:, :1]).T
-    factors[first], factors[second] = left, vh[:, 0].T
-    full = [torch.zeros(size, rank, dtype=torch.float64, device="cpu") for size in core.shape]
-    for target, factor in zip(full, factors, strict=True):
-        target[: factor.shape[0]] = factor
-    return [factor.to(core) for factor in full]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product, turned_
 
 _LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
-_SAMPLED = 16  # columns for each row, to estimate the coordinates of a mode from
 _OVERSAMPLED = 8  # columns of a sketch beyond the rank, as Halko, Martinsson and Tropp advise
 
 
@@ -20,14 +18,8 @@ def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator)
     """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, in about the coordinates of its HOSVD."""
     basis, core = start(source, sizes, generator)
     core.mul_(source.total**-0.5)
-    # the columns of the modes that shrink come in descending order; the other modes are turned to have it so too
-    turned: list[Tensor] = []
-    for mode, u in enumerate(basis):
-        if u is None:
-            u = leading(_sampled_gram(core, mode), core.shape[mode], source.dtype)
-            turned_(core, u, mode)
-        turned.append(u)
-    return turned, core
+    turns = [turn.to(core.dtype) for turn in ordered_(core)]  # the modes that do not shrink have to be turned
+    return [turn if u is None else u @ turn for u, turn in zip(basis, turns, strict=True)], core
 
 
 def ordered(
@@ -61,15 +53,6 @@ def start(
     if source.weight.numel() >= large and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
         return _sketched(source, sizes, generator)
     return truncated(source, sizes)
-
-
-def _sampled_gram(core: Tensor, mode: int) -> Tensor:
-    """The Gram of an unfolding's strided sample: coordinates need not be exact, and the whole would cost a sweep."""
-    flat = core.movedim(mode, 0).flatten(1)
-    stride = max(1, flat.shape[1] // (_SAMPLED * flat.shape[0]))
-    stride -= stride % 2 == 0 and stride > 1  # odd, for the columns' period is often even
-    part = flat[:, ::stride].to(torch.promote_types(core.dtype, torch.float32))
-    return part @ part.T
 
 
 def truncated(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor | None], Tensor]:
@@ -116,21 +99,6 @@ def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) 
         turn = leading(gram(core, mode), sizes[mode], source.dtype)
         basis[mode], core = sketches[mode] @ turn, mode_product(core, turn, mode)
     return basis, core
-
-
-@dataclass(frozen=True)
-class Core:
-    """A core of norm at most 1 in about the coordinates of its HOSVD: its leading blocks hold most of the energy.
-
-    Attributes:
-        tensor: with its axes in CP's order.
-        outside: the squared norm that the core leaves out of a weight of norm 1.
-        room: elements of that weight.
-    """
-
-    tensor: Tensor
-    outside: float
-    room: int
 
 
 def leading_block(tensor: Tensor, fraction: float) -> Tensor:

@@ -102,16 +102,6 @@ def test_a_descent_is_done_where_it_is_close_enough():
     assert len(reports) < 50
 
 
-def test_a_descent_goes_on_with_the_momentum_of_another():
-    tensor = unit((13, 8, 4))
-    whole = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(12), Budget())
-    first = descend(tensor, Iterate(factors((13, 8, 4), 5)), Stage(6), Budget())
-    assert first.momentum > 1
-    again = descend(tensor, first.moved(lambda _, factor: factor.clone()), Stage(6), Budget())
-    assert again.objective == pytest.approx(whole.objective, rel=1e-9)
-    assert descend(tensor, Iterate(first.factors), Stage(6), Budget()).objective > again.objective
-
-
 def test_a_penalty_falls_to_its_last_value_and_stays():
     stage = Stage(10, first=0.1, last=1e-3, falling=0.5)
     values = [stage.penalty(k / 10) for k in range(10)]
