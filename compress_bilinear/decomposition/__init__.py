@@ -19,7 +19,7 @@ from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker
 from ._refit import SHUFFLED_WEIGHT, Rows, refit_cp, refit_tucker
 from ._rounding import rounded
-from ._search import Trial, best_within, smallest, tightened
+from ._search import tightened
 from ._sizes import check_tucker_rank, check_weight, cp_bytes, tucker_bytes, tucker_flops, tucker_parameters
 from ._source import mode_product
 from ._spectra import spectra
@@ -36,9 +36,7 @@ __all__ = [
     "Metric",
     "Progress",
     "Rows",
-    "Trial",
     "TuckerDecomposition",
-    "best_within",
     "check_max_seconds",
     "check_tucker_rank",
     "check_weight",
@@ -55,7 +53,6 @@ __all__ = [
     "relative_errors",
     "rounded",
     "row_slices",
-    "smallest",
     "spectra",
     "stored_columns",
     "stored_core",

@@ -13,11 +13,12 @@ from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
 from ._cp_levels import is_small, sketch, solve
 from ._factors import CPDecomposition
-from ._search import Trial, best_within, smallest
 from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
 from ._source import Source, full_precision
 
 _CLOSE = 1.03  # between a rank that meets an error and one that does not: closer costs more solves than it saves bytes
+_LEAST_STEP, _MOST_STEP = 1.1, 3.0  # to the next rank while none meets the error: further, a power law guesses badly
+_INSIDE = 0.15  # of a bracket (in log rank) that a step must cut off, so that a bad guess still shrinks it
 _SHARE = 0.3  # of the time left, for one solve of a search
 _ENOUGH = 0.999  # of the error that is asked for, where the solves of a search stop: the rest is for rounding
 
@@ -151,37 +152,63 @@ def _least_rank(
             f"A relative error of {limit:g} needs a CP rank of at least {least} (the rank of an unfolding to that "
             f"error): {cp_bytes(least, weight.shape, itemsize, quantize)} bytes, where the weight has {original}."
         )
-    solved: list[Trial[CPDecomposition]] = []
-
-    def attempt(size: float) -> tuple[CPDecomposition, float]:
-        rank, count = int(size), len(solved)
-        part = budget.child(_SHARE, (count / (count + 4), (count + 1) / (count + 5)))
-        near = best_within(solved, limit) or (solved[-1] if solved else None)
+    rank, tried = least, 0
+    missed: CPDecomposition | None = None  # of the largest rank that misses the limit
+    found: CPDecomposition | None = None  # of the least rank that meets it
+    while tried == 0 or (not _is_close(missed, found, most) and budget.left() > 0):
+        part = budget.child(_SHARE, (tried / (tried + 4), (tried + 1) / (tried + 5)))
+        near = found or missed
         if near is None or is_small(source, rank):
             factors = solve(source, rank, seed, part, quantize)
         else:
-            assert near.result is not None
-            begin = _resized(source, near.result, rank, seed)
+            begin = _resized(source, near, rank, seed)
             factors = solve(source, rank, seed, part, quantize, begin, _ENOUGH * limit)
         result = _as_result(weight, source, factors)
-        error = math.inf if result.error is None else result.error
-        solved.append(Trial(rank, error, result))
-        return result, error
-
-    trials = smallest(attempt, limit, least, most, close=_CLOSE, whole=True, budget=budget)
-    found = best_within(trials, limit)
-    if found is not None and found.result is not None:
-        return found.result
-    nearest = min(trials, key=lambda trial: trial.error)
-    if trials[-1].size == most:
+        tried += 1
+        if _error(result) <= limit:
+            found = result
+        else:
+            missed = result
+            rank = min(_larger(result, limit), most)
+        if missed is not None and found is not None:
+            rank = _between(missed, found, limit)
+    if found is not None:
+        return found
+    assert missed is not None
+    if missed.rank == most:
         raise InfeasibleError(
             f"A relative error of {limit:g} needs a CP rank above {most}, the largest that is smaller than the "
-            f"weight's {original} bytes; the error there is {trials[-1].error:.4g}."
+            f"weight's {original} bytes; the error there is {missed.error:.4g}."
         )
     raise InfeasibleError(
         f"No CP met a relative error of {limit:g} within {budget.max_seconds:g} s; the lowest was "
-        f"{nearest.error:.4g}, at rank {nearest.size}."
+        f"{missed.error:.4g}, at rank {missed.rank}."
     )
+
+
+def _error(found: CPDecomposition) -> float:
+    return math.inf if found.error is None else found.error
+
+
+def _is_close(missed: CPDecomposition | None, found: CPDecomposition | None, most: int) -> bool:
+    """Whether another rank is not worth trying: there is none between the two, or none below or above them."""
+    if missed is None or found is None:
+        return missed is None or missed.rank == most
+    return found.rank <= max(_CLOSE * missed.rank, missed.rank + 1)
+
+
+def _larger(missed: CPDecomposition, limit: float) -> int:
+    """A rank that meets the limit, if the error falls with the square root of the rank; not too far away."""
+    return max(
+        math.ceil(missed.rank * min(max((_error(missed) / limit) ** 2, _LEAST_STEP), _MOST_STEP)), missed.rank + 1
+    )
+
+
+def _between(missed: CPDecomposition, found: CPDecomposition, limit: float) -> int:
+    """Where a power law through the two meets the limit, but well within them."""
+    part = math.log(_error(missed) / limit) / math.log(_error(missed) / max(_error(found), 1e-300))
+    rank = missed.rank * (found.rank / missed.rank) ** min(max(part, _INSIDE), 1 - _INSIDE)
+    return min(max(round(rank), missed.rank + 1), found.rank - 1)
 
 
 def _resized(source: Source, near: CPDecomposition, rank: int, seed: int) -> list[Tensor]:
