@@ -7,7 +7,7 @@ y_no = Σ_ij x1_ni W_oij x2_nj can be summed in three orders of 2·N·O·I·J FL
 - "outer": T = x1 ⊗ x2 (N x I x J), then one matrix product with W.
 
 So the largest dimension is eliminated first. On a CPU and without a gradient, a batched product reads slices of the
-weight in their stored layout: up to some thousand rows that is the fastest. T is never held whole: outputs and rows
+weight in their stored layout: up to some hundred rows that is the fastest. T is never held whole: outputs and rows
 are taken in blocks whose T stays in the cache, which on a CPU is also the fastest (`benchmarks/run.py` measures it).
 Where a gradient is wanted, each block is recomputed in the backward (Chen et al., "Training deep nets with sublinear
 memory cost", 2016); T would otherwise be kept whole for it. Of pairs, one input is
@@ -41,7 +41,7 @@ _ROW_OUTER = 2**22  # elements of x1 ⊗ x2 for a single row, which only reads t
 _BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficient; the rest of a block is rows
 _COPY_COST = 2  # of copying an element of the weight, relative to writing and summing an element of T
 _FEW_STORED_LAYOUT = 2**19  # elements of T up to which a product by the stored layout is a small one
-_STORED_LAYOUT_ROWS = 2**11  # rows up to which the stored layout is the fastest
+_STORED_LAYOUT_ROWS = 2**8  # rows up to which the stored layout is the fastest; of an AMD EPYC
 
 
 def best_order(shape: tuple[int, int, int], rows: int | None = None, dtype: torch.dtype | None = None) -> Order:
