@@ -15,6 +15,7 @@ projected, then multiplied by the other.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -93,8 +94,8 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
         return linear(input1, linear(input2, weight.flatten(0, 1)).view(out, in1), bias)
     small = 0 < out * rows * min(in1, in2) <= _FEW_STORED_LAYOUT
     if small and plain_on_cpu(input1, input2, weight) and only_values(input1, input2, weight, bias):
-        wide_first = (input1, input2, weight) if in1 >= in2 else (input2, input1, weight.mT)
-        output = _batched_product(*wide_first).contiguous()
+        wide_last = (input2, input1, weight.mT) if in1 >= in2 else (input1, input2, weight)
+        output = _stored_block(*wide_last).contiguous()
         return output if bias is None else output.add_(bias)
     if _is_small((out, in1, in2), rows, dtype):
         return linear((input1.unsqueeze(2) * input2.unsqueeze(1)).flatten(1), weight.flatten(1), bias)
@@ -128,7 +129,7 @@ def composed_dense(
     if traced():
         output = _traced(rows1, rows2, weight, order or best_order((out, in1, in2), None, input1.dtype))
     elif order is None and _stored_layout_is_fastest(rows1, rows2, weight):
-        output = _by_stored_layout(rows1, rows2, weight)
+        output = _contract(rows2, rows1, weight.mT, _stored_block).contiguous()
     else:
         order = order or best_order((out, in1, in2), rows, input1.dtype)
         if order == "outer":
@@ -141,25 +142,6 @@ def composed_dense(
     return output if len(leading) == 1 else output.view(*leading, out)
 
 
-def _contract(kept: Tensor, first: Tensor, weight: Tensor) -> Tensor:
-    """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O)."""
-    out, width, _ = weight.shape
-    count, limit = max(1, kept.shape[0]), block_size(kept, tuning().block, tuning().block_grad)
-    columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
-    parts = weight_parts(weight, columns)
-    rows = max(1, min(count, limit // (width * min(out, columns))))
-    if len(parts) == 1 and rows == count:
-        return _contract_block(kept, first, weight)
-    blocks, values = [*zip(kept.split(rows), first.split(rows), strict=True)], only_values(kept, first, weight)
-    run = block_runner(True, kept, first, weight)
-
-    def of_all_rows(part: Tensor) -> Tensor:
-        part = part.contiguous() if values and len(blocks) > 1 else part  # once for all
-        return joined((run(_contract_block, *block, part) for block in blocks), kept.shape[0], 0, values)
-
-    return joined(map(of_all_rows, parts), out, 1, values)
-
-
 def _contract_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
     """(n, a), (n, b), (o, a, b) -> (n, o)."""
     outputs, width, _ = part.shape
@@ -168,30 +150,38 @@ def _contract_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
     return (product.mul_(kept) if only_values(product, kept) else product * kept).sum(-1)
 
 
+def _stored_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
+    """The same as `_contract_block` by batched products with slices of part.mT, of which nothing is copied."""
+    # `matmul` would copy a weight that requires a gradient
+    return torch.bmm(first.expand(len(part), -1, -1), part.mT).mul_(kept).sum(-1).t()
+
+
+def _contract(
+    kept: Tensor, first: Tensor, weight: Tensor, block: Callable[[Tensor, Tensor, Tensor], Tensor] = _contract_block
+) -> Tensor:
+    """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O). `block` sums some rows and outputs."""
+    out, width, _ = weight.shape
+    count, limit = max(1, kept.shape[0]), block_size(kept, tuning().block, tuning().block_grad)
+    columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
+    parts = weight_parts(weight, columns)
+    rows = max(1, min(count, limit // (width * min(out, columns))))
+    if len(parts) == 1 and rows == count:
+        return block(kept, first, weight)
+    blocks, values = [*zip(kept.split(rows), first.split(rows), strict=True)], only_values(kept, first, weight)
+    run = block_runner(True, kept, first, weight)
+
+    def of_all_rows(part: Tensor) -> Tensor:
+        part = part.contiguous() if values and len(blocks) > 1 and block is _contract_block else part  # once for all
+        return joined((run(block, *rows, part) for rows in blocks), kept.shape[0], 0, values)
+
+    return joined(map(of_all_rows, parts), out, 1, values)
+
+
 def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor) -> bool:
     (_, in1, in2), rows = weight.shape, rows1.shape[0]
     if not (0 < in2 <= in1 and 0 < rows <= _STORED_LAYOUT_ROWS):
         return False
     return plain_on_cpu(rows1, rows2, weight) and only_values(rows1, rows2, weight)
-
-
-def _by_stored_layout(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
-    """Σ_ij x1_ni W_oij x2_nj by batched products x1 W_o, which need no copy of the weight: (N, O)."""
-    out, _, in2 = weight.shape
-    limit = tuning().block
-    rows = min(rows1.shape[0], max(1, limit // in2))
-    blocks = [*zip(rows1.split(rows), rows2.split(rows), strict=True)]
-    parts = weight_parts(weight, limit // (rows * in2))
-
-    def of_all_rows(part: Tensor) -> Tensor:
-        return joined((_batched_product(*block, part) for block in blocks), rows1.shape[0], 0, True)
-
-    return joined(map(of_all_rows, parts), out, 1, True).contiguous()
-
-
-def _batched_product(rows1: Tensor, rows2: Tensor, part: Tensor) -> Tensor:
-    """(n, i), (n, j), (o, i, j) -> (n, o), transposed. `matmul` would copy a weight that requires a gradient."""
-    return torch.bmm(rows1.expand(len(part), -1, -1), part).mul_(rows2).sum(-1).t()
 
 
 def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
