@@ -150,7 +150,7 @@ def _from_core(
     source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget
 ) -> tuple[Iterate, bool]:
     """The CP of the core that CP of this rank is solved on, with axes in this order, and whether that is the whole."""
-    basis, core = compressed(source, [min(size, rank) for size in source.shape], generator)
+    basis, core = compressed(source, [min(size, rank) for size in source.shape])
     done = core.shape == source.weight.shape
     outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
     best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget)

@@ -10,13 +10,10 @@ from ._factors import SMALL
 from ._metric import PLAIN, Metric
 from ._source import Source, full_precision, gram, leading, mode_product, turned_
 
-_LARGE = 2**23  # elements of a weight whose subspaces are sketched: its Grams would cost more than what follows
-_OVERSAMPLED = 8  # columns of a sketch beyond the rank, as Halko, Martinsson and Tropp advise
 
-
-def compressed(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
+def compressed(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor], Tensor]:
     """Orthonormal U_m (d_m, k_m) and the core T ×_m U_mᵀ / ‖T‖, in about the coordinates of its HOSVD."""
-    basis, core = start(source, sizes, generator)
+    basis, core = start(source, sizes)
     core.mul_(source.total**-0.5)
     turns = [turn.to(core.dtype) for turn in ordered_(core)]  # the modes that do not shrink have to be turned
     return [turn if u is None else u @ turn for u, turn in zip(basis, turns, strict=True)], core
@@ -46,16 +43,7 @@ def ordered_(tensor: Tensor) -> list[Tensor]:
     return bases
 
 
-def start(
-    source: Source, sizes: Sequence[int], generator: torch.Generator, large: int = _LARGE
-) -> tuple[list[Tensor | None], Tensor]:
-    """Orthonormal U_m (d_m, k_m) near the leading singular vectors, None for full modes, and the core T ×_m U_mᵀ."""
-    if source.weight.numel() >= large and sum(2 * k < d for k, d in zip(sizes, source.shape, strict=True)) >= 2:
-        return _sketched(source, sizes, generator)
-    return truncated(source, sizes)
-
-
-def truncated(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor | None], Tensor]:
+def start(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor | None], Tensor]:
     """The sequentially truncated HOSVD, the mode that shrinks most first: bases, None for full modes, and the core.
 
     Grams are in the working dtype: it is a start, which HOOI or ALS refine.
@@ -68,37 +56,6 @@ def truncated(source: Source, sizes: Sequence[int]) -> tuple[list[Tensor | None]
             basis[mode] = leading(matrix, sizes[mode], source.dtype)
             rest = source.project(basis) if rest is None else mode_product(rest, basis[mode], mode)
     return basis, source.project(basis) if rest is None else rest
-
-
-def _sketched(source: Source, sizes: Sequence[int], generator: torch.Generator) -> tuple[list[Tensor | None], Tensor]:
-    """A random range finder (Halko, Martinsson, Tropp, 2011) in a sequentially truncated HOSVD.
-
-    The two longest modes that shrink take turns, each by a power step on what the other's basis leaves, of which the
-    first is random; the third mode comes from a Gram of the rest, which is small by then. Returns bases and core.
-    """
-    shrinking = [mode for mode, (size, kept) in enumerate(zip(source.shape, sizes, strict=True)) if kept < size]
-    *third, second, first = sorted(shrinking, key=lambda mode: source.shape[mode])
-
-    def draw(mode: int) -> Tensor:
-        size = source.shape[mode]
-        wide = min(size, sizes[mode] + _OVERSAMPLED)
-        normal = torch.randn(size, wide, generator=generator, dtype=torch.float64, device="cpu")
-        return torch.linalg.qr(normal)[0].to(source.weight.device, source.dtype)
-
-    sketches = {mode: draw(mode) for mode in (second, first)}
-    for mode, other in ((first, second), (second, first), (first, second)):
-        rest = source.project([sketches[other] if m == other else None for m in range(3)])
-        flat = rest.movedim(mode, 0).flatten(1)
-        sketches[mode] = torch.linalg.qr(flat @ (flat.T @ sketches[mode]))[0]
-    core = mode_product(rest, sketches[first], first)
-    basis: list[Tensor | None] = [None, None, None]
-    for mode in third:
-        basis[mode] = leading(gram(core, mode), sizes[mode], source.dtype)
-        core = mode_product(core, basis[mode], mode)
-    for mode in (first, second):
-        turn = leading(gram(core, mode), sizes[mode], source.dtype)
-        basis[mode], core = sketches[mode] @ turn, mode_product(core, turn, mode)
-    return basis, core
 
 
 def leading_block(tensor: Tensor, fraction: float) -> Tensor:

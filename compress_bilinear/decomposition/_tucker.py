@@ -154,7 +154,7 @@ class _Solver:
 
     def _start(self, sizes: Sequence[int]) -> tuple[Basis, Tensor]:
         """Bases with this many columns, None for full modes, and the core: nearly those of the HOSVD."""
-        return start(self.source, sizes, torch.Generator().manual_seed(0))
+        return start(self.source, sizes)
 
     def _lifted(self, basis: Basis, core: Tensor) -> tuple[Basis, Tensor]:
         """Bases and a core in the weight's own coordinates."""
