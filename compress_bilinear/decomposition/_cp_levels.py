@@ -18,7 +18,7 @@ from ..config import Quantize
 from ..quantization import FORMATS
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._budget import Budget
-from ._exact import EXACT, ZERO, anneal_penalty, finish, is_newton_cheap
+from ._exact import ZERO, anneal_penalty, finish, is_newton_cheap
 from ._hosvd import compressed, hosvd_start, leading_block, random_start
 from ._source import Source
 
@@ -69,20 +69,24 @@ def solve(
         return _of_matrix(source, rank)
     order = _order(source.shape)
     penalty = _last_penalty(quantize)
-    plain = budget if penalty == PENALTY else budget.child(0.8, (0.0, 0.9))
     sweeps, done = _QUICK_SWEEPS, False
-    if begin is None:
-        best, done = _from_core(source, rank, order, torch.Generator().manual_seed(seed), plain)
-        sweeps = _SWEEPS
-    else:
+    if begin is not None:
         best = Iterate(balanced([begin[m] for m in order]))
+    else:
+        sweeps = _SWEEPS
+        basis, core = compressed(source, [min(size, rank) for size in source.shape])
+        done = core.shape == source.weight.shape
+        outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
+        generator = torch.Generator().manual_seed(seed)
+        best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget, penalty)
+        factors = [basis[m].to(f.dtype) @ f for m, f in zip(order, best.factors, strict=True)]
+        best = replace(best, factors=factors)
+        del basis, core
     tensor, scale = source.permuted(order)
     if not done:
-        best = descend(tensor, best, Stage(sweeps, enough=enough**2), plain.child(span=(0.5, 1.0)), scale)
-        best = anneal_penalty(tensor, best, plain, scale=scale)
-    if penalty > PENALTY and best.residual > EXACT:  # an exact CP is one in any format
         stage = Stage(sweeps, enough=enough**2, first=penalty, last=penalty)
-        best = descend(tensor, best, stage, budget.child(span=(0.9, 1.0)), scale)
+        best = descend(tensor, best, stage, budget.child(span=(0.5, 1.0)), scale)
+        best = anneal_penalty(tensor, best, budget, scale=scale)
     return [best.factors[order.index(mode)] for mode in range(3)]
 
 
@@ -146,34 +150,27 @@ def _order(shape: Sequence[int]) -> tuple[int, int, int]:
     return ((1, 2, 0), (0, 2, 1), (0, 1, 2))[longest]
 
 
-def _from_core(
-    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget
-) -> tuple[Iterate, bool]:
-    """The CP of the core that CP of this rank is solved on, with axes in this order, and whether that is the whole."""
-    basis, core = compressed(source, [min(size, rank) for size in source.shape])
-    done = core.shape == source.weight.shape
-    outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
-    best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget)
-    factors = [basis[m].to(f.dtype) @ f for m, f in zip(order, best.factors, strict=True)]
-    return replace(best, factors=factors), done
-
-
-def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator, budget: Budget) -> Iterate:
+def _on_core(
+    core: Tensor, outside: float, rank: int, generator: torch.Generator, budget: Budget, penalty: float
+) -> Iterate:
     """The best CP that the starts on a core lead to, which leaves out `outside` of a squared norm of 1."""
-    first = PENALTY
+    first = penalty
     if core.numel() * rank <= _CHEAP:
-        starts = _starts(core, rank, generator, budget)
+        starts = _starts(core, rank, generator, budget, penalty)
     else:
-        begun, first = _over_blocks(core, rank, generator, budget, _LEVEL_SWEEPS, PENALTY)
+        begun, first = _over_blocks(core, rank, generator, budget, _LEVEL_SWEEPS, penalty)
         starts = [begun]
-    last = Stage(_CORE_SWEEPS, 1e-5, first=first) if outside else Stage(_LAST_SWEEPS, first=first, falling=0.25)
+    if outside:
+        last = Stage(_CORE_SWEEPS, 1e-5, first=first, last=penalty)
+    else:
+        last = Stage(_LAST_SWEEPS, first=first, last=penalty, falling=0.25)
     newton = is_newton_cheap(core.shape, rank)
 
     best = Iterate([])
     for start in starts[: _KEPT if newton else 1]:
         found = descend(core, start, last, budget.child(span=(0.3, 0.5 if outside else 0.9)))
         if newton and found.residual < _PROMISING:
-            found = finish(core, found.factors, PENALTY, outside, budget)
+            found = finish(core, found.factors, penalty, outside, budget)
         found = anneal_penalty(core, found, budget, outside)
         best = found if found.objective < best.objective or not best.factors else best
         if best.residual <= ZERO:
@@ -181,10 +178,10 @@ def _on_core(core: Tensor, outside: float, rank: int, generator: torch.Generator
     return best
 
 
-def _starts(core: Tensor, rank: int, generator: torch.Generator, budget: Budget) -> list[Iterate]:
+def _starts(core: Tensor, rank: int, generator: torch.Generator, budget: Budget, penalty: float) -> list[Iterate]:
     """Some sweeps from each of many starts, the best first."""
     # the objectives are compared, for which the penalty must have settled
-    stage = Stage(_LEVEL_SWEEPS, first=_FIRST_PENALTY, falling=0.7)
+    stage = Stage(_LEVEL_SWEEPS, first=_FIRST_PENALTY, last=penalty, falling=0.7)
     count = min(_STARTS, 3 * _CHEAP // (core.numel() * rank))
     scouting = budget.child(_LEVELS[0].share, (0.0, 0.3))
     found: list[Iterate] = []
