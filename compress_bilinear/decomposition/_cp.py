@@ -11,7 +11,7 @@ from ..config import CPRank, MaxError, MaxSize, Quantize, check_quantize
 from ..errors import AmplificationWarning, InfeasibleError
 from ._als import AMPLIFICATION_LIMIT
 from ._budget import Budget, Progress
-from ._cp_levels import is_small, sketch, solve
+from ._cp_levels import is_small, solve
 from ._factors import CPDecomposition
 from ._sizes import check_cp_rank, check_weight, cp_bytes, most_rank
 from ._source import Source, full_precision
@@ -106,10 +106,8 @@ def cp_sketch(
     check_cp_rank(rank, weight.shape)
     with full_precision(weight.device):
         source = Source(weight)
-        if source.total == 0 or 1 in source.shape:
-            return _as_result(weight, source, solve(source, rank, seed, Budget()))
-        start = None if begin is None else _resized(source, begin, rank, seed)
-        factors = sketch(source, rank, seed, budget or Budget(), sweeps, quantize, start)
+        start = None if begin is None or source.total == 0 else _resized(source, begin, rank, seed)
+        factors = solve(source, rank, seed, budget or Budget(), quantize, start, sweeps=sweeps)
         return _as_result(weight, source, factors)
 
 

@@ -54,6 +54,7 @@ def solve(
     quantize: Quantize | None = None,
     begin: Sequence[Tensor] | None = None,
     enough: float = 0.0,
+    sweeps: int | None = None,
 ) -> list[Tensor]:
     """Factors (d_m, R) for the weight over its norm, in the order of its axes.
 
@@ -62,63 +63,40 @@ def solve(
             what is minimised is the expected squared error after rounding.
         begin: factors (d_m, R) to begin with, instead of the starts.
         enough: an error at which to stop.
+        sweeps: of a weight in the coordinates of its HOSVD: at most so many over the whole, a quarter of them on each
+            of two leading blocks before, and none of what finds exact solutions.
     """
     if source.total == 0:
         return [torch.zeros(size, rank, dtype=source.dtype, device=source.weight.device) for size in source.shape]
     if 1 in source.shape:
         return _of_matrix(source, rank)
-    order = _order(source.shape)
-    penalty = _last_penalty(quantize)
-    sweeps, done = _QUICK_SWEEPS, False
-    if begin is not None:
-        best = Iterate(balanced([begin[m] for m in order]))
-    else:
-        sweeps = _SWEEPS
-        basis, core = compressed(source, [min(size, rank) for size in source.shape])
-        done = core.shape == source.weight.shape
-        outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
-        generator = torch.Generator().manual_seed(seed)
-        best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget, penalty)
-        factors = [basis[m].to(f.dtype) @ f for m, f in zip(order, best.factors, strict=True)]
-        best = replace(best, factors=factors)
-        del basis, core
+    order, generator = _order(source.shape), torch.Generator().manual_seed(seed)
+    penalty = first = PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+    done, most = False, _SWEEPS if begin is None else _QUICK_SWEEPS
+    best = Iterate([] if begin is None else balanced([begin[m] for m in order]))
+    if begin is None and sweeps is None:
+        best, done = _from_core(source, rank, order, generator, budget, penalty)
     tensor, scale = source.permuted(order)
+    if begin is None and sweeps is not None:
+        best, first = _over_blocks(tensor, rank, generator, budget, max(sweeps // 4, 1), penalty, scale)
     if not done:
-        stage = Stage(sweeps, enough=enough**2, first=penalty, last=penalty)
-        best = descend(tensor, best, stage, budget.child(span=(0.5, 1.0)), scale)
-        best = anneal_penalty(tensor, best, budget, scale=scale)
+        tolerance = 1e-6 if sweeps is None else _SETTLED
+        stage = Stage(sweeps or most, tolerance, enough**2, first, penalty, falling=0.5)
+        best = descend(tensor, best, stage, budget.child(span=(0.3, 1.0)), scale)
+        best = anneal_penalty(tensor, best, budget, scale=scale) if sweeps is None else best
     return [best.factors[order.index(mode)] for mode in range(3)]
 
 
-def sketch(
-    source: Source,
-    rank: int,
-    seed: int,
-    budget: Budget,
-    sweeps: int,
-    quantize: Quantize | None = None,
-    begin: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """As `solve`, of a weight in the coordinates of its HOSVD, in at most `sweeps` sweeps over the whole.
-
-    A quarter of the sweeps on each of two leading blocks, and none of what finds exact solutions.
-    """
-    order = _order(source.shape)
-    tensor, scale = source.permuted(order)
-    last = first = _last_penalty(quantize)
-    if begin is None:
-        generator = torch.Generator().manual_seed(seed)
-        best, first = _over_blocks(tensor, rank, generator, budget, max(sweeps // 4, 1), last, scale)
-    else:
-        best = Iterate(balanced([begin[m] for m in order]))
-    stage = Stage(sweeps, _SETTLED, first=first, last=last, falling=0.5)
-    best = descend(tensor, best, stage, budget.child(span=(0.3, 1.0)), scale)
-    return [best.factors[order.index(mode)] for mode in range(3)]
-
-
-def _last_penalty(quantize: Quantize | None) -> float:
-    """What rounding the factors is expected to add to the squared error."""
-    return PENALTY if quantize is None else max(PENALTY, FORMATS[quantize].error ** 2)
+def _from_core(
+    source: Source, rank: int, order: Sequence[int], generator: torch.Generator, budget: Budget, penalty: float
+) -> tuple[Iterate, bool]:
+    """The CP of the core that CP of this rank is solved on, with axes in this order, and whether that is the whole."""
+    basis, core = compressed(source, [min(size, rank) for size in source.shape])
+    done = core.shape == source.weight.shape
+    outside = 0.0 if done else max(1 - float(core.double().square().sum()), 0.0)
+    best = _on_core(core.permute(*order).contiguous(), outside, rank, generator, budget, penalty)
+    factors = [basis[m].to(f.dtype) @ f for m, f in zip(order, best.factors, strict=True)]
+    return replace(best, factors=factors), done
 
 
 def _over_blocks(
