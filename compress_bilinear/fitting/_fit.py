@@ -14,9 +14,7 @@ from ._fit_weight import WeightFitting, check_not_zero
 from ._held_out import FEWEST_ROWS
 from ._job import Job
 from ._search import Search, settle, without_bias
-
-FIRST_SIZE = 1 / 8
-"""Where a search begins that has no size to meet."""
+from ._work import FIRST_SIZE
 
 
 def fit(job: Job, budget: Budget, options: PlanOptions) -> Search | None:

@@ -20,7 +20,7 @@ from ._measure import weight_error
 _MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
 _CHEAP = 2**20  # entries times rank up to which a slow method is solved to the end at once
 SWEEPS = 60  # of a slow method, to see how good it is
-_MORE_SWEEPS = 70  # of the one that is chosen
+MORE_SWEEPS = 70  # of the one that is chosen
 
 
 class WeightFitting:
@@ -134,7 +134,7 @@ class WeightFitting:
             assert method.solve is not None
             more = method.solve(weight, rank, found.config, part)
         else:
-            more = method.sketch(weight, rank, found.config, part, _MORE_SWEEPS, begin=found.fitted)
+            more = method.sketch(weight, rank, found.config, part, MORE_SWEEPS, begin=found.fitted)
         return best([found, self._unwhitened(found.config, more, weight, budget)])
 
     def is_cheap(self, rank: Rank) -> bool:

@@ -21,21 +21,19 @@ from ..errors import CompressionError, InfeasibleError
 from ..modules import METHODS, Method, Rank, method_of
 from ..quantization import FORMATS
 from ._candidate import Candidate
-from ._fit_weight import SWEEPS, WeightFitting, largest_rank
+from ._fit_weight import WeightFitting, largest_rank
 from ._latency import Latency, latencies, timing_inputs
 from ._measure import stored_bytes
+from ._work import SKETCH_SWEEPS, most_rank
 
 _STEP = 1.03  # between two sizes of a prediction
 _OPTIMISM = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
 _MORE_OPTIMISM = 0.85  # the same of an error that is extrapolated
 _SKETCHED = 2  # the rank that fills a size, over the larger one of the quick solutions; the other is half of it
-_SKETCH_SWEEPS = 12
 _FEW_SWEEPS = 20  # over the whole, below which a rank is not worth the time
 _SHARE = 0.25  # of the time left, for one candidate
 _AS_GOOD = 1.05  # times the least error: what is faster is then better
 _EXACT = 1e-5  # an error that is none
-_MOST_FLOPS = 1e12  # FLOPs that a slow method may take without a time limit, and more for each entry of a large weight
-_MOST_FLOPS_PER_ENTRY = 4e4
 _NONE = 1e6  # the ratio of a measured error to a predicted one where nothing could be made
 
 _ROUNDS = 6  # of making what is picked, and more if they take next to no time
@@ -123,7 +121,7 @@ class Search:
         self.candidates.remove(point)
         ratio = _NONE
         try:
-            part = self._part() if method_of(point.config).sketch is not None else self.budget.child(1.0, (0.3, 0.9))
+            part = self.budget.child(1.0 if method_of(point.config).sketch is None else _SHARE)
             if isinstance(point.config, DenseConfig):
                 found = self.fitting.dense(point.config, part, quick=True)
             else:
@@ -225,7 +223,7 @@ class Search:
         """Predict a method whose ranks are integers from quick solutions at two low ranks."""
         shape, itemsize = self.layer.weight.shape, self.layer.weight.element_size()
         fullest = {q: largest_rank(row, shape, itemsize, q, anchor) for q in formats}
-        most = self._most_rank(max(fullest.values()))
+        most = most_rank(self.layer, max(fullest.values()))
         solved = self._solved.setdefault(row.name, {})
         before = dict(solved)
         begin = 1 if self.fitting.is_cheap(most) else _SKETCHED
@@ -240,11 +238,12 @@ class Search:
             begun = time.perf_counter()
             config = row.configure(rank, None, self._seed)
             try:
-                solved[rank] = self.fitting.solved(config, rank, self._part(), _SKETCH_SWEEPS).error
+                budget = self.budget.child(_SHARE, (0.75, 1.0) if solved else (0.3, 0.75))
+                solved[rank] = self.fitting.solved(config, rank, budget, SKETCH_SWEEPS).error
             except CompressionError:
                 continue  # above the method's largest rank, say: lower ones follow
             if self.budget.limited and rank < most:  # the rest of the time is about twice what predictions have left
-                each = (time.perf_counter() - begun) / rank * _FEW_SWEEPS / _SKETCH_SWEEPS
+                each = (time.perf_counter() - begun) / rank * _FEW_SWEEPS / SKETCH_SWEEPS
                 most = min(most, max(rank, int(2 * self.budget.left() / each)))
         if not solved:
             return
@@ -258,13 +257,6 @@ class Search:
             ]
             self._add(row, quantize, points)
 
-    def _most_rank(self, rank: int) -> int:
-        """The largest rank, up to this one, that a search may wait for."""
-        numel = self.layer.weight.numel()
-        while rank > 1 and SWEEPS * (6.0 * numel * rank + 6.0 * rank**3) > _MOST_FLOPS + _MOST_FLOPS_PER_ENTRY * numel:
-            rank = int(0.95 * rank)
-        return max(rank, 1)
-
     def _predict_again(self, kind: Kind) -> None:
         """Predict a kind anew: between what was measured, its ratio to the first prediction is interpolated."""
         known = sorted(self._ratios.get(kind, {1: 1.0}).items())
@@ -276,15 +268,17 @@ class Search:
                 ratio = math.exp(min(numpy.interp(math.log(each.bytes), places, ratios), 50.0))
                 self.candidates.append(replace(each, error=each.error * ratio))
 
-    def _part(self) -> Budget:
-        return self.budget.child(_SHARE, (0.3, 0.9))
 
-
-def settle(searches: Sequence[Search], pick: Callable[[list[list[Candidate]]], list[Candidate]]) -> list[Candidate]:
+def settle(
+    searches: Sequence[Search],
+    pick: Callable[[list[list[Candidate]]], list[Candidate]],
+    tell: Callable[[Search], object] = lambda search: None,
+) -> list[Candidate]:
     """Make what is picked until nothing that is only predicted is picked any more, or the time is up.
 
     Args:
         pick: one candidate of each list, or InfeasibleError.
+        tell: called with the search whose candidate is made next.
     """
     begun = time.perf_counter()
 
@@ -292,6 +286,7 @@ def settle(searches: Sequence[Search], pick: Callable[[list[list[Candidate]]], l
         chosen = pick([search.candidates for search in searches])
         for search, each in zip(searches, chosen, strict=True):
             if each.predicted:
+                tell(search)
                 search.build(each)
         return any(each.predicted for each in chosen)
 

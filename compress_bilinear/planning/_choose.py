@@ -8,15 +8,26 @@ from itertools import count
 from torch import nn
 
 from ..config import AutoConfig, PlanOptions
-from ..decomposition import Budget
+from ..decomposition import Budget, Progress
 from ..errors import InfeasibleError
-from ..fitting import Candidate, Job, Search, choose_compute, reason_against_rounded_inputs, settle, timing_inputs
+from ..fitting import (
+    Candidate,
+    Job,
+    Search,
+    choose_compute,
+    making_work,
+    reason_against_rounded_inputs,
+    settle,
+    timing_inputs,
+)
 from ..report import Note
 from ._allocate import allocate, best_within, just_above
 from ._metric_drop import TaskMetric
+from ._planner import judging_works
 from ._progress import ProgressBars
 
 _VERIFY = 0.6  # of the time, to make candidates; what is left polishes the chosen ones
+_MADE = 0.5  # of the work on a candidate until it is made; the rest polishes it
 
 
 def choose(
@@ -35,10 +46,12 @@ def choose(
     for job in searches:
         groups.setdefault(id(job.config), []).append(job)
     waiting = sum(job.layer.weight.numel() for job in searches)
+    later = sum(judging_works(jobs, options))
     # a metric is of the whole network, with what the other configs give
     for group in sorted(groups.values(), key=lambda group: _auto(group).metric_drop is not None):
         size = sum(job.layer.weight.numel() for job in group)
-        _choose_together(model, jobs, group, searches, options, budget.part(size, waiting, budget.report), bars)
+        part = budget.part(size, waiting, budget.report)
+        _choose_together(model, jobs, group, searches, options, part, bars, later)
         waiting -= size
     for job in jobs:
         if job.is_open and job.chosen is not None:
@@ -54,8 +67,12 @@ def _choose_together(
     options: PlanOptions,
     budget: Budget,
     bars: ProgressBars,
+    later: float,
 ) -> None:
-    """One candidate for each job of a group, which have an `AutoConfig` in common; made, measured and polished."""
+    """One candidate for each job of a group, which have an `AutoConfig` in common; made, measured and polished.
+
+    `later` is the work that follows.
+    """
     config, own = _auto(group), [searches[job] for job in group]
     for search in own:
         search.budget = budget.child(_VERIFY)
@@ -64,7 +81,13 @@ def _choose_together(
         if metric is not None:
             config = replace(config, metric_drop=None, size=_least_size(metric, group, own, bars))
         pick = partial(_picked, group, config)
-        chosen = settle(own, pick)
+        progress = _progress(group, pick([search.candidates for search in own]), bars, later)
+
+        def tell(search: Search) -> None:
+            number = own.index(search)
+            search.budget = search.budget.part(1.0, 1.0, progress(number, group[number].label))
+
+        chosen = settle(own, pick, tell)
         if config.prefer == "speed":
             chosen = _fastest(group, own, chosen, pick, options)
     except InfeasibleError as error:
@@ -80,7 +103,7 @@ def _choose_together(
         above = just_above(fronts, _allowed(config, [search.candidates for search in own]), config.prefer, labelled)
         for job in group:
             job.notes = above.get(job.label, ())
-    _polish(group, own, chosen, options, budget, bars)
+    _polish(group, own, chosen, options, budget, progress)
     if metric is not None:
         metric.confirm(group)
     for job, search in zip(group, own, strict=True):
@@ -100,15 +123,25 @@ def _polish(
     chosen: Sequence[Candidate],
     options: PlanOptions,
     budget: Budget,
-    bars: ProgressBars,
+    progress: Callable[[int, str], Progress],
 ) -> None:
     """Polish what was chosen, or what is as good and faster."""
-    progress = bars.parts("Polishing", len(group))
     for number, (job, search, candidate) in enumerate(zip(group, searches, chosen, strict=True)):
         if job.limit is None and options["measure_latency"]:
             candidate = search.quickest_as_good(candidate, job.rows(options["batch_size"]))
         sizes = [other.layer.weight.numel() for other in group[number:]]
-        job.chosen = search.polish(candidate, budget.part(sizes[0], sum(sizes), progress(number, job.label)))
+        job.chosen = search.polish(
+            candidate, budget.part(sizes[0], sum(sizes), progress(len(group) + number, job.label))
+        )
+
+
+def _progress(
+    group: Sequence[Job], picked: Sequence[Candidate], bars: ProgressBars, later: float
+) -> Callable[[int, str], Progress]:
+    """Of making what was picked for each job, and then of polishing it."""
+    works = [making_work(job.layer, each) for job, each in zip(group, picked, strict=True)]
+    made = [_MADE * work * each.predicted for work, each in zip(works, picked, strict=True)]
+    return bars.parts("Choosing", [*made, *((1 - _MADE) * work for work in works)], later)
 
 
 def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Search], bars: ProgressBars) -> float:
@@ -116,7 +149,7 @@ def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Sea
 
     Some compressed copies of the network are measured, whose candidates are not polished.
     """
-    progress = bars.parts("Measuring the metric at", 8)
+    progress = bars.parts("Measuring the metric at", [1.0] * 8)
     tried = count()
 
     def pick(fraction: float) -> dict[Job, Candidate] | None:

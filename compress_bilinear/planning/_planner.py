@@ -17,6 +17,8 @@ from ..fitting import (
     collect_inputs,
     expected_seconds,
     fit,
+    judging_work,
+    solving_work,
     weight_error,
 )
 from ..modules import (
@@ -92,7 +94,7 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     open_ = [job for job in jobs if job.is_open]
     takes_time = [job.calibrated or not isinstance(job.config, DenseConfig) for job in open_]
     sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
-    progress = bars.parts("Solving", len(open_))
+    progress = bars.parts("Solving", [solving_work(job.layer, job.config) for job in open_])
     for number, job in enumerate(open_):
         share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
         part = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
@@ -137,15 +139,20 @@ def _judging_seconds(job: Job, options: PlanOptions) -> float:
 def aim_all(searches: Mapping[Job, Search], budget: Budget, bars: ProgressBars) -> None:
     """Predict for the targets of the jobs' configs, from what has been solved for others."""
     sizes = [job.layer.weight.numel() for job in searches]
-    progress = bars.parts("Predicting", len(sizes))
+    progress = bars.parts("Predicting", sizes)
     for number, (job, search) in enumerate(searches.items()):
         search.budget = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(_PREDICT)
         aim(search, job)
 
 
+def judging_works(jobs: Sequence[Job], options: PlanOptions) -> list[float]:
+    """What it is to judge each job."""
+    return [judging_work(job.layer, float(options["measure_latency"])) if job.is_open else 0.0 for job in jobs]
+
+
 def judge_all(jobs: Sequence[Job], options: PlanOptions, times: Times, bars: ProgressBars) -> None:
     """Decide on each chosen candidate, and record that in `job.report`."""
-    progress = bars.parts("Judging", len(jobs))
+    progress = bars.parts("Judging", judging_works(jobs, options), 0.0)
     for number, job in enumerate(jobs):
         shares = [times.shares.get(each.label, 0.0) for each in jobs[number:]]
         part = times.judged.part(shares[0], sum(shares), progress(number, job.label))
@@ -191,7 +198,7 @@ def distil_all(
         adapted={id(job.layer): job.found.adapted for job in jobs if job.found.adapted is not None},
         forward_fn=options["forward_fn"],
         seconds=max(times.whole.left(), 1e-3) if times.whole.limited else DEFAULT_SECONDS,
-        progress=bars.parts("Distilling", 1)(0, "the network"),
+        progress=bars.parts("Distilling", [1.0])(0, "the network"),
         accept=accept,
     )
     for key, job in replaced.items():

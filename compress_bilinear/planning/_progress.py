@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import progress as rich
@@ -10,11 +10,16 @@ from rich.console import Console
 
 
 class ProgressBars(rich.Progress):
-    """A context manager; `shown` None shows bars on a terminal only. `seconds` is what each `stage` took."""
+    """A context manager; `shown` None shows bars on a terminal only. `seconds` is what each `stage` took.
+
+    What is chosen tells how much work is left: from then on the stages share a bar, see `parts`.
+    """
 
     def __init__(self, shown: bool | None = None) -> None:
         console = Console(stderr=True)
         self.seconds: dict[str, float] = {}
+        self._shared: rich.TaskID | None = None
+        self._end = 0.0  # of what the stages have done that share a bar, in FLOPs
         super().__init__(
             rich.TextColumn("{task.description}", markup=False),
             rich.BarColumn(),
@@ -39,15 +44,28 @@ class ProgressBars(rich.Progress):
         yield
         self.seconds[name] = round(time.perf_counter() - begun, 3)
 
-    def parts(self, what: str, total: int) -> Callable[[int, str], Callable[[float, float], None]]:
-        """A bar over `total` solves; called with a solve's number and name, it gives that solve's `progress`."""
-        task = self.add_task(what, total=total)
+    def parts(
+        self, what: str, sizes: Sequence[float], later: float | None = None
+    ) -> Callable[[int, str], Callable[[float, float], None]]:
+        """A bar over some solves; called with a solve's number and name, it gives that solve's `progress`.
+
+        Args:
+            sizes: the work of each, in any unit.
+            later: the work of the stages that follow. With one the bar is shared with those, and the unit is FLOPs.
+        """
+        begun, total = (0.0, sum(sizes)) if later is None else (self._end, self._end + sum(sizes) + later)
+        task = self.add_task(what, total=total) if later is None or self._shared is None else self._shared
+        if later is not None:
+            self._shared, self._end = task, begun + sum(sizes)
+            self.update(task, total=total, completed=begun)
 
         def part(number: int, name: str) -> Callable[[float, float], None]:
-            self.update(task, description=f"{what} {name}", completed=number)
+            before = begun + sum(sizes[:number])
+            self.update(task, description=f"{what} {name}", completed=before)
 
             def report(done: float, error: float) -> None:
-                self.update(task, description=f"{what} {name}: error {error:.4f}", completed=number + done)
+                completed = before + done * sizes[number]
+                self.update(task, description=f"{what} {name}: error {error:.4f}", completed=completed)
 
             return report
 

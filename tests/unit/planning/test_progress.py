@@ -9,14 +9,14 @@ from compress_bilinear.planning import ProgressBars
 def test_nothing_is_shown_where_nobody_looks(shown, capsys):
     with ProgressBars(shown) as bars:
         assert list(bars.track([1, 2], description="Calibrating")) == [1, 2]
-        bars.parts("Solving", 2)(0, "rel")(0.5, 0.1)
+        bars.parts("Solving", [1.0, 1.0])(0, "rel")(0.5, 0.1)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
 def test_a_shown_bar_names_the_layer_and_its_error_on_stderr(capsys):
     with ProgressBars(True) as bars:
-        bars.parts("Solving", 2)(1, "rel[0]")(0.5, 0.1234)
+        bars.parts("Solving", [1.0, 1.0])(1, "rel[0]")(0.5, 0.1234)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Solving rel[0]" in captured.err
@@ -44,3 +44,24 @@ def test_stages_are_timed_one_by_one(monkeypatch):
     with bars.stage("fit"):
         pass
     assert bars.seconds == {"calibrate": 2.5, "fit": 0.25}
+
+
+def test_stages_that_share_a_bar_have_one_time_left():
+    now, speed = 0.0, 2.5
+    with ProgressBars(False) as bars:
+        bars.disable, bars.get_time = False, lambda: now
+        left = 8.0
+        choosing = bars.parts("Choosing", [1.0, 3.0, 2.0], later=2.0)
+        judging = None
+        for number, size in enumerate([1.0, 3.0, 2.0, 2.0]):
+            if number == 3:
+                judging = bars.parts("Judging", [size], later=0.0)
+            report = choosing(number, "rel") if judging is None else judging(0, "rel")
+            for done in (0.25, 0.5, 0.75, 1.0):
+                now += 0.25 * size / speed
+                left -= 0.25 * size
+                report(done, 0.5)
+                (task,) = bars.tasks
+                if number > 0 and left > 0:
+                    assert task.time_remaining == pytest.approx(left / speed, abs=1.0)  # whole seconds, rounded up
+        assert task.finished

@@ -1,0 +1,67 @@
+"""How much work a layer is, in FLOPs or in what takes as long: for limits without a clock, and for a time left."""
+
+from torch import nn
+
+from ..config import AutoConfig, Config, MaxSize
+from ..modules import METHODS, method_of
+from ._candidate import Candidate
+from ._fit_weight import MORE_SWEEPS, SWEEPS, largest_rank
+
+FIRST_SIZE = 1 / 8
+"""Where a search begins that has no size to meet."""
+SKETCH_SWEEPS = 12
+_MOST_FLOPS = 1e12  # that a slow method may take without a time limit, and more for each entry of a large weight
+_MOST_FLOPS_PER_ENTRY = 4e4
+# as measured: FLOPs for each entry of the weight and each index of its modes
+_PREDICT, _MAKE, _JUDGE = 11, 25, 9
+_PER_SECOND = 5e10  # FLOPs that take as long as a second of measuring latencies
+_SOLVE_SWEEPS = 200  # of a CP of one rank, with all its starts
+
+
+def most_rank(layer: nn.Bilinear, rank: int) -> int:
+    """The largest rank of a slow method, up to this one, that a search may wait for."""
+    most = _MOST_FLOPS + _MOST_FLOPS_PER_ENTRY * layer.weight.numel()
+    while rank > 1 and SWEEPS * _sweep(layer, rank) > most:
+        rank = int(0.95 * rank)
+    return max(rank, 1)
+
+
+def solving_work(layer: nn.Bilinear, config: Config) -> float:
+    """Until a layer has its candidate, or the predictions of an `AutoConfig`."""
+    if isinstance(config, AutoConfig):
+        slow = _sweep(layer, _slow_rank(layer, config.fraction or FIRST_SIZE))
+        return _PREDICT * _passes(layer) + SKETCH_SWEEPS * 0.75 * slow
+    if method_of(config).sketch is None:
+        return _MAKE * _passes(layer)
+    rank = getattr(config, "rank", None)
+    if not isinstance(rank, int):
+        rank = _slow_rank(layer, rank.fraction if isinstance(rank, MaxSize) else FIRST_SIZE)
+    return _SOLVE_SWEEPS * _sweep(layer, rank)
+
+
+def making_work(layer: nn.Bilinear, candidate: Candidate) -> float:
+    """Until a predicted candidate is made and polished."""
+    if candidate.config is None or method_of(candidate.config).sketch is None:
+        return _MAKE * _passes(layer)
+    return (SWEEPS + MORE_SWEEPS) * _sweep(layer, getattr(candidate.config, "rank", 1))
+
+
+def judging_work(layer: nn.Bilinear, seconds: float) -> float:
+    """To judge a candidate, of which `seconds` for measuring latencies."""
+    return _JUDGE * _passes(layer) + _PER_SECOND * seconds
+
+
+def _passes(layer: nn.Bilinear) -> float:
+    return float(layer.weight.numel() * sum(layer.weight.shape))
+
+
+def _sweep(layer: nn.Bilinear, rank: int) -> float:
+    return 6.0 * layer.weight.numel() * rank + 6.0 * rank**3
+
+
+def _slow_rank(layer: nn.Bilinear, fraction: float) -> int:
+    """The rank at which a search looks for a slow method: in four bits it fills the size, if there is time for it."""
+    slow = next(row for row in METHODS.values() if row.sketch is not None)
+    weight = layer.weight
+    allowed = fraction * weight.numel() * weight.element_size()
+    return most_rank(layer, largest_rank(slow, weight.shape, weight.element_size(), "nf4", allowed))
