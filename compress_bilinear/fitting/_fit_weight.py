@@ -124,9 +124,7 @@ class WeightFitting:
 
     def _with_more_sweeps(self, found: Candidate, budget: Budget) -> Candidate:
         """The better of a candidate and of what more sweeps of a slow method make of it."""
-        assert found.config is not None
-        method = method_of(found.config)
-        if found.unwhiten is None or method.sketch is None:
+        if found.config is None or found.unwhiten is None or (method := method_of(found.config)).sketch is None:
             return found
         weight, rank = self.ordered[0], found.fitted.rank
         part = budget.child(0.8)
