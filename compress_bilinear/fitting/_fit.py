@@ -13,7 +13,8 @@ from ._fit_outputs import OutputFitting
 from ._fit_weight import WeightFitting, check_not_zero
 from ._held_out import FEWEST_ROWS
 from ._job import Job
-from ._search import Search, settle, without_bias
+from ._measure import bias_bytes, stored_bytes
+from ._search import Search, settle
 from ._work import FIRST_SIZE
 
 
@@ -82,6 +83,18 @@ def solve(
     return fitting.at(config, rank, budget)
 
 
+def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
+    """A layer's size as a fraction of its weight: the bias is stored as it is, and the weight has what is left."""
+    bias, total = bias_bytes(layer), stored_bytes(layer)
+    left = target.fraction * total - bias
+    if left <= 0:
+        raise InfeasibleError(
+            f"MaxSize({target.fraction:g}) of the layer is too small beside its bias: the bias alone takes "
+            f"{bias} bytes, and {int(target.fraction * total)} of the layer's {total} are allowed."
+        )
+    return MaxSize(min(left / (total - bias), 1 - 1e-9))
+
+
 def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFitting, budget: Budget) -> Candidate:
     """The smallest candidate of this method whose output error is at most `limit`."""
     search = Search(outputs, budget.child(0.8, (0.0, 0.8)), getattr(config, "seed", 0), only=config)
@@ -95,7 +108,7 @@ def _smallest_on_output(config: LayerConfig, limit: float, outputs: OutputFittin
             f"An output error of {limit:g} is out of reach of a {method_of(config).name} that is smaller than the "
             f"layer, or was not met in time: {what} {min((each.error for each in made or others), default=1.0):.3g}."
         )
-    return search.polish(found, budget.child(1.0, (0.8, 1.0)))
+    return search.polish(found, budget.child(1.0, (0.8, 1.0)), more=False)
 
 
 def smallest_within(candidates: Sequence[Candidate], limit: float) -> Candidate:

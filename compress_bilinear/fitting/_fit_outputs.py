@@ -67,19 +67,21 @@ class OutputFitting(WeightFitting):
             found = best(self._fits_to_weight(config, rank, budget))
             return found.noted(Note("fitted_to_weight", text))
 
-    def polished(self, found: Candidate, budget: Budget) -> Candidate:
+    def polished(self, found: Candidate, budget: Budget, more: bool = True) -> Candidate:
         """What `build` made, or a better one of its rank and format.
 
-        More sweeps of a slow method. Then a refit to rows, where fitted rows do not have the error that the moments
-        predict: inputs depend on each other. And a fit to the plain weight, where held-out rows have far more than
-        that: moments of few rows say little of others.
+        With `more`, further sweeps of a slow method. Then a refit to rows, where fitted rows do not have the error
+        that the moments predict: inputs depend on each other. And a fit to the plain weight, where held-out rows have
+        far more than that: moments of few rows say little of others.
         """
         config = found.config
         if config is None or isinstance(config, DenseConfig):
             return found if config is None else best([found, self.dense(config, budget)])
         if found.unwhiten is None or budget.left() <= 0:
             return found
-        fits, method = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))], method_of(config)
+        fits, method = [found], method_of(config)
+        if more:
+            fits = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))]
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
         outputs = self._outputs_of(white, method)
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps

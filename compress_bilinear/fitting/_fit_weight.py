@@ -20,6 +20,7 @@ from ._measure import weight_error
 _MOST_EXPECTED = 0.011  # error of rounding that a first attempt allows for
 _CHEAP = 2**20  # entries times rank up to which a slow method is solved to the end at once
 SWEEPS = 60  # of a slow method, to see how good it is
+_NEAR, _FROM_NEAR = 1.3, 20  # ratio of two ranks at which the one is a good start for the other, and sweeps from there
 MORE_SWEEPS = 70  # of the one that is chosen
 
 
@@ -31,6 +32,7 @@ class WeightFitting:
     def __init__(self, layer: nn.Bilinear) -> None:
         """`layer` is left as it is."""
         self.layer = layer
+        self._near: dict[str, Decomposition] = {}  # what a slow method has found
 
     @property
     def weight(self) -> Tensor:
@@ -90,11 +92,17 @@ class WeightFitting:
             assert method.solve is not None
             known = {} if method.predict is None else {"ordered": True}
             return method.solve(weight, rank, config, budget, **known)
-        return method.sketch(weight, rank, config, budget, sweeps)
+        near = self._near.get(method.name) if sweeps == SWEEPS else None
+        if near is not None and max(rank, near.rank) <= _NEAR * min(rank, near.rank):
+            return method.sketch(weight, rank, config, budget, _FROM_NEAR, begin=near)
+        found = method.sketch(weight, rank, config, budget, sweeps)
+        if sweeps == SWEEPS:
+            self._near[method.name] = found
+        return found
 
-    def polished(self, found: Candidate, budget: Budget) -> Candidate:
-        """What `build` made, or a better one of its rank and format; `budget` is for all of it."""
-        return self._with_more_sweeps(found, budget)
+    def polished(self, found: Candidate, budget: Budget, more: bool = True) -> Candidate:
+        """What `build` made, or a better one of its rank and format; with `more` sweeps of a slow method, if wanted."""
+        return self._with_more_sweeps(found, budget) if more else found
 
     def within(self, config: LayerConfig, limit: float, budget: Budget | None = None) -> Candidate:
         """The smallest candidate of this method and format whose weight error, rounding included, is at most `limit`.

@@ -27,6 +27,11 @@ def stored_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in unique.values())
 
 
+def bias_bytes(layer: nn.Bilinear) -> int:
+    """What a layer stores besides its weight: a replacement stores it as it is."""
+    return stored_bytes(layer) - layer.weight.numel() * layer.weight.element_size()
+
+
 def parameter_count(module: nn.Module) -> int:
     """Stored values: parameters and quantized values, without scales and other buffers; what is shared counts once."""
     quantized = {id(part.qdata): part.shape for part in module.modules() if isinstance(part, QuantizedTensor)}

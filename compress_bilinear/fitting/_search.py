@@ -13,9 +13,8 @@ from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy
 import torch
-from torch import nn
 
-from ..config import DenseConfig, LayerConfig, MaxSize, Quantize
+from ..config import DenseConfig, LayerConfig, Quantize
 from ..decomposition import Budget
 from ..errors import CompressionError, InfeasibleError
 from ..modules import METHODS, Method, Rank, method_of
@@ -23,7 +22,7 @@ from ..quantization import FORMATS
 from ._candidate import Candidate
 from ._fit_weight import WeightFitting, largest_rank
 from ._latency import Latency, latencies, timing_inputs
-from ._measure import stored_bytes
+from ._measure import bias_bytes
 from ._work import SKETCH_SWEEPS, most_rank
 
 _STEP = 1.03  # between two sizes of a prediction
@@ -135,11 +134,11 @@ class Search:
         self._ratios.setdefault(point.kind, {})[point.bytes] = ratio
         self._predict_again(point.kind)
 
-    def polish(self, candidate: Candidate, budget: Budget) -> Candidate:
-        """The candidate, or a better one of its kind and size, which takes its place; once for each."""
+    def polish(self, candidate: Candidate, budget: Budget, more: bool = True) -> Candidate:
+        """The candidate, or a better one of its kind and size, which takes its place; once for each. See `polished`."""
         if candidate in self._polished:
             return candidate
-        better = replace(self.fitting.polished(candidate, budget), latency=candidate.latency)
+        better = replace(self.fitting.polished(candidate, budget, more), latency=candidate.latency)
         self._polished.add(better)
         self.candidates[self.candidates.index(candidate)] = better
         return better
@@ -332,20 +331,3 @@ def _extrapolated(solved: dict[int, float], rank: int) -> float:
     # each component leaves out less than the one before, so that the squared error is below the line from rank 0
     line = 1 - (1 - high**2) * rank / low if rank < low else 1.0
     return min(line, (less * math.exp(fallen * steps)) ** 2)
-
-
-def bias_bytes(layer: nn.Bilinear) -> int:
-    """What a layer stores besides its weight: a replacement stores it as it is."""
-    return stored_bytes(layer) - layer.weight.numel() * layer.weight.element_size()
-
-
-def without_bias(target: MaxSize, layer: nn.Bilinear) -> MaxSize:
-    """A layer's size as a fraction of its weight: the bias is stored as it is, and the weight has what is left."""
-    bias, total = bias_bytes(layer), stored_bytes(layer)
-    left = target.fraction * total - bias
-    if left <= 0:
-        raise InfeasibleError(
-            f"MaxSize({target.fraction:g}) of the layer is too small beside its bias: the bias alone takes "
-            f"{bias} bytes, and {int(target.fraction * total)} of the layer's {total} are allowed."
-        )
-    return MaxSize(min(left / (total - bias), 1 - 1e-9))

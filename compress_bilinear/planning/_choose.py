@@ -130,9 +130,9 @@ def _polish(
         if job.limit is None and options["measure_latency"]:
             candidate = search.quickest_as_good(candidate, job.rows(options["batch_size"]))
         sizes = [other.layer.weight.numel() for other in group[number:]]
-        job.chosen = search.polish(
-            candidate, budget.part(sizes[0], sum(sizes), progress(len(group) + number, job.label))
-        )
+        part = budget.part(sizes[0], sum(sizes), progress(len(group) + number, job.label))
+        # where a limit is met, more sweeps would not save a byte
+        job.chosen = search.polish(candidate, part, more=job.limit is None)
 
 
 def _progress(
