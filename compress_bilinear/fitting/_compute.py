@@ -50,6 +50,7 @@ def choose_compute(
     timed: bool = True,
     reason_against: Callable[[CompressedBilinear], str | None] = lambda _: None,
     strict: bool = False,
+    seconds: float = 1.0,
 ) -> ComputeChoice:
     """Set a quantized layer's mode, and say what that was chosen by.
 
@@ -61,6 +62,7 @@ def choose_compute(
         timed: whether to time the modes; "fastest" does in any case.
         reason_against: why a layer in some mode should not be chosen by "fastest", or None.
         strict: whether that also stands against a mode that was asked for.
+        seconds: about how long to time the modes.
     """
     timed = timed or asked == "fastest"
     # importing bitsandbytes takes seconds: only who times it or wants it waits for that
@@ -73,7 +75,7 @@ def choose_compute(
         reasons[asked] = reason_against(_in_mode(layer, asked))
     calls: dict[str, Callable[[], object]] = {mode: partial(copied, *inputs) for mode, copied in layers.items()}
     with torch.no_grad():
-        measured = latencies(calls, inputs[0].device) if calls else {}
+        measured = latencies(calls, inputs[0].device, seconds) if calls else {}
         facts = {mode: _facts(measured[mode], layers["on_the_fly"], copied, inputs) for mode, copied in layers.items()}
     chosen: Compute = "on_the_fly"
     if asked == "fastest":

@@ -166,7 +166,7 @@ class Search:
         inputs = timing_inputs(self.layer, rows)
         calls = {str(k): partial(each.module or self.layer, *inputs) for k, each in enumerate(candidates)}
         with torch.no_grad():
-            found = latencies(calls, self.layer.weight.device, seconds=0.2 * len(calls))
+            found = latencies(calls, self.layer.weight.device, min(0.2 * len(calls), max(self.budget.left(), 0.0)))
         return [(each, found[str(k)]) for k, each in enumerate(candidates)]
 
     def build_quickest(self, candidate: Candidate, limit: float | None) -> None:

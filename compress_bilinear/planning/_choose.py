@@ -27,6 +27,7 @@ from ._planner import judging_works
 from ._progress import ProgressBars
 
 _VERIFY = 0.6  # of the time, to make candidates; what is left polishes the chosen ones
+_MODES = 0.05  # of it, to measure the compute modes of these; as much where solving has used up all
 _MADE = 0.5  # of the work on a candidate until it is made; the rest polishes it
 
 
@@ -46,17 +47,20 @@ def choose(
     for job in searches:
         groups.setdefault(id(job.config), []).append(job)
     waiting = sum(job.layer.weight.numel() for job in searches)
+    solving = budget.child(1 - _MODES if options["compute"] == "fastest" else 1.0)
     later = sum(judging_works(jobs, options))
     # a metric is of the whole network, with what the other configs give
     for group in sorted(groups.values(), key=lambda group: _auto(group).metric_drop is not None):
         size = sum(job.layer.weight.numel() for job in group)
-        part = budget.part(size, waiting, budget.report)
+        part = solving.part(size, waiting, budget.report)
         _choose_together(model, jobs, group, searches, options, part, bars, later)
         waiting -= size
-    for job in jobs:
-        if job.is_open and job.chosen is not None:
-            place = job.candidates.index(job.chosen)
-            job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options)
+    chosen = [job for job in jobs if job.is_open and job.chosen is not None]
+    for number, job in enumerate(chosen):
+        assert job.chosen is not None
+        place = job.candidates.index(job.chosen)
+        seconds = max(budget.left(), _MODES * budget.max_seconds) / (len(chosen) - number)
+        job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options, min(seconds, 1.0))
 
 
 def _choose_together(
@@ -198,7 +202,7 @@ def _fastest(
     return pick([search.made for search in searches])
 
 
-def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Candidate:
+def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions, seconds: float) -> Candidate:
     """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode."""
     module, wanted = candidate.module, options["compute"]
     if module is None or module.quantize is None or wanted == "on_the_fly":
@@ -211,6 +215,7 @@ def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions) -> Ca
         reason_against=partial(reason_against_rounded_inputs, limit=job.limit, held_out=job.held_out),
         # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
         strict=isinstance(job.config, AutoConfig),
+        seconds=seconds,
     )
     error = candidate.error
     if choice.compute == "int8" and candidate.on_output and job.held_out is not None:

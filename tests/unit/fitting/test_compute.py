@@ -90,6 +90,14 @@ class TestChoice:
         assert (refused["on_the_fly"], refused["int8"]) == (None, "no")
         assert "decoded by torch alone" in refused["bitsandbytes"]
 
+    def test_the_time_for_measuring_is_given(self, monkeypatch):
+        given = []
+        real = computing.latencies
+        monkeypatch.setattr(computing, "latencies", lambda *args: given.append(args[2]) or real(*args))
+        layer, _ = made("dense", "int8")
+        choose_compute(layer, "fastest", rows(layer), seconds=0.02)
+        assert given == [0.02]
+
     @pytest.mark.parametrize("asked", ["on_the_fly", "int8"])
     def test_a_mode_that_is_given_is_taken_without_or_with_its_latency(self, timed, asked):
         layer, _ = made("dense", "int8")
