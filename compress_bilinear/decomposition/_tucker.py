@@ -7,20 +7,23 @@ truncation strategy for the higher-order singular value decomposition" (SIAM J. 
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from math import prod
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
+from ..errors import InfeasibleError
 from ._budget import Budget, Progress
 from ._factors import SMALL, Factors, TuckerDecomposition, relative
 from ._hosvd import ordered_, start
 from ._search import tightened
-from ._sizes import check_tucker_rank, check_weight
+from ._sizes import check_tucker_rank, check_weight, tucker_bytes
 from ._source import Basis, Source, full_precision, gram, mode_product
-from ._tucker_ranks import BlockEnergies, Target, Triple
+from ._tucker_ranks import BlockEnergies, Triple
 
 _MAX_SWEEPS = 30
 _TOLERANCE = 1e-3  # HOOI stops where a sweep lowers the error by less than this part of it
@@ -86,43 +89,40 @@ def _to_target(
     weight: Tensor, wanted: MaxError | MaxSize, quantize: Quantize | None, ordered: bool, budget: Budget
 ) -> TuckerDecomposition:
     """The best ranks by the energies of the HOSVD; for a `MaxError`, lower ones that HOOI brings within it."""
-    shape = cast(Triple, tuple(weight.shape))
-    target = Target(wanted, shape, weight.element_size(), quantize)
-    target.check_feasible()
     source = Source(weight)
     if source.total == 0:
         return _Solver(weight, source).at((1, 1, 1), budget)
     solver = _InOrder(weight, source, [] if ordered else None)
     energies = BlockEnergies(solver.source.weight)
-
-    def chosen(wanted: MaxError | MaxSize) -> tuple[Triple, float]:
-        """The ranks, and the relative error of the HOSVD at these."""
-        found = energies.best(replace(target, wanted=wanted))
-        assert found is not None  # the whole has no error, and some ranks are known to meet the size
-        key, rank = found
-        return rank, relative(key[isinstance(wanted, MaxError)], energies.total)
-
+    prices = partial(tucker_bytes, shape=weight.shape, itemsize=weight.element_size(), quantize=quantize)
     if isinstance(wanted, MaxSize):
-        return solver.at(chosen(wanted)[0], budget)
+        allowed = wanted.fraction * weight.numel() * weight.element_size()
+        if (best := energies.best(prices, allowed)) is None:
+            least = min(product(*({1, size} for size in weight.shape)), key=prices)  # a full rank may be the cheapest
+            raise InfeasibleError(
+                f"Rank {least} stores {prices(least)} bytes. MaxSize({wanted.fraction:.4g}) of the weight's "
+                f"{weight.numel() * weight.element_size()} bytes allows {int(allowed)}."
+            )
+        return solver.at(best[0], budget)
 
     def within(error: float) -> tuple[tuple[TuckerDecomposition, float], float]:
-        rank, expected = chosen(MaxError(error))
+        rank, _, expected = cast(Any, energies.best(prices, error=error))  # the whole has no error
         found = solver.at(rank, budget, exact=True)
         return (found, expected), found.error or 0.0
 
-    (best, expected), error = tightened(within, wanted.error)  # the factors are rounded to the weight's dtype
+    (best_found, expected), error = tightened(within, wanted.error)  # the factors are rounded to the weight's dtype
     if error > wanted.error:
-        return solver.at(shape, budget)  # the weight itself, for which nothing is rounded
+        return solver.at(cast(Triple, tuple(weight.shape)), budget)  # the weight itself, for which nothing is rounded
     for _ in range(_ROUNDS):
         if error == 0 or budget.left() <= 0:
             break
         # HOOI will help other ranks as much as it has helped these
-        rank, _ = chosen(MaxError(wanted.error * expected / error))
-        if target.price(rank) > _WORTH * target.price(best.rank):
+        _, price, _ = cast(Any, energies.best(prices, error=wanted.error * expected / error))
+        if price > _WORTH * prices(best_found.rank):
             break
         (found, expected), error = within(wanted.error * expected / error)
-        best = found if error <= wanted.error else best
-    return best
+        best_found = found if error <= wanted.error else best_found
+    return best_found
 
 
 class _Solver:

@@ -2,67 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..config import MaxError, MaxSize, Quantize
-from ..errors import InfeasibleError
 from ._factors import relative, slabs
-from ._sizes import tucker_bytes
 from ._source import full_precision
 
 _MOST_CUTS = 64  # ranks of a mode on the grid, at most
 _SPARSER = 1.5  # power by which ranks on the grid grow
 
 Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A target for the ranks of a weight (O, I, J), and their price."""
-
-    wanted: MaxError | MaxSize
-    shape: Triple
-    itemsize: int
-    quantize: Quantize | None
-
-    def price(self, rank: Sequence[Any]) -> Any:
-        """Bytes that are stored; ranks may be broadcast tensors."""
-        return tucker_bytes(rank, self.shape, self.itemsize, self.quantize)
-
-    @property
-    def budget(self) -> float:
-        """Bytes that a `MaxSize` allows."""
-        assert isinstance(self.wanted, MaxSize)
-        out, in1, in2 = self.shape
-        return self.wanted.fraction * out * in1 * in2 * self.itemsize
-
-    def check_feasible(self) -> None:
-        """Raise InfeasibleError where not even the smallest ranks are within the budget."""
-        if not isinstance(self.wanted, MaxSize):
-            return
-        least = min(product(*({1, size} for size in self.shape)), key=self.price)  # a full rank may be the cheapest
-        if self.price(least) > self.budget:
-            raise InfeasibleError(
-                f"Rank {least} stores {self.price(least)} bytes. MaxSize({self.wanted.fraction:.4g}) of the "
-                f"weight's {int(self.budget / self.wanted.fraction)} bytes allows {int(self.budget)}."
-            )
-
-    def meets(self, rank: Triple, lost: float, total: float) -> bool:
-        """Whether ranks that lose this much of the squared norm are within the target."""
-        if isinstance(self.wanted, MaxError):
-            return relative(lost, total) <= self.wanted.error
-        return bool(self.price(rank) <= self.budget)
-
-    def key(self, rank: Triple, lost: float) -> tuple[float, float]:
-        """Smaller is better, among ranks that meet the target."""
-        price = float(self.price(rank))
-        return (price, lost) if isinstance(self.wanted, MaxError) else (lost, price)
 
 
 class BlockEnergies:
@@ -76,27 +28,55 @@ class BlockEnergies:
     def __init__(
         self,
         core: Tensor,  # (a, b, c), along each axis by descending singular value, as an HOSVD gives it
-        outside: float = 0.0,  # squared norm that the core leaves out
         most: int = _MOST_CUTS,
+        cuts: Sequence[Tensor] | None = None,
     ) -> None:
-        """The grid has at most `most` ranks of each mode, all of them where its size is not larger."""
-        self._core, self._outside = core, outside
-        self._cuts = [_spread(size, most, core.device) for size in core.shape]
-        self._lost, self.total = self._losses(self._cuts)
+        """The grid has these ranks of each mode, or at most `most`: all of them where its size is not larger."""
+        self._core = core
+        self._cuts = cuts or [_spread(size, most, core.device) for size in core.shape]
+        cells = _cells(core, self._cuts)
+        inside = cells.cumsum(0)
+        lost = _tail(inside.cumsum(1), 2)
+        lost += _tail(inside.sum(2), 1)[:, :, None]
+        lost += _tail(cells.sum((1, 2)), 0)[:, None, None]
+        self._lost, self.total = lost, float(cells.sum())  # of each block, float64
 
-    def best(self, target: Target) -> tuple[tuple[float, float], Triple] | None:
-        """The best ranks for the target, with their key; None where no block meets it.
+    def best(
+        self, prices: Callable[[Sequence[Tensor]], Tensor], size: float | None = None, error: float = 1.0
+    ) -> tuple[Triple, float, float] | None:
+        """The best ranks on the grid, and then of all ranks near these: (ranks, bytes, relative error).
 
-        They are the best on the grid, and then of all ranks near these, until no better ones are near: within about 1%
-        of the best of all.
+        They have the least error of those of at most `size` bytes; without one, the fewest bytes of those of at most
+        this relative `error`. None where there are none.
+
+        Args:
+            prices: bytes of ranks, which are broadcast tensors.
         """
-        found = self._best(target, self._cuts, self._lost)
-        exact = all(len(cuts) == size for cuts, size in zip(self._cuts, self._core.shape, strict=True))
-        before = None
-        while found is not None and found != before and not exact:
-            before, near = found, self._near(found[1])
-            found = min(found, self._best(target, near, self._losses(near)[0]) or found)
-        return found
+        found = self._best(prices, size, error)
+        if found is None or all(len(cuts) == d for cuts, d in zip(self._cuts, self._core.shape, strict=True)):
+            return found
+        near = []
+        for cuts, rank in zip(self._cuts, found[0], strict=True):
+            k = int(torch.searchsorted(cuts, rank))
+            low, high = int(cuts[max(k - 2, 0)]), int(cuts[min(k + 2, len(cuts) - 1)])
+            near.append(torch.cat([torch.arange(low, high + 1, device=cuts.device), cuts[-1:]]).unique())
+        return BlockEnergies(self._core, cuts=near)._best(prices, size, error) or found
+
+    def _best(
+        self, prices: Callable[[Sequence[Tensor]], Tensor], size: float | None, error: float
+    ) -> tuple[Triple, float, float] | None:
+        price = prices(_broadcast(self._cuts)).double().broadcast_to(self._lost.shape)
+        if size is None:
+            allowed, first, second = self._lost <= error**2 * self.total, price, self._lost
+        else:
+            allowed, first, second = price <= size, self._lost, price
+        first = torch.where(allowed, first, torch.inf)
+        least = first.min()
+        if not bool(least.isfinite()):
+            return None
+        best = int(torch.where(first == least, second, torch.inf).argmin())
+        lost = float(self._lost.flatten()[best])
+        return self._triple(best), float(price.flatten()[best]), relative(lost, self.total)
 
     def front(
         self, prices: Callable[[Sequence[Tensor]], Tensor], anchor: float | None = None, step: float = 1.03
@@ -121,50 +101,15 @@ class BlockEnergies:
         counts = counts[counts > 0].unique()
         # the first that loses so little is the cheapest of them
         chosen = torch.searchsorted(-least, -least[counts - 1]).unique()
-        shape = self._lost.shape
         return [
-            (self._triple(self._cuts, int(order[k]), shape), float(price[k]), float(lost[k]) / (self.total or 1.0))
+            (self._triple(int(order[k])), float(price[k]), float(lost[k]) / (self.total or 1.0))
             for k in chosen.tolist()
         ]
 
-    def _losses(self, cuts: Sequence[Tensor]) -> tuple[Tensor, float]:
-        """The squared norm that the blocks of these ranks leave out, float64, and that of all."""
-        cells = _cells(self._core, cuts)
-        beyond_out = _tail(cells.sum((1, 2)), 0)
-        inside = cells.cumsum(0)
-        lost = _tail(inside.cumsum(1), 2)
-        lost += _tail(inside.sum(2), 1)[:, :, None]
-        lost += beyond_out[:, None, None] + self._outside
-        return lost, float(cells.sum()) + self._outside
-
-    def _best(self, target: Target, cuts: Sequence[Tensor], lost: Tensor) -> tuple[tuple[float, float], Triple] | None:
-        price = target.price(_broadcast(cuts)).double().broadcast_to(lost.shape)
-        if isinstance(target.wanted, MaxError):
-            allowed, first, second = lost <= target.wanted.error**2 * self.total, price, lost
-        else:
-            allowed, first, second = price <= target.budget, lost, price
-        first = torch.where(allowed, first, torch.inf)
-        least = first.min()
-        if not bool(least.isfinite()):
-            return None
-        best = int(torch.where(first == least, second, torch.inf).argmin())
-        triple = self._triple(cuts, best, lost.shape)
-        return target.key(triple, float(lost.flatten()[best])), triple
-
-    @staticmethod
-    def _triple(cuts: Sequence[Tensor], flat: int, shape: Sequence[int]) -> Triple:
-        rest, k = divmod(flat, shape[2])
-        i, j = divmod(rest, shape[1])
-        return int(cuts[0][i]), int(cuts[1][j]), int(cuts[2][k])
-
-    def _near(self, rank: Triple) -> list[Tensor]:
-        """All ranks within two steps of the grid from one, and the sizes."""
-        found: list[Tensor] = []
-        for cuts, r in zip(self._cuts, rank, strict=True):
-            k = int(torch.searchsorted(cuts, r))
-            low, high = int(cuts[max(k - 2, 0)]), int(cuts[min(k + 2, len(cuts) - 1)])
-            found.append(torch.cat([torch.arange(low, high + 1, device=cuts.device), cuts[-1:]]).unique())
-        return found
+    def _triple(self, flat: int) -> Triple:
+        places = numpy.unravel_index(flat, self._lost.shape)
+        out, in1, in2 = (int(cuts[k]) for cuts, k in zip(self._cuts, places, strict=True))
+        return out, in1, in2
 
 
 def _spread(size: int, most: int, device: torch.device) -> Tensor:

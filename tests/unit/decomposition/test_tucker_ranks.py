@@ -1,4 +1,5 @@
 import math
+from functools import partial
 from itertools import pairwise, product
 
 import pytest
@@ -8,7 +9,7 @@ from support import low_rank
 from compress_bilinear import MaxError, MaxSize
 from compress_bilinear.decomposition import ordered
 from compress_bilinear.decomposition._sizes import tucker_bytes, tucker_flops, tucker_parameters
-from compress_bilinear.decomposition._tucker_ranks import BlockEnergies, Target
+from compress_bilinear.decomposition._tucker_ranks import BlockEnergies
 from compress_bilinear.ops import dense_flops
 
 SHAPE = (4, 6, 5)
@@ -34,31 +35,28 @@ def triples(sizes=SHAPE):
 
 @pytest.mark.parametrize("error", [0.95, 0.7, 0.4, 0.1])
 def test_the_cheapest_triple_within_an_error_of_all_triples(error):
-    target = Target(MaxError(error), SHAPE, 8, None)
-    key, rank = BlockEnergies(CORE).best(target)
+    rank, nbytes, found = BlockEnergies(CORE).best(
+        partial(tucker_bytes, shape=SHAPE, itemsize=8, quantize=None), error=error
+    )
+    assert found == pytest.approx((lost(rank) / TOTAL) ** 0.5, rel=1e-9)
     allowed = [r for r in triples() if lost(r) <= error**2 * TOTAL * (1 + 1e-12)]
-    assert tucker_bytes(rank, SHAPE, 8, None) == min(tucker_bytes(r, SHAPE, 8, None) for r in allowed) == key[0]
+    assert tucker_bytes(rank, SHAPE, 8, None) == min(tucker_bytes(r, SHAPE, 8, None) for r in allowed) == nbytes
     assert rank in allowed
 
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("fraction", [0.3, 0.6, 0.95])
 def test_the_least_error_of_all_triples_within_a_size(fraction, quantize):
-    target = Target(MaxSize(fraction), SHAPE, 8, quantize)
-    _, rank = BlockEnergies(CORE).best(target)
+    prices = partial(tucker_bytes, shape=SHAPE, itemsize=8, quantize=quantize)
+    rank, _, _ = BlockEnergies(CORE).best(prices, fraction * 960)
     allowed = [r for r in triples() if tucker_bytes(r, SHAPE, 8, quantize) <= fraction * 960]
     assert rank in allowed
     assert lost(rank) == pytest.approx(min(lost(r) for r in allowed), rel=1e-9)
 
 
-def test_what_lies_outside_the_core_counts():
-    block = CORE[:3, :4, :4]
-    outside = lost((3, 4, 4))
-    target = Target(MaxError(0.9), SHAPE, 8, None)
-    _, rank = BlockEnergies(block, outside).best(target)
-    allowed = [r for r in triples((3, 4, 4)) if lost(r, block) + outside <= 0.81 * TOTAL]
-    assert rank in allowed
-    assert BlockEnergies(block, 5 * float(block.square().sum())).best(target) is None
+def test_no_ranks_may_be_within_a_size():
+    prices = partial(tucker_bytes, shape=SHAPE, itemsize=8, quantize=None)
+    assert BlockEnergies(CORE).best(prices, 8) is None
 
 
 def test_costs_are_those_of_the_layer_that_stores_them():
@@ -86,8 +84,8 @@ def test_float64_tails_do_not_cancel():
     core = torch.zeros(2, 1, 1, dtype=torch.float64)
     core[0], core[1] = 1.0, 1e-10
     for error, rank in ((2e-10, 1), (0.5e-10, 2)):
-        target = Target(MaxError(error), (40, 1, 1), 8, None)
-        assert BlockEnergies(core).best(target)[1][0] == rank
+        prices = partial(tucker_bytes, shape=(40, 1, 1), itemsize=8, quantize=None)
+        assert BlockEnergies(core).best(prices, error=error)[0][0] == rank
 
 
 LARGE = (30, 41, 37)
@@ -102,16 +100,16 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", [MaxError(0.5), MaxError(0.15), MaxSize(1 / 8), MaxSize(0.02)], ids=repr)
 def test_a_grid_finds_nearly_the_best(wanted, kind, quantize):
-    target = Target(wanted, LARGE, 4, quantize)
-    # of so few ranks that one is the cheapest by far, the grid of twelve must still find a neighbour
-    (found, _), rank = BlockEnergies(KINDS[kind], most=12).best(target)
-    (best, _), _ = BlockEnergies(KINDS[kind]).best(target)
-    limit = 1.03 if isinstance(wanted, MaxError) else 1.03**2  # of losses, which are squares
-    assert best * (1 - 1e-12) <= found <= limit * best
+    prices, whole = partial(tucker_bytes, shape=LARGE, itemsize=4, quantize=quantize), 4 * 30 * 41 * 37
+    asked = {"error": wanted.error} if isinstance(wanted, MaxError) else {"size": wanted.fraction * whole}
+    rank, *found = BlockEnergies(KINDS[kind], most=12).best(prices, **asked)
+    _, *best = BlockEnergies(KINDS[kind]).best(prices, **asked)
+    which = 0 if isinstance(wanted, MaxError) else 1  # bytes or errors
+    assert best[which] * (1 - 1e-12) <= found[which] <= 1.05 * best[which]
     if isinstance(wanted, MaxError):
         assert lost(rank, KINDS[kind]) <= wanted.error**2 * float(KINDS[kind].square().sum())
     else:
-        assert tucker_bytes(rank, LARGE, 4, quantize) <= wanted.fraction * 4 * 30 * 41 * 37
+        assert tucker_bytes(rank, LARGE, 4, quantize) <= wanted.fraction * whole
 
 
 @pytest.mark.parametrize("most", [64, 12], ids=["all ranks", "a grid"])
@@ -128,10 +126,10 @@ def test_the_front_has_the_best_ranks_of_each_size(most):
     assert front[-1][2] == pytest.approx(0, abs=1e-14)  # the whole
     # the largest within the anchor is what a search for that size finds, to the grid
     _, nbytes, loss = max((point for point in front if point[1] <= anchor), key=lambda point: point[1])
-    (least, _), _ = BlockEnergies(core).best(Target(MaxSize(anchor / (4 * core.numel())), LARGE, 4, None))
+    _, _, least = BlockEnergies(core).best(partial(tucker_bytes, shape=LARGE, itemsize=4, quantize=None), anchor)
     assert nbytes > 0.97 * anchor
-    assert least / total <= loss * (1 + 1e-12)
-    assert loss <= least / total * (1 + 1e-9 if most == 64 else 1.1)
+    assert least**2 <= loss * (1 + 1e-9)
+    assert loss <= least**2 * (1 + 1e-9 if most == 64 else 1.1)
 
 
 def test_sizes_of_a_front_grow_by_its_step():
@@ -140,21 +138,3 @@ def test_sizes_of_a_front_grow_by_its_step():
     # each size asked for gives one point at most, of bytes within a step below it
     assert len(front) <= 1 + math.log(sizes[-1] / sizes[0], 1.5) + 2
     assert all(larger > 1.2 * smaller for smaller, larger in pairwise(sizes[5:]))
-
-
-def test_what_lies_outside_counts_in_the_front():
-    block, beyond = CORE[:3, :4, :4], lost((3, 4, 4))
-    front = BlockEnergies(block, beyond).front(lambda rank: tucker_bytes(rank, SHAPE, 8, None))
-    assert front[-1][2] == pytest.approx(beyond / TOTAL)
-
-
-def test_a_core_of_zeros_has_a_front():
-    front = BlockEnergies(torch.zeros(3, 4, 5)).front(lambda rank: tucker_bytes(rank, (3, 4, 5), 4, None))
-    assert [loss for _, _, loss in front] == [0.0]
-
-
-def test_autocast_does_not_matter():
-    core = KINDS["noise"].float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = BlockEnergies(core)
-    assert found.total == BlockEnergies(core).total
