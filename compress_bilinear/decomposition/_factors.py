@@ -109,15 +109,15 @@ def relative_errors(
     """‖X − Y‖ / ‖W‖ (Frobenius) for each two of the weight W and its approximations, slab by slab.
 
     Of two approximations A and B, these are W − A, W − B and A − B. Sums are in float64, and so is all arithmetic for
-    float64 weights, small ones, and errors below 1e-3. A slab has at most `most` elements, or an eighth of all: few
-    slabs, for each reads the whole core of a Tucker.
+    float64 weights, small ones, and errors below 1e-3. A slab has at most `most` elements, or an eighth of all, and
+    of a large weight a sixteenth: few slabs, for each reads the whole core of a Tucker.
     """
     largest = peak(weight)
     scale = 1.0 if 1e-15 < largest < 1e15 else largest or 1.0  # the squares of others leave the range
     errors: list[float] = []
     for dtype in (working_dtype(weight), torch.float64):
         residuals, total = [0.0] * (len(reads) * (len(reads) + 1) // 2), 0.0
-        for rows in slabs(weight.shape, most=most or weight.numel()):
+        for rows in slabs(weight.shape, most=most or max(weight.numel() // 16, 2**20)):
             parts = [weight.detach()[rows].to(dtype), *(read(rows, dtype) for read in reads)]
             total += _squared(parts[0], scale)
             for number, (one, other) in enumerate(combinations(parts, 2)):
