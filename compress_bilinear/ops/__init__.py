@@ -15,7 +15,8 @@ from ._choice import BACKENDS, Backend, explain
 from ._context import autocast_dtype, autocast_enabled, traced, transformed, without_autocast
 from ._cp import over_pairs
 from ._dense import ORDERS, Order, best_order, dense_flops
-from ._stored import Weight, project, slabs, stored_linear
+from ._gemm import linear, stored_linear
+from ._stored import Weight, project, slabs
 
 __all__ = [
     "BACKENDS",
@@ -34,6 +35,7 @@ __all__ = [
     "check_inputs",
     "dense_flops",
     "explain",
+    "linear",
     "over_pairs",
     "pairwise_cp",
     "pairwise_dense",

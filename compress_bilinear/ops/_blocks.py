@@ -32,6 +32,9 @@ class Tuning:
         gpu: replaces each of these on a GPU, which wants fewer and larger launches.
         weight: entries of a stored weight that are decoded at once, at least one output's slice.
         programs: of a Triton kernel, below which a long sum is split among more of them.
+        onednn: whether oneDNN multiplies in float32 on a CPU; None: on an AMD processor if torch brings MKL too.
+        onednn_rows, onednn_products: the fewest rows, and multiply-adds, of a product for oneDNN. It lays out the
+            weight again in each call, and a call takes some 12 microseconds more.
     """
 
     block: int = 2**19
@@ -43,6 +46,9 @@ class Tuning:
     gpu: int = 2**24
     weight: int = 2**20
     programs: int = 128
+    onednn: bool | None = None
+    onednn_rows: int = 16
+    onednn_products: int = 2**21
 
 
 _DEFAULT = Tuning()

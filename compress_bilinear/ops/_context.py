@@ -46,13 +46,6 @@ def plain(*tensors: Tensor | None) -> bool:
     return all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
-def plain_on_cpu(first: Tensor, *others: Tensor) -> bool:
-    """Whether these are plain CPU tensors of one dtype, float32 or float64."""
-    if first.dtype not in (torch.float32, torch.float64) or not plain(first, *others):
-        return False
-    return first.is_cpu and all(t.is_cpu and t.dtype == first.dtype for t in others)
-
-
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on; the meta device has none."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)

@@ -6,8 +6,8 @@ y_no = Σ_ij x1_ni W_oij x2_nj can be summed in three orders of 2·N·O·I·J FL
 - "in2_first": T = W_o x2 (N x O x I), then Σ_i T · x1;
 - "outer": T = x1 ⊗ x2 (N x I x J), then one matrix product with W.
 
-So the largest dimension is eliminated first. On a CPU and without a gradient, a batched product reads slices of the
-weight in their stored layout: up to some hundred rows that is the fastest. T is never held whole: outputs and rows
+So the largest dimension is eliminated first. With Intel's MKL and without a gradient, a batched product reads slices of
+the weight in their stored layout: up to some thousand rows that is the fastest. T is never held whole: outputs and rows
 are taken in blocks whose T stays in the cache, which on a CPU is also the fastest (`benchmarks/run.py` measures it).
 Where a gradient is wanted, each block is recomputed in the backward (Chen et al., "Training deep nets with sublinear
 memory cost", 2016); T would otherwise be kept whole for it. Of pairs, one input is
@@ -21,12 +21,13 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
 from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, tuning, weight_parts
-from ._context import only_values, plain_on_cpu, traced
-from ._stored import Weight, in_slabs, stored_linear
+from ._context import gradient_wanted, only_values, traced
+from ._gemm import linear, stored_linear, uses_fast_mkl, uses_onednn
+from ._stored import Weight, in_slabs
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -42,7 +43,7 @@ _ROW_OUTER = 2**22  # elements of x1 ⊗ x2 for a single row, which only reads t
 _BLOCK_WIDTH = 2**11  # columns of a block of T from which a product is efficient; the rest of a block is rows
 _COPY_COST = 2  # of copying an element of the weight, relative to writing and summing an element of T
 _FEW_STORED_LAYOUT = 2**19  # elements of T up to which a product by the stored layout is a small one
-_STORED_LAYOUT_ROWS = 2**8  # rows up to which the stored layout is the fastest; of an AMD EPYC
+_STORED_LAYOUT_ROWS = 2**11  # rows up to which the stored layout is the fastest with MKL
 
 
 def best_order(shape: tuple[int, int, int], rows: int | None = None, dtype: torch.dtype | None = None) -> Order:
@@ -90,15 +91,15 @@ def small_dense(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | N
         return None
     if rows == 1:
         if out >= _LEAST_OUT and in1 * in2 <= _ROW_OUTER and dtype != torch.float16 and weight.is_contiguous():
-            return linear((input1.t() * input2).reshape(1, -1), weight.flatten(1), bias)
-        return linear(input1, linear(input2, weight.flatten(0, 1)).view(out, in1), bias)
+            return torch_linear((input1.t() * input2).reshape(1, -1), weight.flatten(1), bias)
+        return torch_linear(input1, torch_linear(input2, weight.flatten(0, 1)).view(out, in1), bias)
     small = 0 < out * rows * min(in1, in2) <= _FEW_STORED_LAYOUT
-    if small and plain_on_cpu(input1, input2, weight) and only_values(input1, input2, weight, bias):
+    if small and uses_fast_mkl(input1, input2, weight) and only_values(input1, input2, weight, bias):
         wide_last = (input2, input1, weight.mT) if in1 >= in2 else (input1, input2, weight)
         output = _stored_block(*wide_last).contiguous()
         return output if bias is None else output.add_(bias)
     if _is_small((out, in1, in2), rows, dtype):
-        return linear((input1.unsqueeze(2) * input2.unsqueeze(1)).flatten(1), weight.flatten(1), bias)
+        return torch_linear((input1.unsqueeze(2) * input2.unsqueeze(1)).flatten(1), weight.flatten(1), bias)
     return None
 
 
@@ -181,7 +182,7 @@ def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor) -> b
     (_, in1, in2), rows = weight.shape, rows1.shape[0]
     if not (0 < in2 <= in1 and 0 < rows <= _STORED_LAYOUT_ROWS):
         return False
-    return plain_on_cpu(rows1, rows2, weight) and only_values(rows1, rows2, weight)
+    return uses_fast_mkl(rows1, rows2, weight) and only_values(rows1, rows2, weight)
 
 
 def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
@@ -241,4 +242,10 @@ def _part_of_pairs(first: Tensor, second: Tensor, part: Tensor) -> Tensor:
     outputs, _, width = part.shape
     projected = stored_linear(first, lambda _, stored: stored.mT.flatten(0, 1), part)
     projected = projected.view(batch, length * outputs, width)
-    return torch.bmm(second, projected.mT).unflatten(2, (length, outputs))
+    if not (traced() or gradient_wanted(second, projected)) and batch > 0 and uses_onednn(second[0], projected[0]):
+        output = second.new_empty(batch, second.shape[1], length * outputs)
+        for index in range(batch):
+            output[index] = linear(second[index], projected[index])
+    else:
+        output = torch.bmm(second, projected.mT)
+    return output.unflatten(2, (length, outputs))

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from ..quantization import QuantizedTensor
 from ._blocks import TRACED_PARTS, block_runner, joined, plus, tuning
-from ._context import gradient_wanted, only_values, recorded, traced
+from ._context import gradient_wanted, only_values, traced
+from ._gemm import linear, stored_linear
 
 Weight: TypeAlias = Tensor | QuantizedTensor
 """A weight of an operation: floating, or in a storage format."""
@@ -65,38 +65,6 @@ def project(
 
     pieces = (stored_linear(input, partial(matrix, rows), *weight.buffers()) for rows in parts)
     return plus(joined(pieces, weight.shape[0], -1, only_values(input)), bias)
-
-
-def stored_linear(
-    input: Tensor,  # (..., K)
-    decode: Callable[..., Tensor],  # dtype and `stored` -> the weight (M, K)
-    *stored: Tensor,
-) -> Tensor:  # (..., M)
-    """input weightᵀ of a weight that is decoded for this product, and again for the backward, but not kept.
-
-    Args:
-        decode: reads the weight from `stored`. It should not refer to them otherwise: a graph keeps it alive.
-        stored: the tensors that hold the weight. A gradient's graph keeps them alive; they must not change before it.
-    """
-    if not gradient_wanted(input) or recorded(input.device.type) or any(tensor.requires_grad for tensor in stored):
-        return linear(input, decode(input.dtype, *stored))
-    output: Tensor = _StoredLinear.apply(input, decode, *stored)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _StoredLinear(torch.autograd.Function):
-    """`stored_linear` with the gradient of its input, which is differentiable too."""
-
-    @staticmethod
-    def forward(context: Any, input: Tensor, decode: Callable[..., Tensor], *stored: Tensor) -> Tensor:
-        context.save_for_backward(*stored)
-        context.decode = decode
-        return linear(input, decode(input.dtype, *stored))
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        stored = context.saved_tensors  # raises where one has been changed in place
-        return linear(gradient, context.decode(gradient.dtype, *stored).T), None, *([None] * len(stored))
 
 
 def in_slabs(

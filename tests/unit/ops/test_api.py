@@ -46,7 +46,7 @@ def inputs(pairs, shape, dtype=torch.float64):
 
 
 WAYS = [("cp", False), ("cp", True), ("tucker", False), ("tucker", True)]
-NO_SMALL_CALLS = ops.Tuning(cp=0)  # for which a CP has a path of its own
+NO_SMALL_CALLS = ops.Tuning(onednn_products=0)  # for which a CP has a path of its own
 # every shape with every way, every dtype with each of both
 PATHS = [
     (shape, DTYPES[(row + column) % 4], *way, tuning)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from support import DTYPES, SHAPES, Memory, assert_matches_reference
@@ -292,7 +294,14 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.usefixtures("blocks")
+@pytest.fixture
+def intel():
+    """As where MKL has its fastest kernels, whatever the processor."""
+    with ops.use_tuning(replace(ops.tuning(), onednn=False)):
+        yield
+
+
+@pytest.mark.usefixtures("blocks", "intel")
 @pytest.mark.parametrize("rows", [1, ROWS])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("shape", [(63, 37, 17), (9, 1, 3), (6, 6, 1)])
@@ -313,11 +322,12 @@ def test_the_weight_is_read_in_its_stored_layout(shape, dtype, rows):
 def test_the_stored_layout_is_read_without_a_copy_of_the_weight():
     tensors = operands((64, 64, 96), (1, 32), dtype=torch.float32)
     tensors[2].requires_grad_()
-    with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(block=2**13)):
+    with Memory() as memory, torch.no_grad(), ops.use_tuning(ops.Tuning(onednn=False, block=2**13)):
         ops.bilinear_dense(*tensors)
     assert memory.peak <= 2**13 + 3 * 32 * 96
 
 
+@pytest.mark.usefixtures("intel")
 @pytest.mark.parametrize("wanted", range(4))
 def test_a_gradient_does_without_the_stored_layout(wanted):
     tensors = operands((9, 7, 3))
@@ -329,21 +339,24 @@ def test_a_gradient_does_without_the_stored_layout(wanted):
 
 # every value with every other, by turns
 SMALL_CALLS = [
-    (out, leading, DTYPES[(index + turn) % 4])
+    (out, leading, DTYPES[(index + turn) % 4], onednn)
     for index, leading in enumerate([(), (1,), (5,), (1, 1), (2, 3)])
     for turn, out in enumerate([1, 2, 3, 6])
+    for onednn in (False, True)
 ]
 
 
-@pytest.mark.parametrize(("out", "leading", "dtype"), SMALL_CALLS)
-def test_small_calls(out, leading, dtype):
+@pytest.mark.parametrize(("out", "leading", "dtype", "onednn"), SMALL_CALLS)
+def test_small_calls(out, leading, dtype, onednn):
     tensors = operands((9, 7, out), leading, dtype=dtype)
     wide = [tensor.double() for tensor in tensors]
-    with torch.no_grad():
-        assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
-    assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
+    with ops.use_tuning(ops.Tuning(onednn=onednn)):
+        with torch.no_grad():
+            assert_matches_reference(ops.bilinear_dense(*tensors), ops.reference.bilinear_dense(*wide))
+        assert_matches_reference(ops.bilinear_dense(*tensors[:3]), ops.reference.bilinear_dense(*wide[:3]))
 
 
+@pytest.mark.usefixtures("intel")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(9, 7, 6), (7, 9, 6), (1, 5, 1), (5, 1, 300)])
 def test_a_small_call_reads_weights_of_any_strides(shape, bias):
