@@ -24,7 +24,8 @@ def test_a_child_has_its_share_of_the_time_that_is_left(now):
     now[0] += 4  # more than its share: the next child has less
     assert budget.child(0.5).left() == 1.5
     now[0] += 9
-    assert budget.child().left() > 0  # a part that comes too late can still make its one sweep
+    assert 0 < budget.child().left() < 1e-6  # a part that comes too late is over as it begins
+    assert 0 < budget.part(1.0, 2.0, lambda done, error: None).left() < 1e-6
 
 
 def test_without_a_limit_there_is_always_time(now):

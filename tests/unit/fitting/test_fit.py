@@ -13,6 +13,7 @@ from compress_bilinear.fitting import (
     LayerInputs,
     OutputError,
     OutputFitting,
+    WeightFitting,
     collect_inputs,
     solve,
 )
@@ -223,3 +224,21 @@ def test_a_fit_of_several_attempts_has_one_progress():
     config = cb.TuckerConfig(rank=cb.MaxError(0.3), quantize="int8")
     solve(bilinear(20, 18, 12), config, Budget(progress=lambda done, error: seen.append(done)))
     assert seen == sorted(seen)
+
+
+def test_a_rank_near_one_that_was_solved_is_as_good_and_takes_fewer_sweeps(monkeypatch):
+    layer = bilinear(40, 40, 30)
+    for mode, size in enumerate(layer.weight.shape):
+        layer.weight.data *= (torch.arange(1, size + 1) ** -0.5).view([-1 if m == mode else 1 for m in range(3)])
+    config, sweeps = cb.CPConfig(rank=100), []
+    sketch = METHODS["cp"].sketch
+    row = replace(METHODS["cp"], sketch=lambda *args, **known: sweeps.append(args[4]) or sketch(*args, **known))
+    monkeypatch.setitem(METHODS, "cp", row)
+    alone = WeightFitting(layer).solved(config, 110, Budget()).error
+    fitting = WeightFitting(layer)
+    fitting.solved(config, 100, Budget())
+    near = fitting.solved(config, 110, Budget()).error
+    assert near <= 1.02 * alone
+    assert sweeps[2] < sweeps[1] == sweeps[0]
+    fitting.solved(config, 40, Budget())  # which is another problem
+    assert sweeps[3] == sweeps[0]
