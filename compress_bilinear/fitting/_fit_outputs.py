@@ -81,7 +81,7 @@ class OutputFitting(WeightFitting):
             return found
         fits, method = [found], method_of(config)
         if more:
-            fits = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.4)))]
+            fits = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.8)))]
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
         outputs = self._outputs_of(white, method)
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps
@@ -89,13 +89,13 @@ class OutputFitting(WeightFitting):
         del outputs  # and its memory
         differs = small or abs(fitted**2 - white.error**2) > _AGREES * fits[0].error ** 2
         if method.refit is not None and differs:
-            refitted = method.refit(white, self._rows, budget.child(0.7, (0.4, 0.8)))
+            refitted = method.refit(white, self._rows, budget.child(0.7, (0.8, 0.9)))
             # rounded to what the rows have found, which is not what is nearest to the weight
             fits.append(self._unwhitened(config, refitted, None, budget, "rows"))
         misleads = others**2 - white.error**2 > _MISLEADS * fits[0].error ** 2
         if small or (misleads and budget.left() > 0):
             self.__dict__.pop("_rows", None)  # its memory is for the solver
-            fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.8, 1.0)))
+            fits += self._fits_to_weight(config, white.rank, budget.child(1.0, (0.9, 1.0)))
         return best([fit for fit in fits if fit.bytes <= found.bytes])
 
     def dense(self, config: DenseConfig, budget: Budget | None = None, quick: bool = False) -> Candidate:
