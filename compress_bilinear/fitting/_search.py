@@ -271,13 +271,13 @@ class Search:
 def settle(
     searches: Sequence[Search],
     pick: Callable[[list[list[Candidate]]], list[Candidate]],
-    tell: Callable[[Search], object] = lambda search: None,
+    tell: Callable[[Search, Candidate], object] = lambda search, candidate: None,
 ) -> list[Candidate]:
     """Make what is picked until nothing that is only predicted is picked any more, or the time is up.
 
     Args:
         pick: one candidate of each list, or InfeasibleError.
-        tell: called with the search whose candidate is made next.
+        tell: called with what is made next, and its search.
     """
     begun = time.perf_counter()
 
@@ -285,7 +285,7 @@ def settle(
         chosen = pick([search.candidates for search in searches])
         for search, each in zip(searches, chosen, strict=True):
             if each.predicted:
-                tell(search)
+                tell(search, each)
                 search.build(each)
         return any(each.predicted for each in chosen)
 

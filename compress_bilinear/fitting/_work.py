@@ -39,9 +39,14 @@ def solving_work(layer: nn.Bilinear, config: Config) -> float:
     return _SOLVE_SWEEPS * _sweep(layer, rank)
 
 
+def making_is_all(candidate: Candidate) -> bool:
+    """Whether polishing a candidate takes next to no time, beside making it."""
+    return candidate.config is None or method_of(candidate.config).sketch is None
+
+
 def making_work(layer: nn.Bilinear, candidate: Candidate) -> float:
     """Until a predicted candidate is made and polished."""
-    if candidate.config is None or method_of(candidate.config).sketch is None:
+    if making_is_all(candidate):
         return _MAKE * _passes(layer)
     return (SWEEPS + MORE_SWEEPS) * _sweep(layer, getattr(candidate.config, "rank", 1))
 

@@ -15,6 +15,7 @@ from ..fitting import (
     Job,
     Search,
     choose_compute,
+    making_is_all,
     making_work,
     reason_against_rounded_inputs,
     settle,
@@ -87,9 +88,14 @@ def _choose_together(
         pick = partial(_picked, group, config)
         progress = _progress(group, pick([search.candidates for search in own]), bars, later)
 
-        def tell(search: Search) -> None:
+        def tell(search: Search, candidate: Candidate) -> None:
             number = own.index(search)
-            search.budget = search.budget.part(1.0, 1.0, progress(number, group[number].label))
+            report = progress(number, group[number].label)
+            if making_is_all(candidate):  # and its rounding half done would be in vain
+                sizes = [job.layer.weight.numel() for job in group]
+                search.budget = budget.part(sizes[number], sum(sizes), report)
+            else:
+                search.budget = search.budget.part(1.0, 1.0, report)
 
         chosen = settle(own, pick, tell)
         if config.prefer == "speed":
