@@ -87,17 +87,7 @@ def _choose_together(
             config = replace(config, metric_drop=None, size=_least_size(metric, group, own, bars))
         pick = partial(_picked, group, config)
         progress = _progress(group, pick([search.candidates for search in own]), bars, later)
-
-        def tell(search: Search, candidate: Candidate) -> None:
-            number = own.index(search)
-            report = progress(number, group[number].label)
-            if making_is_all(candidate):  # and its rounding half done would be in vain
-                sizes = [job.layer.weight.numel() for job in group]
-                search.budget = budget.part(sizes[number], sum(sizes), report)
-            else:
-                search.budget = search.budget.part(1.0, 1.0, report)
-
-        chosen = settle(own, pick, tell)
+        chosen = settle(own, pick, partial(_give_time, group, own, budget, progress))
         if config.prefer == "speed":
             chosen = _fastest(group, own, chosen, pick, options)
     except InfeasibleError as error:
@@ -152,6 +142,23 @@ def _progress(
     works = [making_work(job.layer, each) for job, each in zip(group, picked, strict=True)]
     made = [_MADE * work * each.predicted for work, each in zip(works, picked, strict=True)]
     return bars.parts("Choosing", [*made, *((1 - _MADE) * work for work in works)], later)
+
+
+def _give_time(
+    group: Sequence[Job],
+    searches: Sequence[Search],
+    budget: Budget,
+    progress: Callable[[int, str], Progress],
+    search: Search,
+    candidate: Candidate,
+) -> None:
+    """Time for a search to make a candidate: what it has, or all of its layer where polishing needs none."""
+    number, sizes = searches.index(search), [job.layer.weight.numel() for job in group]
+    report = progress(number, group[number].label)
+    if making_is_all(candidate):  # a rounding that is cut short would be in vain
+        search.budget = budget.part(sizes[number], sum(sizes), report)
+    else:
+        search.budget = search.budget.part(1.0, 1.0, report)
 
 
 def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Search], bars: ProgressBars) -> float:
