@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import prod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -89,40 +89,46 @@ def _to_target(
     weight: Tensor, wanted: MaxError | MaxSize, quantize: Quantize | None, ordered: bool, budget: Budget
 ) -> TuckerDecomposition:
     """The best ranks by the energies of the HOSVD; for a `MaxError`, lower ones that HOOI brings within it."""
+    prices = partial(tucker_bytes, shape=weight.shape, itemsize=weight.element_size(), quantize=quantize)
+    original = weight.numel() * weight.element_size()
+    least = min(product(*({1, size} for size in weight.shape)), key=prices)  # a full rank may be the cheapest
+    if isinstance(wanted, MaxSize) and prices(least) > wanted.fraction * original:
+        raise InfeasibleError(
+            f"Rank {least} stores {prices(least)} bytes. MaxSize({wanted.fraction:.4g}) of the weight's {original} "
+            f"bytes allows {int(wanted.fraction * original)}."
+        )
     source = Source(weight)
     if source.total == 0:
         return _Solver(weight, source).at((1, 1, 1), budget)
     solver = _InOrder(weight, source, [] if ordered else None)
     energies = BlockEnergies(solver.source.weight)
-    prices = partial(tucker_bytes, shape=weight.shape, itemsize=weight.element_size(), quantize=quantize)
+
+    def chosen(size: float | None = None, error: float = 1.0) -> tuple[Triple, float, float]:
+        found = energies.best(prices, size, error)
+        assert found is not None  # the whole has no error, and some ranks are known to meet the size
+        return found
+
     if isinstance(wanted, MaxSize):
-        allowed = wanted.fraction * weight.numel() * weight.element_size()
-        if (best := energies.best(prices, allowed)) is None:
-            least = min(product(*({1, size} for size in weight.shape)), key=prices)  # a full rank may be the cheapest
-            raise InfeasibleError(
-                f"Rank {least} stores {prices(least)} bytes. MaxSize({wanted.fraction:.4g}) of the weight's "
-                f"{weight.numel() * weight.element_size()} bytes allows {int(allowed)}."
-            )
-        return solver.at(best[0], budget)
+        return solver.at(chosen(wanted.fraction * original)[0], budget)
 
     def within(error: float) -> tuple[tuple[TuckerDecomposition, float], float]:
-        rank, _, expected = cast(Any, energies.best(prices, error=error))  # the whole has no error
+        rank, _, expected = chosen(error=error)
         found = solver.at(rank, budget, exact=True)
         return (found, expected), found.error or 0.0
 
-    (best_found, expected), error = tightened(within, wanted.error)  # the factors are rounded to the weight's dtype
+    (best, expected), error = tightened(within, wanted.error)  # the factors are rounded to the weight's dtype
     if error > wanted.error:
         return solver.at(cast(Triple, tuple(weight.shape)), budget)  # the weight itself, for which nothing is rounded
     for _ in range(_ROUNDS):
         if error == 0 or budget.left() <= 0:
             break
         # HOOI will help other ranks as much as it has helped these
-        _, price, _ = cast(Any, energies.best(prices, error=wanted.error * expected / error))
-        if price > _WORTH * prices(best_found.rank):
+        _, price, _ = chosen(error=wanted.error * expected / error)
+        if price > _WORTH * prices(best.rank):
             break
         (found, expected), error = within(wanted.error * expected / error)
-        best_found = found if error <= wanted.error else best_found
-    return best_found
+        best = found if error <= wanted.error else best
+    return best
 
 
 class _Solver:

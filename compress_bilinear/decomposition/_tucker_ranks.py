@@ -44,23 +44,34 @@ class BlockEnergies:
     def best(
         self, prices: Callable[[Sequence[Tensor]], Tensor], size: float | None = None, error: float = 1.0
     ) -> tuple[Triple, float, float] | None:
-        """The best ranks on the grid, and then of all ranks near these: (ranks, bytes, relative error).
+        """The best ranks on the grid, and then of all ranks near these, until no better ones are near.
 
         They have the least error of those of at most `size` bytes; without one, the fewest bytes of those of at most
         this relative `error`. None where there are none.
 
         Args:
             prices: bytes of ranks, which are broadcast tensors.
+
+        Returns:
+            The ranks, their bytes and their relative error.
         """
         found = self._best(prices, size, error)
-        if found is None or all(len(cuts) == d for cuts, d in zip(self._cuts, self._core.shape, strict=True)):
-            return found
-        near = []
-        for cuts, rank in zip(self._cuts, found[0], strict=True):
-            k = int(torch.searchsorted(cuts, rank))
+        exact = all(len(cuts) == d for cuts, d in zip(self._cuts, self._core.shape, strict=True))
+        while found is not None and not exact:
+            better = BlockEnergies(self._core, cuts=self._near(found[0]))._best(prices, size, error)
+            if better is None or not (better[1] < found[1] if size is None else better[2] < found[2]):
+                break
+            found = better
+        return found
+
+    def _near(self, rank: Triple) -> list[Tensor]:
+        """All ranks within two steps of the grid from one, and the sizes."""
+        near: list[Tensor] = []
+        for cuts, r in zip(self._cuts, rank, strict=True):
+            k = int(torch.searchsorted(cuts, r))
             low, high = int(cuts[max(k - 2, 0)]), int(cuts[min(k + 2, len(cuts) - 1)])
             near.append(torch.cat([torch.arange(low, high + 1, device=cuts.device), cuts[-1:]]).unique())
-        return BlockEnergies(self._core, cuts=near)._best(prices, size, error) or found
+        return near
 
     def _best(
         self, prices: Callable[[Sequence[Tensor]], Tensor], size: float | None, error: float

@@ -100,12 +100,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wanted", [MaxError(0.5), MaxError(0.15), MaxSize(1 / 8), MaxSize(0.02)], ids=repr)
 def test_a_grid_finds_nearly_the_best(wanted, kind, quantize):
+    # of so few ranks that one is the cheapest by far, the grid of twelve must still find a neighbour
     prices, whole = partial(tucker_bytes, shape=LARGE, itemsize=4, quantize=quantize), 4 * 30 * 41 * 37
     asked = {"error": wanted.error} if isinstance(wanted, MaxError) else {"size": wanted.fraction * whole}
     rank, *found = BlockEnergies(KINDS[kind], most=12).best(prices, **asked)
     _, *best = BlockEnergies(KINDS[kind]).best(prices, **asked)
     which = 0 if isinstance(wanted, MaxError) else 1  # bytes or errors
-    assert best[which] * (1 - 1e-12) <= found[which] <= 1.05 * best[which]
+    assert best[which] * (1 - 1e-12) <= found[which] <= 1.03 * best[which]
     if isinstance(wanted, MaxError):
         assert lost(rank, KINDS[kind]) <= wanted.error**2 * float(KINDS[kind].square().sum())
     else:
@@ -128,7 +129,7 @@ def test_the_front_has_the_best_ranks_of_each_size(most):
     _, nbytes, loss = max((point for point in front if point[1] <= anchor), key=lambda point: point[1])
     _, _, least = BlockEnergies(core).best(partial(tucker_bytes, shape=LARGE, itemsize=4, quantize=None), anchor)
     assert nbytes > 0.97 * anchor
-    assert least**2 <= loss * (1 + 1e-9)
+    assert least**2 <= loss * (1 + 1e-12)
     assert loss <= least**2 * (1 + 1e-9 if most == 64 else 1.1)
 
 
@@ -138,3 +139,15 @@ def test_sizes_of_a_front_grow_by_its_step():
     # each size asked for gives one point at most, of bytes within a step below it
     assert len(front) <= 1 + math.log(sizes[-1] / sizes[0], 1.5) + 2
     assert all(larger > 1.2 * smaller for smaller, larger in pairwise(sizes[5:]))
+
+
+def test_a_core_of_zeros_has_a_front():
+    front = BlockEnergies(torch.zeros(3, 4, 5)).front(lambda rank: tucker_bytes(rank, (3, 4, 5), 4, None))
+    assert [loss for _, _, loss in front] == [0.0]
+
+
+def test_autocast_does_not_matter():
+    core = KINDS["noise"].float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = BlockEnergies(core)
+    assert found.total == BlockEnergies(core).total
