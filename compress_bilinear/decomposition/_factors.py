@@ -114,7 +114,6 @@ def relative_errors(
     """
     largest = peak(weight)
     scale = 1.0 if 1e-15 < largest < 1e15 else largest or 1.0  # the squares of others leave the range
-    errors: list[float] = []
     for dtype in (working_dtype(weight), torch.float64):
         residuals, total = [0.0] * (len(reads) * (len(reads) + 1) // 2), 0.0
         for rows in slabs(weight.shape, most=most or max(weight.numel() // 16, 2**20)):

@@ -44,16 +44,13 @@ class BlockEnergies:
     def best(
         self, prices: Callable[[Sequence[Tensor]], Tensor], size: float | None = None, error: float = 1.0
     ) -> tuple[Triple, float, float] | None:
-        """The best ranks on the grid, and then of all ranks near these, until no better ones are near.
+        """The best ranks on the grid, then of all near these until none is better: (ranks, bytes, relative error).
 
         They have the least error of those of at most `size` bytes; without one, the fewest bytes of those of at most
         this relative `error`. None where there are none.
 
         Args:
             prices: bytes of ranks, which are broadcast tensors.
-
-        Returns:
-            The ranks, their bytes and their relative error.
         """
         found = self._best(prices, size, error)
         exact = all(len(cuts) == d for cuts, d in zip(self._cuts, self._core.shape, strict=True))

@@ -11,4 +11,4 @@ from ._job import Job
 from ._latency import Latency, Timing, expected_seconds, latencies, time_adapted, time_replacement, timing_inputs
 from ._measure import OutputError, environment, parameter_count, stored_bytes, task_metric, weight_error
 from ._search import Search, settle
-from ._work import FIRST_SIZE, judging_work, making_is_all, making_work, solving_work
+from ._work import FIRST_SIZE, judging_works, making_is_all, making_work, solving_work

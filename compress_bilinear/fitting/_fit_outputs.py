@@ -79,9 +79,8 @@ class OutputFitting(WeightFitting):
             return found if config is None else best([found, self.dense(config, budget)])
         if found.unwhiten is None or budget.left() <= 0:
             return found
-        fits, method = [found], method_of(config)
-        if more:
-            fits = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.8)))]
+        method = method_of(config)
+        fits = [self._with_more_sweeps(found, budget.child(0.5, (0.0, 0.8))) if more else found]
         white, small = fits[0].fitted, self.weight.numel() <= _SMALL
         outputs = self._outputs_of(white, method)
         # on rows that were fitted to, so that the difference is not that to other rows, where no refit helps

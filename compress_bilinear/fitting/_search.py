@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias, get_args
 
 import numpy
 import torch
@@ -23,7 +23,7 @@ from ._candidate import Candidate
 from ._fit_weight import WeightFitting, largest_rank
 from ._latency import Latency, latencies, timing_inputs
 from ._measure import bias_bytes
-from ._work import SKETCH_SWEEPS, most_rank
+from ._work import SKETCH_SWEEPS, making_is_all, most_rank
 
 _STEP = 1.03  # between two sizes of a prediction
 _OPTIMISM = 0.93  # times a predicted error, until something of its kind was measured: what is not made cannot surprise
@@ -120,7 +120,7 @@ class Search:
         self.candidates.remove(point)
         ratio = _NONE
         try:
-            part = self.budget.child(1.0 if method_of(point.config).sketch is None else _SHARE)
+            part = self.budget.child(1.0 if making_is_all(point) else _SHARE)
             if isinstance(point.config, DenseConfig):
                 found = self.fitting.dense(point.config, part, quick=True)
             else:
@@ -188,9 +188,7 @@ class Search:
         if quantize is not None:
             form = FORMATS[quantize]
             size, error = form.nbytes(weight.shape, "weight"), form.error / math.sqrt(3)  # that is of three factors
-        kept = self.candidates[0]
-        known: dict[str, Any] = {"flops": kept.flops, "on_output": self.fitting.on_output}
-        found = Candidate(config=config, module=None, bytes=size + bias_bytes(self.layer), error=error, **known)
+        found = self._prediction(config, size + bias_bytes(self.layer), error, self.candidates[0].flops)
         self._predicted[found.kind] = [found]
         self._predict_again(found.kind)
 
@@ -210,13 +208,14 @@ class Search:
             if size + bias < whole and lost < 1:
                 error = optimism * math.sqrt(lost + rounding**2 * (1 - lost))
                 config = row.configure(rank, quantize, self._seed)
-                known: dict[str, Any] = {
-                    "flops": 2 * int(row.nbytes(rank, shape, 1, None)),
-                    "on_output": self.fitting.on_output,
-                }
-                found.append(Candidate(config=config, module=None, bytes=int(size + bias), error=error, **known))
+                flops = 2 * int(row.nbytes(rank, shape, 1, None))
+                found.append(self._prediction(config, int(size + bias), error, flops))
         self._predicted[row.name, quantize] = found
         self._predict_again((row.name, quantize))
+
+    def _prediction(self, config: LayerConfig, size: int, error: float, flops: int) -> Candidate:
+        on = self.fitting.on_output
+        return Candidate(config=config, module=None, bytes=size, flops=flops, error=error, on_output=on)
 
     def _sketch(self, row: Method, formats: list[Quantize | None], anchor: float) -> None:
         """Predict a method whose ranks are integers from quick solutions at two low ranks."""
@@ -271,22 +270,22 @@ class Search:
 def settle(
     searches: Sequence[Search],
     pick: Callable[[list[list[Candidate]]], list[Candidate]],
-    tell: Callable[[Search, Candidate], object] = lambda search, candidate: None,
+    tell: Callable[[int, Candidate], object] = lambda number, candidate: None,
 ) -> list[Candidate]:
     """Make what is picked until nothing that is only predicted is picked any more, or the time is up.
 
     Args:
         pick: one candidate of each list, or InfeasibleError.
-        tell: called with what is made next, and its search.
+        tell: called with the number of a search and what it makes next.
     """
     begun = time.perf_counter()
 
     def build_picked() -> bool:
         chosen = pick([search.candidates for search in searches])
-        for search, each in zip(searches, chosen, strict=True):
+        for number, each in enumerate(chosen):
             if each.predicted:
-                tell(search, each)
-                search.build(each)
+                tell(number, each)
+                searches[number].build(each)
         return any(each.predicted for each in chosen)
 
     for number in range(_MOST_ROUNDS):

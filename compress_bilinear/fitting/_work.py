@@ -1,11 +1,14 @@
 """How much work a layer is, in FLOPs or in what takes as long: for limits without a clock, and for a time left."""
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ..config import AutoConfig, Config, MaxSize
 from ..modules import METHODS, method_of
 from ._candidate import Candidate
 from ._fit_weight import MORE_SWEEPS, SWEEPS, largest_rank
+from ._job import Job
 
 FIRST_SIZE = 1 / 8
 """Where a search begins that has no size to meet."""
@@ -51,9 +54,9 @@ def making_work(layer: nn.Bilinear, candidate: Candidate) -> float:
     return (SWEEPS + MORE_SWEEPS) * _sweep(layer, getattr(candidate.config, "rank", 1))
 
 
-def judging_work(layer: nn.Bilinear, seconds: float) -> float:
-    """To judge a candidate, of which `seconds` for measuring latencies."""
-    return _JUDGE * _passes(layer) + _PER_SECOND * seconds
+def judging_works(jobs: Sequence[Job], timed: bool) -> list[float]:
+    """To judge each job; `timed` says that latencies are measured, which takes about a second."""
+    return [_JUDGE * _passes(job.layer) + _PER_SECOND * timed if job.is_open else 0.0 for job in jobs]
 
 
 def _passes(layer: nn.Bilinear) -> float:

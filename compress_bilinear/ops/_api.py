@@ -88,7 +88,7 @@ def bilinear_tucker(
 ) -> Tensor:  # (..., O)
     """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out))
-    kernel_runs(backend, reason_against_kernel("tucker", input1.device, input1.dtype))
+    _check_composed("tucker", input1, backend)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense(left, right, core, bias)
@@ -109,7 +109,7 @@ def pairwise_dense(
     Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
     """
     check_inputs(input1, input2, _shape(weight), 2)
-    kernel_runs(backend, reason_against_kernel("dense", input1.device, input1.dtype, pairs=True))
+    _check_composed("dense", input1, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias)
 
 
@@ -127,7 +127,7 @@ def pairwise_cp(
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
     check_inputs(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
-    kernel_runs(backend, reason_against_kernel("cp", input1.device, input1.dtype, pairs=True))
+    _check_composed("cp", input1, backend, pairs=True)
     return composed_cp_pairs(input1, input2, in1, in2, out, bias, sigma)
 
 
@@ -145,7 +145,7 @@ def pairwise_tucker(
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out), 2)
-    kernel_runs(backend, reason_against_kernel("tucker", input1.device, input1.dtype, pairs=True))
+    _check_composed("tucker", input1, backend, pairs=True)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense_pairs(left, right, core, bias)
@@ -174,6 +174,12 @@ def _fused(
         reasons.append(f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}")
     reasons.append(reason_against_kernel(method, input1.device, input1.dtype, rows=rows))
     return kernel_runs(backend, "; ".join(filter(None, reasons)) or None)
+
+
+def _check_composed(method: str, input1: Tensor, backend: Backend | None, pairs: bool = False) -> None:
+    """Raise InputError for another `backend` than the composed one, where there is no kernel."""
+    if backend is not None:
+        kernel_runs(backend, reason_against_kernel(method, input1.device, input1.dtype, pairs=pairs))
 
 
 def check_inputs(

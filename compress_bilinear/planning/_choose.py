@@ -15,6 +15,7 @@ from ..fitting import (
     Job,
     Search,
     choose_compute,
+    judging_works,
     making_is_all,
     making_work,
     reason_against_rounded_inputs,
@@ -24,7 +25,6 @@ from ..fitting import (
 from ..report import Note
 from ._allocate import allocate, best_within, just_above
 from ._metric_drop import TaskMetric
-from ._planner import judging_works
 from ._progress import ProgressBars
 
 _VERIFY = 0.6  # of the time, to make candidates; what is left polishes the chosen ones
@@ -49,7 +49,7 @@ def choose(
         groups.setdefault(id(job.config), []).append(job)
     waiting = sum(job.layer.weight.numel() for job in searches)
     solving = budget.child(1 - _MODES if options["compute"] == "fastest" else 1.0)
-    later = sum(judging_works(jobs, options))
+    later = sum(judging_works(jobs, options["measure_latency"]))
     # a metric is of the whole network, with what the other configs give
     for group in sorted(groups.values(), key=lambda group: _auto(group).metric_drop is not None):
         size = sum(job.layer.weight.numel() for job in group)
@@ -87,7 +87,7 @@ def _choose_together(
             config = replace(config, metric_drop=None, size=_least_size(metric, group, own, bars))
         pick = partial(_picked, group, config)
         progress = _progress(group, pick([search.candidates for search in own]), bars, later)
-        chosen = settle(own, pick, partial(_give_time, group, own, budget, progress))
+        chosen = settle(own, pick, _time_giver(group, own, budget, progress))
         if config.prefer == "speed":
             chosen = _fastest(group, own, chosen, pick, options)
     except InfeasibleError as error:
@@ -144,21 +144,21 @@ def _progress(
     return bars.parts("Choosing", [*made, *((1 - _MADE) * work for work in works)], later)
 
 
-def _give_time(
-    group: Sequence[Job],
-    searches: Sequence[Search],
-    budget: Budget,
-    progress: Callable[[int, str], Progress],
-    search: Search,
-    candidate: Candidate,
-) -> None:
-    """Time for a search to make a candidate: what it has, or all of its layer where polishing needs none."""
-    number, sizes = searches.index(search), [job.layer.weight.numel() for job in group]
-    report = progress(number, group[number].label)
-    if making_is_all(candidate):  # a rounding that is cut short would be in vain
-        search.budget = budget.part(sizes[number], sum(sizes), report)
-    else:
-        search.budget = search.budget.part(1.0, 1.0, report)
+def _time_giver(
+    group: Sequence[Job], searches: Sequence[Search], budget: Budget, progress: Callable[[int, str], Progress]
+) -> Callable[[int, Candidate], None]:
+    """Gives a search its time to make a candidate: what it has, or all of its layer's where polishing needs none."""
+    sizes = [job.layer.weight.numel() for job in group]
+    total = sum(sizes)
+
+    def give(number: int, candidate: Candidate) -> None:
+        search, report = searches[number], progress(number, group[number].label)
+        if making_is_all(candidate):  # a rounding that is cut short would be in vain
+            search.budget = budget.part(sizes[number], total, report)
+        else:
+            search.budget = search.budget.part(1.0, 1.0, report)
+
+    return give
 
 
 def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Search], bars: ProgressBars) -> float:

@@ -17,7 +17,7 @@ from ..fitting import (
     collect_inputs,
     expected_seconds,
     fit,
-    judging_work,
+    judging_works,
     solving_work,
     weight_error,
 )
@@ -145,14 +145,9 @@ def aim_all(searches: Mapping[Job, Search], budget: Budget, bars: ProgressBars) 
         aim(search, job)
 
 
-def judging_works(jobs: Sequence[Job], options: PlanOptions) -> list[float]:
-    """What it is to judge each job."""
-    return [judging_work(job.layer, float(options["measure_latency"])) if job.is_open else 0.0 for job in jobs]
-
-
 def judge_all(jobs: Sequence[Job], options: PlanOptions, times: Times, bars: ProgressBars) -> None:
     """Decide on each chosen candidate, and record that in `job.report`."""
-    progress = bars.parts("Judging", judging_works(jobs, options), 0.0)
+    progress = bars.parts("Judging", judging_works(jobs, options["measure_latency"]), 0.0)
     for number, job in enumerate(jobs):
         shares = [times.shares.get(each.label, 0.0) for each in jobs[number:]]
         part = times.judged.part(shares[0], sum(shares), progress(number, job.label))

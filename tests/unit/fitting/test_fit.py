@@ -10,6 +10,7 @@ from compress_bilinear import decomposition
 from compress_bilinear.decomposition import Budget
 from compress_bilinear.errors import CompressionError, ConfigError
 from compress_bilinear.fitting import (
+    Candidate,
     LayerInputs,
     OutputError,
     OutputFitting,
@@ -242,3 +243,10 @@ def test_a_rank_near_one_that_was_solved_is_as_good_and_takes_fewer_sweeps(monke
     assert sweeps[2] < sweeps[1] == sweeps[0]
     fitting.solved(config, 40, Budget())  # which is another problem
     assert sweeps[3] == sweeps[0]
+
+
+def test_a_layer_that_is_kept_has_nothing_to_polish():
+    layer = bilinear(IN1, IN2, OUT)
+    kept = Candidate.kept(layer)
+    for fitting in (WeightFitting(layer), OutputFitting(layer, seen(layer, *rows(100)))):
+        assert fitting.polished(kept, Budget()) is kept
