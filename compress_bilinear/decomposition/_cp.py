@@ -197,9 +197,8 @@ def _is_close(missed: CPDecomposition | None, found: CPDecomposition | None, mos
 
 def _larger(missed: CPDecomposition, limit: float) -> int:
     """A rank that meets the limit, if the error falls with the square root of the rank; not too far away."""
-    return max(
-        math.ceil(missed.rank * min(max((_error(missed) / limit) ** 2, _LEAST_STEP), _MOST_STEP)), missed.rank + 1
-    )
+    step = min(max((_error(missed) / limit) ** 2, _LEAST_STEP), _MOST_STEP)
+    return max(math.ceil(missed.rank * step), missed.rank + 1)
 
 
 def _between(missed: CPDecomposition, found: CPDecomposition, limit: float) -> int:

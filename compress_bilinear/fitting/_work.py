@@ -10,8 +10,7 @@ from ._candidate import Candidate
 from ._fit_weight import MORE_SWEEPS, SWEEPS, largest_rank
 from ._job import Job
 
-FIRST_SIZE = 1 / 8
-"""Where a search begins that has no size to meet."""
+FIRST_SIZE = 1 / 8  # where a search begins that has no size to meet
 SKETCH_SWEEPS = 12
 _MOST_FLOPS = 1e12  # that a slow method may take without a time limit, and more for each entry of a large weight
 _MOST_FLOPS_PER_ENTRY = 4e4

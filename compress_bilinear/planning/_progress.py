@@ -43,6 +43,8 @@ class ProgressBars(rich.Progress):
         begun = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - begun, 3)
+        for task in self.tasks:  # what has ended sooner than it might have is done too
+            self.update(task.id, completed=self._end if task.id == self._shared else task.total)
 
     def parts(
         self, what: str, sizes: Sequence[float], later: float | None = None

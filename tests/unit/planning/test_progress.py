@@ -25,6 +25,18 @@ def test_a_shown_bar_names_the_layer_and_its_error_on_stderr(capsys):
     assert re.search(r"left -:--:--|left \d:\d\d:\d\d", captured.err)
 
 
+def test_a_stage_that_ends_sooner_than_it_might_have_is_done():
+    with ProgressBars(False) as bars:
+        with bars.stage("fit"):
+            bars.parts("Solving", [3.0, 2.0])(0, "rel")(0.5, 0.1)
+        with bars.stage("choose"):
+            bars.parts("Choosing", [3.0], later=1.0)(0, "rel")(0.5, 0.1)
+        assert [(task.completed, task.total) for task in bars.tasks] == [(5.0, 5.0), (3.0, 4.0)]
+        with bars.stage("judge"):
+            bars.parts("Judging", [1.0], later=0.0)(0, "rel")
+    assert bars.finished
+
+
 def test_it_passes_on_what_is_raised_inside():
     with pytest.raises(KeyboardInterrupt), ProgressBars(False):
         raise KeyboardInterrupt
