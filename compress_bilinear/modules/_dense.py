@@ -13,8 +13,6 @@ from ..config import Quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import FORMATS, QuantizedTensor
 from ._base import CompressedBilinear
-from ._int8_matmul import int8_bilinear
-from ._linear import plus
 
 
 class DenseBilinear(CompressedBilinear):
@@ -137,7 +135,7 @@ class DenseBilinear(CompressedBilinear):
         assert isinstance(self.weight, QuantizedTensor)
         input1, input2 = self._inputs(input1, input2)
         with ops.without_autocast(input1.device.type):
-            return plus(int8_bilinear(input1, input2, self.weight), self.bias)
+            return ops.plus(ops.int8_bilinear(input1, input2, self.weight), self.bias)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         return ops.pairwise_dense(input1, input2, self.weight, self.bias)
@@ -153,7 +151,7 @@ class DenseBilinear(CompressedBilinear):
         with ops.without_autocast(left.device.type):
             product = multiply(left.to(wide), right.to(wide)).flatten(-2)
             weight = self.weight if isinstance(self.weight, QuantizedTensor) else self.weight.to(wide).flatten(1)
-            return plus(ops.project(product, weight), self.bias).to(dtype)
+            return ops.plus(ops.project(product, weight), self.bias).to(dtype)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         # (..., K, I / K, J), of which the first two axes are those of W
@@ -166,7 +164,7 @@ class DenseBilinear(CompressedBilinear):
             slabs = ops.slabs(self.weight)
             run = ops.block_runner(isinstance(self.weight, QuantizedTensor) or len(slabs) > 1, rows)
             output = torch.cat([run(self._of_columns, rows, columns, slab) for slab in slabs], dim=1)
-        return plus(output.reshape(*index.shape, self.out_features), self.bias)
+        return ops.plus(output.reshape(*index.shape, self.out_features), self.bias)
 
     def _of_columns(self, rows: Tensor, columns: Tensor, slab: slice) -> Tensor:
         """(N, I, 1), (N,) -> (N, slab, 1): each row times its own matrix."""

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import Quantize
 from ..quantization import FORMATS, FixedBuffers, Layout, QuantizedTensor
-from ._int8_matmul import int8_linear
 
 
 class QuantizedLinear(FixedBuffers):
@@ -53,7 +52,7 @@ class QuantizedLinear(FixedBuffers):
             bias = self.bias if self.bias is None else self.bias.to(dtype)
             if not self.integer:
                 return ops.project(input.to(dtype), self.weight, bias)
-            return plus(int8_linear(input.to(dtype), self.weight), bias)
+            return ops.plus(ops.int8_linear(input.to(dtype), self.weight), bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -116,12 +115,7 @@ class AddBias(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""
-        return plus(input, self.bias)
-
-
-def plus(output: Tensor, bias: Tensor | None) -> Tensor:
-    """The output (..., O) plus a bias (O,) if there is one, in the output's dtype."""
-    return output if bias is None else output + bias.to(output.dtype)
+        return input if self.bias is None else input + self.bias.to(input.dtype)
 
 
 class InterpolativeLinear(FixedBuffers):
@@ -179,10 +173,10 @@ class InterpolativeLinear(FixedBuffers):
     ) -> Tensor:  # (..., out_features)
         if self.widening:
             output = torch.cat([input, self.rest(input).to(input.dtype)], dim=-1).index_select(-1, self.index)
-            return plus(output, self.bias)
+            return ops.plus(output, self.bias)
         ordered = input.index_select(-1, self.index)
         kept, others = ordered.split([self.out_features, self.in_features - self.out_features], dim=-1)
-        return plus(kept + self.rest(others), self.bias)
+        return ops.plus(kept + self.rest(others), self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out_features, in_features), differentiable in what is stored."""

@@ -127,18 +127,16 @@ def composed_dense(
     rows1, rows2 = input1, input2
     if len(leading) != 1:
         rows1, rows2 = input1.reshape(rows, in1), input2.reshape(rows, in2)
-    if traced():
-        output = _traced(rows1, rows2, weight, order or best_order((out, in1, in2), None, input1.dtype))
-    elif order is None and _stored_layout_is_fastest(rows1, rows2, weight):
-        output = _contract(rows2, rows1, weight.mT, _stored_block).contiguous()
+    if order is None and _stored_layout_is_fastest(rows1, rows2, weight):
+        output = contract(rows2, rows1, weight.mT, block=_stored_block).contiguous()
     else:
-        order = order or best_order((out, in1, in2), rows, input1.dtype)
-        if order == "outer":
+        order = order or best_order((out, in1, in2), None if traced() else rows, input1.dtype)
+        if order == "outer" and not (traced() and in1 * in2 > TRACED_ROW):
             output = _by_outer(rows1, rows2, weight)
-        elif order == "in1_first":
-            output = _contract(rows2, rows1, weight.mT)
+        elif order == "in1_first" or (order == "outer" and in1 > in2):
+            output = contract(rows2, rows1, weight.mT)
         else:
-            output = _contract(rows1, rows2, weight)
+            output = contract(rows1, rows2, weight)
     output = plus(output, bias)
     return output if len(leading) == 1 else output.view(*leading, out)
 
@@ -157,29 +155,36 @@ def _stored_block(kept: Tensor, first: Tensor, part: Tensor) -> Tensor:
     return torch.bmm(first.expand(len(part), -1, -1), part.mT).mul_(kept).sum(-1).t()
 
 
-def _contract(
-    kept: Tensor, first: Tensor, weight: Tensor, block: Callable[[Tensor, Tensor, Tensor], Tensor] = _contract_block
-) -> Tensor:
-    """Σ_ab kept_na W_oab first_nb, eliminating b first: (N, O). `block` sums some rows and outputs."""
-    out, width, _ = weight.shape
+def contract(
+    kept: Tensor,  # (N, a)
+    first: Tensor,  # (N, b)
+    weight: Tensor,  # (O, a, b)
+    *scales: Tensor,  # of the weight, (O, ...)
+    block: Callable[..., Tensor] = _contract_block,
+) -> Tensor:  # (N, O)
+    """Σ_ab kept_na W_oab first_nb, eliminating b first. `block` sums some rows and outputs, with their scales."""
+    (out, width, _), stored = weight.shape, (weight, *scales)
+    if traced():  # a graph holds for any number of rows: only outputs are split, by sizes of the weight
+        groups = zip(*(weight_parts(value, TRACED_ROW // width) for value in stored), strict=True)
+        return torch.cat([block(kept, first, *group) for group in groups], dim=1)
     count, limit = max(1, kept.shape[0]), block_size(kept, tuning().block, tuning().block_grad)
     columns = max(limit // (count * width), min(_BLOCK_WIDTH, limit) // width, 1)
-    parts = weight_parts(weight, columns)
     rows = max(1, min(count, limit // (width * min(out, columns))))
-    if len(parts) == 1 and rows == count:
-        return block(kept, first, weight)
+    if columns >= out and rows == count:
+        return block(kept, first, *stored)
+    parts = zip(*(weight_parts(value, columns) for value in stored), strict=True)
     blocks, values = [*zip(kept.split(rows), first.split(rows), strict=True)], only_values(kept, first, weight)
     run = block_runner(True, kept, first, weight)
 
-    def of_all_rows(part: Tensor) -> Tensor:
-        part = part.contiguous() if values and len(blocks) > 1 and block is _contract_block else part  # once for all
-        return joined((run(block, *rows, part) for rows in blocks), kept.shape[0], 0, values)
+    def of_all_rows(part: Tensor, *scales: Tensor) -> Tensor:
+        part = part.contiguous() if values and len(blocks) > 1 and block is not _stored_block else part  # once for all
+        return joined((run(block, *rows, part, *scales) for rows in blocks), kept.shape[0], 0, values)
 
-    return joined(map(of_all_rows, parts), out, 1, values)
+    return joined((of_all_rows(*part) for part in parts), out, 1, values)
 
 
 def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor) -> bool:
-    (_, in1, in2), rows = weight.shape, rows1.shape[0]
+    (_, in1, in2), rows = weight.shape, 0 if traced() else rows1.shape[0]
     if not (0 < in2 <= in1 and 0 < rows <= _STORED_LAYOUT_ROWS):
         return False
     return uses_fast_mkl(rows1, rows2, weight) and only_values(rows1, rows2, weight)
@@ -188,6 +193,8 @@ def _stored_layout_is_fastest(rows1: Tensor, rows2: Tensor, weight: Tensor) -> b
 def _by_outer(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     """Σ_ij (x1_n ⊗ x2_n)_ij W_oij: (N, O)."""
     _, in1, in2 = weight.shape
+    if traced():
+        return _outer_block(rows1, rows2, weight)
     rows = max(1, block_size(rows1, tuning().outer, tuning().outer) // (in1 * in2))
     blocks = [*zip(rows1.split(rows), rows2.split(rows), strict=True)]
     run = block_runner(len(blocks) > 1, rows1, rows2, weight)
@@ -199,17 +206,6 @@ def _outer_block(rows1: Tensor, rows2: Tensor, weight: Tensor) -> Tensor:
     """(n, i), (n, j), (O, i, j) -> (n, O)."""
     product = (rows1.unsqueeze(2) * rows2.unsqueeze(1)).flatten(1)
     return stored_linear(product, lambda _, stored: stored.flatten(1), weight)
-
-
-def _traced(rows1: Tensor, rows2: Tensor, weight: Tensor, order: Order) -> Tensor:
-    """A graph that holds for any number of rows: only outputs are split, by sizes of the weight."""
-    in1, in2 = weight.shape[1:]
-    if order == "outer" and in1 * in2 <= TRACED_ROW:
-        return _outer_block(rows1, rows2, weight)
-    if order == "in1_first" or (order == "outer" and in1 > in2):
-        rows1, rows2, weight = rows2, rows1, weight.mT
-    parts = weight_parts(weight, TRACED_ROW // weight.shape[1])
-    return torch.cat([_contract_block(rows1, rows2, part) for part in parts], dim=1)
 
 
 def composed_dense_pairs(input1: Tensor, input2: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:

@@ -13,8 +13,7 @@ from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import stored_bytes, weight_error
 from compress_bilinear.modules import LAYERS
-from compress_bilinear.modules._int8_matmul import int8_bilinear, int8_linear
-from compress_bilinear.ops import reference
+from compress_bilinear.ops import int8_bilinear, int8_linear, reference
 from compress_bilinear.quantization import FORMATS, QuantizedTensor, decode_int8, missing, scale_grid
 
 SHAPES = [(5, 13, 64), (3, 1000, 13), (1, 9, 3), (9, 1, 3), (7, 3, 1), (1, 1, 1)]

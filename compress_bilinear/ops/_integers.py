@@ -5,13 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..quantization import LEVELS, UNIT, QuantizedTensor, expand_scale
+from ._blocks import joined
+from ._context import gradient_wanted, traced
+from ._dense import composed_dense, contract
+from ._stored import project, slabs
 
-_BLOCK = 2**19  # products that are held at once: they fit a CPU's cache
-_BLOCK_WIDTH = 2**11  # columns of a block from which a product is efficient; the rest of a block is rows
-_TRACED_ROWS = 2**7  # for which a traced graph, whose number of rows is not known, chooses its blocks
-_TRACED_PARTS = 16  # of a weight in a traced graph, at most
 _LEAST = 2e-36  # stands for the largest magnitude of a row of zeros: 127 / _LEAST and the step are normal in float32
 
 
@@ -24,7 +23,7 @@ def int8_linear(
     The gradient is that of the product without rounding, for which the weight is decoded slab by slab. Integers are
     padded to sizes that the kernel takes: on CUDA more than 16 rows, and multiples of 8.
     """
-    return _with_exact_gradient(lambda x: _product(x, weight.qdata), lambda x: ops.project(x, weight), input)
+    return _with_exact_gradient(lambda x: _product(x, weight.qdata), lambda x: project(x, weight), input)
 
 
 def int8_bilinear(
@@ -35,55 +34,42 @@ def int8_bilinear(
     """y_o = x1ᵀ W_o x2. The longer input's rows are rounded to int8, and multiplied as integers within each block.
 
     The rounding costs about 0.7% of the output. The gradient is that of the product without rounding. Besides inputs
-    and output, a forward holds a block of at most 2¹⁹ products, in int32 and in floating point, and the copy that a
-    kernel makes of at most 2²⁰ of the weight's integers (or one output's).
+    and output, a forward holds a block of products (`Tuning.block`), in int32 and in floating point, and the copy that
+    a kernel makes of at most `Tuning.weight` of the weight's integers (or one output's).
     """
     return _with_exact_gradient(
-        lambda x1, x2: _bilinear(x1, x2, weight),
-        lambda x1, x2: ops.bilinear_dense(x1, x2, weight),
-        input1,
-        input2,
+        lambda x1, x2: _bilinear(x1, x2, weight), lambda x1, x2: composed_dense(x1, x2, weight), input1, input2
     )
 
 
 def _with_exact_gradient(rounded: Callable[..., Tensor], exact: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """The value of `rounded`, a function of the inputs, with the gradient of `exact`."""
-    if not (torch.is_grad_enabled() and any(value.requires_grad for value in inputs)):
+    if not gradient_wanted(*inputs):
         return rounded(*inputs)
     value = exact(*inputs)
     return value + (rounded(*(input.detach() for input in inputs)) - value.detach())
 
 
+@torch.no_grad()
 def _bilinear(input1: Tensor, input2: Tensor, stored: QuantizedTensor) -> Tensor:
     (out, in1, in2), weight, scale = stored.shape, stored.qdata, stored.scale
     assert scale is not None
     kept, first = input1, input2
     if in1 > in2:  # scales are of blocks along the longer axis, which is summed over first
         kept, first, weight, scale = input2, input1, weight.mT, scale.mT
-    width, long = weight.shape[1:]
     wide = torch.promote_types(first.dtype, torch.float32)
-    first = first.reshape(-1, long).to(wide)
-    qdata, step = _rounded_rows(first)
-    kept = kept.reshape(-1, width).to(wide) * step
-    tracing = ops.traced()
-    most = max(_BLOCK_WIDTH, _BLOCK // (_TRACED_ROWS if tracing else max(1, len(kept))))
-    outputs = min(out, max(1, min(most // width, ops.tuning().weight // (width * long))))
-    outputs = max(outputs, -(-out // _TRACED_PARTS)) if tracing else outputs
-    rows = max(1, _BLOCK // (outputs * width))
-    blocks = list(zip(*((v,) if tracing else v.split(rows) for v in (qdata, kept)), strict=True))
-    columns = []
-    for part, part_scale in zip(weight.split(outputs), scale.expand(out, -1, -1).split(outputs), strict=True):
-        steps = expand_scale(part_scale, (len(part), width, part_scale.shape[2])).to(wide)
-        pieces = [_block(integers, values, part, steps) for integers, values in blocks]
-        columns.append(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-    output = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-    return output.to(input1.dtype).reshape(*input1.shape[:-1], out)
+    qdata, step = _rounded_rows(first.reshape(-1, first.shape[-1]).to(wide))
+    kept = kept.reshape(-1, kept.shape[-1]).to(wide) * step
+    parts = [slice(None)] if traced() else slabs(stored)
+    pieces = (contract(kept, qdata, weight[rows], scale[rows], block=_block) for rows in parts)
+    return joined(pieces, out, 1, not traced()).to(input1.dtype).reshape(*input1.shape[:-1], out)
 
 
-def _block(qdata: Tensor, kept: Tensor, part: Tensor, steps: Tensor) -> Tensor:
-    """(n, b) int8, (n, a), (o, a, b) int8, (o, a, blocks) -> (n, o)."""
-    outputs, width, long = part.shape
-    flat, size = part.flatten(0, 1), -(-long // steps.shape[2])
+def _block(kept: Tensor, qdata: Tensor, part: Tensor, scale: Tensor) -> Tensor:
+    """(n, a), (n, b) int8, (o, a, b) int8, (o, a or fewer, blocks) -> (n, o)."""
+    outputs, width, _ = part.shape
+    steps = expand_scale(scale, (outputs, width, scale.shape[2])).to(kept.dtype)
+    flat, size = part.flatten(0, 1), -(-part.shape[2] // steps.shape[2])
     total: Tensor | None = None
     for k in range(steps.shape[2]):
         product = _integers(qdata[:, k * size : (k + 1) * size], flat[:, k * size : (k + 1) * size])
