@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ._choice import Backend, kernel_runs, reason_against_kernel
+from ._choice import BACKENDS, Backend, reason_against_kernel
 from ._context import autocast_enabled, follows_autocast, reason_for_plain_operators, traced
 from ._cp import composed_cp, composed_cp_pairs, small_cp
 from ._dense import ORDERS, Order, composed_dense, composed_dense_pairs, small_dense
@@ -83,12 +83,9 @@ def bilinear_tucker(
     core: Weight,  # (R_o, R_i, R_j)
     out: Weight | None,  # (O, R_o); None where the core gives the output
     bias: Tensor | None = None,  # (O,)
-    *,
-    backend: Backend | None = None,
 ) -> Tensor:  # (..., O)
-    """y = G(A x1, B x2) Uᵀ + b. Raises InputError as `bilinear_dense` does: `backend="triton"` has no kernel."""
+    """y = G(A x1, B x2) Uᵀ + b. Raises InputError for different leading dimensions. There is no kernel for it."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out))
-    _check_composed("tucker", input1, backend)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense(left, right, core, bias)
@@ -101,15 +98,12 @@ def pairwise_dense(
     input2: Tensor,  # (..., L2, J), the same leading dimensions
     weight: Weight,  # (O, I, J)
     bias: Tensor | None = None,  # (O,)
-    *,
-    backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o for all pairs of k and l, without expanding the inputs over the pairs.
 
-    Raises: InputError as `bilinear_dense` does: `backend="triton"` has no kernel for pairs.
+    There is no kernel for pairs. Raises: InputError for different leading dimensions.
     """
     check_inputs(input1, input2, _shape(weight), 2)
-    _check_composed("dense", input1, backend, pairs=True)
     return composed_dense_pairs(input1, input2, weight, bias)
 
 
@@ -123,11 +117,9 @@ def pairwise_cp(
     bias: Tensor | None = None,  # (O,)
     *,
     sigma: Tensor | None = None,  # (R,), float32
-    backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_cp` for all pairs: y_kl = (σ * (A x1_k) * (B x2_l)) Cᵀ + b."""
     check_inputs(input1, input2, (out.shape[0], in1.shape[1], in2.shape[1]), 2)
-    _check_composed("cp", input1, backend, pairs=True)
     return composed_cp_pairs(input1, input2, in1, in2, out, bias, sigma)
 
 
@@ -140,12 +132,9 @@ def pairwise_tucker(
     core: Weight,  # (R_o, R_i, R_j)
     out: Weight | None,  # (O, R_o)
     bias: Tensor | None = None,  # (O,)
-    *,
-    backend: Backend | None = None,
 ) -> Tensor:  # (..., L1, L2, O)
     """`bilinear_tucker` for all pairs."""
     check_inputs(input1, input2, _tucker_shape(in1, in2, core, out), 2)
-    _check_composed("tucker", input1, backend, pairs=True)
     left, right = project(input1, in1), project(input2, in2)
     if out is None:
         return composed_dense_pairs(left, right, core, bias)
@@ -159,8 +148,10 @@ def _fused(
     backend: Backend | None,
 ) -> bool:
     """Whether a fused kernel runs. Raises: InputError where one is asked for that cannot."""
+    if backend in (None, "composed"):
+        return False
     if backend != "triton":
-        return kernel_runs(backend, None)
+        raise InputError(f"`backend` should be None or one of {BACKENDS}. Found {backend!r}.")
     input1, *_ = tensors = [value for value in operands if isinstance(value, Tensor)]
     stored = operands[2:4] if method == "cp" else operands[2:3]
     rows = 1 if traced() else math.prod(input1.shape[:-1])  # any number, which must not tie the graph to it
@@ -173,13 +164,9 @@ def _fused(
     if dtypes != {input1.dtype}:
         reasons.append(f"the operands have several dtypes, {', '.join(sorted(map(str, dtypes)))}")
     reasons.append(reason_against_kernel(method, input1.device, input1.dtype, rows=rows))
-    return kernel_runs(backend, "; ".join(filter(None, reasons)) or None)
-
-
-def _check_composed(method: str, input1: Tensor, backend: Backend | None, pairs: bool = False) -> None:
-    """Raise InputError for another `backend` than the composed one, where there is no kernel."""
-    if backend is not None:
-        kernel_runs(backend, reason_against_kernel(method, input1.device, input1.dtype, pairs=pairs))
+    if against := "; ".join(filter(None, reasons)):
+        raise InputError(f"`backend` should be None or 'composed' here, for {against}. Found 'triton'.")
+    return True
 
 
 def check_inputs(

@@ -13,8 +13,6 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..errors import InputError
-
 Backend: TypeAlias = Literal["composed", "triton"]
 
 BACKENDS: tuple[Backend, ...] = ("composed", "triton")
@@ -28,20 +26,6 @@ _COMPOSED = {
     "cp": "three linear maps around a product",
     "tucker": "linear maps around a dense core",
 }
-
-
-def kernel_runs(backend: Backend | None, reason_against: str | None) -> bool:
-    """Whether a call takes a fused kernel: only where its `backend` says so.
-
-    Raises: InputError for another `backend`, or for "triton" where there is a reason against it.
-    """
-    if backend in (None, "composed"):
-        return False
-    if backend != "triton":
-        raise InputError(f"`backend` should be None or one of {BACKENDS}. Found {backend!r}.")
-    if reason_against is not None:
-        raise InputError(f"`backend` should be None or 'composed' here, for {reason_against}. Found 'triton'.")
-    return True
 
 
 def explain(

@@ -175,6 +175,7 @@ def test_graphs_export_compile_and_vmap(kind, pairs):
 
 
 CASES = [(kind, pairs) for kind in ("dense", "cp", "tucker") for pairs in (False, True)]
+WITH_KERNEL = [("dense", False), ("cp", False)]  # which take a `backend`
 
 
 def operands_of(kind, pairs, shape, dtype=torch.float64):
@@ -189,7 +190,7 @@ def test_autocast_has_its_way_as_with_a_matrix_product(kind, pairs, sizes):
     tensors = operands_of(kind, pairs, sizes, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = call(kind, pairs, *tensors)
-        asked = call(kind, pairs, *tensors, backend="composed")
+        asked = call(kind, pairs, *tensors, **({"backend": "composed"} if (kind, pairs) in WITH_KERNEL else {}))
     assert found.dtype == asked.dtype == torch.bfloat16
     wide = [tensor.double() for tensor in tensors]
     expected = call(kind, pairs, *wide)
@@ -224,10 +225,10 @@ def test_no_value_is_looked_at_so_graphs_can_be_captured(kind, pairs, backend, i
     monkeypatch.setattr(_choice, "reason_against_triton", lambda device, dtype: None)
     tensors = [t.to("meta").requires_grad_() for t in operands_of(kind, pairs, (70, 50, 30), torch.float32)]
     arguments, options = stored_in_int8(kind, tensors) if int8 else (tensors, {})
-    if backend == "triton" and (pairs or kind == "tucker" or (kind == "dense" and int8)):
+    if backend and ((kind, pairs) not in WITH_KERNEL or (kind == "dense" and int8 and backend == "triton")):
         return  # which have no kernel
     with OnTheDevice():
-        found = call(kind, pairs, *arguments, backend=backend, **options)
+        found = call(kind, pairs, *arguments, **({"backend": backend} if backend else {}), **options)
         wanted = [t for t in arguments if isinstance(t, torch.Tensor) and t.requires_grad]
         gradients = torch.autograd.grad(found.sum(), wanted)
     assert [gradient.shape for gradient in gradients] == [tensor.shape for tensor in wanted]
@@ -342,16 +343,6 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_reason():
     with pytest.raises(InputError, match=r"inputs are on cpu|not installed"):
         ops.bilinear_cp(*tensors, backend="triton")
     assert_matches_reference(ops.bilinear_cp(*tensors, backend="composed"), ops.bilinear_cp(*tensors))
-
-
-@pytest.mark.parametrize(("kind", "pairs"), [case for case in CASES if case[1] or case[0] == "tucker"])
-def test_pairs_and_tucker_layers_have_no_kernel_to_ask_for(kind, pairs):
-    tensors = operands_of(kind, pairs, (7, 5, 3))
-    with pytest.raises(InputError, match="the composed path is the only one for"):
-        call(kind, pairs, *tensors, backend="triton")
-    with pytest.raises(InputError, match="None or one of"):
-        call(kind, pairs, *tensors, backend="cuda")
-    assert torch.equal(call(kind, pairs, *tensors, backend="composed"), call(kind, pairs, *tensors))
 
 
 @pytest.mark.parametrize(
