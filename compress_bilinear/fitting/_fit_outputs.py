@@ -48,7 +48,7 @@ class OutputFitting(WeightFitting):
     def metric(self) -> Metric:
         """The metric of the inputs' second moments, and of the gradients where there are any."""
         first, second, _ = self.inputs.fit_moments
-        return Metric.of_moments((self.inputs.gradient, first, second), self.inputs.rows_seen)
+        return Metric.of_moments((self.inputs.gradient, first, second), len(self.inputs.input1))
 
     def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         budget = budget or Budget()

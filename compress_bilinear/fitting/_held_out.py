@@ -26,13 +26,11 @@ class Split:
     Attributes:
         fit, held: the indices of the rows to fit to and of those to measure on. Some may be in neither.
         values: (2, n), a number for each value of input1 and of input2; those of an index count as new in each row.
-        apart: the rows that were not sampled share nothing with those that are held out either.
     """
 
     fit: Tensor
     held: Tensor
     values: Tensor
-    apart: bool
 
     def groups(self, most: int | None = None) -> int:
         """The independent groups among the first held-out rows: distinct values of the input that has fewer."""
@@ -54,22 +52,20 @@ def split_rows(
             values[mode] = torch.arange(len(rows), device="cpu")
     pairs = torch.cat([points[0], points[1]], 1)
     if batch_held is None:
-        fit, held, apart = _by_values(values, generator)
+        fit, held = _by_values(values, generator)
     else:
-        fit, held, apart = ~batch_held, batch_held, True
-    fit, drawn = _without_copies(fit, held, pairs), fit
+        fit, held = ~batch_held, batch_held
+    fit = _without_copies(fit, held, pairs)
     if batch_held is not None and 2 * int(fit.sum()) < len(fit):  # batches come again and again
         held = _drawn(values.unique(dim=1, return_inverse=True)[1], _SHARE, generator)
         fit = _without_copies(~held, held, pairs)
-        apart = False
-    apart = apart and torch.equal(fit, drawn)
     if len(fit) < FEWEST_ROWS or not (fit.any() and held.any()):
         fit, held = torch.zeros_like(fit), torch.ones_like(held)
-    return Split(fit.nonzero()[:, 0], held.nonzero()[:, 0], values, apart)
+    return Split(fit.nonzero()[:, 0], held.nonzero()[:, 0], values)
 
 
-def _by_values(values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, bool]:
-    """Rows to fit to, rows to hold out, and whether no two rows share an input.
+def _by_values(values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows to fit to, and rows to hold out.
 
     Rows that share an input, directly or through others, are one group. Where that leaves too few groups to divide, as
     among all pairs of one sentence, values are held out of each input that has enough of them. Pairs of a value that is
@@ -78,13 +74,13 @@ def _by_values(values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tens
     groups = _joined(values)
     held = _drawn(groups, _SHARE, generator)
     if 1 / 8 <= float(held.double().mean()) <= 1 / 2:
-        return ~held, held, int(groups.max()) + 1 == len(groups)
+        return ~held, held
     counts = [int(each.max()) + 1 for each in values]
     if min(counts) < FEWEST_GROUPS:
         held = _drawn(values[counts.index(max(counts))], _SHARE, generator)
-        return ~held, held, False
+        return ~held, held
     first, second = (_drawn(each, _VALUES_SHARE, generator) for each in values)
-    return ~first & ~second, first & second, False
+    return ~first & ~second, first & second
 
 
 def _points(rows: Tensor, generator: torch.Generator) -> Tensor:  # (n, d) -> (n, 8)
