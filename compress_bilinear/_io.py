@@ -4,12 +4,12 @@ import json
 import os
 import re
 import reprlib
-import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from .errors import CompressionError, nearest
 
@@ -20,29 +20,23 @@ STRICT = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
 the dataclasses inside it."""
 
 
-def read_plain(
-    kind: type[_Record],
-    data: object,
-    error: type[CompressionError] = CompressionError,
-    keys: Collection[str] = (),
-) -> _Record:
+def read_plain(kind: type[_Record], data: object, error: type[CompressionError] = CompressionError) -> _Record:
     """The record that plain data describes.
 
     Args:
         kind: a dataclass with `STRICT`, or a type that is made of such.
         data: dicts, lists, strings, numbers, truth values and None.
         error: what to raise.
-        keys: those that there are; the message about an unknown key names the most similar of them.
 
     Raises: `error` for a key that is missing or unknown, or a value of another type. The message starts with the place:
-        "layers[0].rank: Input should be a valid integer. Found 'many'."
+        "layers[0].rank: Input should be a valid integer. Found 'many'." Of an unknown key it names the most similar.
     """
     from pydantic import ValidationError  # takes a quarter of a second: loaded where it is needed
 
     try:
         return _adapter(kind).validate_json(json.dumps(data, default=str))  # type: ignore[arg-type]  # a class is hashable
     except ValidationError as problem:
-        raise error(_explained(problem.errors(include_url=False), data, keys)) from problem
+        raise error(_explained(problem.errors(include_url=False), data, kind)) from problem
     except (TypeError, ValueError, RecursionError) as problem:
         raise error(f"The data should be as JSON holds it. Found: {problem}") from problem
 
@@ -54,7 +48,7 @@ def _adapter(kind: Any) -> Any:
     return TypeAdapter(kind)
 
 
-def _explained(problems: Sequence[Any], data: object, keys: Collection[str]) -> str:
+def _explained(problems: Sequence[Any], data: object, kind: Any) -> str:
     """One of pydantic's errors as a message: an unknown key first, for it may be a key that is missing, misspelt."""
     one = max(problems, key=lambda one: (one["type"] == "unexpected_keyword_argument", len(one["loc"])))
     loc, context = one["loc"], one.get("ctx", {})
@@ -63,6 +57,8 @@ def _explained(problems: Sequence[Any], data: object, keys: Collection[str]) -> 
         case "missing":
             place, message = _joined(place, loc[-1]), "is required. Found none."
         case "unexpected_keyword_argument":
+            schema = _adapter(kind).json_schema()
+            keys = [key for one in (schema, *schema.get("$defs", {}).values()) for key in one.get("properties", ())]
             message = "unknown here." if loc[-1] in keys else f"unknown.{nearest(loc[-1], keys)}"
         case "union_tag_not_found":
             place = _joined(place, context["discriminator"].strip("'"))
@@ -105,13 +101,12 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))  # what a link points to is replaced, not the link
     check_target(target)
-    mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask()
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = target.with_name(f".{uuid4().hex}.tmp")
+    temporary.touch(exist_ok=False)
+    mode = (target if target.exists() else temporary).stat().st_mode & 0o777
     try:
         yield temporary
-        os.chmod(temporary, mode)  # mkstemp and some writers make files that only their owner can read
+        os.chmod(temporary, mode)  # some writers make files that only their owner can read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -127,10 +122,3 @@ def check_target(target: Path) -> None:
     if target.exists() and not target.is_file():
         found = "a folder" if target.is_dir() else "a device, pipe or socket"
         raise CompressionError(f"{str(target)!r} should be a file to write. Found {found}.")
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -76,7 +76,7 @@ def read_recipe(path: Path) -> Recipe:
 
 def parse_recipe(data: object) -> Recipe:
     """The recipe in plain data, say in `Report.config`. Raises: ConfigError as `read_recipe`."""
-    whole: Any = read_plain(_file(), data, ConfigError, _keys())
+    whole: Any = read_plain(_file(), data, ConfigError)
     configs = {glob: _config(f"{path_of(('layers', glob), data)}: ", table) for glob, table in whole.layers.items()}
     if not configs:
         raise ConfigError('layers: should have at least one table, say [layers."*"]. Found none.')
@@ -93,7 +93,7 @@ def parse_recipe(data: object) -> Recipe:
 
 def parse_config(data: object) -> Config | None:
     """The config in the plain data of one table. Raises: ConfigError as `read_recipe`."""
-    return _config("", read_plain(_table_of_any_method(), data, ConfigError, _keys()))
+    return _config("", read_plain(_table_of_any_method(), data, ConfigError))
 
 
 def _listed(globs: str | list[str] | None) -> list[str]:
@@ -136,12 +136,6 @@ def _table(method: str, kind: Any) -> type:
 
 def _strict(name: str, columns: list[Any]) -> type:
     return make_dataclass(name, columns, kw_only=True, namespace={"__pydantic_config__": STRICT})
-
-
-@cache
-def _keys() -> tuple[str, ...]:
-    tables = get_args(get_args(_table_of_any_method())[0])
-    return tuple({one.name for kind in (_file(), *tables) for one in fields(kind)})
 
 
 def _config(where: str, table: Any) -> Config | None:

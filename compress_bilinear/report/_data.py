@@ -244,9 +244,3 @@ def effective(layer: LayerReport) -> LayerReport:
         speedup_vs_dense=dense / before if dense is not None and before else None,
         amplification=None,
     )
-
-
-def keys() -> set[str]:
-    """The names of all fields of all records of a report."""
-    kinds = (ReportData, LayerReport, FrontPoint, Spectrum, ComputeMode, Note)
-    return {one.name for kind in kinds for one in fields(kind)}

@@ -9,7 +9,7 @@ from typing import Any
 
 from .._io import read_plain, written_atomically
 from ..errors import CompressionError
-from ._data import AS_CONFIGURED, Note, ReportData, keys
+from ._data import AS_CONFIGURED, Note, ReportData
 from ._html import render_html
 from ._text import render_markdown, render_text
 
@@ -57,7 +57,7 @@ class Report(ReportData):
             raise CompressionError(
                 f"`schema_version` of a report should be an int from 1 to {SCHEMA_VERSION}. Found {version!r}."
             )
-        return read_plain(cls, _current(data, version), keys=keys())
+        return read_plain(cls, _current(data, version))
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
