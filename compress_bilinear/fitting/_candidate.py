@@ -70,7 +70,7 @@ class Candidate:
 
     @property
     def predicted(self) -> bool:
-        """Whether the error is a prediction: nothing has been made yet."""
+        """Whether there is no module yet: the error is a prediction, but for that of int8 and nf4 dense layers."""
         return self.config is not None and self.module is None
 
     def noted(self, *notes: Note) -> "Candidate":

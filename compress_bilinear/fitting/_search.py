@@ -84,21 +84,17 @@ class Search:
         return [candidate for candidate in self.candidates if not candidate.predicted]
 
     def predict(self, size: float | None = None, limit: float | None = None) -> None:
-        """Make the dense candidates of coarse formats, and predict all others, at every size; again for another target.
+        """Predict all candidates, at every size; the errors of dense ones are measured. Again for another target.
 
         Args:
             size: of these bytes, one prediction is exactly the largest below.
             limit: an error; a method that needs quick solutions has them near the size at which others meet it.
         """
         self.candidates = self.made
-        there = {candidate.config for candidate in self.candidates}
-        for number, quantize in enumerate(self._dense):
-            config = DenseConfig(quantize=quantize)
-            if quantize is None or not FORMATS[quantize].coarse:
-                self._predict_dense(config)
-            elif config not in there:
-                part = self.budget.child(_SHARE, (0.05 * number / 4, 0.05 * (number + 1) / 4))
-                self.candidates.append(self.fitting.dense(config, part, quick=True))
+        for quantize in self._dense:
+            if ("dense", quantize) not in self._predicted:
+                self._predicted["dense", quantize] = [self._dense_prediction(quantize)]
+            self._predict_again(("dense", quantize))
         bias = bias_bytes(self.layer)
         anchor = (self.candidates[0].bytes if size is None else size) - bias
         weight = self.fitting.ordered[0]
@@ -150,11 +146,11 @@ class Search:
 
     def quickest_as_good(self, candidate: Candidate, rows: int) -> Candidate:
         """The fastest of what is as small and has at most 1.05 times the error of a candidate, in so many rows."""
-        rivals = [
-            each
-            for each in self.made
-            if each.module is not None and each.bytes <= candidate.bytes and each.error <= _AS_GOOD * candidate.error
-        ]
+        most = _AS_GOOD * candidate.error
+        for each in [each for each in self.candidates if each.predicted and each.kind[0] == "dense"]:
+            if each.bytes <= candidate.bytes and each.error <= most and self.budget.left() > 0:
+                self.build(each)
+        rivals = [each for each in self.made[1:] if each.bytes <= candidate.bytes and each.error <= most]
         if len(rivals) < 2 or candidate.module is None or self.budget.left() <= 0:
             return candidate
         timed = self._latencies(rivals, rows)
@@ -181,20 +177,20 @@ class Search:
             if fit and self.budget.left() > 0:
                 self.build(min(fit, key=lambda each: (each.flops, each.error)))
 
-    def _predict_dense(self, config: DenseConfig) -> None:
-        """The weight in a format that is so fine that its copy, which is large, is only made where it is chosen."""
-        weight, quantize = self.layer.weight, config.quantize
+    def _dense_prediction(self, quantize: Quantize | None) -> Candidate:
+        """The weight itself in a format; of a coarse one measured, without what was made, for that is large."""
+        config, weight = DenseConfig(quantize=quantize), self.layer.weight
+        if quantize is not None and FORMATS[quantize].coarse:
+            return replace(self.fitting.dense(config, quick=True), module=None)
         size, error = weight.numel() * weight.element_size(), 0.0
         if quantize is not None:
             form = FORMATS[quantize]
             size, error = form.nbytes(weight.shape, "weight"), form.error / math.sqrt(3)  # that is of three factors
-        found = self._prediction(config, size + bias_bytes(self.layer), error, self.candidates[0].flops)
-        self._predicted[found.kind] = [found]
-        self._predict_again(found.kind)
+        return self._prediction(config, size + bias_bytes(self.layer), error, self.candidates[0].flops)
 
     def _add(self, row: Method, quantize: Quantize | None, points: list[_Point]) -> None:
         """Predicted candidates of a method and format, those that are smaller than the layer."""
-        dense = [each.error for each in self.made if each.kind == ("dense", quantize)]
+        dense = [each.error for each in self._predicted.get(("dense", quantize), ())]
         rounding = 0.0 if quantize is None else FORMATS[quantize].error
         if dense and quantize is not None and FORMATS[quantize].coarse:
             # inputs that are nearly of low rank see less of it

@@ -114,7 +114,7 @@ def _choose_together(
             code, why = "out_of_reach", f"no {what} replacement meets the target"
             if job.limit is None:
                 code, why = "within_size", "the size allows to keep it"
-            job.reason = Note(code, f"{why} of {len(search.made) - 1} that were tried")
+            job.reason = Note(code, f"{why} of {len(search.candidates) - 1} that were predicted or made")
 
 
 def _polish(

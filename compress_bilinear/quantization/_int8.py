@@ -37,8 +37,14 @@ def encode_int8(
     """
     step = max(1, chunk * len(values) // values.numel())
     if grid[0] == len(values) > step:
-        parts = [encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk) for part in values.split(step)]
-        return torch.cat([qdata for qdata, _ in parts]), torch.cat([scale for _, scale in parts])
+        qdata = torch.empty(values.shape, dtype=torch.int8, device=values.device)
+        scale = torch.empty(grid, dtype=scale_dtype, device=values.device)
+        for part, *found in zip(values.split(step), qdata.split(step), scale.split(step), strict=True):
+            for target, source in zip(
+                found, encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk), strict=True
+            ):
+                target.copy_(source)
+        return qdata, scale
     scale = _representable_scale(_peaks(values, grid).double(), scale_dtype)
     divisor = torch.where(scale > 0, scale.float(), torch.inf)  # a block of zeros, or of too small values, becomes 0
     quotient = values / expand_scale(divisor, values.shape)

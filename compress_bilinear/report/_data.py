@@ -46,7 +46,8 @@ class FrontPoint:
         bytes: everything that it stores. `flops`: of a row.
         weight_error, output_error: as in `LayerReport`; the latter on held-out calibration rows. None where unknown.
         latency_ms: the median of a call; None where nothing was timed.
-        predicted: whether the error is a prediction, because the candidate was not made.
+        predicted: whether the candidate was not made, so that its error is a prediction; of int8 and nf4 dense layers
+            one that was measured before they are refined.
         chosen: whether the layer became this.
     """
 
