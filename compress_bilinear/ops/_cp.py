@@ -52,31 +52,15 @@ def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, s
 def composed_cp_pairs(
     input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, out: Weight, bias: Tensor | None, sigma: Tensor | None
 ) -> Tensor:
-    """The same for all pairs; shapes as of `pairwise_cp`.
+    """The same for all pairs; shapes as of `pairwise_cp`."""
+    left, right = project(input1, in1), project(input2, in2)
+    if sigma is not None:
+        left = _wide(left) * sigma  # in float32, and so is the product
 
-    Where only values are computed, the projections too are held for a part of the batch at once.
-    """
-    leading, (length1, length2) = input1.shape[:-2], (input1.shape[-2], input2.shape[-2])
-    batch, rank = math.prod(leading), in1.shape[0]
-    tensors = [value for value in (input1, input2, in1, in2, out, bias, sigma) if isinstance(value, Tensor)]
+    def evaluate(p: Tensor, q: Tensor) -> Tensor:
+        return project((p * q).to(right.dtype), out, bias)
 
-    def pairs(input1: Tensor, input2: Tensor) -> Tensor:
-        left, right = project(input1, in1), project(input2, in2)
-        if sigma is not None:
-            left = _wide(left) * sigma  # in float32, and so is the product
-
-        def evaluate(p: Tensor, q: Tensor) -> Tensor:
-            return project((p * q).to(right.dtype), out, bias)
-
-        return over_pairs(evaluate, left, right, out.shape[0], [out] if isinstance(out, Tensor) else [])
-
-    projected = rank * (length1 + length2)  # of an item
-    if not only_values(*tensors) or batch * projected <= _block(input1):
-        return pairs(input1, input2)
-    items = max(1, _block(input1) // projected)
-    parts = [value.reshape(batch, *value.shape[-2:]).split(items) for value in (input1, input2)]
-    output = joined(map(pairs, *parts), batch, 0, True)
-    return output.view(*leading, length1, length2, out.shape[0])
+    return over_pairs(evaluate, left, right, out.shape[0], [out] if isinstance(out, Tensor) else [])
 
 
 def over_pairs(
@@ -92,7 +76,7 @@ def over_pairs(
         recomputed: what `evaluate` reads besides, if a backward may call it again instead of keeping a block; or None.
     """
     leading, (length1, rank), length2 = left.shape[:-2], left.shape[-2:], right.shape[-2]
-    most, width = _block(left), max(rank, outputs)
+    most, width = block_size(left, tuning().cp, tuning().cp_grad), max(rank, outputs)
     # a graph first: sizes would tie it to these lengths
     if traced() or math.prod(leading) * length1 * length2 * rank <= most:
         return evaluate(left.unsqueeze(-2), right.unsqueeze(-3))
@@ -109,10 +93,6 @@ def over_pairs(
         for p in first.split(rows, 1)
     )
     return joined(strips, batch * length1, 0, values).view(*leading, length1, length2, outputs)
-
-
-def _block(like: Tensor) -> int:
-    return block_size(like, tuning().cp, tuning().cp_grad)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ from torch.nn.functional import linear as torch_linear
 
 from ..quantization import QuantizedTensor
 from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, tuning, weight_parts
-from ._context import gradient_wanted, only_values, traced
-from ._gemm import linear, stored_linear, uses_fast_mkl, uses_onednn
+from ._context import only_values, traced
+from ._gemm import stored_linear, uses_fast_mkl
 from ._stored import Weight, in_slabs
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
@@ -237,11 +237,5 @@ def _part_of_pairs(first: Tensor, second: Tensor, part: Tensor) -> Tensor:
     batch, length, _ = first.shape
     outputs, _, width = part.shape
     projected = stored_linear(first, lambda _, stored: stored.mT.flatten(0, 1), part)
-    projected = projected.view(batch, length * outputs, width)
-    if not (traced() or gradient_wanted(second, projected)) and batch > 0 and uses_onednn(second[0], projected[0]):
-        output = second.new_empty(batch, second.shape[1], length * outputs)
-        for index in range(batch):
-            output[index] = linear(second[index], projected[index])
-    else:
-        output = torch.bmm(second, projected.mT)
+    output = torch.bmm(second, projected.view(batch, length * outputs, width).mT)
     return output.unflatten(2, (length, outputs))

@@ -47,8 +47,7 @@ def pairwise_dense(
     bias: Tensor | None = None,  # (O,)
 ) -> Tensor:  # (..., L1, L2, O)
     """y_klo = x1_kᵀ W_o x2_l + b_o, for all pairs of k and l."""
-    output = torch.einsum("...ki,oij,...lj->...klo", input1, weight, input2)
-    return output if bias is None else output + bias
+    return bilinear_dense(input1.unsqueeze(-2), input2.unsqueeze(-3), weight, bias)
 
 
 def pairwise_cp(
@@ -58,9 +57,7 @@ def pairwise_cp(
     bias: Tensor | None = None,  # (O,)
 ) -> Tensor:  # (..., L1, L2, O)
     """y_kl = C (Aᵀ x1_k * Bᵀ x2_l) + b."""
-    out, in1, in2 = factors
-    output = torch.einsum("...kr,...lr,or->...klo", input1 @ in1, input2 @ in2, out)
-    return output if bias is None else output + bias
+    return bilinear_cp(input1.unsqueeze(-2), input2.unsqueeze(-3), factors, bias)
 
 
 def pairwise_tucker(
@@ -71,6 +68,4 @@ def pairwise_tucker(
     bias: Tensor | None = None,  # (O,)
 ) -> Tensor:  # (..., L1, L2, O)
     """y_kl = U G(Aᵀ x1_k, Bᵀ x2_l) + b."""
-    out, in1, in2 = factors
-    output = pairwise_dense(input1 @ in1, input2 @ in2, core) @ out.mT
-    return output if bias is None else output + bias
+    return bilinear_tucker(input1.unsqueeze(-2), input2.unsqueeze(-3), core, factors, bias)
