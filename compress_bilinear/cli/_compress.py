@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from ..config import COMPUTE_CHOICES, CONFIGS, Config, PlanOptions, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
-from ..files import read_layers, read_state, write_container
+from ..files import read_state, write_container
 from ..modules import FoundLayer
 from ..planning import choose_weights, compress_state
 from ..report import size
@@ -99,14 +99,14 @@ def compress(
     check_files((path, config, calibration), output=output, report=report)
     on_line = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(config, given, on_line)
-    if read_layers(path):
+    state, compressed = read_state(path)
+    if compressed:
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "
             "all --layers at once."
         )
     options = dict(recipe.options) | {name: given[name] for name in on_line & PlanOptions.__annotations__.keys()}
     options |= {"measure_latency": False} if given["no_latency"] else {}
-    state = read_state(path)
     chosen = choose_weights(state, layers or (tuple(recipe.configs) if config is not None else ()))
     configs = recipe.configs
     if layers:

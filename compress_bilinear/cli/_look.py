@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from ..files import read_layers, read_state
+from ..files import read_state
 from ..modules import FoundLayer
 from ..planning import maybe_convolution, stored_weights, unknown_weights
 from ..report import compact_table, figure, size
@@ -45,8 +45,7 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 @as_json
 def inspect(path: Path, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, and those that are compressed already."""
-    state = read_state(path)
-    compressed = read_layers(path)
+    state, compressed = read_state(path)
     found = stored_weights(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
     if inside:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -101,7 +101,10 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         new[id(target.module)] = layer if target.adapted is None else target.adapted.replaced(layer)
     gone = {name for target in targets for name in target.parameter_names()}
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
-    _check_fits(current, rest)
+    _check_fits(current, rest, "the network")
+    for name, value in current.items():
+        if not (value.is_meta or is_writable(value)):
+            raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
     return _filled_model(model, new, originals, current, rest)
 
 
@@ -136,21 +139,16 @@ def filled(
 
     Raises: CheckpointError where tensors are missing, too many, or of other shapes or dtypes than described.
     """
-    layer = description.build()
-    expected = layer.state_dict()
-    _check_names(expected, tensors, f"layer {description.label!r}")
-    fixed = {name: buffer.dtype for name, buffer in layer.named_buffers()}  # of integers, scales and indices
-    floating = next((value.dtype for name, value in tensors.items() if name not in fixed), torch.float32)
+    layer, what = description.build(), f"layer {description.label!r}"
+    fixed = dict(layer.named_buffers())  # integers, scales and indices
+    dtypes = (value.dtype for name, value in tensors.items() if name not in fixed)
+    layer.to(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
+    _check_fits(layer.state_dict(), tensors, what)
     for name, value in tensors.items():
-        where, shape, dtype = f"Tensor {name!r} of layer {description.label!r}", expected[name].shape, value.dtype
-        required = fixed.get(name, floating)
-        if value.shape != shape or dtype != required or not (name in fixed or dtype.is_floating_point):
-            what = f"be {required}" if required.is_floating_point or name in fixed else "be floating"
-            raise CheckpointError(
-                f"{where} should have shape {tuple(shape)} and {what}. Found {tuple(value.shape)} and {dtype}."
-            )
         if name.endswith("index") and not torch.equal(value.sort()[0].cpu(), torch.arange(len(value)).int()):
-            raise CheckpointError(f"{where} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}.")
+            raise CheckpointError(
+                f"Tensor {name!r} of {what} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}."
+            )
     layer.load_state_dict(tensors, assign=True)
     if device is not None and device.type != "meta":
         layer.to(device)
@@ -163,25 +161,20 @@ def filled(
     return layer
 
 
-def _check_names(expected: Collection[str], found: Collection[str], what: str) -> None:
-    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+def _check_fits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise CheckpointError unless the file's tensors have the names, shapes and dtypes that are expected."""
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [f"missing {', '.join(missing)}"] if missing else []
         parts += [f"unexpected {', '.join(extra)}"] if extra else []
         raise CheckpointError(f"The file should hold the tensors of {what}. Found {'; '.join(parts)}.")
-
-
-def _check_fits(current: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError unless the file's tensors of no replaced layer are those that the network has."""
-    _check_names(current, rest, "the network")
-    for name, value in current.items():
-        if value.shape != rest[name].shape or value.dtype != rest[name].dtype:
+    for name, value in expected.items():
+        found = tensors[name]
+        if (value.shape, value.dtype) != (found.shape, found.dtype):
             raise CheckpointError(
-                f"Tensor {name!r} should be {tuple(value.shape)} {value.dtype}, as the network has it. "
-                f"Found {tuple(rest[name].shape)} {rest[name].dtype}."
+                f"Tensor {name!r} of {what} should be {tuple(value.shape)} {value.dtype}. "
+                f"Found {tuple(found.shape)} {found.dtype}."
             )
-        if not (value.is_meta or is_writable(value)):
-            raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
 
 
 def _target(

@@ -7,8 +7,7 @@ tensor. It finds damage and careless edits. It is no signature: it does not say 
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -146,10 +145,16 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], t
 
     A shared tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
     """
-    with _opened(path) as file:
-        metadata = file.metadata() or {}
-        # clones: aligned, and independent of the file
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    check_is_file(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            # clones: aligned, and independent of the file
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
+        ) from error
     if METADATA_KEY not in metadata:
         return tensors, None
     description = _described(metadata, path, tensors)
@@ -158,16 +163,6 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], t
             raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
         tensors[alias] = tensors[name]
     return tensors, description.layers
-
-
-def read_layers(path: str | os.PathLike[str]) -> tuple[LayerDescription, ...]:
-    """The replaced layers of a file, without its tensors; none where `save` did not write it. Nothing is verified."""
-    try:
-        with _opened(path) as file:
-            metadata = file.metadata() or {}
-    except CheckpointError:
-        return ()
-    return _described(metadata, path).layers if METADATA_KEY in metadata else ()
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
@@ -181,23 +176,10 @@ def place(tensor: Tensor) -> Hashable:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
 
 
-@contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """A safetensors file, open. Raises: CheckpointError where it is none, or damaged."""
-    check_is_file(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
-        ) from error
-
-
 def _described(
-    metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None = None
+    metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
 ) -> _Description:
-    """The description of a file that `save` wrote; with `tensors`, the digest is verified before it is believed."""
+    """The description of a file that `save` wrote; its digest is verified before it is believed."""
     text = metadata[METADATA_KEY]
     try:
         data = json.loads(text)
@@ -206,7 +188,7 @@ def _described(
     version = data.get("version") if isinstance(data, dict) else None
     if version is not None and version != FORMAT_VERSION:
         raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")
-    if version is None or (tensors is not None and metadata.get("digest") != _digest(text, tensors)):
+    if version is None or metadata.get("digest") != _digest(text, tensors):
         raise CheckpointError(
             f"{str(path)!r} should be as compress_bilinear.save wrote it. Found that its description and tensors do "
             "not match their digest: the file was damaged or edited."

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ._container import check_is_file, read_safetensors
+from ._container import LayerDescription, check_is_file, read_safetensors
 
 
-def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
     """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
+
+    With them the replaced layers among them, where `save` wrote the file.
 
     A .pt file may hold the state dict itself or have it under one key (as {"model": ..., "epoch": ...}).
 
@@ -25,7 +27,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         start = file.read(9)
     if Path(path).suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
-        return read_safetensors(path)[0]
+        tensors, layers = read_safetensors(path)
+        return tensors, layers or ()
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
         raise CheckpointError(
             f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
@@ -44,7 +47,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     for name, value in state.items():
         if value.layout != torch.strided:
             raise CheckpointError(f"Tensor {name!r} of {str(path)!r} should be dense. Found {value.layout}.")
-    return state
+    return state, ()
 
 
 def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:

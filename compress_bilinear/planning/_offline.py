@@ -196,7 +196,8 @@ def compare_files(
 
     Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it otherwise.
     """
-    before = read_state(original) if dtype is None else _cast(read_state(original), dtype)
+    before, _ = read_state(original)
+    before = before if dtype is None else _cast(before, dtype)
     after, descriptions = read_container(compressed)
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")

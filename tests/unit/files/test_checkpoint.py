@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError
-from compress_bilinear.files import _container, read_container, read_layers, read_state
+from compress_bilinear.files import _container, read_container, read_state
 
 IN1, IN2, OUT = 9, 8, 7
 
@@ -298,11 +298,17 @@ DAMAGE = {
     "forged size": (edited(layer_with(in1_features=2**62), True), "`in1_features` of layer 'rel' should be"),
     "missing tensor": (edited(lambda d, t: t.pop("rel.core.weight"), True), "missing core.weight"),
     "renamed tensor": (edited(rename, True), "missing core.weight; unexpected core.weights"),
-    "reshaped tensor": (edited(lambda d, t: t.update({"norm.bias": torch.ones(1)}), True), "'norm.bias' should be"),
-    "mixed dtypes": (edited(cast, True), r"of layer 'rel' should have shape .* and be torch.float"),
-    "integers": (edited(lambda d, t: t.update({k: t[k].int() for k in t if k[:3] == "rel"}), True), "and be floating"),
-    "other scale": (edited(cast_scale, True), "be torch.float32"),
-    "other index": (edited(cast_index, True), "be torch.int32"),
+    "reshaped tensor": (
+        edited(lambda d, t: t.update({"norm.bias": torch.ones(1)}), True),
+        "'norm.bias' of the net",
+    ),
+    "mixed dtypes": (edited(cast, True), r"of layer 'rel' should be .* torch.float"),
+    "integers": (
+        edited(lambda d, t: t.update({k: t[k].int() for k in t if k[:3] == "rel"}), True),
+        "Found .*int32",
+    ),
+    "other scale": (edited(cast_scale, True), "should be .* torch.float32"),
+    "other index": (edited(cast_index, True), "should be .* torch.int32"),
     "repeated index": (edited(lambda d, t: t["rel.out_proj.index"].zero_(), True), "each of 0..6 once"),
     "extra tensor": (edited(lambda d, t: t.update(extra=torch.ones(1)), True), "unexpected extra"),
 }
@@ -396,16 +402,11 @@ class TestFailures:
     def test_the_layers_of_other_files_are_none(self, tmp_path):
         save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
         torch.save({"a": torch.ones(2)}, tmp_path / "net.pt")
-        assert not read_layers(tmp_path / "foreign.safetensors")
-        assert not read_layers(tmp_path / "net.pt")
-        assert not read_layers(tmp_path / "missing")
-
-    def test_the_layers_are_read_without_the_tensors(self, saved, monkeypatch):
-        monkeypatch.setattr(Tensor, "clone", lambda *args: pytest.fail("a tensor was read"))
-        assert len(read_layers(saved)) == 2
+        assert read_state(tmp_path / "foreign.safetensors")[1] == ()
+        assert read_state(tmp_path / "net.pt")[1] == ()
 
     def test_the_state_of_a_file_is_verified_and_has_all_names(self, saved):
-        state = read_state(saved)
+        state, _ = read_state(saved)
         assert state.keys() == mixed().state_dict().keys()
         flip(saved)
         with pytest.raises(CheckpointError, match="damaged or edited"):
@@ -488,7 +489,7 @@ class TestSaving:
             (("rel",), "tucker", (6, 3, 7)),
             (("one", "other"), "cp", 2),
         ]
-        assert read_layers(saved) == layers
+        assert read_state(saved)[1] == layers
 
     @pytest.mark.parametrize(
         ("model", "problem"),

@@ -87,7 +87,7 @@ def test_a_layer_without_rows_is_told(run):
 
 
 def test_the_latency_is_of_256_rows_whatever_the_file_holds():
-    state = read_state("net.pt")
+    state, _ = read_state("net.pt")
     chosen = choose_weights(state, ["rel"])
     planned, _, _ = compress_state(state, chosen, cb.DenseConfig(quantize="int8"), calibration="rows.safetensors")
     assert planned.report.layers[0].batch_size == 256
