@@ -15,7 +15,7 @@ from ._linear import AddBias, QuantizedLinear
 
 _Rank = TypeVar("_Rank", int, tuple[int, int, int])
 
-_PLAIN = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)  # modules that only multiply, or add a bias
+PLAIN = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)  # modules that only multiply, or add a bias
 
 
 class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
@@ -147,14 +147,14 @@ class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
         super().__setattr__(name, value)
 
 
-def reason_against(module: nn.Module) -> str | None:
+def reason_against(module: nn.Module, kinds: tuple[type[nn.Module], ...] = PLAIN) -> str | None:
     """What the module does besides multiplying by its weight and adding its bias; None where it does nothing else."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has hooks"
     if "forward" in own:
         return "has a `forward` of its own"
-    return None if type(module) in _PLAIN else f"is a {type(module).__name__}"
+    return None if type(module) in kinds else f"is a {type(module).__name__}"
 
 
 def _tensor_of(module: nn.Module, name: str) -> Any:

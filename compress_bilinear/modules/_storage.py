@@ -7,11 +7,11 @@ from torch import nn
 
 from ..config import Quantize
 from ..errors import CompressionError
+from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear
-from ._dense import DenseBilinear
-from ._linear import InterpolativeLinear, QuantizedLinear
+from ._linear import InterpolativeLinear
+from ._projected import PLAIN, reason_against
 
-_LINEAR = (nn.Linear, QuantizedLinear)
 _Layer = TypeVar("_Layer", bound=CompressedBilinear)
 
 
@@ -20,16 +20,19 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
 
     Its floating factors require gradients. It has the bias Parameter of `layer` itself, unless the dtype changes.
 
-    Raises: CompressionError where an inner layer is not one that this package puts there.
+    Raises: CompressionError where an inner layer has hooks, or is not one that this package puts there.
     """
-    rank = () if layer.rank is None else (layer.rank,)
-    sizes = (layer.in1_features, layer.in2_features, layer.out_features)
+    for name, part in layer.named_modules():
+        reason = reason_against(part, (*PLAIN, type(layer), InterpolativeLinear, QuantizedTensor))
+        if reason is not None:
+            raise CompressionError(
+                f"`{name}` should be a plain linear layer to be stored otherwise. Found that it {reason}: merge or "
+                "remove what wraps it first."
+            )
     bias = cast(nn.Parameter | None, layer.bias)
-    kind: Any = type(layer)  # dense layers take no rank
-    new: _Layer = kind(*sizes, *rank, bias is not None, "meta", dtype, quantize=quantize)
-    _check_parts(layer, new)
+    kind: Any = type(layer)
     if layer.rank is None:
-        new = kind.from_weight(layer.to_dense(dtype), quantize=quantize)
+        new: _Layer = kind.from_weight(layer.to_dense(dtype), quantize=quantize)
     else:
         decomposition = cast(Any, layer).to_decomposition(torch.float64 if quantize else dtype)
         new = kind.from_decomposition(decomposition, None, quantize=quantize)
@@ -37,16 +40,3 @@ def stored_as(layer: _Layer, quantize: Quantize | None, dtype: torch.dtype) -> _
         bias = nn.Parameter(bias.detach().to(dtype), bias.requires_grad)
     new.set_bias(bias)
     return new.train(layer.training)
-
-
-def _check_parts(layer: CompressedBilinear, new: CompressedBilinear) -> None:
-    for name, part in new.named_modules():
-        if not isinstance(part, (*_LINEAR, InterpolativeLinear, DenseBilinear)):
-            continue
-        old, kinds = layer.get_submodule(name), _LINEAR if type(part) in _LINEAR else (type(part),)
-        if type(old) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise CompressionError(
-                f"`{name}` should be a plain {wanted} to be stored otherwise. Found {type(old).__name__}: merge or "
-                "remove what wraps it first."
-            )
