@@ -95,14 +95,11 @@ def _points(rows: Tensor, generator: torch.Generator) -> Tensor:  # (n, d) -> (n
 
 
 def _values(points: Tensor) -> Tensor:  # (n, 8) -> (n,)
-    """A number for each value, from 0: equal rows, but for rounding, are neighbours in the order of any direction."""
-    labels = []
-    for direction in (0, 1):  # another row may come between two in one of them
-        order = points[:, direction].argsort()
-        differs = (points[order].diff(dim=0).abs() > _SAME).any(1)
-        labels.append(torch.zeros_like(order))
-        labels[-1][order[1:]] = differs.cumsum(0)
-    return _joined(torch.stack(labels))
+    """A number for each value, from 0: equal rows, but for rounding, are neighbours in the order of a direction."""
+    order = points[:, 0].argsort()
+    values = torch.zeros_like(order)
+    values[order[1:]] = (points[order].diff(dim=0).abs() > _SAME).any(1).cumsum(0)
+    return values
 
 
 def _joined(labels: Tensor) -> Tensor:  # (k, n) -> (n,)

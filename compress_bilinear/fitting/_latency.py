@@ -106,8 +106,6 @@ def dense_calls(layer: nn.Bilinear, input1: Tensor, input2: Tensor) -> dict[str,
     }
     if count * out * in1 <= _WHOLE_MOST:
         calls["one_gemm"] = functools.partial(_one_gemm, *operands)
-    if count * out * min(in1, in2) <= _WHOLE_MOST:
-        calls["einsum"] = functools.partial(ops.reference.bilinear_dense, *operands)
     if in1 * in2 > 2**16:
         del calls["outer"]  # hundreds of times slower: a block has too few rows
     calls["DenseBilinear"] = functools.partial(ops.bilinear_dense, *operands)  # its own way for few rows
@@ -157,11 +155,14 @@ def time_replacement(layer: nn.Bilinear, module: CompressedBilinear, batch_size:
         least = min(tries.values())
         near = least * (_SLOW if least <= _LONG else 1.0)  # a first try of a long call tells which is best
         calls |= {name: call for name, call in dense.items() if tries[name] <= near}
-        measured = latencies(calls, device, seconds)
-    exact = {name: latency for name, latency in measured.items() if name != "after"}
-    best = min(exact, key=lambda name: exact[name].median)
-    order = "nn.Bilinear" if best == "before" else best
-    return Timing(measured["before"], measured["after"], exact[best], order, batch_size)
+        return _timing(latencies(calls, device, seconds), "nn.Bilinear", batch_size)
+
+
+def _timing(measured: dict[str, Latency], form: str, rows: int) -> Timing:
+    """Of "before", a layer of that form, "after", and exact evaluations by their names."""
+    after = measured.pop("after")
+    best = min(measured, key=lambda name: measured[name].median)
+    return Timing(measured["before"], after, measured[best], form if best == "before" else best, rows)
 
 
 def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: float = 1.0) -> Timing:
@@ -173,11 +174,10 @@ def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: flo
     layer = adapted.bilinear()
     exact = DenseBilinear(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
     exact.weight, exact.bias = nn.Parameter(layer.weight.detach()), layer.bias  # the original's memory
-    modules = {"before": adapted.module, "after": adapted.replaced(module), "exact": adapted.replaced(exact)}
+    modules = {"before": adapted.module, "after": adapted.replaced(module)}
+    modules["DenseBilinear"] = adapted.replaced(exact)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         rows = adapted.rows()
         calls = {name: functools.partial(made, *args, **kwargs) for name, made in modules.items()}
         measured = latencies(calls, layer.weight.device, seconds)
-    best = min("before", "exact", key=lambda name: measured[name].median)
-    order = type(adapted.module).__name__ if best == "before" else "DenseBilinear"
-    return Timing(measured["before"], measured["after"], measured[best], order, max(1, rows))
+    return _timing(measured, type(adapted.module).__name__, max(1, rows))
