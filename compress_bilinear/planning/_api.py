@@ -1,7 +1,7 @@
 """`plan` and `compress`: check everything, solve and measure everything, then only swap."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -33,40 +33,6 @@ from ._progress import ProgressBars
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Tables(Generic[_Model]):
-    """What a plan is chosen from: jobs before anything is chosen, and the searches of those with an `AutoConfig`."""
-
-    model: _Model
-    configs: Mapping[str, Config | None]
-    options: PlanOptions
-    jobs: Sequence[Job]
-    searches: Mapping[Job, Search]
-    batches: list[Any]
-
-    def at(self, max_seconds: float | None, **target: Any) -> "_Tables[_Model]":
-        """The same with another target for every `AutoConfig`, and another time. Raises as `Plan.at`."""
-        if not self.searches:
-            raise ConfigError("`at` needs a plan in which an AutoConfig is fitted to some layer. Found none.")
-        new = {
-            id(config): replace(config, **target) if isinstance(config, AutoConfig) else config
-            for config in self.configs.values()
-        }
-        configs = {glob: new[id(config)] for glob, config in self.configs.items()}
-        _check_metric(configs.values(), self.options["evaluate"])
-        jobs = {job: job.again(new[id(job.config)] or job.config) for job in self.jobs}
-        searches = {jobs[job]: search for job, search in self.searches.items()}
-        for job, search in searches.items():
-            check_same_weight(job)
-            if job.limit is not None and (job.limit.on == "output") != search.fitting.on_output:
-                raise ConfigError(
-                    f"The plan should have been made for errors of the {job.limit.on}. Found that layer {job.label!r} "
-                    f"has those of the {'output' if search.fitting.on_output else 'weight'}: plan again."
-                )
-        options: PlanOptions = {**self.options, "max_seconds": max_seconds}
-        return replace(self, configs=configs, options=options, jobs=tuple(jobs.values()), searches=searches)
-
-
 class Plan(Generic[_Model]):
     """What `compress` would do to a model: solved, checked and measured, and nothing changed yet.
 
@@ -75,11 +41,22 @@ class Plan(Generic[_Model]):
     layers' weights, and their calibration rows.
     """
 
-    def __init__(self, jobs: Sequence[Job], report: Report, tables: _Tables[_Model]) -> None:
-        self.model = tables.model
-        self.report = report
-        self._jobs = tuple(jobs)
-        self._tables = tables
+    report: Report
+
+    def __init__(
+        self,
+        model: _Model,
+        configs: Mapping[str, Config | None],
+        options: PlanOptions,
+        undecided: Sequence[Job],  # before anything is chosen
+        searches: Mapping[Job, Search],  # of those with an `AutoConfig`
+        batches: list[Any],
+    ) -> None:
+        """Nothing is chosen yet: see `_decided`."""
+        self.model = model
+        self._configs, self._options = configs, options
+        self._undecided, self._searches, self._batches = undecided, searches, batches
+        self._jobs: Sequence[Job] = ()
 
     @property
     def fronts(self) -> dict[str, tuple[FrontPoint, ...]]:
@@ -109,7 +86,7 @@ class Plan(Generic[_Model]):
         modules = dict(self.model.named_modules(remove_duplicate=False))
         for job in replaced:
             check_fresh(modules, job, owners)
-        evaluate = self._tables.options["evaluate"]
+        evaluate = self._options["evaluate"]
         before = None if evaluate is None else task_metric(evaluate, self.model)
         if not inplace:
             compressed = copied(self.model, replaced)
@@ -122,7 +99,7 @@ class Plan(Generic[_Model]):
             raise
 
     def _evaluated(self, before: float | None, compressed: _Model) -> Report:
-        evaluate = self._tables.options["evaluate"]
+        evaluate = self._options["evaluate"]
         if evaluate is None:
             return self.report
         return replace(self.report, metric_before=before, metric_after=task_metric(evaluate, compressed))
@@ -146,13 +123,50 @@ class Plan(Generic[_Model]):
             ConfigError: no layer has an `AutoConfig`, or the tables are not of the errors that `error` counts on.
             StalePlanError: a layer has changed since its tables were made.
         """
-        tables = self._tables.at(max_seconds, size=size, error=error, metric_drop=metric_drop)
+        if not self._searches:
+            raise ConfigError("`at` needs a plan in which an AutoConfig is fitted to some layer. Found none.")
+        target: dict[str, Any] = {"size": size, "error": error, "metric_drop": metric_drop}
+        new = {
+            id(config): replace(config, **target) if isinstance(config, AutoConfig) else config
+            for config in self._configs.values()
+        }
+        configs = {glob: new[id(config)] for glob, config in self._configs.items()}
+        _check_metric(configs.values(), self._options["evaluate"])
+        jobs = {job: job.again(new[id(job.config)] or job.config) for job in self._undecided}
+        searches = {jobs[job]: search for job, search in self._searches.items()}
+        for job, search in searches.items():
+            check_same_weight(job)
+            if job.limit is not None and (job.limit.on == "output") != search.fitting.on_output:
+                raise ConfigError(
+                    f"The plan should have been made for errors of the {job.limit.on}. Found that layer {job.label!r} "
+                    f"has those of the {'output' if search.fitting.on_output else 'weight'}: plan again."
+                )
+        options: PlanOptions = {**self._options, "max_seconds": max_seconds}
+        other = Plan(self.model, configs, options, tuple(jobs.values()), searches, self._batches)
         whole = Budget(max_seconds)
-        with ProgressBars(tables.options["progress"]) as bars:
-            times = Times.of(whole, tables.jobs, tables.options)
+        with ProgressBars(options["progress"]) as bars:
+            times = Times.of(whole, other._undecided, options)
             with bars.stage("fit"):
-                aim_all(tables.searches, times.solving, bars)
-            return _decided(tables, times, bars)
+                aim_all(searches, times.solving, bars)
+            return other._decided(times, bars)
+
+    def _decided(self, times: Times, bars: ProgressBars) -> "Plan[_Model]":
+        """The plan itself, after choosing, judging and distilling."""
+        model, options = self.model, self._options
+        again = {job: job.again(job.config) for job in self._undecided}
+        jobs, searches = tuple(again.values()), {again[job]: search for job, search in self._searches.items()}
+        with bars.stage("choose"):
+            choose(model, jobs, searches, options, times.solving, bars)
+        with bars.stage("judge"):
+            judge_all(jobs, options, times, bars)
+        if options["refine"] is not None:
+            with bars.stage("distil"):
+                distil_all(model, jobs, self._batches, options, times, bars)
+        for job in (*jobs, *(job for job in self._undecided if job not in self._searches)):
+            job.release()
+        self.report = _report(model, jobs, plain(self._configs, not_default(options)), bars.seconds)
+        self._jobs = jobs
+        return self
 
 
 @torch.inference_mode(False)  # whatever the caller is in: factors are fitted by gradients
@@ -196,26 +210,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         with bars.stage("fit"):
             searches = fit_all(jobs, given, times.solving, bars)
         given["calibration"] = None  # a plan should not hold a data set
-        known: dict[str, Any] = {"options": given, "jobs": jobs, "searches": searches, "batches": batches}
-        return _decided(_Tables(model=model, configs=configs, **known), times, bars)
-
-
-def _decided(tables: _Tables[_Model], times: Times, bars: ProgressBars) -> Plan[_Model]:
-    """Choose, judge and distil."""
-    model, options = tables.model, tables.options
-    again = {job: job.again(job.config) for job in tables.jobs}
-    jobs, searches = tuple(again.values()), {again[job]: search for job, search in tables.searches.items()}
-    with bars.stage("choose"):
-        choose(model, jobs, searches, options, times.solving, bars)
-    with bars.stage("judge"):
-        judge_all(jobs, options, times, bars)
-    if options["refine"] is not None:
-        with bars.stage("distil"):
-            distil_all(model, jobs, tables.batches, options, times, bars)
-    for job in (*jobs, *(job for job in tables.jobs if job not in tables.searches)):
-        job.release()
-    report = _report(model, jobs, plain(tables.configs, not_default(options)), bars.seconds)
-    return Plan(jobs, report, tables)
+        return Plan(model, configs, given, jobs, searches, batches)._decided(times, bars)
 
 
 def compress(
