@@ -41,16 +41,14 @@ class BatchSample:
         self._generator = torch.Generator().manual_seed(seed)
         self._most_bytes = most_bytes
         self._kept: list[tuple[float, Any]] = []
-        self._held = 0  # bytes of those
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches."""
         for batch in batches:
             key = float(torch.rand((), generator=self._generator))
             bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
-            self._held += _bytes(batch)
-            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and self._held > self._most_bytes):
-                self._held -= _bytes(self._kept.pop()[1])
+            while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and _bytes(self.batches) > self._most_bytes):
+                self._kept.pop()
             yield batch
 
     @property
@@ -77,23 +75,21 @@ def check_distillable(
             "`refine='network'` needs at least two calibration batches, one of them to measure on. "
             f"Found {len(batches)}."
         )
-    probes: list[Tensor] = []
+    reached: list[nn.Module] = []
 
     def probed(module: nn.Module, args: object, output: object) -> object:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
-        probes.append(torch.zeros_like(output, requires_grad=True))
-        return output + probes[-1]
+        reached.append(module)
+        return output + torch.zeros_like(output, requires_grad=True)
 
     with undisturbed(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(probed))
         outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
-        found = [output.sum() for output in outputs if output.requires_grad]
-        gradients = torch.autograd.grad(found, probes, allow_unused=True) if found and probes else ()
-        # where no layer was reached by this batch, it says nothing of the others
-        if probes and all(gradient is None for gradient in gradients):
-            raise _not_differentiable()
+    # where no layer was reached by this batch, it says nothing of the others
+    if reached and not any(output.requires_grad for output in outputs):
+        raise _not_differentiable()
 
 
 def distil(
@@ -216,10 +212,8 @@ def _trained(
             loss = sum(((f - t) / norm).square().sum() for f, t in found)
             if not isinstance(loss, Tensor) or not loss.requires_grad:
                 raise _not_differentiable()
-            # other parameters' own gradients are left alone
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
+            optimizer.zero_grad()
+            loss.backward()
             optimizer.step()
             if done >= checks / _CHECKS:
                 break
@@ -301,8 +295,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in items for tensor in _tensors(item)]
 
 
-def _bytes(batch: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+def _bytes(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(value))
 
 
 def _outputs(value: Any) -> list[Tensor]:

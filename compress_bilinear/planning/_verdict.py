@@ -56,14 +56,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
     known |= {"params_after": parameter_count(module), "bytes_after": candidate.bytes}
     if against is not None and not made:
         against = Note("forced", f"forced, although {against.text}")
-    notes = [against or AS_CONFIGURED]
-    notes += [
-        *([] if timing is None else _slower(timing, job.found.form, _is_exact(module))),
-        *cancelling(known["amplification"]),
-        *candidate.notes,
-        *job.notes,
-        *shaky,
-    ]
+    notes = [against or AS_CONFIGURED, *(() if timing is None else _slower(timing, job.found.form, _is_exact(module)))]
+    notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
     if options["measure_latency"] and timing is None:
         notes.append(Note("not_timed", "no time was left to measure its latency"))
     if job.calibrated and job.inputs is None:
