@@ -98,7 +98,8 @@ class Search:
         bias = bias_bytes(self.layer)
         anchor = (self.candidates[0].bytes if size is None else size) - bias
         weight = self.fitting.ordered[0]
-        by_method = {row.name: row.predict(weight) for row, _ in self._kinds if row.predict is not None}
+        rows = {row.name: row for row, _ in self._kinds}
+        by_method = {name: row.predict(weight) for name, row in rows.items() if row.predict is not None}
         itemsize = self.layer.weight.element_size()
         for row, quantize in self._kinds:
             if row.name in by_method:
@@ -106,8 +107,9 @@ class Search:
         if size is None and limit is not None:
             within = [candidate.bytes for candidate in self.candidates if candidate.error <= limit]
             anchor = min(within) - bias
-        for row in {row.name: row for row, _ in self._kinds if row.predict is None}.values():
-            self._sketch(row, [quantize for other, quantize in self._kinds if other is row], anchor)
+        for row in rows.values():
+            if row.predict is None:
+                self._sketch(row, [quantize for other, quantize in self._kinds if other is row], anchor)
         self.budget.report(0.3, 1.0)
 
     def build(self, point: Candidate) -> None:

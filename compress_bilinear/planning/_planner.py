@@ -24,7 +24,6 @@ from ..fitting import (
 from ..modules import (
     METHODS,
     CompressedBilinear,
-    CPBilinear,
     fingerprint,
     observing,
     parameter_owners,
@@ -35,7 +34,7 @@ from ..report import LayerReport, Note
 from ._distill import DEFAULT_SECONDS, BatchSample, Distilled, check_distillable, distil
 from ._progress import ProgressBars
 from ._rows import call_rows
-from ._verdict import cancelling, judge
+from ._verdict import amplification, cancelling, judge
 
 _REPORTED = 1.25  # between two predicted sizes in a report
 _PREDICT = 0.3  # of the time for an `AutoConfig`
@@ -238,7 +237,6 @@ def _errors_of_distilled(job: Job, module: CompressedBilinear, report: LayerRepo
     for point in report.front:
         errors = {name: value for name, value in known.items() if getattr(point, name) is not None}
         front.append(replace(point, **errors) if point.chosen else point)
-    if isinstance(module, CPBilinear):
-        known["amplification"] = module.to_decomposition().amplification
+    known["amplification"] = amplification(module)
     # the parts of the former error
     return known | {"front": tuple(front), "truncation_error": None, "quantization_error": None}

@@ -24,7 +24,7 @@ from ..fitting import (
     time_adapted,
     time_replacement,
 )
-from ..modules import METHODS, CompressedBilinear, FoundLayer, is_lazy, method_name
+from ..modules import METHODS, CompressedBilinear, CPBilinear, FoundLayer, is_lazy, method_name
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
 
@@ -32,7 +32,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
     """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
 
     `options["force"]` makes the replacement whatever the reasons against it. `made` says that it has been made
-    already, so that nothing is forced. What the budget has no time for is not timed.
+    already, so that nothing is forced. What the budget has no time for is not timed, and where it is over, figures on
+    which nothing depends are left out: spectra, and the parts of an error.
     """
     candidate = job.chosen
     if job.reason is not None or candidate is None or candidate.module is None:
@@ -40,11 +41,12 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
         job.report = kept(job, job.reason or Note("not_replaceable", "it was not chosen"))
         return job.report
     module, force = candidate.module.train(job.layer.training), options["force"]
-    known = _measured(job, candidate, module)
+    budget = budget or Budget()
+    known = _measured(job, candidate, module, budget)
     against = reason_against(job, candidate, known)
     timing = None
     if options["measure_latency"] and (against is None or force):
-        timing = _timed(job, module, job.rows(options["batch_size"]), budget or Budget())
+        timing = _timed(job, module, job.rows(options["batch_size"]), budget)
         known |= {} if timing is None else _latencies(timing)
     if against is None and _is_exact(module):
         against = slowness(timing, job.found.form)
@@ -129,6 +131,11 @@ def _slower(timing: Timing, form: str, exact: bool) -> list[Note]:
     return found
 
 
+def amplification(module: CompressedBilinear) -> float | None:
+    """By how much a CP's components cancel, as they are stored; None of other methods."""
+    return module.to_decomposition().amplification if isinstance(module, CPBilinear) else None
+
+
 def cancelling(amplification: float | None) -> tuple[Note, ...]:
     """A note on a CP whose components cancel; none on others."""
     if amplification is None or amplification <= decompose.AMPLIFICATION_LIMIT:
@@ -159,28 +166,30 @@ def _timed(job: Job, module: CompressedBilinear, rows: int, budget: Budget) -> T
     return time_replacement(job.layer, module, rows, seconds=min(spare, 1.0))
 
 
-def _measured(job: Job, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:
+def _measured(job: Job, candidate: Candidate, module: CompressedBilinear, budget: Budget) -> dict[str, Any]:
     """The figures of a candidate, but for its sizes and latencies."""
-    weight = job.layer.weight.detach()
-    known = _factor_errors(weight, candidate, module) | {"rank": module.rank}
-    known["spectra"] = tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
+    weight, over = job.layer.weight.detach(), budget.left() <= 0
+    known = _factor_errors(weight, candidate, module, over) | {"rank": module.rank}
+    known["spectra"] = () if over else tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
     if job.held_out is not None:
         known["output_error"] = job.held_out.of(module)
         known |= {"calibration_rows": job.held_out.rows, "calibration_groups": job.held_out.groups}
     return known
 
 
-def _factor_errors(weight: Tensor, candidate: Candidate, module: CompressedBilinear) -> dict[str, Any]:
+def _factor_errors(
+    weight: Tensor, candidate: Candidate, module: CompressedBilinear, over: bool = False
+) -> dict[str, Any]:
     """The report's figures on what the candidate stores, against the weight.
 
-    Of a quantized one also the parts of its error: of the decomposition in floating point, and how far what is stored
-    is from that, both relative to the weight's norm.
+    Of a quantized one also the parts of its error, unless the time is `over`: of the decomposition in floating point,
+    and how far what is stored is from that, both relative to the weight's norm.
     """
-    floating = candidate.decomposition
+    floating = None if over else candidate.decomposition
     parts = [module] if floating is None or module.quantize is None else [module, floating]
     with torch.no_grad():
         total, *others = decompose.relative_errors(weight, *(part.dense_rows for part in parts))
-    known: dict[str, Any] = {"weight_error": total, "amplification": getattr(floating, "amplification", None)}
+    known: dict[str, Any] = {"weight_error": total, "amplification": amplification(module)}
     if module.quantize is None:
         return known
     known["compute"], known["compute_modes"] = module.compute, candidate.compute_modes

@@ -120,7 +120,8 @@ class LayerReport:
         weight_error: ‖W − Ŵ‖/‖W‖, Frobenius, of what is stored; for a kept layer, of the candidate that
             was rejected. None where nothing was solved.
         truncation_error, quantization_error: the two parts of `weight_error` of a quantized layer: that of the
-            decomposition before rounding, and that of rounding, both relative to ‖W‖. None where not quantized.
+            decomposition before rounding, and that of rounding, both relative to ‖W‖. None where not quantized, or
+            where no time was left.
         output_error: ‖y − ŷ‖/‖y − b‖ on held-out calibration rows, against the original weight in float64; None
             without such rows.
         calibration_rows: the number of these rows. calibration_groups: the number of independent groups among them,
@@ -138,7 +139,8 @@ class LayerReport:
         batch_size: rows in a timed call.
         amplification: sqrt(Σ_r ‖component r‖²)/‖Ŵ‖ of a CP: 8-bit error is about 1% of it. None for other methods.
         front: all candidates that were evaluated, by bytes; empty where the config left no choice.
-        spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved or a mode is too long.
+        spectra: of the weight's unfoldings by out, in1 and in2; empty where nothing was solved, a mode is too long,
+            or no time was left.
     """
 
     name: str

@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
@@ -664,10 +665,14 @@ class TestTimeLimit:
         _, report = run(cb.compress, net, config, max_seconds=1e-9)
         assert decisions(report) == dict.fromkeys(NAMES, "replaced")
 
-    def test_what_there_is_no_time_for_is_not_timed(self, net):
-        _, report = cb.compress(net, TUCKER, max_seconds=1e-9)
+    def test_what_there_is_no_time_for_is_not_measured(self, net):
+        _, report = cb.compress(net, replace(TUCKER, quantize="int8"), max_seconds=1e-9)
         assert [layer.latency_after_ms for layer in report.layers] == [None] * 3
         assert all(layer.has("not_timed") for layer in report.layers)
+        assert {(layer.spectra, layer.truncation_error, layer.quantization_error) for layer in report.layers} == {
+            ((), None, None)
+        }
+        assert all(0 < layer.weight_error < 1 for layer in report.layers)
 
     @pytest.mark.parametrize("value", [0, -3, "1"])
     def test_it_is_a_positive_number(self, net, value):
