@@ -49,10 +49,8 @@ class QuantizedLinear(FixedBuffers):
         with ops.without_autocast(device):
             if self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
-            bias = self.bias if self.bias is None else self.bias.to(dtype)
-            if not self.integer:
-                return ops.project(input.to(dtype), self.weight, bias)
-            return ops.plus(ops.int8_linear(input.to(dtype), self.weight), bias)
+            product = ops.int8_linear if self.integer else ops.project
+            return product(input.to(dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -34,11 +34,6 @@ def composed_cp(
     input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, out: Weight, bias: Tensor | None, sigma: Tensor | None
 ) -> Tensor:
     """(σ * (x1 Aᵀ) * (x2 Bᵀ)) Cᵀ + b; shapes as of `bilinear_cp`."""
-    return project(composed_product(input1, input2, in1, in2, sigma), out, bias)
-
-
-def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, sigma: Tensor | None) -> Tensor:
-    """σ * (x1 Aᵀ) * (x2 Bᵀ), (..., R); shapes as of `bilinear_cp`."""
     left, right = project(input1, in1), project(input2, in2)
     if sigma is not None or not isinstance(in2, Tensor):
         left = _wide(left)  # a product of int8 factors could overflow in float16
@@ -46,7 +41,7 @@ def composed_product(input1: Tensor, input2: Tensor, in1: Weight, in2: Weight, s
     product = left.mul_(right) if only_values(left, right) and plain(left, right) else left * right
     if sigma is not None:
         product = product.mul_(sigma) if only_values(product, sigma) else product * sigma
-    return product.to(input1.dtype)
+    return project(product.to(input1.dtype), out, bias)
 
 
 def composed_cp_pairs(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import LEVELS, UNIT, QuantizedTensor, expand_scale
-from ._blocks import joined
+from ._blocks import joined, plus
 from ._context import gradient_wanted, traced
 from ._dense import composed_dense, contract
 from ._stored import project, slabs
@@ -17,13 +17,14 @@ _LEAST = 2e-36  # stands for the largest magnitude of a row of zeros: 127 / _LEA
 def int8_linear(
     input: Tensor,  # (..., I)
     weight: QuantizedTensor,  # (O, I), int8 in steps of 2⁻⁷
+    bias: Tensor | None = None,  # (O,)
 ) -> Tensor:  # (..., O)
-    """x Wᵀ by `torch._int_mm`. Rounding the inputs costs about 1% of the output.
+    """x Wᵀ + b by `torch._int_mm`. Rounding the inputs costs about 1% of the output.
 
     The gradient is that of the product without rounding, for which the weight is decoded slab by slab. Integers are
     padded to sizes that the kernel takes: on CUDA more than 16 rows, and multiples of 8.
     """
-    return _with_exact_gradient(lambda x: _product(x, weight.qdata), lambda x: project(x, weight), input)
+    return plus(_with_exact_gradient(lambda x: _product(x, weight.qdata), lambda x: project(x, weight), input), bias)
 
 
 def int8_bilinear(

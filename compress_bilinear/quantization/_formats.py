@@ -62,9 +62,6 @@ class Int8(Format):
         steps = (values / peaks).nan_to_num_(0.0).mul_(LEVELS).round_().clamp_(-LEVELS, LEVELS)
         return steps.mul_(peaks / LEVELS)
 
-    def reason_against_bitsandbytes(self, stored: QuantizedTensor) -> str | None:
-        return "int8 is decoded by torch alone, which is faster on a CPU; bitsandbytes is used for nf4"
-
 
 class Nf4(Format):
     """Four bits: the index of a quantile of the normal distribution, times the largest magnitude of each 64 values."""

@@ -47,7 +47,7 @@ def encode_nf4(
     for start in range(0, count, chunk):
         part = values[start : start + chunk]
         blocks = torch.nn.functional.pad(part, [0, -len(part) % BLOCK]).view(-1, BLOCK)
-        largest = _rounded_finite(blocks.abs().amax(1))
+        largest = blocks.abs().amax(1).clamp_max(torch.finfo(SCALE_DTYPE).max).to(SCALE_DTYPE)  # finite
         divisor = largest.float().where(largest > 0, torch.inf).unsqueeze(1)
         pairs = nearest_codes(blocks / divisor).to(torch.uint8).view(-1, 2)
         packed = (pairs[:, 0] << 4) | pairs[:, 1]
@@ -78,12 +78,6 @@ def _cells(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         below = torch.bucketize(edges, middles)
         inside = torch.cat([middles, middles.new_tensor([torch.inf])])[below[:-1]]
         return below[:-1], inside.where(below[1:] > below[:-1], torch.inf)
-
-
-def _rounded_finite(peak: Tensor) -> Tensor:
-    """Magnitudes in the scales' dtype, finite."""
-    rounded = peak.to(SCALE_DTYPE)
-    return torch.where(torch.isinf(rounded), torch.nextafter(rounded, torch.zeros_like(rounded)), rounded)
 
 
 def decode_nf4(

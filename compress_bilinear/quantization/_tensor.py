@@ -116,7 +116,7 @@ class Format(ABC):
 
     def reason_against_bitsandbytes(self, stored: "QuantizedTensor") -> str | None:
         """Why `decode_by_bitsandbytes` is not for this tensor, or None."""
-        return f"bitsandbytes has no kernels for {self.name}"
+        return f"bitsandbytes is used for nf4, and {self.name} is decoded by torch alone"
 
     def decode_by_bitsandbytes(self, stored: "QuantizedTensor", rows: slice, dtype: torch.dtype) -> Tensor:
         """The same values as `decode`, from kernels of bitsandbytes."""
