@@ -5,7 +5,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,6 @@ from ._held_out import FEWEST_GROUPS, Split, split_rows
 
 MAX_ROWS = 8192
 _HELD_OUT = 4  # one batch in so many
-
-
-Moments: TypeAlias = tuple[Tensor, Tensor, Tensor]
-"""E[x1 x1ᵀ] (I, I), E[x2 x2ᵀ] (J, J) and E[x1 x2ᵀ] (I, J), in float64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +70,8 @@ class LayerInputs:
         return self.input1[index.to(self.input1.device)], self.input2[index.to(self.input2.device)]
 
     @cached_property
-    def fit_moments(self) -> Moments:
-        """Of the rows to fit to."""
+    def fit_moments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """E[x1 x1ᵀ] (I, I), E[x2 x2ᵀ] (J, J) and E[x1 x2ᵀ] (I, J) over the rows to fit to, in float64."""
         first, second = (rows.double() for rows in self.fit)
         return first.T @ first / len(first), second.T @ second / len(first), first.T @ second / len(first)
 
@@ -149,9 +145,8 @@ class _Watch:
         for gradient in torch.autograd.grad(loss, probes, retain_graph=True, allow_unused=True) if probes else ():
             if gradient is not None and bool(torch.isfinite(gradient).all()):
                 rows = gradient.reshape(-1, gradient.shape[-1]).double()
-                part = rows.T @ rows
                 self._gradients += len(rows)
-                self._squares = part if self._squares is None else self._squares + part.to(self._squares)
+                self._squares = rows.T @ rows + (0 if self._squares is None else self._squares.to(rows))
 
     def result(self, name: str, whole: bool) -> LayerInputs | None:
         """What was seen; `whole` holds out whole batches, if there are enough.

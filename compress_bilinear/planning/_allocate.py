@@ -125,19 +125,14 @@ def _undominated(sums: _Array, lost: _Array) -> NDArray[numpy.int64]:
 
 
 def _priced(size: _Array, loss: _Array, budget: int) -> tuple[float, NDArray[numpy.int64]]:
-    """The least price of a byte at which the cheapest candidates fit into the budget, and a choice that fits.
-
-    It has the cheapest at that price, and of the first layers, as far as they fit, those at the price just below.
-    """
+    """The least price of a byte at which the cheapest candidates fit into the budget, and these."""
     rows, low, high = numpy.arange(len(size)), 0.0, float(len(size) + 1)  # above every loss: the smallest are cheapest
-    smaller = larger = (loss + high * size).argmin(1)
+    smaller = (loss + high * size).argmin(1)
     for _ in range(64):
         price = (low + high) / 2
         cheapest = (loss + price * size).argmin(1)
         if size[rows, cheapest].sum() <= budget:
             high, smaller = price, cheapest
         else:
-            low, larger = price, cheapest
-    more = (size[rows, larger] - size[rows, smaller]).cumsum()
-    fits = more <= budget - size[rows, smaller].sum()
-    return high, numpy.where(fits, larger, smaller)
+            low = price
+    return high, smaller

@@ -39,22 +39,16 @@ def stored_weights(state: Mapping[str, Tensor]) -> list[FoundLayer]:
         bias = state.get(f"{name}.bias" if name else "bias")
         fits = bias is None or (bias.shape == weight.shape[:1] and bias.dtype == weight.dtype)
         if last == "weight" and fits and parts[name] <= {"weight", "bias"}:  # an nn.Bilinear holds nothing else
+            out, in1, in2 = weight.shape
+            layer = nn.Bilinear(in1, in2, out, bias is not None, device="meta", dtype=weight.dtype)
+            layer.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
             where = place(weight), bias if bias is None else place(bias)
-            layers.setdefault(where, ([], _layer(weight, bias)))[0].append(name)
+            layers.setdefault(where, ([], layer))[0].append(name)
     return [FoundLayer(tuple(names), layer) for names, layer in layers.values()]
 
 
 def _three_dimensional(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: x for key, x in state.items() if x.dim() == 3 and x.is_floating_point() and x.numel()}
-
-
-def _layer(weight: Tensor, bias: Tensor | None) -> nn.Bilinear:
-    out, in1, in2 = weight.shape
-    layer = nn.Bilinear(in1, in2, out, bias is not None, device="meta", dtype=weight.dtype)
-    layer.weight = nn.Parameter(weight)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias)
-    return layer
 
 
 def maybe_convolution(found: FoundLayer) -> bool:
