@@ -129,10 +129,7 @@ def _drawn(labels: Tensor, share: float, generator: torch.Generator) -> Tensor: 
 
 def _without_copies(fit: Tensor, held: Tensor, points: Tensor) -> Tensor:  # (n,), (n,), (n, d) -> (n,), bool
     """The rows of `fit` that are no near-copies of held-out ones."""
-    others, found = points[held], fit.clone()
-    squares = others.square().sum(1)
-    for rows in fit.nonzero()[:, 0].split(_BLOCK) if len(others) else ():
-        part = points[rows]
-        nearest = torch.addmm(squares, part, others.T, alpha=-2).amin(1) + part.square().sum(1)  # squared distances
-        found[rows] = nearest > _NEAR**2
+    found = fit.clone()
+    for rows in fit.nonzero()[:, 0].split(_BLOCK) if held.any() else ():
+        found[rows] = torch.cdist(points[rows], points[held]).amin(1) > _NEAR
     return found

@@ -70,7 +70,7 @@ class OutputError:
                 for part, (x, y) in zip(parts, self._rows, strict=True):
                     part.append(ops.bilinear_dense(x.double(), y.double(), wide))
         self._exact = [torch.cat(part, dim=-1) for part in parts]
-        self._total = math.hypot(*map(_norm, self._exact))
+        self._total = math.hypot(*(float(part.norm()) for part in self._exact))
 
     def of(self, module: Callable[[Tensor, Tensor], Tensor]) -> float | None:
         """The error of a replacement, or of any function of inputs: None where y − b is zero on all rows.
@@ -82,15 +82,8 @@ class OutputError:
         with torch.no_grad(), torch.autocast(device, enabled=False):  # as `_dtype`
             for (first, second), exact in zip(self._rows, self._exact, strict=True):
                 found = module(first.to(self._dtype), second.to(self._dtype)).double()
-                difference = _norm(exact + self._bias - found)
-                residual = math.hypot(residual, difference) if math.isfinite(difference) else math.nan
+                residual = math.hypot(residual, float((exact + self._bias - found).norm()))
         return residual / self._total if self._total else None
-
-
-def _norm(tensor: Tensor) -> float:
-    """The Frobenius norm, also of values whose squares leave float64's range."""
-    peak = float(tensor.abs().max()) if tensor.numel() else 0.0
-    return peak * float((tensor / peak).norm()) if 0 < peak < math.inf else peak
 
 
 def task_metric(evaluate: Callable[[Any], float], model: nn.Module) -> float:
