@@ -20,7 +20,6 @@ SEED = click.IntRange(0, 2**63 - 1)
 Style: TypeAlias = Literal["table", "markdown", "json", "html"]
 _STYLES: dict[str, Style] = {".json": "json", ".md": "markdown", ".html": "html"}
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 _rows = click.option("--batch-size", type=click.IntRange(min=1), help="Rows in a timed call.  [default: 256]")
 _quiet = click.option("-q", "--quiet", is_flag=True, help="Print only errors, and the JSON of --json.")
@@ -39,10 +38,6 @@ def _device(context: click.Context, parameter: click.Parameter, value: str | Non
     return device
 
 
-def _dtype(context: click.Context, parameter: click.Parameter, value: str | None) -> torch.dtype | None:
-    return None if value is None else _DTYPES[value]
-
-
 _device_option = click.option(
     "--device",
     metavar="DEVICE",
@@ -51,8 +46,8 @@ _device_option = click.option(
 )
 _dtype_option = click.option(
     "--dtype",
-    type=click.Choice(list(_DTYPES)),
-    callback=_dtype,
+    type=click.Choice(["float16", "bfloat16", "float32", "float64"]),
+    callback=lambda context, parameter, value: value and getattr(torch, value),
     help="Convert the original to this dtype first; errors and sizes are against the result.  [default: as stored]",
 )
 calibration = click.option(

@@ -56,15 +56,8 @@ class PlanOptions(TypedDict, total=False):
 
 _DEFAULTS: PlanOptions = {"measure_latency": True, "compute": "on_the_fly", "force": False}  # the others: None
 
-TEXT_OPTIONS: dict[str, tuple[type, ...]] = {
-    "batch_size": (int,),
-    "measure_latency": (bool,),
-    "compute": (str,),
-    "force": (bool,),
-    "max_seconds": (int, float),
-    "refine": (str,),
-}
-"""The options that a file can hold, and their types there."""
+TEXT_OPTIONS = ("batch_size", "measure_latency", "compute", "force", "max_seconds", "refine")
+"""The options that a file can hold."""
 
 
 def completed(options: PlanOptions) -> PlanOptions:

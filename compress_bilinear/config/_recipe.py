@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 from .._io import STRICT, path_of, read_plain
 from ..errors import ConfigError
 from ._methods import CONFIGS, AutoConfig, Config, DenseConfig, MaxError, MaxSize, TuckerConfig
-from ._options import TEXT_OPTIONS
+from ._options import TEXT_OPTIONS, PlanOptions
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -104,7 +104,8 @@ def _listed(globs: str | list[str] | None) -> list[str]:
 def _file() -> Any:
     """The dataclass of a whole file."""
     globs = (str | list[str] | None, None)
-    options = [(name, Union[(*types, None)], None) for name, types in TEXT_OPTIONS.items()]
+    hints = get_type_hints(PlanOptions)
+    options = [(name, hints[name] | None, None) for name in TEXT_OPTIONS]
     layers = ("layers", dict[str, _table_of_any_method()])  # type: ignore[misc]  # made at run time
     return _strict("file", [layers, *options, ("include", *globs), ("exclude", *globs)])
 

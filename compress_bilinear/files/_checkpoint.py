@@ -220,13 +220,9 @@ def _filled_model(
 ) -> _Model:
     """The model with the new modules by the ids of those they replace, and its other tensors from the file.
 
-    Everything has been checked. Still, a failure puts back what there was.
+    Everything has been checked. Still, a failure puts the layers back: the model can be loaded into once more.
     """
     root: _Model = new.get(id(model), model)  # type: ignore[assignment]  # a model that is itself a layer is replaced
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (holder, dict(holder)) for module in model.modules() for holder in (module._parameters, module._buffers)
-    ]
-    values = {name: value.clone() for name, value in current.items() if not value.is_meta}
     undo = swap(model, new)
     try:
         ties = _ties(root, originals)
@@ -237,11 +233,6 @@ def _filled_model(
                     other[key] = holder[name]
     except BaseException:
         undo()
-        for holder, tensors in before:
-            holder.update(tensors)
-        with torch.no_grad():
-            for name, value in values.items():
-                current[name].copy_(value)  # each has memory of its own: that has been checked
         raise
     return root
 

@@ -416,7 +416,7 @@ class TestFailures:
         self.refuse(tmp_path, Net(), "Found a folder")
 
     @pytest.mark.parametrize("device", ["cpu", "meta"])
-    def test_filling_that_fails_half_way_is_undone(self, saved, device):
+    def test_after_filling_that_failed_half_way_the_model_can_be_filled_again(self, saved, device, monkeypatch):
         class Failing(Net):
             def load_state_dict(self, *args, **options):
                 super().load_state_dict(*args, **options)
@@ -424,14 +424,12 @@ class TestFailures:
 
         with torch.device(device):
             model = Failing()
-        before, parts = state_of(model), dict(model.named_modules())
+        parts = dict(model.named_modules())
         with pytest.raises(MemoryError):
             cb.load(saved, model)
-        assert {value.device.type for value in model.state_dict().values()} == {device}
-        assert list(model.state_dict()) == list(before)
         assert dict(model.named_modules()) == parts
-        if device == "cpu":
-            assert_same_state(model, before)
+        monkeypatch.setattr(Failing, "load_state_dict", Net.load_state_dict)
+        assert_same_state(cb.load(saved, model), state_of(cb.load(saved, Net())))
 
     def test_nothing_is_ever_unpickled(self, saved, monkeypatch):
         def refuse(*args, **options):
