@@ -8,10 +8,11 @@ import torch
 from support import normal
 
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
-from compress_bilinear.modules import LAYERS
+from compress_bilinear.modules import METHODS
 from compress_bilinear.ops import Tuning, reference
 from compress_bilinear.quantization import FORMATS, encode_int8
 
+LAYERS = {name: method.layer for name, method in METHODS.items()}
 KINDS = tuple(itertools.product(LAYERS, (None, *FORMATS)))
 EXACT = tuple(kind for kind in KINDS if kind[1] is None)
 QUANTIZED = tuple(kind for kind in KINDS if kind[1] is not None)

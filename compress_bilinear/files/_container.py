@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._io import STRICT, read_plain, written_atomically
 from ..errors import CheckpointError, CompressionError
-from ..modules import LAYERS, CompressedBilinear
+from ..modules import METHODS, CompressedBilinear
 
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
@@ -72,15 +72,15 @@ class LayerDescription:
 
     def build(self) -> CompressedBilinear:
         """The layer on the meta device, without values. Raises: CheckpointError for sizes that no layer has."""
-        if self.method not in LAYERS:
+        if self.method not in METHODS:
             raise CheckpointError(
-                f"The method of layer {self.label!r} should be one of {', '.join(LAYERS)}. Found {self.method!r}."
+                f"The method of layer {self.label!r} should be one of {', '.join(METHODS)}. Found {self.method!r}."
             )
         options: dict[str, Any] = {"bias": self.bias, "device": "meta", "quantize": self.quantize}
         if self.rank is not None:
             options["rank"] = self.rank
         try:
-            return LAYERS[self.method](self.in1_features, self.in2_features, self.out_features, **options)
+            return METHODS[self.method].layer(self.in1_features, self.in2_features, self.out_features, **options)
         except (CompressionError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"The description of layer {self.label!r} is not valid: {error}") from error
 

@@ -20,7 +20,7 @@ from ._in_model import (
     take_flags,
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
-from ._methods import LAYERS, METHODS, Decomposition, Method, Rank, method_name, method_of
+from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
 from ._run import Call, call, is_writable, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear

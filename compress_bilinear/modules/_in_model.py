@@ -176,9 +176,8 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """For each parameter, by id, the full names under which distinct modules hold it."""
     owners: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{prefix}.{name}" if prefix else name)
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
     return owners
 
 

@@ -134,9 +134,6 @@ METHODS: dict[str, Method] = {
 }
 """By name. What is predicted without a solution stands first: a search tries methods in this order."""
 
-LAYERS: dict[str, type[CompressedBilinear]] = {name: row.layer for name, row in METHODS.items()}
-"""The class of a method's layers."""
-
 
 def method_of(config: Config) -> Method:
     """The row of a config; an `AutoConfig` has none. Raises: KeyError."""

@@ -12,6 +12,7 @@ from layers import (
     EXACT,
     FEW,
     KINDS,
+    LAYERS,
     PROJECTED,
     QUANTIZED,
     SMALL_BLOCKS,
@@ -29,7 +30,7 @@ from torch.nn.utils import prune
 
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition, cp, tucker
 from compress_bilinear.errors import CompressionError, ConfigError, InputError
-from compress_bilinear.modules import LAYERS, CompressedBilinear
+from compress_bilinear.modules import CompressedBilinear
 from compress_bilinear.ops import reference, use_tuning
 
 

@@ -9,13 +9,13 @@ from itertools import product
 
 import pytest
 import torch
+from layers import LAYERS
 from support import DTYPES, assert_matches_reference, assert_same_state, bilinear, low_rank, state_of
 from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.config import CONFIGS, Config
 from compress_bilinear.errors import CompressionError, StalePlanError
-from compress_bilinear.modules import LAYERS
 from compress_bilinear.quantization import FORMATS
 
 RANKS = {"dense": None, "tucker": (3, 5, 4)}  # of every other method 3

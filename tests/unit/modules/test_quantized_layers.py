@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from layers import BOUND, QUANTIZED, exact_parts, for_all, for_factors, made, relative, rows
+from layers import BOUND, LAYERS, QUANTIZED, exact_parts, for_all, for_factors, made, relative, rows
 from support import assert_matches_reference, assert_same_state, bilinear, low_rank, normal, state_of
 from torch import nn
 
@@ -12,7 +12,6 @@ import compress_bilinear as cb
 from compress_bilinear.decomposition import CPDecomposition, TuckerDecomposition
 from compress_bilinear.errors import ConfigError
 from compress_bilinear.fitting import stored_bytes, weight_error
-from compress_bilinear.modules import LAYERS
 from compress_bilinear.ops import int8_bilinear, int8_linear, reference
 from compress_bilinear.quantization import FORMATS, QuantizedTensor, decode_int8, missing, scale_grid
 
