@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..config import AutoConfig, Config, MaxSize
-from ..modules import METHODS, method_of
+from ..config import AutoConfig, Config
+from ..modules import method_of
 from ._candidate import Candidate
-from ._fit_weight import MORE_SWEEPS, SWEEPS, largest_rank
+from ._fit_weight import MORE_SWEEPS, SWEEPS
 from ._job import Job
 
 FIRST_SIZE = 1 / 8  # where a search begins that has no size to meet
@@ -30,15 +30,14 @@ def most_rank(layer: nn.Bilinear, rank: int) -> int:
 
 def solving_work(layer: nn.Bilinear, config: Config) -> float:
     """Until a layer has its candidate, or the predictions of an `AutoConfig`."""
+    # the rank that makes a float32 layer an eighth in four bits, if there is time for it
+    slow = most_rank(layer, layer.weight.numel() // sum(layer.weight.shape))
     if isinstance(config, AutoConfig):
-        slow = _sweep(layer, _slow_rank(layer, config.fraction or FIRST_SIZE))
-        return _PREDICT * _passes(layer) + SKETCH_SWEEPS * 0.75 * slow
+        return _PREDICT * _passes(layer) + SKETCH_SWEEPS * 0.75 * _sweep(layer, slow)
     if method_of(config).sketch is None:
         return _MAKE * _passes(layer)
-    rank = getattr(config, "rank", None)
-    if not isinstance(rank, int):
-        rank = _slow_rank(layer, rank.fraction if isinstance(rank, MaxSize) else FIRST_SIZE)
-    return _SOLVE_SWEEPS * _sweep(layer, rank)
+    rank = getattr(config, "rank", slow)
+    return _SOLVE_SWEEPS * _sweep(layer, rank if isinstance(rank, int) else slow)
 
 
 def making_is_all(candidate: Candidate) -> bool:
@@ -64,11 +63,3 @@ def _passes(layer: nn.Bilinear) -> float:
 
 def _sweep(layer: nn.Bilinear, rank: int) -> float:
     return 6.0 * layer.weight.numel() * rank + 6.0 * rank**3
-
-
-def _slow_rank(layer: nn.Bilinear, fraction: float) -> int:
-    """The rank at which a search looks for a slow method: in four bits it fills the size, if there is time for it."""
-    slow = next(row for row in METHODS.values() if row.sketch is not None)
-    weight = layer.weight
-    allowed = fraction * weight.numel() * weight.element_size()
-    return most_rank(layer, largest_rank(slow, weight.shape, weight.element_size(), "nf4", allowed))

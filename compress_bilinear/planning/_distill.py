@@ -86,7 +86,7 @@ def check_distillable(
     with undisturbed(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(probed))
-        outputs = _checked(_outputs(_ran(forward_fn or call, model, batches[0])))
+        outputs = _checked(_ran(forward_fn or call, model, batches[0]))
     # where no layer was reached by this batch, it says nothing of the others
     if reached and not any(output.requires_grad for output in outputs):
         raise _not_differentiable()
@@ -127,7 +127,7 @@ def distil(
     """
     begun, run = time.perf_counter(), forward_fn or call
     with undisturbed(model):
-        data = [(batch, _outputs(_ran(run, model, batch))) for batch in batches]
+        data = [(batch, _ran(run, model, batch)) for batch in batches]
     count = max(1, len(data) // _HELD_OUT)
     network = _Network(model, replacements, adapted, run, data[:count])
     before = network.error({})
@@ -222,9 +222,9 @@ def _trained(
             yield min(done, 1.0)
 
 
-def _ran(run: Call, model: nn.Module, batch: Any) -> Any:
+def _ran(run: Call, model: nn.Module, batch: Any) -> list[Tensor]:
     try:
-        return run(model, batch)
+        return _outputs(run(model, batch))
     except Exception as error:
         raise CompressionError(
             f"The model failed on a calibration batch that `refine='network'` runs it on: {type(error).__name__}: "
