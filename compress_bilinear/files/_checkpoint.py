@@ -22,7 +22,7 @@ from ..modules import (
     swap,
     take_flags,
 )
-from ._container import LayerDescription, read_container, write_container
+from ._container import LayerDescription, read_safetensors, write_container
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
@@ -81,7 +81,12 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     Raises:
         CheckpointError: the file is truncated, foreign, damaged or for another network. The model is untouched then.
     """
-    tensors, descriptions = read_container(path)
+    tensors, descriptions = read_safetensors(path)
+    if descriptions is None:
+        raise CheckpointError(
+            f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
+            "description."
+        )
     own, rest = by_layer(tensors, descriptions)
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {id(each.module): each for each in find(model)}

@@ -126,20 +126,6 @@ def write_container(
             raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
 
 
-def read_container(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
-    """The tensors and the replaced layers of a file that `save` wrote.
-
-    Raises: CheckpointError for a file that is truncated, foreign, damaged, or of another version.
-    """
-    tensors, layers = read_safetensors(path)
-    if layers is None:
-        raise CheckpointError(
-            f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
-            "description."
-        )
-    return tensors, layers
-
-
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...] | None]:
     """The tensors of any safetensors file, and the replaced layers of one that `save` wrote, which is verified.
 

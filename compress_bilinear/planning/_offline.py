@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import CheckpointError, MatchError
-from ..files import LayerDescription, by_layer, describe, filled, place, read_container, read_state
+from ..files import LayerDescription, by_layer, describe, filled, place, read_state
 from ..fitting import environment
 from ..modules import FoundLayer
 from ..report import Report
@@ -192,7 +192,7 @@ def compare_files(
     """
     before, _ = read_state(original)
     before = before if dtype is None else _cast(before, dtype)
-    after, descriptions = read_container(compressed)
+    after, descriptions = read_state(compressed)
     if not descriptions:
         raise CheckpointError(f"{str(compressed)!r} should hold replaced layers. Found none.")
     names = {name: description.name for description in descriptions for name in description.names}

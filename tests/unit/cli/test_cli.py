@@ -129,7 +129,7 @@ MISTAKES = {
     "unknown style": (("report", "net.pt", "net.pt", "--format", "svg"), "'svg' is not one of"),
     "inspect nothing": (("inspect", "none.pt"), "should be a file"),
     "inspect a module": (("inspect", "module.pt"), "pickled Python objects"),
-    "report on an original": (("report", "net.pt", "net.safetensors"), "safetensors without its description"),
+    "report on an original": (("report", "net.pt", "net.safetensors"), "should hold replaced layers"),
     "report without files": (("report", "none.pt", "net.safetensors"), "should be a file"),
 }
 
