@@ -40,25 +40,18 @@ __all__ = [
     "set_compute",
 ]
 
-_HOMES = {
-    "config": ("AutoConfig", "CPConfig", "DenseConfig", "MaxError", "MaxSize", "TuckerConfig"),
-    "errors": ("AmplificationWarning", "CompressionError"),
-    "files": ("load", "save"),
-    "modules": ("CPBilinear", "DenseBilinear", "TuckerBilinear", "register_adapter"),
-    "planning": ("Plan", "compress", "dequantize", "plan", "quantize", "set_compute"),
-    "report": ("LayerReport", "Report"),
-}
-"""Which module each name is loaded from when it is first asked for: PyTorch takes a second, in which the command line
-has to be able to answer Ctrl-C."""
+_ROOMS = ("errors", "config", "report", "files", "modules", "planning")
+"""Where public names are, each looked up when it is first asked for: PyTorch takes a second to load, in which the
+command line has to be able to answer Ctrl-C."""
 
 
 def __getattr__(name: str) -> Any:
-    home = next((home for home, names in _HOMES.items() if name in names), None)
-    if home is not None:
-        globals()[name] = found = getattr(importlib.import_module(f".{home}", __name__), name)
-        return found
     if not name.startswith("_") and find_spec(f".{name}", __name__) is not None:
         return importlib.import_module(f".{name}", __name__)
+    if name in __all__:
+        rooms = (importlib.import_module(f".{room}", __name__) for room in _ROOMS)
+        globals()[name] = found = next(getattr(room, name) for room in rooms if hasattr(room, name))
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
