@@ -21,8 +21,6 @@ Layout: TypeAlias = Literal["weight", "factor", "rows", "columns"]
 columns) differ in magnitude.
 """
 
-Decoder: TypeAlias = Literal["torch", "bitsandbytes"]
-
 _BITSANDBYTES_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # that it decodes to
 _BITSANDBYTES_MOST = 2**30  # values that it decodes at once: on CUDA it counts them in 32 bits
 _COMPARED = 2**16  # values that are decoded twice before bitsandbytes is trusted with a tensor
@@ -154,7 +152,7 @@ class QuantizedTensor(FixedBuffers):
 
     qdata: Tensor
     scale: Tensor | None
-    backend: Decoder
+    backend: Literal["torch", "bitsandbytes"]
 
     def __init__(
         self, format: Format, layout: Layout, shape: Sequence[int], qdata: Tensor, scale: Tensor | None = None
@@ -179,16 +177,14 @@ class QuantizedTensor(FixedBuffers):
         return self.format.encode(tensor, self.layout)
 
     def decode(self, dtype: torch.dtype = torch.float32, rows: slice = slice(None)) -> Tensor:
-        """The stored tensor in `dtype`, or only a slice along its first axis; not to be changed in place."""
-        if self.decoder(dtype) == "bitsandbytes":
-            return self.format.decode_by_bitsandbytes(self, rows, dtype)
-        return self.format.decode(self, rows, dtype)
+        """The stored tensor in `dtype`, or only a slice along its first axis; not to be changed in place.
 
-    def decoder(self, dtype: torch.dtype) -> Decoder:
-        """Which code decodes to this dtype now: torch's where operators are recorded or transformed."""
+        torch decodes where operators are recorded or transformed, and to dtypes that bitsandbytes does not.
+        """
         if self.backend == "torch" or dtype not in _BITSANDBYTES_DTYPES or self.shape.numel() > _BITSANDBYTES_MOST:
-            return "torch"
-        return "torch" if is_traced_or_transformed() else "bitsandbytes"
+            return self.format.decode(self, rows, dtype)
+        decode = self.format.decode if is_traced_or_transformed() else self.format.decode_by_bitsandbytes
+        return decode(self, rows, dtype)
 
     def use_bitsandbytes(self, use: bool) -> str | None:
         """Decode by bitsandbytes' kernels from now on, or no longer: to the same values, up to their dtype's last bit.

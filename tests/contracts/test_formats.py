@@ -251,5 +251,5 @@ class TestModule:
     def test_bitsandbytes_decodes_to_the_same_values_or_there_is_a_reason_against_it(self, stored):
         expected = stored.decode(torch.float16)
         reason = stored.use_bitsandbytes(True)
-        assert stored.decoder(torch.float16) == ("torch" if reason else "bitsandbytes")
+        assert stored.backend == ("torch" if reason else "bitsandbytes")
         assert torch.equal(stored.decode(torch.float16), expected)
