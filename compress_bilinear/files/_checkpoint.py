@@ -144,16 +144,11 @@ def filled(
 
     Raises: CheckpointError where tensors are missing, too many, or of other shapes or dtypes than described.
     """
-    layer, what = description.build(), f"layer {description.label!r}"
+    layer = description.build()
     fixed = dict(layer.named_buffers())  # integers, scales and indices
     dtypes = (value.dtype for name, value in tensors.items() if name not in fixed)
     layer.to(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
-    _check_fits(layer.state_dict(), tensors, what)
-    for name, value in tensors.items():
-        if name.endswith("index") and not torch.equal(value.sort()[0].cpu(), torch.arange(len(value)).int()):
-            raise CheckpointError(
-                f"Tensor {name!r} of {what} should hold each of 0..{len(value) - 1} once. Found {value.tolist()}."
-            )
+    _check_fits(layer.state_dict(), tensors, f"layer {description.label!r}")
     layer.load_state_dict(tensors, assign=True)
     if device is not None and device.type != "meta":
         layer.to(device)

@@ -10,9 +10,10 @@ import os
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from annotated_types import MinLen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +41,7 @@ class LayerDescription:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    names: tuple[str, ...]
+    names: Annotated[tuple[str, ...], MinLen(1)]
     method: str
     in1_features: int
     in2_features: int
@@ -50,10 +51,6 @@ class LayerDescription:
     bias: bool
     adapter: str | None = None
     compute: Literal["on_the_fly", "resident", "int8", "bitsandbytes"] = "on_the_fly"
-
-    def __post_init__(self) -> None:
-        if not self.names:
-            raise ValueError("`names` should hold at least one name. Found none.")
 
     @property
     def name(self) -> str:

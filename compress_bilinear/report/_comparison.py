@@ -121,7 +121,7 @@ def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> C
 
     panels = []
     for field in figures or DEFAULT_FIELDS:
-        rows = [tuple(_value(layers.get(name), field) for layers in runs.values()) for name in names]
+        rows = [tuple(getattr(layers.get(name), field, None) for layers in runs.values()) for name in names]
         panels.append(Panel(field=field, better=better(field), rows=names, values=tuple(rows)))
     if not figures:
         whole: dict[str, Better] = {"model_bytes_after": "lower", "metric_after": None}  # None: only the user knows
@@ -130,11 +130,6 @@ def compare(reports: Mapping[str, ReportData], figures: Sequence[str] = ()) -> C
             panels.append(Panel(field=field, better=best, rows=("whole model",), values=(values,)))
         panels = [one for one in panels if any(value is not None for row in one.values for value in row)]
     return Comparison(runs=tuple(reports), panels=tuple(panels), notes=_notes(reports, runs))
-
-
-def _value(layer: LayerReport | None, field: str) -> float | None:
-    value = None if layer is None else getattr(layer, field)
-    return value if isinstance(value, (int, float)) else None
 
 
 def _notes(reports: Mapping[str, ReportData], runs: Mapping[str, Mapping[str, LayerReport]]) -> tuple[str, ...]:
@@ -191,7 +186,7 @@ def failures(reports: Mapping[str, ReportData], limits: Sequence[Limit]) -> list
     for run, report in reports.items():
         for layer in map(effective, report.layers):
             for limit in limits:
-                value, side = _value(layer, limit.field), "above" if limit.above else "below"
+                value, side = getattr(layer, limit.field), "above" if limit.above else "below"
                 start = f"{run}: {layer.label}: {limit.field}"
                 if value is None:
                     lines.append(f"{start} is not known, which counts as {side} {limit.bound:g}")
