@@ -63,11 +63,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{str(path)!r} should be a file of text to read. Found: {error}.") from error
-    except (ValueError, RecursionError) as error:
-        kind = path.suffix[1:].upper()
-        raise ConfigError(f"{str(path)!r} should be valid {kind}. Found: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{str(path)!r} should be valid {path.suffix[1:].upper()}. Found: {error}.") from error
     try:
         return parse_recipe(data)
     except ConfigError as error:

@@ -60,7 +60,7 @@ MISTAKES = {
         "say how to compress. Found --rank too",
     ),
     "config and a seed": (("compress", "net.pt", *TO, *CONFIG, "--seed", "0"), "how to compress. Found --seed too"),
-    "no config file": (("compress", "net.pt", *TO, "--config", "none.toml"), "should be a file of text to read"),
+    "no config file": (("compress", "net.pt", *TO, "--config", "none.toml"), "No such file"),
     "wrong config": (
         ("compress", "net.pt", *TO, "--config", "wrong.toml"),
         "wrong.toml: layers.rel.rank: Input should",

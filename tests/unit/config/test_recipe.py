@@ -144,11 +144,11 @@ def test_a_mistake_is_told_with_its_path_in_the_file(tmp_path, data, problem):
     [
         ("a.toml", b"[layers", "should be valid TOML. Found"),
         ("a.json", b"{", "should be valid JSON. Found"),
-        ("a.json", b"\xff", "should be a file of text to read"),
+        ("a.json", b"\xff", "should be valid JSON. Found"),
         ("a.json", b"[" * 100_000, "should be valid JSON. Found"),
         ("a.json", b"9" * 5000, "should be valid JSON. Found"),
         ("a.yaml", b"", "should end in .toml or .json. Found"),
-        ("none.toml", None, "should be a file of text to read"),
+        ("none.toml", None, "should be valid TOML. Found: .*No such file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path, name, content, problem):
