@@ -89,7 +89,7 @@ def load_digits(seed: int = 0) -> Digits:
             "The demo's data needs scikit-learn. Found none: pip install 'compress-bilinear[demo]'."
         ) from cause
     images, labels = bundled(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu")
     pixels = torch.as_tensor(images, dtype=torch.float32)[order] / 8 - 1
     classes = torch.as_tensor(labels)[order]
     count = int(0.7 * len(order))

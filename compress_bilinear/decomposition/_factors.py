@@ -50,8 +50,12 @@ def _three(factors: Any, kind: str) -> Factors:
     """Factors of any TensorLy backend that numpy can read, as torch tensors."""
     if len(factors) != 3:
         raise CompressionError(f"A {kind} tensor of order 3 is required. Found {len(factors)} factors.")
-    out, in1, in2 = (torch.as_tensor(factor) for factor in factors)
+    out, in1, in2 = (_tensor(factor) for factor in factors)
     return out, in1, in2
+
+
+def _tensor(values: Any) -> Tensor:
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def slabs(shape: Sequence[int], axis: int = 0, *, most: int = 2**20, least: int = 2**13) -> Iterator[slice]:
@@ -201,7 +205,7 @@ class CPDecomposition(_Decomposition):
         weights, factors = cp_tensor
         converted = _three(factors, "CP")
         ones = converted[0].new_ones(converted[0].shape[-1])
-        return cls(ones if weights is None else torch.as_tensor(weights), converted)
+        return cls(ones if weights is None else _tensor(weights), converted)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +251,7 @@ class TuckerDecomposition(_Decomposition):
     def from_tensorly(cls, tucker_tensor: Any) -> Self:
         """From a TensorLy `TuckerTensor` (or a pair of core and factors) of torch tensors or numpy arrays."""
         core, factors = tucker_tensor
-        return cls(torch.as_tensor(core), _three(factors, "Tucker"))
+        return cls(_tensor(core), _three(factors, "Tucker"))
 
 
 def tucker_rows(

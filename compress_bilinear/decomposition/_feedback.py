@@ -82,7 +82,7 @@ def stored_weight(
     """
     form, dtype = FORMATS[quantize], working_dtype(weight)
     (from1, left1), (from2, left2) = (
-        (torch.zeros(size, size), 1.0) if root is None else _feedback(root.T @ root, _INPUT_DAMPING, last)
+        (weight.new_zeros(size, size), 1.0) if root is None else _feedback(root.T @ root, _INPUT_DAMPING, last)
         for size, root, last in zip(weight.shape[1:], metric.roots[1:], (False, True), strict=True)
     )
     if left1 * left2 > _GAIN or not form.coarse:
@@ -113,7 +113,8 @@ def _feedback(system: Tensor, damping: float, from_last: bool = False) -> tuple[
     Where there is no such factorization, nothing is taken back. The second is a ratio to the error of the nearest
     values, for errors that are independent.
     """
-    system = system + (damping * float(system.diagonal().mean()) + 1e-300) * torch.eye(len(system)).to(system)
+    system = system.clone()
+    system.diagonal().add_(damping * float(system.diagonal().mean()) + 1e-300)
     turned = () if from_last else (0, 1)
     root, failed = torch.linalg.cholesky_ex(system.flip(turned))
     root = root.flip(turned)

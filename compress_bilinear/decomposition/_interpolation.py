@@ -38,7 +38,7 @@ def interpolation(
         order, coefficients = torch.arange(size, device="cpu"), wide[:0]
     elif bool(units.any(0).all()):  # it is in this form already
         kept = units.int().argmax(0)
-        others = torch.ones(size, dtype=torch.bool).index_fill_(0, kept, False).nonzero().squeeze(1)
+        others = torch.ones(size, dtype=torch.bool, device="cpu").index_fill_(0, kept, False).nonzero().squeeze(1)
         order, coefficients = torch.cat([kept, others]), wide[others]
     else:
         order, coefficients = _chosen_rows(wide)

@@ -124,7 +124,7 @@ def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
         stored = FORMATS[quantize].round_to(coefficients, "rows")
     else:
         stored = FORMATS[quantize].round_to(coefficients.T, "columns").T
-    parts = torch.cat([torch.eye(rank).to(coefficients), stored])
+    parts = torch.cat([torch.eye(rank, dtype=coefficients.dtype, device=coefficients.device), stored])
     return torch.empty_like(parts).index_copy_(0, order, parts)
 
 
@@ -139,7 +139,9 @@ def _rounded_tucker(
     source = Source(weight)
     partial = [mode for mode, factor in enumerate(floating) if factor.shape[1] < len(factor)]
     factors = [
-        factor.detach().double() if mode in partial else torch.eye(*factor.shape, dtype=torch.float64).to(factor.device)
+        factor.detach().double()
+        if mode in partial
+        else torch.eye(len(factor), dtype=torch.float64, device=factor.device)
         for mode, factor in enumerate(floating)
     ]
     white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]

@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -46,12 +47,12 @@ def _spectrum(weight: Tensor, mode: int, most_flops: float) -> UnfoldingSpectrum
     slices = weight.shape[axis]
     taken = min(slices, max(1, round(slices * most_flops / flops)))
     if taken < slices:
-        drawn = torch.randperm(slices, generator=torch.Generator().manual_seed(0))[:taken].sort().values
+        drawn = torch.randperm(slices, generator=torch.Generator().manual_seed(0), device="cpu")[:taken].sort().values
         weight = weight.index_select(axis, drawn.to(weight.device))
     gram = Source(weight).gram(mode, torch.float64 if flops <= _EXACT_FLOPS else torch.float32)
     squares = torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).double()
     values = (squares / squares.sum().clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
-    even, head = torch.linspace(1, size, _EVEN), torch.logspace(0, math.log10(size), _HEAD)
-    indices = torch.cat((even, head)).round().long().unique() if size > _EVEN else torch.arange(1, size + 1)
-    kept = values[(indices - 1).to(values.device)].tolist()
-    return UnfoldingSpectrum(tuple(indices.tolist()), tuple(float(f"{value:.4g}") for value in kept), taken < slices)
+    even, head = numpy.linspace(1, size, _EVEN), numpy.geomspace(1, size, _HEAD)
+    indices = sorted({round(place) for place in (*even, *head)}) if size > _EVEN else [*range(1, size + 1)]
+    kept = values.cpu()[[index - 1 for index in indices]].tolist()
+    return UnfoldingSpectrum(tuple(indices), tuple(float(f"{value:.4g}") for value in kept), taken < slices)

@@ -104,7 +104,7 @@ class BlockEnergies:
         least = lost.cummin(0).values
         anchor = float(price[-1]) if anchor is None else anchor
         first, last = (math.log(float(end) / anchor, step) for end in (price[0], price[-1]))
-        sizes = anchor * step ** torch.arange(math.floor(first), math.ceil(last) + 1, dtype=torch.float64)
+        sizes = anchor * step ** torch.arange(math.floor(first), math.ceil(last) + 1, dtype=torch.float64, device="cpu")
         counts = torch.searchsorted(price, sizes.to(price.device), right=True)  # of ranks within each size
         counts = counts[counts > 0].unique()
         # the first that loses so little is the cheapest of them

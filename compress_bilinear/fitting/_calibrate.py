@@ -17,6 +17,7 @@ from ._held_out import FEWEST_GROUPS, Split, split_rows
 
 MAX_ROWS = 8192
 _HELD_OUT = 4  # one batch in so many
+_KEYS: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,8 @@ class _Watch:
         self._generator, self._random = torch.Generator().manual_seed(seed), Random(seed)
         self._batches, self._drawn, self._held = 0, 0, False
         self._new = True  # the batch has not reached the layer yet
-        self._keys, self._keys_held = torch.empty(0), torch.empty(0, dtype=torch.bool)
+        self._keys = torch.empty(0, **_KEYS)
+        self._keys_held = self._keys > 0
         self._rows: tuple[Tensor, Tensor] | None = None
         self._seen, self._calls = 0, 0
         self._probes: list[Tensor] = []
@@ -116,7 +118,7 @@ class _Watch:
                 self._drawn = self._random.randrange(_HELD_OUT)
             self._held = self._batches % _HELD_OUT == self._drawn
             self._batches, self._new = self._batches + 1, False
-        keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator)])
+        keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator, **_KEYS)])
         self._calls += 1
         self._seen += leading.numel()
         chosen = keys.topk(min(self._max_rows, len(keys))).indices

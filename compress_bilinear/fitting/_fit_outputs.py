@@ -184,7 +184,7 @@ class OutputFitting(WeightFitting):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         most = max(32, int(_FIT_FLOPS / (4 * self.weight.numel())))
         input1, input2 = (rows[:most].to(self.weight.device, dtype) for rows in self.inputs.fit)
-        order = torch.randperm(len(input2), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(input2), generator=torch.Generator().manual_seed(0), device="cpu")
         first = torch.cat([input1, input1])
         second = torch.cat([input2, input2[order.to(input2.device)]])
         weights = first.new_full((len(first),), decompose.SHUFFLED_WEIGHT)

@@ -121,7 +121,7 @@ def _joined(labels: Tensor) -> Tensor:  # (k, n) -> (n,)
 def _drawn(labels: Tensor, share: float, generator: torch.Generator) -> Tensor:  # (n,) -> (n,), bool
     """The rows of some labels, drawn so that they are about this share of all rows; none of a label of most rows."""
     counts = labels.bincount()
-    keys = torch.rand(len(counts), generator=generator, device="cpu") + (2 * counts > len(labels))
+    keys = torch.rand(len(counts), generator=generator, dtype=torch.float32, device="cpu") + (2 * counts > len(labels))
     order = keys.argsort()
     sums = counts[order].cumsum(0)
     return torch.isin(labels, order[2 * sums - counts[order] <= int(2 * share * len(labels))])

@@ -38,7 +38,9 @@ def timing_inputs(
     else:
         generator = torch.Generator().manual_seed(0)
         sizes = (layer.in1_features, layer.in2_features)
-        first, second = (torch.randn(rows, size, generator=generator) for size in sizes)
+        first, second = (
+            torch.randn(rows, size, generator=generator, dtype=torch.float32, device="cpu") for size in sizes
+        )
     return first.to(like.device, like.dtype), second.to(like.device, like.dtype)
 
 

@@ -42,7 +42,7 @@ class CPBilinear(ProjectedBilinear[int]):
         self.in2_proj = make_linear(self.in2_features, self.rank, False, *stored)
         self.out_proj = make_linear(self.rank, self.out_features, bias, *stored)
         if isinstance(self.out_proj, QuantizedLinear):
-            self.out_proj.sigma = torch.zeros(self.rank, device=self.out_proj.weight.device)
+            self.out_proj.sigma = torch.zeros(self.rank, dtype=torch.float32, device=self.out_proj.weight.device)
 
     def _fill(self, decomposition: CPDecomposition) -> None:
         factors, scale = decomposition.factors, decomposition.weights.double()

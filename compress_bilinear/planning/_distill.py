@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from random import Random
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -38,14 +39,14 @@ class BatchSample:
     """A uniform sample of the calibration's batches, of bounded bytes, taken while something else consumes them."""
 
     def __init__(self, seed: int = 0, most_bytes: int = _MOST_BYTES) -> None:
-        self._generator = torch.Generator().manual_seed(seed)
+        self._random = Random(seed)
         self._most_bytes = most_bytes
         self._kept: list[tuple[float, Any]] = []
 
     def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
         """The same batches."""
         for batch in batches:
-            key = float(torch.rand((), generator=self._generator))
+            key = self._random.random()
             bisect.insort(self._kept, (key, batch), key=lambda pair: pair[0])
             while len(self._kept) > _MOST_BATCHES or (len(self._kept) > 2 and _bytes(self.batches) > self._most_bytes):
                 self._kept.pop()
@@ -203,7 +204,7 @@ def _trained(
     norm = max(_norm(target for _, targets in data for target in targets) / math.sqrt(len(data)), 1e-30)
     checks = 1
     while (done := (time.perf_counter() - begun) / seconds) < 1:
-        for number in torch.randperm(len(data)).tolist():
+        for number in torch.randperm(len(data), device="cpu").tolist():
             done = min((time.perf_counter() - begun) / seconds, 1.0)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * (1 + math.cos(math.pi * done)) / 2

@@ -62,7 +62,7 @@ class Form:
         """Random inputs of these leading dimensions, the same at each call."""
         generator = torch.Generator().manual_seed(0)
         shapes = (*leading1, self.input_sizes[0]), (*leading2, self.input_sizes[1])
-        input1, input2 = (torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+        input1, input2 = (torch.randn(shape, generator=generator, dtype=dtype, device="cpu") for shape in shapes)
         return input1, input2
 
     def adapter(self) -> Adapter:

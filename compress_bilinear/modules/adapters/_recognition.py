@@ -41,7 +41,7 @@ def recognise(module: nn.Module) -> Form | None:
     def random(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to("cpu", copy=True)
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
 
     with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
