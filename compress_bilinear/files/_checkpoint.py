@@ -147,6 +147,12 @@ def filled(
     dtypes = (value.dtype for name, value in tensors.items() if name not in fixed)
     layer.to(next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32))
     _check_fits(layer.state_dict(), tensors, f"layer {description.label!r}")
+    for name, value in tensors.items():
+        if name.endswith("index") and value.sort()[0].tolist() != [*range(len(value))]:
+            raise CheckpointError(
+                f"Tensor {name!r} of layer {description.label!r} should hold each of 0..{len(value) - 1} once. "
+                f"Found {value.tolist()}."
+            )
     layer.load_state_dict(tensors, assign=True)
     if device is not None and device.type != "meta":
         layer.to(device)
@@ -218,9 +224,13 @@ def _filled_model(
 ) -> _Model:
     """The model with the new modules by the ids of those they replace, and its other tensors from the file.
 
-    Everything has been checked. Still, a failure puts the layers back: the model can be loaded into once more.
+    Everything has been checked. Still, a failure puts back what there was.
     """
     root: _Model = new.get(id(model), model)  # type: ignore[assignment]  # a model that is itself a layer is replaced
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (holder, dict(holder)) for module in model.modules() for holder in (module._parameters, module._buffers)
+    ]
+    values = {name: value.clone() for name, value in current.items() if not value.is_meta}
     undo = swap(model, new)
     try:
         ties = _ties(root, originals)
@@ -231,6 +241,11 @@ def _filled_model(
                     other[key] = holder[name]
     except BaseException:
         undo()
+        for holder, tensors in before:
+            holder.update(tensors)
+        with torch.no_grad():
+            for name, value in values.items():
+                current[name].copy_(value)  # each has memory of its own: that has been checked
         raise
     return root
 
