@@ -120,7 +120,9 @@ def by_layer(
     own: dict[str, dict[str, Tensor]] = {name: {} for layer in layers for name in layer.names}
     rest: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        holder = next((name for name in own if not name or key.startswith(f"{name}.")), None)
+        parts = key.split(".")
+        holders = (".".join(parts[:count]) for count in range(len(parts)))  # "", "a", "a.b" of "a.b.weight"
+        holder = next((name for name in holders if name in own), None)
         if holder is None:
             rest[key] = value
         else:
