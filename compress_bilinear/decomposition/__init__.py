@@ -1,4 +1,7 @@
-"""Weights to factors: tensors in, frozen results out."""
+"""Weights to factors: tensors in, frozen results out.
+
+`__all__` is for users; the other rooms use the other names too.
+"""
 
 from ..config import check_max_seconds
 from ._als import AMPLIFICATION_LIMIT
@@ -28,43 +31,17 @@ from ._tucker_ranks import BlockEnergies
 
 __all__ = [
     "AMPLIFICATION_LIMIT",
-    "PLAIN",
-    "SHUFFLED_WEIGHT",
     "BlockEnergies",
     "Budget",
     "CPDecomposition",
     "Metric",
-    "Progress",
-    "Rows",
     "TuckerDecomposition",
-    "check_max_seconds",
-    "check_tucker_rank",
-    "check_weight",
     "cp",
     "cp_bytes",
-    "cp_sketch",
-    "interpolation",
-    "is_interpolated",
-    "mode_product",
-    "ordered",
-    "refit_cp",
-    "refit_tucker",
-    "relative",
-    "relative_errors",
     "rounded",
-    "row_slices",
     "spectra",
-    "stored_columns",
-    "stored_core",
-    "stored_weight",
-    "tightened",
     "tucker",
     "tucker_bytes",
     "tucker_flops",
     "tucker_parameters",
-    "tucker_rows",
-    "unit_columns",
-    "unwhitened_cp",
-    "unwhitened_tucker",
-    "working_dtype",
 ]

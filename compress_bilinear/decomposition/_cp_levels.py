@@ -18,7 +18,7 @@ from ..config import Quantize
 from ..quantization import FORMATS
 from ._als import PENALTY, Iterate, Stage, balanced, descend
 from ._budget import Budget
-from ._exact import ZERO, anneal_penalty, finish, is_newton_cheap
+from ._exact import anneal_penalty
 from ._hosvd import compressed, hosvd_start, leading_block, random_start
 from ._source import Source
 
@@ -36,14 +36,12 @@ _LEVELS = (_Level(0.5, 0.08, 2e-2), _Level(0.75, 0.22, 4e-3))
 _LEVEL_SWEEPS = 30
 _FIRST_PENALTY = 1e-1  # a tenth of the weight's norm: large components cannot yet cancel
 _STARTS = 24  # for tensors of a few entries, whose minima differ most: one from the HOSVD, the others random
-_KEPT = 4  # of these that are followed to their minima: the best after 30 sweeps may not stay it
 _CHEAP = 2**17  # elements of a core times the rank with which a sweep takes less time than its calls do
 _CORE_SWEEPS = 40  # on a core that is smaller than the weight
 _SWEEPS = 150  # on the whole, after the core: all but slow weights settle before
 _QUICK_SWEEPS = 45  # on the whole, from the result at another rank: enough to see whether it meets an error
 _LAST_SWEEPS = 400  # on a core that is the whole, where nothing follows
 _SETTLED = 1e-4  # of the objective in a sweep: the next twenty would lower the error by less than a tenth of a per cent
-_PROMISING = 0.1  # squared residual above which a tensor is not nearly of this rank
 
 
 def solve(
@@ -134,30 +132,19 @@ def _on_core(
     """The best CP that the starts on a core lead to, which leaves out `outside` of a squared norm of 1."""
     first = penalty
     if core.numel() * rank <= _CHEAP:
-        starts = _starts(core, rank, generator, budget, penalty)
+        begun = _best_start(core, rank, generator, budget, penalty)
     else:
         begun, first = _over_blocks(core, rank, generator, budget, _LEVEL_SWEEPS, penalty)
-        starts = [begun]
     if outside:
         last = Stage(_CORE_SWEEPS, 1e-5, first=first, last=penalty)
     else:
         last = Stage(_LAST_SWEEPS, first=first, last=penalty, falling=0.25)
-    newton = is_newton_cheap(core.shape, rank)
-
-    best = Iterate([])
-    for start in starts[: _KEPT if newton else 1]:
-        found = descend(core, start, last, budget.child(span=(0.3, 0.5 if outside else 0.9)))
-        if newton and found.residual < _PROMISING:
-            found = finish(core, found.factors, penalty, outside, budget)
-        found = anneal_penalty(core, found, budget, outside)
-        best = found if found.objective < best.objective or not best.factors else best
-        if best.residual <= ZERO:
-            break
-    return best
+    best = descend(core, begun, last, budget.child(span=(0.3, 0.5 if outside else 0.9)))
+    return anneal_penalty(core, best, budget, outside)
 
 
-def _starts(core: Tensor, rank: int, generator: torch.Generator, budget: Budget, penalty: float) -> list[Iterate]:
-    """Some sweeps from each of many starts, the best first."""
+def _best_start(core: Tensor, rank: int, generator: torch.Generator, budget: Budget, penalty: float) -> Iterate:
+    """The best of what some sweeps make of each of many starts."""
     # the objectives are compared, for which the penalty must have settled
     stage = Stage(_LEVEL_SWEEPS, first=_FIRST_PENALTY, last=penalty, falling=0.7)
     count = min(_STARTS, 3 * _CHEAP // (core.numel() * rank))
@@ -169,7 +156,7 @@ def _starts(core: Tensor, rank: int, generator: torch.Generator, budget: Budget,
         found.append(descend(core, Iterate(begin), stage, part))
         if scouting.left() < part.elapsed():
             break
-    return sorted(found, key=lambda start: start.objective)
+    return min(found, key=lambda start: start.objective)
 
 
 def _of_matrix(source: Source, rank: int) -> list[Tensor]:

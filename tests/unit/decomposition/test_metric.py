@@ -90,7 +90,7 @@ def test_a_weight_is_rounded_alike_in_turned_coordinates_of_its_metric():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_whitened_decomposition_of_full_rank_is_the_weight_again(dtype):
     weight, found = low_rank(SHAPE, 3).to(dtype), metric()
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     for again in (
         unwhitened_cp(decomposition.cp(found.whiten(weight), 3), found, dtype),
         unwhitened_tucker(decomposition.tucker(found.whiten(weight), SHAPE), found, dtype),
