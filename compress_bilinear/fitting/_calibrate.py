@@ -7,6 +7,7 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -124,7 +125,7 @@ class _Watch:
         chosen = keys.topk(min(self._max_rows, len(keys))).indices
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
         # indexed in their own shape: all-pairs callers pass expanded views, which flattening would write out
-        index = torch.unravel_index(new.to(input1.device), leading)
+        index = tuple(torch.from_numpy(axis).to(input1.device) for axis in numpy.unravel_index(new.numpy(), leading))
         picked = [value[index].reshape(len(new), value.shape[-1]).clone() for value in (input1, input2)]
         if self._rows is not None:
             # rows may come from another device, where one module is called on several

@@ -102,7 +102,7 @@ class OutputFitting(WeightFitting):
 
         def fit(weight: Tensor) -> Candidate:
             module = DenseBilinear.from_weight(weight, quantize=config.quantize)
-            return self._stored(config, module, correct_bias=config.quantize is not None)
+            return self._stored(config, module, correct_bias=config.quantize is not None and not quick)
 
         found = [fit(self.weight)]
         if config.quantize is not None and not quick:

@@ -91,16 +91,15 @@ class Search:
             limit: an error; a method that needs quick solutions has them near the size at which others meet it.
         """
         self.candidates = self.made
+        weight, itemsize = self.fitting.ordered[0], self.layer.weight.element_size()
+        rows = {row.name: row for row, _ in self._kinds}
+        by_method = {name: row.predict(weight) for name, row in rows.items() if row.predict is not None}
         for quantize in self._dense:
             if ("dense", quantize) not in self._predicted:
                 self._predicted["dense", quantize] = [self._dense_prediction(quantize)]
             self._predict_again(("dense", quantize))
         bias = bias_bytes(self.layer)
         anchor = (self.candidates[0].bytes if size is None else size) - bias
-        weight = self.fitting.ordered[0]
-        rows = {row.name: row for row, _ in self._kinds}
-        by_method = {name: row.predict(weight) for name, row in rows.items() if row.predict is not None}
-        itemsize = self.layer.weight.element_size()
         for row, quantize in self._kinds:
             if row.name in by_method:
                 self._add(row, quantize, [_Point(*p) for p in by_method[row.name](itemsize, quantize, anchor)])
@@ -180,9 +179,9 @@ class Search:
                 self.build(min(fit, key=lambda each: (each.flops, each.error)))
 
     def _dense_prediction(self, quantize: Quantize | None) -> Candidate:
-        """The weight itself in a format; of a coarse one measured, without what was made, for that is large."""
+        """The weight itself in a format; of a coarse one measured in time, without what was made, for that is large."""
         config, weight = DenseConfig(quantize=quantize), self.layer.weight
-        if quantize is not None and FORMATS[quantize].coarse:
+        if quantize is not None and FORMATS[quantize].coarse and self.budget.left() > 0:
             return replace(self.fitting.dense(config, quick=True), module=None)
         size, error = weight.numel() * weight.element_size(), 0.0
         if quantize is not None:
