@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._io import STRICT, read_plain, written_atomically
 from ..errors import CheckpointError, CompressionError
-from ..modules import METHODS, CompressedBilinear
+from ..modules import METHODS, CompressedBilinear, place
 
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
@@ -152,11 +152,6 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless there is a file to read."""
     if not Path(path).is_file():
         raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
-
-
-def place(tensor: Tensor) -> Hashable:
-    """Where a tensor's values are: equal for two that are the same view of the same memory."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
 
 
 def _described(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import CompressionError
-from ..modules import Call, call, undisturbed
+from ..modules import Call, call, place, undisturbed
 from ._held_out import FEWEST_GROUPS, Split, split_rows
 
 MAX_ROWS = 8192
@@ -33,6 +33,7 @@ class LayerInputs:
         gradient: E[g gᵀ] (O, O) of a loss's gradients by the layer's outputs, where a loss was given.
         batch_held: (n,), whether a row came in a batch that is held out; None where batches were too few for that.
         seed: draws what is held out of few batches.
+        same: whether the two inputs were one and the same tensor in every call.
     """
 
     input1: Tensor
@@ -42,6 +43,7 @@ class LayerInputs:
     gradient: Tensor | None = None
     batch_held: Tensor | None = None
     seed: int = 0
+    same: bool = False
 
     @property
     def rows_per_call(self) -> int:
@@ -95,7 +97,7 @@ class _Watch:
         self._keys = torch.empty(0, **_KEYS)
         self._keys_held = self._keys > 0
         self._rows: tuple[Tensor, Tensor] | None = None
-        self._seen, self._calls = 0, 0
+        self._seen, self._calls, self._same = 0, 0, True
         self._probes: list[Tensor] = []
         self._squares: Tensor | None = None  # Σ g gᵀ
         self._gradients = 0  # rows of these
@@ -121,6 +123,7 @@ class _Watch:
             self._batches, self._new = self._batches + 1, False
         keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator, **_KEYS)])
         self._calls += 1
+        self._same &= place(input1) == place(input2)
         self._seen += leading.numel()
         chosen = keys.topk(min(self._max_rows, len(keys))).indices
         old, new = chosen[chosen < len(self._keys)], chosen[chosen >= len(self._keys)] - len(self._keys)
@@ -170,7 +173,7 @@ class _Watch:
         gradient = None if squares is None or not bool(squares.any()) else squares / self._gradients
         share = float(self._keys_held.double().mean())
         held = self._keys_held[order] if whole and self._batches >= FEWEST_GROUPS and 1 / 8 <= share <= 1 / 2 else None
-        return LayerInputs(input1, input2, self._seen, self._calls, gradient, held, self._seed)
+        return LayerInputs(input1, input2, self._seen, self._calls, gradient, held, self._seed, self._same)
 
 
 def collect_inputs(

@@ -43,6 +43,14 @@ class OutputFitting(WeightFitting):
         self.inputs = inputs
         self.held_out = held_out or OutputError(layer, inputs)
         self._fix_bias = fix_bias and layer.bias is not None
+        if inputs.same:
+            text = "both inputs were one tensor in every call, so the symmetric part of its weight is what is fitted"
+            self.notes = (Note("symmetric", text),)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The weight; where both inputs always are one tensor, its symmetric part, for the other gives nothing."""
+        return (self.weight + self.weight.mT) / 2 if self.inputs.same else self.weight
 
     @cached_property
     def metric(self) -> Metric:
@@ -132,7 +140,7 @@ class OutputFitting(WeightFitting):
     def _fits_to_weight(self, config: LayerConfig, rank: Rank, budget: Budget) -> list[Candidate]:
         """Of the plain weight, with the layer's bias and with a corrected one."""
         plain = self._solved(config, rank, budget)
-        parts = method_of(config).round(plain, self.weight, config.quantize)
+        parts = method_of(config).round(plain, self.target, config.quantize)
         corrections = (True, False) if self._fix_bias else (True,)
         return [self._layer_of(config, parts, correct_bias=each, fitted=plain) for each in corrections]
 

@@ -14,6 +14,7 @@ from ..decomposition import PLAIN, Budget, Metric, tightened
 from ..errors import InfeasibleError
 from ..modules import CompressedBilinear, Decomposition, DenseBilinear, Method, Rank, method_of
 from ..quantization import FORMATS
+from ..report import Note
 from ._candidate import Candidate
 from ._measure import weight_error
 
@@ -28,6 +29,7 @@ class WeightFitting:
     """Makes candidates for one layer. Their `error` is that of the weight."""
 
     on_output = False
+    notes: tuple[Note, ...] = ()  # on its decompositions
 
     def __init__(self, layer: nn.Bilinear) -> None:
         """`layer` is left as it is."""
@@ -40,6 +42,11 @@ class WeightFitting:
         return self.layer.weight.detach()
 
     @property
+    def target(self) -> Tensor:
+        """What decompositions should be near to (O, I, J)."""
+        return self.weight
+
+    @property
     def metric(self) -> Metric:
         """The metric in which factors are fitted."""
         return PLAIN
@@ -47,7 +54,7 @@ class WeightFitting:
     @cached_property
     def ordered(self) -> tuple[Tensor, Metric]:
         """The weight in that metric and in the coordinates of its HOSVD (O, I, J), and the metric that does both."""
-        return decompose.ordered(self.weight, self.metric)
+        return decompose.ordered(self.target, self.metric)
 
     def at(self, config: LayerConfig, rank: Rank, budget: Budget | None = None) -> Candidate:
         """The best candidate of a rank or size that was found.
@@ -161,11 +168,11 @@ class WeightFitting:
         """The decomposition of the plain weight in floating point."""
         method = method_of(config)
         assert method.solve is not None
-        return method.solve(self.weight, rank, config, budget)
+        return method.solve(self.target, rank, config, budget)
 
     def _rounded(self, config: LayerConfig, found: Decomposition, correct_bias: bool = True) -> Candidate:
         """A decomposition of the weight in the config's format, its parts rounded to fit each other."""
-        parts = method_of(config).round(found, self.weight, config.quantize)
+        parts = method_of(config).round(found, self.target, config.quantize)
         return self._layer_of(config, parts, correct_bias=correct_bias, fitted=found)
 
     def _unwhitened(
@@ -195,7 +202,7 @@ class WeightFitting:
         return self._layer_of(config, parts, fitted=found, unwhiten=unwhiten, fitted_to=where)
 
     def _layer_of(self, config: LayerConfig, parts: Decomposition, **known: Any) -> Candidate:
-        make = cast(Any, method_of(config).layer).from_decomposition
+        make, known = cast(Any, method_of(config).layer).from_decomposition, {"notes": self.notes, **known}
         return self._stored(config, make(parts, quantize=config.quantize), **known)
 
     def _stored(

@@ -9,6 +9,7 @@ from ._in_model import (
     find,
     find_compressed,
     fingerprint,
+    function_reference,
     is_lazy,
     module_names,
     parameter_owners,
@@ -21,7 +22,7 @@ from ._in_model import (
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
-from ._run import Call, call, is_writable, undisturbed
+from ._run import Call, WeightReads, call, is_writable, place, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear
 from .adapters import (

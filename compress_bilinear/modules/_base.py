@@ -58,6 +58,13 @@ class CompressedBilinear(nn.Module):
     def set_bias(self, bias: nn.Parameter | None) -> None:
         """Use this Parameter (O,) itself, or none. What it is tied to stays tied."""
 
+    def reset_parameters(self) -> None:
+        """Raises: CompressionError. There are no initial values: weights are those of the layer that was replaced."""
+        raise CompressionError(
+            f"A {type(self).__name__} should keep its weights, which stand for those of a trained layer. Found a call "
+            "of `reset_parameters`: initialise the network before it is compressed."
+        )
+
     @abstractmethod
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor: ...
 

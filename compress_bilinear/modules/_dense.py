@@ -61,7 +61,7 @@ class DenseBilinear(CompressedBilinear):
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
         self.integer = False
-        self.reset_parameters()
+        self._initialise()
 
     @property
     def takes_int8(self) -> bool:
@@ -69,7 +69,12 @@ class DenseBilinear(CompressedBilinear):
         return isinstance(self.weight, QuantizedTensor) and self.weight.format.integers
 
     def reset_parameters(self) -> None:
-        """`nn.Bilinear`'s own initialisation; a quantized weight is left as it is."""
+        """`nn.Bilinear`'s own initialisation. Raises: CompressionError where the weight is quantized."""
+        if self.quantize is not None:
+            super().reset_parameters()
+        self._initialise()
+
+    def _initialise(self) -> None:
         bound = 1 / math.sqrt(self.in1_features)
         if isinstance(self.weight, nn.Parameter):
             nn.init.uniform_(self.weight, -bound, bound)

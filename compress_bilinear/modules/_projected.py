@@ -15,6 +15,7 @@ from ._linear import AddBias, QuantizedLinear
 
 _Rank = TypeVar("_Rank", int, tuple[int, int, int])
 
+_WRITES = {"__set__", "__setitem__", *(f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))}
 PLAIN = (nn.Linear, QuantizedLinear, DenseBilinear, AddBias, nn.Identity)  # modules that only multiply, or add a bias
 
 
@@ -83,8 +84,9 @@ class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
 
     @property
     def weight(self) -> Tensor:
-        """The weight (O, I, J) that the layer stands for, computed in each access (`to_dense()`)."""
-        return self.to_dense()
+        """The weight (O, I, J) that the layer stands for, computed in each access (`to_dense()`): it cannot be set."""
+        dense = self.to_dense()
+        return dense if torch.compiler.is_compiling() else dense.as_subclass(_Computed)
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -145,6 +147,23 @@ class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
                 "in1_proj, in2_proj and out_proj."
             )
         super().__setattr__(name, value)
+
+
+class _Computed(Tensor):
+    """A tensor that is computed in each access: a write, which would change nothing, raises."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = func.__name__, kwargs or {}
+        writes = name.endswith("_") != name.startswith("__") or name in _WRITES
+        if (writes and isinstance(args[0], cls)) or isinstance(options.get("out"), cls):
+            raise AttributeError(
+                f"The weight of a compressed layer should not be written to (`{name}`), for it is computed from the "
+                "layer's parts. Change in1_proj, in2_proj and out_proj, or the network before it is compressed."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **options)
+        return found.as_subclass(cls) if name == "__get__" and isinstance(found, Tensor) else found  # `weight.data`
 
 
 def reason_against(module: nn.Module, kinds: tuple[type[nn.Module], ...] = PLAIN) -> str | None:

@@ -1,11 +1,14 @@
 """Run a model on a batch without changing it."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import Self
 
 Call: TypeAlias = Callable[[nn.Module, Any], object]
 """How to run a model on a batch."""
@@ -20,6 +23,11 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def place(tensor: Tensor) -> Hashable:
+    """Where a tensor's values are: equal for two that are the same view of the same memory."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device
+
+
 def is_writable(tensor: Tensor) -> bool:
     """Whether the tensor has values that can be overwritten in place: it is dense, not on meta, and not expanded."""
     return (
@@ -27,6 +35,46 @@ def is_writable(tensor: Tensor) -> bool:
         and not tensor.is_meta
         and all(size < 2 or stride > 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     )
+
+
+class WeightReads(TorchFunctionMode):
+    """Inside, while the model runs: which layers' weights are read by other code than their own forward.
+
+    What asks only for a shape, dtype or device reads no weight.
+
+    Attributes:
+        found: the names of the operations, by the weight's id.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.found: dict[int, str] = {}
+        self._model, self._layers = model, list(layers)
+        self._weights = {id(layer.weight) for layer in self._layers}
+        self._running, self._inside = 0, 0  # calls of the model, and of the layers
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        def count(name: str, step: int) -> Callable[..., None]:
+            return lambda *_: setattr(self, name, getattr(self, name) + step)
+
+        for module, name in ((self._model, "_running"), *((layer, "_inside") for layer in self._layers)):
+            self._hooks.callback(module.register_forward_pre_hook(count(name, 1)).remove)
+            self._hooks.callback(module.register_forward_hook(count(name, -1), always_call=True).remove)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._hooks.close()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self._running and not self._inside and isinstance(result, Tensor):
+            for leaf in tree_leaves((args, kwargs)):
+                if id(leaf) in self._weights:
+                    self.found.setdefault(id(leaf), getattr(func, "__name__", str(func)))
+        return result
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from ..fitting import Job, Search, environment, stored_bytes, task_metric
 from ..modules import parameter_owners
 from ..report import FrontPoint, Report, render_text
 from ._choose import choose
-from ._execute import check_fresh, check_same_weight, copied, swapped
+from ._execute import called_check, check_fresh, check_same_weight, copied, swapped
 from ._planner import Times, aim_all, calibrate, distil_all, find_jobs, fit_all, judge_all
 from ._progress import ProgressBars
 
@@ -50,12 +50,13 @@ class Plan(Generic[_Model]):
         options: PlanOptions,
         undecided: Sequence[Job],  # before anything is chosen
         searches: Mapping[Job, Search],  # of those with an `AutoConfig`
+        first: list[Any],  # batch of the calibration
         batches: list[Any],
     ) -> None:
         """Nothing is chosen yet: see `_decided`."""
         self.model = model
         self._configs, self._options = configs, options
-        self._undecided, self._searches, self._batches = undecided, searches, batches
+        self._undecided, self._searches, self._first, self._batches = undecided, searches, first, batches
         self._jobs: Sequence[Job] = ()
 
     @property
@@ -79,7 +80,8 @@ class Plan(Generic[_Model]):
 
         Raises:
             StalePlanError: since planning, a layer was changed, moved, hooked or taken out.
-            CompressionError: the model cannot be copied; or `inplace=True` where the model itself is the layer.
+            CompressionError: the model cannot be copied; `inplace=True` where the model itself is the layer; or the
+                compressed model fails on the first calibration batch, or does not call its replacements there.
         """
         replaced = [job for job in self._jobs if job.chosen is not None]
         owners = parameter_owners(self.model)
@@ -88,11 +90,14 @@ class Plan(Generic[_Model]):
             check_fresh(modules, job, owners)
         evaluate = self._options["evaluate"]
         before = None if evaluate is None else task_metric(evaluate, self.model)
+        check_called = called_check(self.model, replaced, self._first, self._options)
         if not inplace:
             compressed = copied(self.model, replaced)
+            check_called(compressed)
             return compressed, self._evaluated(before, compressed)
         undo = swapped(self.model, replaced)
         try:
+            check_called(self.model)
             return self.model, self._evaluated(before, self.model)
         except BaseException:
             undo()  # a metric that fails leaves the model as it was too
@@ -142,7 +147,7 @@ class Plan(Generic[_Model]):
                     f"has those of the {'output' if search.fitting.on_output else 'weight'}: plan again."
                 )
         options: PlanOptions = {**self._options, "max_seconds": max_seconds}
-        other = Plan(self.model, configs, options, tuple(jobs.values()), searches, self._batches)
+        other = Plan(self.model, configs, options, tuple(jobs.values()), searches, self._first, self._batches)
         whole = Budget(max_seconds)
         with ProgressBars(options["progress"]) as bars:
             times = Times.of(whole, other._undecided, options)
@@ -205,12 +210,12 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
     jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
     with ProgressBars(given["progress"]) as bars:
         with bars.stage("calibrate"):
-            batches = calibrate(model, jobs, given, bars)
+            first, batches = calibrate(model, jobs, given, bars)
             times = Times.of(whole, jobs, given)
         with bars.stage("fit"):
             searches = fit_all(jobs, given, times.solving, bars)
         given["calibration"] = None  # a plan should not hold a data set
-        return Plan(model, configs, given, jobs, searches, batches)._decided(times, bars)
+        return Plan(model, configs, given, jobs, searches, first, batches)._decided(times, bars)
 
 
 def compress(

@@ -2,14 +2,27 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from ..config import PlanOptions
 from ..errors import CompressionError, StalePlanError
 from ..fitting import Job
-from ..modules import check_inplace, fingerprint, plain_reference, reason_against, swap, take_flags
+from ..modules import (
+    call,
+    check_inplace,
+    fingerprint,
+    function_reference,
+    plain_reference,
+    reason_against,
+    swap,
+    take_flags,
+    undisturbed,
+)
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -38,9 +51,57 @@ def check_same_weight(job: Job) -> None:
         )
 
 
+def called_check(
+    model: nn.Module, replaced: Sequence[Job], batches: Sequence[Any], options: PlanOptions
+) -> Callable[[nn.Module], None]:
+    """A function that raises CompressionError where the compressed model fails, or does not call a replacement.
+
+    That is on these batches, and of a layer which the model calls there. The model runs once, the compressed one too.
+    """
+    run = options["loss_fn"] or options["forward_fn"] or call
+
+    def called(network: nn.Module) -> set[str]:
+        names: set[str] = set()
+        there = dict(network.named_modules(remove_duplicate=False))
+        with ExitStack() as hooks, undisturbed(network):
+            for job in replaced:
+                hook = partial(lambda name, *_: names.add(name), job.found.names[0])
+                hooks.callback(there[job.found.names[0]].register_forward_pre_hook(hook).remove)
+            for batch in batches:
+                run(network, batch)
+        return names
+
+    try:
+        before = called(model) if replaced else set()
+    except Exception:  # on a batch that was changed since it calibrated, say: there is nothing to compare with
+        return lambda compressed: None
+
+    def check(compressed: nn.Module) -> None:
+        try:
+            missing = before - called(compressed) if before else set()
+        except Exception as error:
+            raise CompressionError(
+                "The compressed model should take what the model takes. Found that it fails on the first calibration "
+                f"batch ({type(error).__name__}: {error}): leave out the layers whose parts it uses, by {{name: None}}."
+            ) from error
+        if missing:
+            raise CompressionError(
+                f"The compressed model should call its replacements. Found that it does not call {sorted(missing)}: "
+                "something in it goes on running the original layers. Try `inplace=True`, or replace no such layer."
+            )
+
+    return check
+
+
 @torch.inference_mode(False)  # so that the copy can be trained
 def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
     """A copy of the model with the replacements."""
+    held = function_reference(model, [name for job in replaced for name in job.found.names])
+    if held is not None:
+        raise CompressionError(
+            f"A copy of the model should run its own replacements. Found {held}, a function that holds the model or a "
+            "layer to replace, of which a copy would go on running the original. Use `inplace=True`."
+        )
     memo: dict[int, Any] = {}
     try:
         for job in replaced:

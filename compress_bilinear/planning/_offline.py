@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import CheckpointError, MatchError
-from ..files import LayerDescription, by_layer, describe, filled, place, read_state
+from ..files import LayerDescription, by_layer, describe, filled, read_state
 from ..fitting import environment
-from ..modules import FoundLayer
+from ..modules import FoundLayer, place
 from ..report import Report
 from ._api import Plan, plan
 from ._rows import batches, call_rows, error_on, read_rows

@@ -1,6 +1,6 @@
 """The stages of a plan, in their order: find, calibrate, fit, choose, judge, distil. Each adds its part to the jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from ..fitting import (
 from ..modules import (
     METHODS,
     CompressedBilinear,
+    WeightReads,
     fingerprint,
     observing,
     parameter_owners,
@@ -60,27 +61,44 @@ def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated
     return jobs
 
 
-def calibrate(model: nn.Module, jobs: Sequence[Job], options: PlanOptions, bars: ProgressBars) -> list[Any]:
-    """Take what the open jobs' layers see while the model runs. Returns a sample of the batches for distilling.
+def calibrate(
+    model: nn.Module, jobs: Sequence[Job], options: PlanOptions, bars: ProgressBars
+) -> tuple[list[Any], list[Any]]:
+    """Take what the open jobs' layers see while the model runs.
+
+    Returns: the first batch, to see whether the compressed network calls its replacements; a sample for distilling.
 
     Raises: CompressionError: there is no batch, or the model fails on one; as `check_distillable`.
     """
     open_ = {job.label: job for job in jobs if job.is_open}
     calibration, forward_fn, sample = options["calibration"], options["forward_fn"], BatchSample()
     if calibration is None or not open_:
-        return []
+        return [], []
     batches = bars.track(calibration, description="Calibrating")
-    watched = batches if options["refine"] is None else sample.watch(batches)
-    with observing(job.found.adapted for job in open_.values()):
+    first: list[Any] = []
+    watched = _noting_first(batches if options["refine"] is None else sample.watch(batches), first)
+    plain = [job.layer for job in open_.values() if job.found.adapted is None]
+    with observing(job.found.adapted for job in open_.values()), WeightReads(model, plain) as reads:
         layers = {label: job.found.rows for label, job in open_.items()}
         whole = forward_fn is not call_rows  # which are the rows of one file
         loss_fn = options["loss_fn"]
         inputs = collect_inputs(model, layers, watched, forward_fn=forward_fn, loss_fn=loss_fn, whole_batches=whole)
     for label, job in open_.items():
         job.inputs = inputs[label]
+        if operation := reads.found.get(id(job.layer.weight)):
+            text = (
+                f"its weight is read outside its own forward ({operation}), where a replacement has no weight to read"
+            )
+            job.reason = Note("weight_read", text)
     if options["refine"] is not None:
         check_distillable(model, [job.found.module for job in open_.values()], sample.batches, forward_fn)
-    return sample.batches
+    return first, sample.batches
+
+
+def _noting_first(batches: Iterable[Any], first: list[Any]) -> Iterator[Any]:
+    for batch in batches:
+        first += [] if first else [batch]
+        yield batch
 
 
 def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: ProgressBars) -> dict[Job, Search]:

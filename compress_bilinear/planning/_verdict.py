@@ -44,8 +44,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
     budget = budget or Budget()
     known = _measured(job, candidate, module, budget)
     against = reason_against(job, candidate, known)
-    timing = None
-    if options["measure_latency"] and (against is None or force):
+    timing, unreached = None, job.calibrated and job.inputs is None  # what was never called has no speed
+    if options["measure_latency"] and not unreached and (against is None or force):
         timing = _timed(job, module, job.rows(options["batch_size"]), budget)
         known |= {} if timing is None else _latencies(timing)
     if against is None and _is_exact(module):
@@ -60,10 +60,10 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
         against = Note("forced", f"forced, although {against.text}")
     notes = [against or AS_CONFIGURED, *(() if timing is None else _slower(timing, job.found.form, _is_exact(module)))]
     notes += [*cancelling(known["amplification"]), *candidate.notes, *job.notes, *shaky]
-    if options["measure_latency"] and timing is None:
+    if options["measure_latency"] and timing is None and not unreached:
         notes.append(Note("not_timed", "no time was left to measure its latency"))
-    if job.calibrated and job.inputs is None:
-        notes.append(Note("unreached", "no calibration row reached it, so its output error is unknown"))
+    if unreached:
+        notes.append(Note("unreached", "no calibration row reached it: its output error and speed are unknown"))
     known |= {"flops_after": module.flops_per_row, "notes": tuple(notes)}
     job.report = LayerReport(**(_basics(job, candidate.config) | known | {"decision": "replaced"}))
     return job.report

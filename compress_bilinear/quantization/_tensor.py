@@ -145,6 +145,7 @@ class QuantizedTensor(FixedBuffers):
         format: the storage format.
         layout: what the tensor is in its layer; see `Layout`.
         shape: of the tensor that is stored.
+        dtype: of the network that the layer is in, for code that asks a weight for it; it follows `.to(dtype)`.
         backend: which code decodes it: "torch", or "bitsandbytes" after `use_bitsandbytes`.
 
     Raises: CompressionError for buffers of other shapes or dtypes than the format has.
@@ -159,6 +160,7 @@ class QuantizedTensor(FixedBuffers):
     ) -> None:
         super().__init__()
         self.format, self.layout, self.shape = format, layout, torch.Size(shape)
+        self.dtype = torch.float32
         expected = dict(zip(("qdata", "scale"), format.buffers(shape, layout), strict=True))
         for name, tensor in (("qdata", qdata), ("scale", scale)):
             found = None if tensor is None else Buffer(tuple(tensor.shape), tensor.dtype)
@@ -171,6 +173,19 @@ class QuantizedTensor(FixedBuffers):
     @property
     def device(self) -> torch.device:
         return self.qdata.device
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"A weight should be a tensor to have `{name}`. Found one that is stored in {self.format.name}: "
+                "`layer.to_dense()` gives it as a tensor, and `compress_bilinear.dequantize` stores it as one."
+            ) from None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
+        return super()._apply(fn, recurse)
 
     def encode(self, tensor: Tensor) -> "QuantizedTensor":
         """Another tensor, in the same format and layout."""

@@ -23,9 +23,9 @@ class Note:
     Attributes:
         code: names the kind of fact, for programs: "as_configured", "forced", "slower", "cancelling",
             "fitted_to_weight", "unreached", "few_rows", "few_groups", "refined", "not_refined", "just_above",
-            "metric_drop", "not_timed"; of a kept layer "not_replaceable", "not_finite", "keeps_nothing", "not_smaller",
-            "misses_target", "not_faster", "infeasible", "misfit", "out_of_reach", "within_size". "text" has no kind: it
-            was read from a report of an older schema.
+            "metric_drop", "not_timed", "symmetric"; of a kept layer "not_replaceable", "weight_read", "not_finite",
+            "keeps_nothing", "not_smaller", "misses_target", "not_faster", "infeasible",
+            "misfit", "out_of_reach", "within_size". "text" has no kind: it was read from a report of an older schema.
         text: the same for people; part of a sentence, without a full stop.
     """
 
