@@ -9,11 +9,9 @@ from ._in_model import (
     find,
     find_compressed,
     fingerprint,
-    function_reference,
     is_lazy,
     module_names,
     parameter_owners,
-    plain_reference,
     reason_against,
     reason_against_hooks,
     select,
@@ -22,6 +20,7 @@ from ._in_model import (
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
+from ._references import function_reference, plain_reference
 from ._run import Call, WeightReads, call, is_writable, place, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear
