@@ -163,7 +163,7 @@ class _Computed(Tensor):
             )
         with torch._C.DisableTorchFunctionSubclass():
             found = func(*args, **options)
-        return found.as_subclass(cls) if name == "__get__" and isinstance(found, Tensor) else found  # `weight.data`
+        return found.as_subclass(cls) if func == Tensor.data.__get__ else found  # type: ignore[attr-defined]
 
 
 def reason_against(module: nn.Module, kinds: tuple[type[nn.Module], ...] = PLAIN) -> str | None:
