@@ -118,7 +118,7 @@ def test_fences_of_a_page_run_one_after_another(
     path: Path, limit: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_registry, "_REGISTERED", {})
+    monkeypatch.setattr(_registry, "REGISTERED", {})
     torch.save({"fusion.weight": torch.randn(24, 24, 24), "fusion.bias": torch.zeros(24)}, "model.pt")
     names: dict[str, object] = {}
     with torch.random.fork_rng(devices=[]):

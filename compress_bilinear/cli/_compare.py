@@ -9,7 +9,7 @@ from ..errors import CompressionError, ConfigError
 from ..planning import compare_files
 from ..report import Limit, Report, failures, numeric_fields
 from ..report import compare as compare_reports
-from ._shared import FILE, Style, calibration, check_files, deliver, examples, measuring, printing, style_of
+from ._shared import FILE, Style, calibration, check_files, deliver, examples, key, measuring, printing, style_of
 
 
 @click.command(
@@ -22,6 +22,7 @@ from ._shared import FILE, Style, calibration, check_files, deliver, examples, m
 )
 @click.argument("original", type=FILE)
 @click.argument("compressed", type=FILE)
+@key
 @click.option(
     "--format", "style", type=click.Choice(["table", "markdown", "json", "html"]), default="table", show_default=True
 )

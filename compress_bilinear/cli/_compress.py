@@ -23,6 +23,7 @@ from ._shared import (
     calibration,
     check_files,
     examples,
+    key,
     measuring,
     rendered,
     show,
@@ -50,6 +51,7 @@ _CONFIG_OPTIONS = ("method", "rank", "max_error", "on", "max_size", "quantize", 
 @click.option(
     "-o", "--output", type=FILE, help="The file to write, in safetensors by any name; needed without --dry-run."
 )
+@key
 @click.option("--layers", multiple=True, metavar="PATTERN", help="A glob of layers to compress; may be repeated.")
 @click.option("--config", type=FILE, metavar="FILE", help="A .toml or .json recipe: globs of layers and their configs.")
 @click.option("--method", type=click.Choice(list(CONFIGS)), default="tucker", show_default=True)
@@ -80,6 +82,7 @@ def compress(
     /,
     path: Path,
     output: Path | None,
+    key: str | None,
     layers: tuple[str, ...],
     config: Path | None,
     calibration: Path | None,
@@ -99,7 +102,7 @@ def compress(
     check_files((path, config, calibration), output=output, report=report)
     on_line = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(config, given, on_line)
-    state, compressed = read_state(path)
+    state, compressed = read_state(path, key)
     if compressed:
         raise ConfigError(
             f"CHECKPOINT should be an original. Found {str(path)!r} compressed already: compress the original with "

@@ -13,7 +13,7 @@ from ..files import read_state
 from ..modules import FoundLayer
 from ..planning import maybe_convolution, stored_weights, unknown_weights
 from ..report import compact_table, figure, size
-from ._shared import FILE, SEED, as_json, examples, printing, show
+from ._shared import FILE, SEED, as_json, examples, key, printing, show
 
 
 @click.command(epilog=examples("demo", "demo -o networks --seed 1", "demo --json"))
@@ -42,10 +42,11 @@ def demo(output: Path | None, seed: int, as_json: bool, quiet: bool) -> None:
 
 @click.command(epilog=examples("inspect model.pt", "inspect small.safetensors --json"))
 @click.argument("path", metavar="CHECKPOINT", type=FILE)
+@key
 @as_json
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, key: str | None, as_json: bool) -> None:
     """List the layers of a checkpoint that may be nn.Bilinear, and those that are compressed already."""
-    state, compressed = read_state(path)
+    state, compressed = read_state(path, key)
     found = stored_weights(state)
     inside = tuple(f"{name}." if name else "" for layer in compressed for name in layer.names)
     if inside:

@@ -59,6 +59,9 @@ calibration = click.option(
 )
 
 
+key = click.option("--key", metavar="KEY", help="Of several state dicts in the file: that one, say checkpoint.model.")
+
+
 def printing(command: _Command) -> _Command:
     """The options of every command that prints results: `as_json` and `quiet`."""
     return as_json(_quiet(command))

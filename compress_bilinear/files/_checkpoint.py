@@ -3,10 +3,13 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import CheckpointError
 from ..modules import (
@@ -58,12 +61,20 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         CheckpointError: the state is not all tensors with values, or a compressed layer was changed from the inside.
         CompressionError: the folder does not exist.
     """
+    model = _unwrapped(model)
     state = model.state_dict()
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.is_meta or torch.nn.parameter.is_lazy(value):
             found = "a tensor without values" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise CheckpointError(f"State {name!r} should be a tensor with values. Found {found}.")
     write_container(state, describe(model), path)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The network itself, of one that is compiled or wrapped for parallel training."""
+    wraps = isinstance(model, (DataParallel, DistributedDataParallel))
+    inner = model._modules.get("module" if wraps else "_orig_mod")
+    return model if inner is None else _unwrapped(inner)
 
 
 def load(path: str | os.PathLike[str], model: _Model) -> _Model:
@@ -73,7 +84,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         path: the file.
         model: the network as its code builds it, with its `nn.Bilinear` layers; also one on the meta device. It is
             changed in place: described layers are replaced, and all parameters and buffers are filled. Classes that
-            were registered by `register_adapter` have to be so here too.
+            were registered by `register_adapter` have to be so here too. Names may begin with a wrapper's, "module."
+            say, on one of the two sides.
 
     Returns:
         The model; where the model itself is the described layer, its replacement.
@@ -87,8 +99,9 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
             "description."
         )
-    own, rest = by_layer(tensors, descriptions)
     modules = dict(model.named_modules(remove_duplicate=False))
+    tensors, descriptions = _with_names_of(model, modules, tensors, descriptions)
+    own, rest = by_layer(tensors, descriptions)
     found = {id(each.module): each for each in find(model)}
     targets = [_target(modules, found, description) for description in descriptions]
     new: dict[int, nn.Module] = {}
@@ -111,6 +124,30 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         if not (value.is_meta or is_writable(value)):
             raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
     return _filled_model(model, new, originals, current, rest)
+
+
+def _with_names_of(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tensors: dict[str, Tensor],
+    descriptions: tuple[LayerDescription, ...],
+) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
+    """The same under the names that the model has, where those of one of the two all begin with a wrapper's name."""
+    wrappers = [(name, "") for name in _wrappers(tensors)] + [("", name) for name in _wrappers(model.state_dict())]
+    for gone, added in [("", ""), *wrappers]:
+        renamed = [
+            replace(each, names=tuple(added + name.removeprefix(gone) for name in each.names)) for each in descriptions
+        ]
+        if all(name.removesuffix(COMPRESSED).removesuffix(".") in modules for each in renamed for name in each.names):
+            return {added + key.removeprefix(gone): value for key, value in tensors.items()}, tuple(renamed)
+    return tensors, descriptions
+
+
+def _wrappers(names: Iterable[str]) -> list[str]:
+    """What all names of tensors begin with, part by part: "module.", say."""
+    paths = [name.split(".")[:-1] for name in names]
+    common = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    return [".".join(common[:count]) + "." for count in range(1, len(common) + 1)]
 
 
 def by_layer(
@@ -193,7 +230,8 @@ def _target(
     label, module = names[0] or "(root)", modules.get(names[0])
     target = layers.get(id(module))
     adapter = None if target is None or target.adapted is None else target.adapted.adapter.name
-    if target is None or description.adapter != adapter:
+    as_stored = description.adapter is None and target and target.adapted and target.adapted.reads_as_stored()
+    if target is None or (description.adapter != adapter and not as_stored):
         required = "an nn.Bilinear" if description.adapter is None else f"of the form {description.adapter!r}"
         found = "no such layer" if module is None else f"a {type(module).__name__}"
         found += "" if adapter is None else f" of the form {adapter!r}"

@@ -2,7 +2,8 @@
 
 import os
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile, is_zipfile
@@ -14,12 +15,17 @@ from ..errors import CheckpointError
 from ._container import LayerDescription, check_is_file, read_safetensors
 
 
-def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
+def read_state(
+    path: str | os.PathLike[str], key: str | None = None
+) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
     """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
 
     With them the replaced layers among them, where `save` wrote the file.
 
-    A .pt file may hold the state dict itself or have it under one key (as {"model": ..., "epoch": ...}).
+    A .pt file may be the state dict itself, or have it under keys, as {"checkpoint": {"model": ..., "epoch": 3}}.
+
+    Args:
+        key: of the state dict in a .pt file, say "checkpoint.model". None takes the only one that may be meant.
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
@@ -39,33 +45,50 @@ def read_state(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[L
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise CheckpointError(
-                f"{str(path)!r} should hold a state dict. Found pickled Python objects, which are not loaded because "
-                "that runs code: save model.state_dict() instead."
+                f"{str(path)!r} should hold a state dict. Found pickled Python objects{_global(str(error))}, which are "
+                "not loaded because that runs code: save model.state_dict() instead."
             ) from error
         raise CheckpointError(f"{str(path)!r} should be a whole file of torch.save's. Found a damaged one.") from error
-    state = _state_dict(loaded, str(path))
+    state = _state_dict(loaded, str(path), key)
     for name, value in state.items():
         if value.layout != torch.strided:
             raise CheckpointError(f"Tensor {name!r} of {str(path)!r} should be dense. Found {value.layout}.")
     return state, ()
 
 
-def _state_dict(loaded: Any, path: str) -> dict[str, Tensor]:
-    """The state dict that a loaded file is, or has under one of its keys."""
+def _global(problem: str) -> str:
+    """The name of the object that torch did not load."""
+    found = re.search(r"GLOBAL ([\w.]+)", problem)
+    return f" ({found[1]})" if found else ""
+
+
+def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
+    """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
-    inner = [value for value in loaded.values() if isinstance(value, Mapping) and value and _tensors(value) == value]
-    if len(inner) == 1:
-        return dict(inner[0])
-    tensors = _tensors(loaded)
-    if inner or not tensors:
-        keys = ", ".join(repr(key) for key in loaded)
-        raise CheckpointError(f"{path!r} should hold one state dict. Found {len(inner)} under the keys {keys}.")
-    lost = [key for key in loaded if isinstance(key, str) and key.endswith("_extra_state") and key not in tensors]
-    if lost:
-        raise CheckpointError(f"{path!r} should hold tensors only. Found {', '.join(lost)}, which would be lost.")
-    return tensors
+    states = dict(_states(loaded, ""))
+    likely = [name for name, state in states.items() if any(value.dim() == 3 for value in state.values())]
+    names = [name for name in states if name == key] if key is not None else likely or list(states)
+    if len(names) != 1:
+        listed = ", ".join(f"{name or '(top)'!r} ({len(state)} tensors)" for name, state in states.items())
+        what = "one state dict" if key is None else f"a state dict under {key!r}"
+        choose = ": choose one by --key" if len(states) > 1 else ""
+        found = listed or f"none under the keys {', '.join(map(repr, loaded))}"
+        raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
+    return states[names[0]]
 
 
-def _tensors(values: Mapping[Any, Any]) -> dict[str, Tensor]:
-    return {key: value for key, value in values.items() if isinstance(key, str) and isinstance(value, Tensor)}
+def _states(values: Mapping[Any, Any], name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All dicts of tensors in nested dicts of a file, by their keys joined with dots; "" is the file itself."""
+    named = {key: value for key, value in values.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+    lost = [key for key, value in named.items() if key.endswith("_extra_state") and key not in tensors and value]
+    if tensors and lost:
+        raise CheckpointError(
+            f"{name or 'The file'!r} should hold tensors. Found {', '.join(lost)}, which would be lost."
+        )
+    if tensors:
+        yield name, tensors
+    for key, value in named.items():
+        if isinstance(value, Mapping):
+            yield from _states(value, f"{name}.{key}" if name else key)

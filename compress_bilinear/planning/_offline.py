@@ -179,6 +179,7 @@ def compare_files(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     calibration: str | os.PathLike[str] | None = None,
+    key: str | None = None,
 ) -> Report:
     """The report on a compressed file against the original checkpoint, measured here and now.
 
@@ -187,10 +188,11 @@ def compare_files(
         device: where to measure.
         dtype: what the original is converted to first; None leaves it as it is stored.
         calibration: a file of rows to measure output errors on; None measures none.
+        key: of the state dict in the original; see `read_state`.
 
     Raises: CheckpointError where a file cannot be read, or the original lacks a layer or has it otherwise.
     """
-    before, _ = read_state(original)
+    before, _ = read_state(original, key)
     before = before if dtype is None else _cast(before, dtype)
     after, descriptions = read_state(compressed)
     if not descriptions:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from .._base import CompressedBilinear
 
 Arguments: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
@@ -26,6 +27,8 @@ class Adapter:
             `CompressedBilinear`) in place of the weight.
         to_bias: from the module to its bias (O,), or None without one.
         example: from the module to arguments of a call, to verify and time it without calibration data; or None.
+        kind: the class that it is registered for, by which it is pickled: functions may be lambdas. None of a form that
+            is recognised by structure.
     """
 
     name: str
@@ -33,6 +36,23 @@ class Adapter:
     call: Callable[..., Any]
     to_bias: Callable[[Any], Tensor | None] | None = None
     example: Callable[[Any], Any] | None = None
+    kind: type[nn.Module] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return super().__reduce_ex__(protocol) if self.kind is None else (_registered, (self.kind,))
+
+
+REGISTERED: dict[type[nn.Module], Adapter] = {}
+"""The adapters that users registered, by their class."""
+
+
+def _registered(kind: type[nn.Module]) -> Adapter:
+    if kind not in REGISTERED:
+        raise ConfigError(f"{kind.__name__} should be registered by `register_adapter` before it is unpickled.")
+    return REGISTERED[kind]
 
 
 class AdaptedBilinear(nn.Module):

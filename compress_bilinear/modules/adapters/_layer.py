@@ -121,6 +121,12 @@ class AdaptedLayer:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
         return layer.train(self.module.training)
 
+    def reads_as_stored(self) -> bool:
+        """Whether the weight is one parameter as it is: another program may have taken it for an `nn.Bilinear`'s."""
+        weight, stored = self.adapter.to_weight(self.module), self.module.get_parameter(self.weights[0])
+        same = weight.shape == stored.shape and weight.stride() == stored.stride()
+        return len(self.weights) == 1 and same and weight.data_ptr() == stored.data_ptr()
+
     def reason_against(self) -> str | None:
         """Why the adapter cannot stand for a module of this class and place, or None; see also `verify`."""
         if hasattr(self.module, COMPRESSED):

@@ -9,12 +9,11 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import ConfigError
 from .._base import CompressedBilinear
-from ._adapter import AdaptedBilinear, Adapter
+from ._adapter import REGISTERED, AdaptedBilinear, Adapter
 from ._layer import AdaptedLayer
 from ._recognition import recognise
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_REGISTERED: dict[type[nn.Module], Adapter] = {}
 
 
 def register_adapter(
@@ -53,7 +52,7 @@ def register_adapter(
     for what, value in ({"to_weight": to_weight, "call": call} | optional).items():
         if not callable(value) and (value is not None or what not in optional):
             raise ConfigError(f"`{what}` should be a function. Found {value!r}.")
-    _REGISTERED[kind] = Adapter(kind.__name__, to_weight, call, to_bias, example)
+    REGISTERED[kind] = Adapter(kind.__name__, to_weight, call, to_bias, example, kind)
 
 
 _OURS = (CompressedBilinear, AdaptedBilinear)
@@ -67,7 +66,7 @@ def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
     if isinstance(module, _OURS):
         return None
     kind = type(module).__mro__[1] if is_parametrized(module) else type(module)
-    adapter = _REGISTERED.get(kind)
+    adapter = REGISTERED.get(kind)
     if adapter is None:
         form = recognise(module)
         adapter = None if form is None else form.adapter()

@@ -28,12 +28,29 @@ def same(state, expected) -> bool:
         lambda state: {"model": state, "epoch": 3, "args": {"lr": 0.1}},
         lambda state: {"epoch": torch.tensor(3), "state_dict": state},
         lambda state: {"optimizer": {"state": {}, "groups": []}, "net": state},
+        lambda state: {"optimizer": {"state": {0: {"exp_avg": torch.ones(3, 2, 2)}}}, "net": state},
+        lambda state: {"net": state, "normalizer": {"mean": torch.zeros(3), "std": torch.ones(3)}},
+        lambda state: {"net": {**state, "_extra_state": None, "version": 2}, "normalizer": {"mean": torch.zeros(3)}},
+        lambda state: {"checkpoint": {"epoch": 2, "model": state}},
+        lambda state: {**state, "config": {"lr": 0.1}, "_extra_state": None},
     ],
-    ids=["bare", "ordered", "under model", "beside numbers", "beside a tensor", "beside an optimizer"],
+    ids=[
+        *("bare", "ordered", "under model", "beside numbers", "beside a tensor", "beside an optimizer"),
+        *("beside moments", "beside other tensors", "with other entries", "nested", "beside a table"),
+    ],
 )
 def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(tmp_path, wrap):
     torch.save(wrap(STATE), tmp_path / "net.pt")
     assert same(read_state(tmp_path / "net.pt")[0], STATE)
+
+
+@pytest.mark.parametrize("key", ["ema", "run.model"])
+def test_of_several_states_a_key_chooses(tmp_path, key):
+    other = {name: value + 1 for name, value in STATE.items()}
+    torch.save({"ema": other, "run": {"model": STATE}}, tmp_path / "net.pt")
+    assert same(read_state(tmp_path / "net.pt", key)[0], {"ema": other, "run.model": STATE}[key])
+    with pytest.raises(CheckpointError, match=r"a state dict under 'run'. Found 'ema' .*, 'run.model'"):
+        read_state(tmp_path / "net.pt", "run")
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.bin", "net"])
@@ -50,14 +67,19 @@ def test_tensors_from_an_older_torch_format(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (nn.Linear(2, 2), "pickled Python objects, which are not loaded because that runs code"),
-        ({"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}}, "Found 2 under the keys 'a', 'b'"),
-        ({}, "should hold one state dict. Found 0"),
-        ({"epoch": 3}, "Found 0 under the keys 'epoch'"),
+        (nn.Linear(2, 2), r"pickled Python objects \(torch.nn.modules.linear.Linear\), which are not loaded"),
+        (
+            {"a": {"w": torch.ones(1)}, "b": {"c": {"w": torch.ones(1)}}},
+            r"Found 'a' \(1 tensors\), 'b.c' \(1 tensors\): choose one by --key",
+        ),
+        ({"a": STATE, "b": STATE}, r"Found 'a' \(3 tensors\), 'b' \(3 tensors\): choose one by --key"),
+        ({}, "should hold one state dict. Found none"),
+        ({"epoch": 3}, "Found none under the keys 'epoch'"),
+        ({"model": {**STATE, "norm._extra_state": {"scale": 2}}}, "Found norm._extra_state, which would be lost"),
         ([torch.ones(1)], "should hold a state dict. Found a list"),
         (torch.ones(1), "should hold a state dict. Found a Tensor"),
     ],
-    ids=["module", "two states", "empty", "no state", "list", "tensor"],
+    ids=["module", "two states", "two networks", "empty", "no state", "more than tensors", "list", "tensor"],
 )
 def test_what_is_no_state_is_refused(tmp_path, content, problem):
     torch.save(content, tmp_path / "net.pt")

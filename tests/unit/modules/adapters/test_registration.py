@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 import compress_bilinear as cb
 from compress_bilinear.modules import adapted_layer, find
+from compress_bilinear.modules.adapters import _adapter
 
 INT8 = cb.DenseConfig(quantize="int8")
 SCORER = {"scorer": INT8}
@@ -176,6 +177,24 @@ class TestAll:
         assert tuned.biaffine.compressed.quantize is None
         for one, other in zip(outputs(tuned), outputs(small), strict=True):
             torch.testing.assert_close(one, other)
+
+    def test_an_adapter_of_lambdas_is_pickled_by_its_class(self, tmp_path, monkeypatch):
+        cb.register_adapter(
+            Scorer,
+            to_weight=lambda module: scorer_weight(module),
+            call=lambda module, layer, *args, **options: scorer_call(module, layer, *args, **options),
+            example=lambda module: scorer_example(module),
+        )
+        torch.manual_seed(0)
+        small, _ = cb.compress(nn.ModuleDict({"scorer": Scorer().eval()}), INT8, force=True, **FAST)
+        assert type(small["scorer"]) is not Scorer
+        torch.save(small, tmp_path / "whole.pt")
+        loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+        for other in (loaded, copy.deepcopy(small)):
+            assert torch.equal(outputs(other["scorer"]), outputs(small["scorer"]))
+        monkeypatch.delitem(_adapter.REGISTERED, Scorer)
+        with pytest.raises(cb.CompressionError, match="Scorer should be registered by `register_adapter`"):
+            torch.load(tmp_path / "whole.pt", weights_only=False)
 
     def test_shared_modules_stay_shared(self, tmp_path):
         def build():

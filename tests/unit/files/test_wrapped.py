@@ -1,0 +1,112 @@
+"""A file and a network fit each other whatever wraps one of them."""
+
+import pytest
+import torch
+from support import assert_same_state
+from torch import nn
+from torch.nn.parallel import DataParallel
+
+import compress_bilinear as cb
+from compress_bilinear.errors import CheckpointError
+from compress_bilinear.files import write_container
+from compress_bilinear.planning import choose_weights, compress_state
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pair = nn.ModuleDict({"rel": nn.Bilinear(7, 6, 5)})
+        self.register_buffer("scale", torch.ones(3))
+
+    def forward(self, x, y):
+        return self.pair["rel"](x, y)
+
+
+class Holder(nn.Module):
+    def __init__(self, name, inner):
+        super().__init__()
+        self.add_module(name, inner)
+
+    def forward(self, *args):
+        return next(self.children())(*args)
+
+
+WRAPPERS = {
+    "none": lambda net: net,
+    "module": lambda net: Holder("module", net),
+    "_orig_mod": lambda net: Holder("_orig_mod", net),
+    "two": lambda net: Holder("model", Holder("net", net)),
+}
+
+
+def compressed(net):
+    config = cb.CPConfig(rank=3, quantize="int8")
+    return cb.compress(net, config, force=True, progress=False, measure_latency=False)[0]
+
+
+@pytest.mark.parametrize("there", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("here", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapper_on_one_side_is_no_difference(there, here, tmp_path):
+    small = compressed(Net())
+    cb.save(there(small), tmp_path / "net.safetensors")
+    if there is not WRAPPERS["none"] and here is not WRAPPERS["none"] and there is not here:
+        return  # two wrappers that differ are two networks
+    loaded = cb.load(tmp_path / "net.safetensors", here(Net()))
+    assert_same_state(loaded, here(small).state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrap", [DataParallel, torch.compile, lambda net: torch.compile(DataParallel(net))])
+def test_wrapped_networks_are_saved_without_the_wrapper(wrap, tmp_path):
+    small = compressed(Net())
+    cb.save(wrap(small), tmp_path / "net.safetensors")
+    assert_same_state(cb.load(tmp_path / "net.safetensors", Net()), small.state_dict())
+
+
+def test_another_network_is_refused_as_before(tmp_path):
+    cb.save(compressed(Holder("module", Net())), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"Layer 'module.pair.rel' should be an nn.Bilinear"):
+        cb.load(tmp_path / "net.safetensors", nn.ModuleDict({"other": nn.Bilinear(7, 6, 5)}))
+
+
+class Biaffine(nn.Module):
+    """Its weight is a three-dimensional parameter named weight, as an nn.Bilinear's."""
+
+    def __init__(self, equation="bxi,oij,byj->boxy", shape=(5, 7, 7)):
+        super().__init__()
+        self.equation, self.weight = equation, nn.Parameter(torch.randn(shape))
+
+    def forward(self, x, y):
+        x, y = (torch.cat([value, torch.ones_like(value[..., :1])], -1) for value in (x, y))
+        return torch.einsum(self.equation, x, self.weight, y)
+
+
+def by_the_state_alone(net, path):
+    state = net.state_dict()
+    config = cb.DenseConfig(quantize="int8")
+    _, new, described = compress_state(
+        state, choose_weights(state, ["*"]), config, measure_latency=False, progress=False
+    )
+    write_container(new, described, path)
+
+
+def test_a_weight_of_a_known_form_that_was_taken_for_a_bilinear_loads(tmp_path):
+    net = nn.ModuleDict({"label": Biaffine()})
+    by_the_state_alone(net, tmp_path / "net.safetensors")
+    loaded = cb.load(tmp_path / "net.safetensors", nn.ModuleDict({"label": Biaffine()}))
+    x, y = torch.randn(2, 3, 6), torch.randn(2, 4, 6)
+    with torch.no_grad():
+        expected = net["label"](x, y)
+        assert float((loaded["label"](x, y) - expected).norm()) < 0.02 * float(expected.norm())
+    cb.save(loaded, tmp_path / "again.safetensors")
+    again = cb.load(tmp_path / "again.safetensors", nn.ModuleDict({"label": Biaffine()}))
+    assert torch.equal(again["label"](x, y), loaded["label"](x, y))
+
+
+def test_one_whose_axes_have_another_order_is_refused(tmp_path):
+    def net():
+        return nn.ModuleDict({"label": Biaffine("bxi,ijo,byj->boxy", (7, 7, 5))})
+
+    by_the_state_alone(net(), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match=r"should be an nn.Bilinear of a freshly built original network"):
+        cb.load(tmp_path / "net.safetensors", net())
