@@ -118,17 +118,21 @@ def find_compressed(model: nn.Module) -> dict[str, CompressedBilinear]:
     return found
 
 
-def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple[FoundLayer, Config]]:
+def select(model: nn.Module, configs: Mapping[str, Config | None]) -> tuple[list[tuple[FoundLayer, Config]], list[str]]:
     """The layers that a glob of `configs` matches, each with the config of the first that does; None leaves it out.
+
+    Returns: also sentences on other modules that may hold a bilinear weight.
 
     Raises: MatchError where a glob matches nothing, is hidden by others, or all of them together leave nothing.
     """
     found = find(model)
+    unknown = unknown_forms(model, [layer.module for layer in found])
+    also = "".join(f" {sentence}" for sentence in unknown)
     if not found:
         compressed = ", ".join(name or "(root)" for name in find_compressed(model))
         hint = f" These are compressed already: {compressed}." if compressed else ""
         required = f"The model should contain an nn.Bilinear. Found none in {type(model).__name__}."
-        raise MatchError(required + hint + unknown_forms(model))
+        raise MatchError(required + hint + also)
     for module in model.modules():
         if isinstance(module, (DataParallel, DistributedDataParallel)):
             raise CompressionError(
@@ -140,12 +144,12 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> list[tuple
         matched = [layer for layer in found if layer.matches(glob)]
         if not matched:
             required = f"`config` pattern {glob!r} should match an nn.Bilinear. Found: {_listing(found)}."
-            raise MatchError(required + unknown_forms(model))
+            raise MatchError(required + also)
         _check_order(glob, [first.setdefault(layer, glob) for layer in matched], configs)
     chosen = [(layer, config) for layer in found if layer in first and (config := configs[first[layer]]) is not None]
     if not chosen:
         raise MatchError(f"`config` should be for at least one nn.Bilinear. Found: {_listing(found)}.")
-    return chosen
+    return chosen, unknown
 
 
 def _check_order(glob: str, holding: Sequence[str], configs: Mapping[str, Config | None]) -> None:
@@ -301,9 +305,12 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
 
     A failure half way puts back what there was.
     """
+    modules = {
+        id(each): each for tree in (model, *new.values()) for each in tree.modules()
+    }  # some hold others of these
     places = [
         (parent, key, child)
-        for parent in model.modules()
+        for parent in modules.values()
         for key, child in parent._modules.items()
         if child is not None and id(child) in new
     ]

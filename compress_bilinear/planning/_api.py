@@ -50,13 +50,20 @@ class Plan(Generic[_Model]):
         options: PlanOptions,
         undecided: Sequence[Job],  # before anything is chosen
         searches: Mapping[Job, Search],  # of those with an `AutoConfig`
+        unknown: tuple[str, ...],  # sentences of `find_jobs`
         first: list[Any],  # batch of the calibration
         batches: list[Any],
     ) -> None:
         """Nothing is chosen yet: see `_decided`."""
         self.model = model
         self._configs, self._options = configs, options
-        self._undecided, self._searches, self._first, self._batches = undecided, searches, first, batches
+        self._undecided, self._searches, self._unknown, self._first, self._batches = (
+            undecided,
+            searches,
+            unknown,
+            first,
+            batches,
+        )
         self._jobs: Sequence[Job] = ()
 
     @property
@@ -147,7 +154,9 @@ class Plan(Generic[_Model]):
                     f"has those of the {'output' if search.fitting.on_output else 'weight'}: plan again."
                 )
         options: PlanOptions = {**self._options, "max_seconds": max_seconds}
-        other = Plan(self.model, configs, options, tuple(jobs.values()), searches, self._first, self._batches)
+        other = Plan(
+            self.model, configs, options, tuple(jobs.values()), searches, self._unknown, self._first, self._batches
+        )
         whole = Budget(max_seconds)
         with ProgressBars(options["progress"]) as bars:
             times = Times.of(whole, other._undecided, options)
@@ -169,7 +178,7 @@ class Plan(Generic[_Model]):
                 distil_all(model, jobs, self._batches, options, times, bars)
         for job in (*jobs, *(job for job in self._undecided if job not in self._searches)):
             job.release()
-        self.report = _report(model, jobs, plain(self._configs, not_default(options)), bars.seconds)
+        self.report = _report(model, jobs, self._unknown, plain(self._configs, not_default(options)), bars.seconds)
         self._jobs = jobs
         return self
 
@@ -207,7 +216,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")
     _check_metric(configs.values(), given["evaluate"])
     whole = Budget(given["max_seconds"])
-    jobs = find_jobs(model, configs, calibrated=given["calibration"] is not None)
+    jobs, unknown = find_jobs(model, configs, calibrated=given["calibration"] is not None)
     with ProgressBars(given["progress"]) as bars:
         with bars.stage("calibrate"):
             first, batches = calibrate(model, jobs, given, bars)
@@ -215,7 +224,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
         with bars.stage("fit"):
             searches = fit_all(jobs, given, times.solving, bars)
         given["calibration"] = None  # a plan should not hold a data set
-        return Plan(model, configs, given, jobs, searches, first, batches)._decided(times, bars)
+        return Plan(model, configs, given, jobs, searches, unknown, first, batches)._decided(times, bars)
 
 
 def compress(
@@ -243,7 +252,13 @@ def _check_metric(configs: Iterable[Config | None], evaluate: Evaluate | None) -
         )
 
 
-def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any], seconds: Mapping[str, float]) -> Report:
+def _report(
+    model: nn.Module,
+    jobs: Sequence[Job],
+    unknown: tuple[str, ...],
+    config: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> Report:
     layers = tuple(job.report for job in jobs if job.report is not None)
     before = stored_bytes(model)
     first = next((job.layer.weight for job in jobs if job.chosen is not None), None)
@@ -257,4 +272,5 @@ def _report(model: nn.Module, jobs: Sequence[Job], config: Mapping[str, Any], se
         ),
         config=config,
         seconds=seconds,
+        unknown=unknown,
     )

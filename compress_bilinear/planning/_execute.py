@@ -104,7 +104,9 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
         )
     memo: dict[int, Any] = {}
     try:
-        for job in replaced:
+        for job in sorted(
+            replaced, key=lambda job: -max(name.count(".") for name in job.found.names)
+        ):  # inner ones first
             # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
             # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
             bias = copy.deepcopy(job.layer.bias, memo)

@@ -42,14 +42,19 @@ _PREDICT = 0.3  # of the time for an `AutoConfig`
 _MOST_JUDGING = 0.25  # of the time
 
 
-def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool) -> list[Job]:
+def find_jobs(
+    model: nn.Module, configs: Mapping[str, Config | None], calibrated: bool
+) -> tuple[list[Job], tuple[str, ...]]:
     """A job for each layer that a config is meant for, with the reason against it, if any.
+
+    Returns: also sentences on other modules that may hold a bilinear weight.
 
     Raises: MatchError where a pattern matches nothing; ConfigError where a limit on outputs has no calibration.
     """
     owners = parameter_owners(model)
     jobs = []
-    for found, config in select(model, configs):
+    selected, unknown = select(model, configs)
+    for found, config in selected:
         reason = reason_against(found, owners)
         bias = found.layer.bias
         job = Job(found=found, config=config, calibrated=calibrated)
@@ -58,7 +63,7 @@ def find_jobs(model: nn.Module, configs: Mapping[str, Config | None], calibrated
         if job.limit is not None and job.limit.on == "output" and not calibrated:
             raise ConfigError(f"{job.limit} needs `calibration`: inputs whose outputs can be compared. Found none.")
         jobs.append(job)
-    return jobs
+    return jobs, tuple(unknown)
 
 
 def calibrate(

@@ -217,6 +217,7 @@ class ReportData:
     metric_after: float | None = None
     seconds: Mapping[str, Amount] = field(default_factory=dict, compare=False)
     config: Mapping[str, Any] = field(default_factory=dict)
+    unknown: tuple[str, ...] = ()
 
     __pydantic_config__ = STRICT
 

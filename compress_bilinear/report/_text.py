@@ -122,6 +122,7 @@ def notes(report: ReportData) -> list[str]:
             lines.append(f"{layer.label}: is a {layer.form}, whose own forward was measured as the layer before")
     for layer in report.layers:
         lines += [f"{layer.label}: {line}" for line in (*_storage(layer), *_runners_up(layer))]
+    lines += [f"Not looked at: {sentence}" for sentence in report.unknown]
     if report.metric_before is not None and report.metric_after is not None:
         lines.append(f"Your metric: {report.metric_before:.4f} before, {report.metric_after:.4f} after")
     lines.append(f"Whole model: {size_change(report.model_bytes_before, report.model_bytes_after)}")

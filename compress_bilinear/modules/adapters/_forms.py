@@ -10,7 +10,7 @@ from ...errors import InputError
 from .._base import CompressedBilinear
 from ._adapter import Adapter
 
-Mode: TypeAlias = Literal["rows", "pairs", "blocks"]
+Mode: TypeAlias = Literal["rows", "pairs", "blocks", "index"]
 Leading: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """The leading dimensions of the two inputs."""
 
@@ -23,14 +23,17 @@ class Form:
 
     Attributes:
         parameter: the weight's name in the module; `bias` that of the bias (O,), or None.
-        axes: which letter each axis of the stored weight is, say "oij"; "o(kij)" for an `nn.Linear` on blocks.
+        axes: which letter each axis of the stored weight is, say "oij"; "ij" for a single output, "o(kij)" for an
+            `nn.Linear` on blocks, "(oj)i" for one whose outputs are multiplied by the second input.
         sizes: (I, J) of the whole inputs, ones included.
         ones: whether a 1 is appended to each input.
-        mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks.
+        mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks; "index"
+            by the second input's number instead of a row.
         blocks: K.
         output: the order of the output's last axes: "o" for rows and blocks, say "oxy" for pairs. Without an o if that
             axis has size 1 and is squeezed away ("1" if nothing is left).
         dims: the numbers of dimensions of an input at which the form holds. They are no part of the name.
+        factor: of the whole output.
     """
 
     parameter: str
@@ -42,13 +45,15 @@ class Form:
     blocks: int = 1
     output: str = "o"
     dims: tuple[int, ...] = (1, 2, 3)
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
         """The adapter's name in a file: the same for a form at all sizes."""
         ones = "".join(f", 1 last in input{k}" for k, one in enumerate(self.ones, 1) if one)
         blocks = f" of {self.sizes[1]}" if self.mode == "blocks" else ""
-        return f"{self.mode}{blocks} {self.axes} -> {self.output}{ones}"
+        factor = "" if self.factor == 1 else f", times {self.factor:.12g}"
+        return f"{self.mode}{blocks} {self.axes} -> {self.output}{ones}{factor}"
 
     @property
     def input_sizes(self) -> tuple[int, int]:
@@ -63,28 +68,38 @@ class Form:
         generator = torch.Generator().manual_seed(0)
         shapes = (*leading1, self.input_sizes[0]), (*leading2, self.input_sizes[1])
         input1, input2 = (torch.randn(shape, generator=generator, dtype=dtype, device="cpu") for shape in shapes)
+        if self.mode == "index":
+            input2 = torch.randint(self.sizes[1], leading2, generator=generator, device="cpu")
         return input1, input2
 
     def adapter(self) -> Adapter:
         return Adapter(self.name, self.to_weight, self.call, self.to_bias if self.bias else None, self.example)
 
     def to_weight(self, module: nn.Module) -> Tensor:
-        """(O, I, J), a view."""
-        stored = module.get_parameter(self.parameter)
+        """(O, I, J), a view but for the factor."""
+        stored: Tensor = module.get_parameter(self.parameter)
+        axes = self.axes
         if self.mode == "blocks":
-            return stored.unflatten(1, (-1, self.sizes[1]))
-        return stored.permute(*(self.axes.index(letter) for letter in "oij"))
+            stored, axes = stored.unflatten(1, (-1, self.sizes[1])), "oij"
+        elif "(" in axes:
+            axes = axes.replace("(", "").replace(")", "")
+            stored = stored.unflatten(0, (self.sizes[1], -1) if axes[0] == "j" else (-1, self.sizes[1]))
+        elif "o" not in axes:
+            stored, axes = stored.unsqueeze(0), f"o{axes}"
+        weight = stored.permute(*(axes.index(letter) for letter in "oij"))
+        return weight if self.factor == 1 else weight * self.factor
 
     def to_bias(self, module: nn.Module) -> Tensor | None:
         """(O,)."""
-        return None if self.bias is None else module.get_parameter(self.bias)
+        bias = None if self.bias is None else module.get_parameter(self.bias)
+        return bias if bias is None or self.factor == 1 else bias * self.factor
 
     def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:
         """What the module's forward does, with `layer` in place of the weight.
 
         Raises: InputError for inputs of other numbers of dimensions than were compared.
         """
-        if not {input1.dim(), input2.dim()} <= set(self.dims):
+        if not {input1.dim(), input2.dim() + (self.mode == "index")} <= set(self.dims):
             dims = " or ".join(map(str, self.dims))
             raise InputError(
                 f"The inputs should have {dims} dimensions, as this form was recognised by. "
@@ -105,6 +120,8 @@ class Form:
                 output = layer.blockwise(input1.unflatten(-1, shape), input2.unflatten(-1, shape))
             case "pairs":
                 output = layer.pairwise(input1, input2)
+            case "index":
+                output = layer.indexed(input1, input2)
         return arranged(output, self.output)
 
     def example(self, module: nn.Module) -> tuple[Tensor, Tensor]:

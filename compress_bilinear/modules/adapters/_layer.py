@@ -135,8 +135,8 @@ class AdaptedLayer:
             return f"a part that holds its weight is shared with {', '.join(self.elsewhere)}, which would keep it"
         inner = (nn.Bilinear, CompressedBilinear, AdaptedBilinear)
         for name, part in self.module.named_modules():
-            if isinstance(part, inner):
-                return f"it contains a bilinear layer itself, {name!r}: only one of the two can be replaced at a time"
+            if isinstance(part, inner) and any(weight.startswith(f"{name}.") for weight in self.weights):
+                return f"its weight is that of a bilinear layer in it, {name!r}: only one of the two can be replaced"
         return None
 
     @property

@@ -21,15 +21,16 @@ from .._dense import DenseBilinear
 from ._copies import copied, difference
 from ._forms import Form, Leading, arranged
 
-_MOST = 2**28  # elements of a weight above which no form is tried: 2 GB of random values
+_ROUNDING = 1e-12  # of a factor that is 1
+_MOST, _MOST_OF_MATRIX = 2**28, 2**22  # elements of a weight above which no form is tried: 2 GB of random values
 # Leading dimensions of the two inputs. A form has to hold at all that have a number of dimensions and that the module
 # takes: a module that squeezes sizes of 1 shows it there.
 _ROWS: tuple[Leading, ...] = tuple((size, size) for size in ((1,), (2, 1), (1, 3), (2, 3), (5,)))
-_PAIRS: tuple[Leading, ...] = (((1, 1), (1, 1)), ((3, 1), (3, 2)), ((1, 4), (1, 1)), ((2, 3), (2, 4)))
+_PAIRS: tuple[Leading, ...] = (((1, 1), (1, 1)), ((3, 1), (3, 2)), ((1, 4), (1, 1)), ((2, 3), (2, 4)), ((2, 3), (2, 3)))
 _ROW_OUTPUTS = ("o", "1")
 _PAIR_OUTPUTS = (*("".join(order) for order in permutations("xyo")), "xy", "yx")
 
-_Outputs = dict[tuple[tuple[int, int], Leading], Tensor | None]  # of the twin, by the sizes of its inputs
+_Outputs = dict[tuple[tuple[int, int], bool, Leading], Tensor | None]  # of the twin, by the sizes of its inputs
 
 
 def recognise(module: nn.Module) -> Form | None:
@@ -56,7 +57,7 @@ def recognise(module: nn.Module) -> Form | None:
 
 
 def _has_the_parameters(module: nn.Module) -> bool:
-    """Whether it stores what a form stores: a 3-dimensional weight and maybe a bias, or one `nn.Linear`."""
+    """Whether it stores what a form stores: a weight of 2 or 3 dimensions and maybe a bias, or one `nn.Linear`."""
     if type(module).__module__.partition(".")[0] == "torch" or list(module.buffers()):
         return False
     parameters = list(module.parameters())
@@ -66,7 +67,9 @@ def _has_the_parameters(module: nn.Module) -> bool:
     children = list(module.children())
     if children:
         return len(children) == 1 and type(children[0]) is nn.Linear and not own
-    return sorted(p.dim() for p in own) in ([3], [1, 3])
+    if any(p.dim() == 2 and p.numel() > _MOST_OF_MATRIX for p in own):  # a table of embeddings, say
+        return False
+    return sorted(p.dim() for p in own) in ([3], [1, 3], [2], [1, 2])
 
 
 def _takes_two_inputs(module: nn.Module) -> bool:
@@ -86,19 +89,25 @@ def _readings(twin: nn.Module) -> Iterator[Form]:
     named = dict(twin.named_parameters())
     weight, shape = next((name, value.shape) for name, value in named.items() if value.dim() > 1)
     bias = next((name for name, value in named.items() if value.dim() == 1), None)
-    if len(shape) == 2:
+    if "." in weight:  # that of an `nn.Linear`
         for size in range(1, math.isqrt(shape[1] - 1) + 1):
             if shape[1] % size**2 == 0:
                 sizes = (shape[1] // size, size)
                 yield Form(weight, bias, "o(kij)", sizes, mode="blocks", blocks=sizes[0] // size)
+        for size in range(1, shape[0] + 1) if bias is None else ():
+            if shape[0] % size == 0:
+                forms = [Form(weight, None, axes, (shape[1], size)) for axes in ("(oj)i", "(jo)i")]
+                yield from (replace(form, mode="pairs", output="xyo") for form in forms)
+                yield from forms
         return
-    for letters in permutations("oij"):
-        out, in1, in2 = (shape[letters.index(letter)] for letter in "oij")
+    for letters in permutations("oij" if len(shape) == 3 else "ij"):
+        out, in1, in2 = (shape[letters.index(letter)] if letter in letters else 1 for letter in "oij")
         if bias is None or len(named[bias]) == out:
             both = product((False, True), (False, True))
             forms = [Form(weight, bias, "".join(letters), (in1, in2), ones) for ones in both]
             yield from (replace(form, mode="pairs", output="xyo") for form in forms)
             yield from forms
+            yield from (replace(form, mode="index") for form in forms if not form.ones[1])
 
 
 def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]:
@@ -111,7 +120,7 @@ def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]
     layer, out = None, form.to_weight(twin).shape[0]
     compared: list[tuple[int, Tensor, Tensor | None]] = []  # dimensions, the twin's output, and the form's
     for leading in _leading(form):
-        key = form.input_sizes, leading
+        key = form.input_sizes, form.mode == "index", leading
         if key not in outputs:
             outputs[key] = _output(twin, *form.inputs(*leading, torch.float64))
         output, whole = outputs[key], None
@@ -124,20 +133,31 @@ def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]
     for order in _PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS:
         if layer is None or ("o" not in order and out > 1):
             continue
-        right, wrong = set[int](), set[int]()
-        for dims, output, whole in compared:
-            same = whole is not None and difference(output, arranged(whole, order)) is None
+        right, wrong, factor = set[int](), set[int](), 1.0
+        for dims, output, whole in reversed(compared):  # the larger ones first
+            found = None if whole is None else arranged(whole, order)
+            if found is not None and not right and found.shape == output.shape:
+                factor = _factor(output, found)
+            same = found is not None and difference(output, factor * found) is None
             (right if same else wrong).add(dims)
-        ordered = replace(form, output=order, dims=tuple(sorted(right - wrong)))
-        if ordered.dims and _holds_otherwise(ordered, twin, layer):
+        ordered = replace(form, output=order, dims=tuple(sorted(right - wrong)), factor=factor)
+        if ordered.dims and _holds_otherwise(ordered, twin):
             yield ordered
 
 
-def _holds_otherwise(form: Form, twin: nn.Module, layer: DenseBilinear) -> bool:
+def _factor(output: Tensor, found: Tensor) -> float:
+    """What times the second tensor is nearest to the first; 1 where it is nearly that."""
+    factor = float((output * found).sum() / found.square().sum())
+    return factor if math.isfinite(factor) and factor and abs(factor - 1) > _ROUNDING else 1.0
+
+
+def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     """Whether a form that holds in eval mode for values of magnitude 1 also holds at others, and in training mode."""
+    layer = DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
     leading = next(each for each in reversed(_leading(form)) if len(each[0]) + 1 in form.dims)
     for magnitude, training in ((1e-3, False), (1e3, False), (1.0, True)):
-        input1, input2 = (magnitude * value for value in form.inputs(*leading, torch.float64))
+        first, second = form.inputs(*leading, torch.float64)
+        input1, input2 = (magnitude * first, second if form.mode == "index" else magnitude * second)
         output = _output(twin.train(training), input1, input2)
         twin.eval()
         if output is None or difference(output, form.call(twin, layer, input1, input2)) is not None:

@@ -1,6 +1,6 @@
 """The adapters that users register, and the adapter of a module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -73,17 +73,19 @@ def adapted_layer(module: nn.Module) -> AdaptedLayer | None:
     return None if adapter is None else AdaptedLayer(module, adapter)
 
 
-def unknown_forms(model: nn.Module) -> str:
-    """For each module with a 3-dimensional parameter that no adapter knows, a sentence that says so."""
-    sentences = ""
+def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
+    """A sentence for each module with a 3-dimensional parameter that is none of those which are known."""
+    inside = {id(part) for each in known for part in each.modules()}
+    sentences = []
     for name, module in model.named_modules():
         if isinstance(module, (nn.Bilinear, *_OURS)) or type(module).__module__.partition(".")[0] == "torch":
             continue
         own = {key: value for key, value in module._parameters.items() if value is not None and not is_lazy(value)}
-        cubes = [key for key, value in own.items() if value.dim() == 3]
-        if cubes and adapted_layer(module) is None:
-            sentences += (
-                f" {name or '(root)'} ({type(module).__name__}) has a three-dimensional `{cubes[0]}`, but its forward "
-                "is no form that is known by structure: see register_adapter."
+        cubes = [key for key, value in own.items() if value.dim() == 3 and value.is_floating_point()]
+        if cubes and id(module) not in inside:
+            kind, shape = type(module).__name__, "x".join(map(str, own[cubes[0]].shape))
+            sentences.append(
+                f"{name or '(root)'} ({kind}) has a three-dimensional `{cubes[0]}` ({shape}), but its forward is no "
+                f"form that is known by structure: see register_adapter({kind}, to_weight=..., call=...)."
             )
     return sentences

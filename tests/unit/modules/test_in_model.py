@@ -25,7 +25,7 @@ def network() -> nn.Module:
 
 
 def chosen(configs=None, model=None) -> dict[str, object]:
-    return {found.label: config for found, config in select(model or network(), configs or {"*": CP})}
+    return {found.label: config for found, config in select(model or network(), configs or {"*": CP})[0]}
 
 
 class TestFind:

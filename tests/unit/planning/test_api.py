@@ -15,6 +15,7 @@ from compress_bilinear.decomposition import Budget
 from compress_bilinear.decomposition._als import Sweeper
 from compress_bilinear.errors import CompressionError, ConfigError, MatchError, StalePlanError
 from compress_bilinear.fitting import Latency, Timing, stored_bytes
+from compress_bilinear.modules.adapters._adapter import REGISTERED
 from compress_bilinear.planning import _execute, _planner, _verdict
 
 IN1, IN2, OUT = 12, 10, 8
@@ -798,3 +799,30 @@ class TestEvaluating:
 def test_what_runs_batches_needs_calibration(net, option):
     with pytest.raises(ConfigError, match=f"`{option}` needs `calibration`"):
         run(cb.plan, net, TUCKER, **{option: "network" if option == "refine" else lambda m, b: m(*b)})
+
+
+class Unknown(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cubes = nn.Parameter(torch.randn(4, 6, 5))
+
+    def forward(self, x, y):
+        return torch.einsum("ni,oij,nj->no", x, self.cubes, y).tanh()
+
+
+def test_what_may_be_bilinear_is_named_beside_what_was_found():
+    net = nn.ModuleDict({"known": bilinear(6, 5, 4), "big": Unknown(), "also": nn.Conv1d(3, 3, 3)})
+    planned = cb.plan(net, cb.DenseConfig(quantize="int8"), progress=False, measure_latency=False)
+    told = planned.report.unknown
+    assert len(told) == 1
+    assert told[0].startswith("big (Unknown) has a three-dimensional `cubes` (4x6x5)")
+    assert "register_adapter(Unknown, to_weight=..., call=...)" in told[0]
+    assert "Not looked at: big" in planned.report.to_markdown()
+    assert "Not looked at: big (Unknown)" in str(planned)
+    assert cb.Report.from_json(planned.report.to_json()).unknown == told
+    assert planned.apply()[1].unknown == told
+    cb.register_adapter(Unknown, to_weight=lambda m: m.cubes, call=lambda m, layer, x, y: layer(x, y).tanh())
+    try:
+        assert cb.plan(net, {"known": None, "*": TUCKER}, progress=False, measure_latency=False).report.unknown == ()
+    finally:
+        REGISTERED.pop(Unknown)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from support import bilinear, low_rank
-from torch import nn
+from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.fitting import Latency, Timing, stored_bytes
@@ -32,13 +32,17 @@ FIELDS = {
 }  # fmt: skip
 
 
+class Network(nn.ModuleDict):
+    def forward(self, x1: Tensor, x2: Tensor) -> Tensor:
+        return self["up_a"](x1, x2) + self["b"](x1, x2)
+
+
 def network() -> nn.Module:
-    model = nn.ModuleDict({"up_a": bilinear(9, 8, 7), "b": bilinear(9, 8, 7, seed=1), "c|d": bilinear(2, 2, 1)})
+    model = Network({"up_a": bilinear(9, 8, 7), "b": bilinear(9, 8, 7, seed=1), "c|d": bilinear(2, 2, 1)})
     model["again"] = model["b"]
     with torch.no_grad():
         for name in ("up_a", "b"):
             model[name].weight.copy_(low_rank((7, 9, 8), 2, noise=0.1))
-    model.forward = lambda x1, x2: model["up_a"](x1, x2) + model["b"](x1, x2)
     return model
 
 

@@ -112,3 +112,97 @@ def test_inputs_of_dimensions_that_were_not_compared_are_an_error():
     replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()))
     with pytest.raises(InputError, match=r"should have 2 dimensions.* Found \(2, 1, 12\)"):
         replaced(torch.randn(2, 1, 12), torch.randn(2, 1, 12))
+
+
+class Formula(nn.Module):
+    """An einsum of two inputs and a weight, times a factor."""
+
+    def __init__(self, equation, *shape, factor=1.0, bias=None, equal=False):
+        super().__init__()
+        self.equation, self.factor, self.equal = equation, factor, equal
+        self.table = nn.Parameter(torch.randn(shape))
+        self.register_parameter("offset", None if bias is None else nn.Parameter(torch.randn(bias)))
+
+    def forward(self, x, y):
+        assert not self.equal or x.shape[:-1] == y.shape[:-1]
+        output = torch.einsum(self.equation, x, self.table, y)
+        return (output if self.offset is None else output + self.offset) * self.factor
+
+
+class LinearFirst(nn.Module):
+    """A linear layer of O·J outputs, which are multiplied by the second input."""
+
+    def __init__(self, equation, sizes, bias=False):
+        super().__init__()
+        self.equation, self.sizes = equation, sizes
+        self.linear = nn.Linear(6, sizes[0] * sizes[1], bias=bias)
+
+    def forward(self, x, y):
+        return torch.einsum(self.equation, self.linear(x).unflatten(-1, self.sizes), y)
+
+
+class ByNumber(nn.Module):
+    """A matrix chosen by a number."""
+
+    def __init__(self, *shape, turned=False, bias=None):
+        super().__init__()
+        self.matrices, self.turned = nn.Parameter(torch.randn(shape)), turned
+        self.register_parameter("offset", None if bias is None else nn.Parameter(torch.randn(bias)))
+
+    def forward(self, x, k):
+        matrix = self.matrices[k].mT if self.turned else self.matrices[k]
+        output = (x.unsqueeze(-2) @ matrix).squeeze(-2)
+        return output if self.offset is None else output + self.offset
+
+
+def two(*leading, sizes=(6, 5)):
+    return tuple(torch.randn(*leading, size) for size in sizes)
+
+
+OTHERS = {
+    "scaled pairs": (Formula("bxi,oij,byj->boxy", 4, 6, 5, factor=0.25), two(2, 3)),
+    "scaled rows": (Formula("ni,ijo,nj->no", 6, 5, 4, factor=6**-0.5), two(7)),
+    "scaled with a bias": (Formula("ni,oij,nj->no", 4, 6, 5, factor=-3.0, bias=4), two(7)),
+    "equal lengths": (Formula("bxi,oij,byj->bxyo", 4, 6, 5, equal=True), (torch.randn(2, 3, 6), torch.randn(2, 3, 5))),
+    "equal sizes and lengths": (Formula("bxi,oij,byj->byxo", 4, 5, 5, equal=True), two(2, 3, sizes=(5, 5))),
+    "a matrix, pairs": (Formula("bxi,ij,byj->bxy", 6, 5), two(2, 3)),
+    "a matrix, pairs turned": (Formula("bxi,ji,byj->byx", 5, 6), two(2, 3)),
+    "a matrix, rows": (Formula("ni,ij,nj->n", 6, 5), two(7)),
+    "a matrix with a bias": (Formula("bxi,ij,byj->bxy", 6, 5, bias=1), two(2, 3)),
+    "linear first, pairs": (LinearFirst("bxoj,byj->boxy", (4, 5)), two(2, 3)),
+    "linear first, outputs last": (LinearFirst("bxjo,byj->bxyo", (5, 4)), two(2, 3)),
+    "linear first, rows": (LinearFirst("noj,nj->no", (4, 5)), two(7)),
+    "by number": (ByNumber(8, 6, 4), (torch.randn(7, 6), torch.randint(8, (7,)))),
+    "by number, turned": (ByNumber(8, 4, 6, turned=True), (torch.randn(7, 6), torch.randint(8, (7,)))),
+    "by number, with a bias": (ByNumber(8, 6, 4, bias=4), (torch.randn(7, 6), torch.randint(8, (7,)))),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_other_ways_to_write_a_form_are_recognised_and_reproduced(case):
+    module, inputs = OTHERS[case]
+    module.double()
+    inputs = [value.double() if value.is_floating_point() else value for value in inputs]
+    adapted = adapted_layer(module)
+    assert adapted is not None
+    adapted.verify()
+    replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()), {})
+    assert_matches_reference(replaced(*inputs).detach(), module(*inputs).detach(), 10)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        LinearFirst("bxoj,byj->boxy", (4, 5), bias=True),  # which adds a term of the second input alone
+        Formula("bxi,oij,byj->boxy", 4, 6, 5, factor=0.0),
+        nn.ModuleList([nn.Linear(6, 20)]),
+    ],
+)
+def test_what_only_seems_to_be_one_is_not(module):
+    assert recognise(module) is None
+
+
+def test_a_large_table_is_not_tried(monkeypatch):
+    table = Formula("bxi,ij,byj->bxy", 1, 1)
+    table.table = nn.Parameter(torch.empty(2**12, 2**11, device="meta"))
+    assert recognise(table) is None

@@ -35,6 +35,27 @@ class Scorer(nn.Module):
         return scale * (torch.bmm(head.unsqueeze(1), matrices).squeeze(1) + self.offset)
 
 
+class Gated(nn.Module):
+    """A flat weight on an outer product, and an nn.Bilinear of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.out = nn.Bilinear(16, 16, 16), nn.Linear(16 * 16, 8)
+
+    def forward(self, x, y):
+        x = x * self.gate(x, y).sigmoid()
+        return self.out((x.unsqueeze(2) * y.unsqueeze(1)).flatten(1))
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Bilinear(16, 16, 8, bias=False)
+
+    def forward(self, x, y):
+        return self.inner(x, y).tanh()
+
+
 class Unregistered(Scorer):
     """A subclass, for which the registration of its base does not hold."""
 
@@ -197,6 +218,39 @@ class TestAll:
         with pytest.raises(cb.CompressionError, match="Scorer should be registered by `register_adapter`"):
             torch.load(tmp_path / "whole.pt", weights_only=False)
 
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_a_bilinear_layer_inside_is_replaced_in_its_own_right(self, inplace, tmp_path):
+        def net():
+            torch.manual_seed(0)
+            return nn.ModuleDict({"fusion": Gated()}).eval()
+
+        cb.register_adapter(
+            Gated,
+            to_weight=lambda module: module.out.weight.view(8, 16, 16),
+            to_bias=lambda module: module.out.bias,
+            call=lambda module, layer, x, y: layer(x * module.gate(x, y).sigmoid(), y),
+            example=lambda module: (torch.randn(9, 16), torch.randn(9, 16)),
+        )
+        small, report = cb.compress(net(), INT8, inplace=inplace, **FAST)
+        assert [layer.decision for layer in report.layers] == ["replaced", "replaced"]
+        assert (type(small["fusion"].gate), type(small["fusion"].compressed)) == (cb.DenseBilinear, cb.DenseBilinear)
+        x, y = torch.randn(5, 16), torch.randn(5, 16)
+        with torch.no_grad():
+            torch.testing.assert_close(small["fusion"](x, y), net()["fusion"](x, y), rtol=0.1, atol=0.1)
+        cb.save(small, tmp_path / "gated.safetensors")
+        loaded = cb.load(tmp_path / "gated.safetensors", net())
+        assert torch.equal(loaded["fusion"](x, y), small["fusion"](x, y))
+
+    def test_a_layer_whose_own_weight_the_adapter_reads_is_left_to_one_of_the_two(self):
+        cb.register_adapter(
+            Wrapped,
+            to_weight=lambda module: module.inner.weight,
+            call=lambda module, layer, x, y: layer(x, y).tanh(),
+            example=lambda module: (torch.randn(9, 16), torch.randn(9, 16)),
+        )
+        _, report = cb.compress(nn.ModuleDict({"one": Wrapped()}), INT8, **FAST)
+        assert "its weight is that of a bilinear layer in it, 'inner'" in report.layers[0].reason
+
     def test_shared_modules_stay_shared(self, tmp_path):
         def build():
             torch.manual_seed(0)
@@ -288,7 +342,6 @@ class TestRefusals:
             (lambda m: m.scorer.relations.register_forward_hook(lambda *a: None), "forward hooks"),
             (lambda m: setattr(m.scorer, "forward", lambda h, r, scale: h), "replaced on the instance"),
             (lambda m: setattr(m.scorer, "compressed", 3), "an attribute 'compressed' already"),
-            (lambda m: setattr(m.scorer, "inner", nn.Bilinear(2, 2, 2)), "contains a bilinear layer itself, 'inner'"),
             (lambda m: setattr(m, "tied", m.scorer.relations), "shared with tied"),
             (lambda m: parametrize.register_parametrization(m.scorer.relations, "weight", nn.Identity()), "parametriz"),
             (lambda m: m.scorer.relations.weight.data.fill_(torch.nan), "NaN"),
@@ -312,7 +365,9 @@ class TestRefusals:
             planned.apply()
 
     def test_a_seeming_form_is_named(self):
-        with pytest.raises(cb.CompressionError, match=r"`W`, but its forward is no form .* see register_adapter"):
+        with pytest.raises(
+            cb.CompressionError, match=r"`W` \(.*\), but its forward is no form .* see register_adapter"
+        ):
             cb.compress(nn.Sequential(forms.Relu(4, 4, 4)), INT8, **FAST)
 
     def test_subclasses_are_not_meant(self):
