@@ -819,6 +819,7 @@ def test_what_may_be_bilinear_is_named_beside_what_was_found():
     assert "register_adapter(Unknown, to_weight=..., call=...)" in told[0]
     assert "Not looked at: big" in planned.report.to_markdown()
     assert "Not looked at: big (Unknown)" in str(planned)
+    assert "Not looked at: big (Unknown)" in planned.report.to_html()
     assert cb.Report.from_json(planned.report.to_json()).unknown == told
     assert planned.apply()[1].unknown == told
     cb.register_adapter(Unknown, to_weight=lambda m: m.cubes, call=lambda m, layer, x, y: layer(x, y).tanh())
