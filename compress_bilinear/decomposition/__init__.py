@@ -16,7 +16,7 @@ from ._factors import (
     tucker_rows,
     working_dtype,
 )
-from ._feedback import stored_columns, stored_core, stored_weight, unit_columns
+from ._feedback import stored_columns, stored_weight, unit_columns
 from ._hosvd import ordered
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric, unwhitened_cp, unwhitened_tucker

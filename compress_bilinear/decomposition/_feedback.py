@@ -34,11 +34,6 @@ def unit_columns(
     return wide / scale.where(scale > 0, 1.0), scale
 
 
-def stored_core(core: Tensor, quantize: Quantize) -> Tensor:
-    """A core (R_o, R_i, R_j) as a layer stores it; float64."""
-    return FORMATS[quantize].round_to(core, "weight")
-
-
 def stored_columns(
     factor: Tensor,  # (d, R)
     mode: int,

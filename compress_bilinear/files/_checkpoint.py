@@ -72,8 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, of one that is compiled or wrapped for parallel training."""
-    wraps = isinstance(model, (DataParallel, DistributedDataParallel))
-    inner = model._modules.get("module" if wraps else "_orig_mod")
+    inner = model._modules.get("module" if isinstance(model, (DataParallel, DistributedDataParallel)) else "_orig_mod")
     return model if inner is None else _unwrapped(inner)
 
 

@@ -1,5 +1,6 @@
 """Reading state dicts from files, without running code that is in them."""
 
+import json
 import os
 import pickle
 import re
@@ -14,13 +15,16 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ._container import LayerDescription, check_is_file, read_safetensors
 
+_WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
+
 
 def read_state(
     path: str | os.PathLike[str], key: str | None = None
 ) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
     """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
 
-    With them the replaced layers among them, where `save` wrote the file.
+    With them the replaced layers among them, where `save` wrote the file. Of a network in several files, `path` is
+    their folder or its `model.safetensors.index.json`.
 
     A .pt file may be the state dict itself, or have it under keys, as {"checkpoint": {"model": ..., "epoch": 3}}.
 
@@ -29,6 +33,10 @@ def read_state(
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
+    path = Path(path) / _WHOLE if (Path(path) / _WHOLE).is_file() else Path(path)
+    if parts := _parts(path):
+        tensors = {name: value for part in parts for name, value in read_safetensors(part)[0].items()}
+        return tensors, ()
     check_is_file(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -54,6 +62,21 @@ def read_state(
         if value.layout != torch.strided:
             raise CheckpointError(f"Tensor {name!r} of {str(path)!r} should be dense. Found {value.layout}.")
     return state, ()
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a network in several, as transformers saves it; none of one in a single file."""
+    index = path / f"{_WHOLE}.index.json" if path.is_dir() else path
+    if not (index.name.endswith(".index.json") and index.is_file()):
+        return []
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{str(index)!r} should map names of tensors to files. Found: {error!r}.") from error
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{str(index)!r} should name files of its own folder. Found {outside[0]!r}.")
+    return [index.parent / name for name in sorted(names)]
 
 
 def _global(problem: str) -> str:

@@ -18,7 +18,6 @@ from ._held_out import FEWEST_GROUPS, Split, split_rows
 
 MAX_ROWS = 8192
 _HELD_OUT = 4  # one batch in so many
-_KEYS: Any = {"dtype": torch.float32, "device": "cpu"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +93,7 @@ class _Watch:
         self._generator, self._random = torch.Generator().manual_seed(seed), Random(seed)
         self._batches, self._drawn, self._held = 0, 0, False
         self._new = True  # the batch has not reached the layer yet
-        self._keys = torch.empty(0, **_KEYS)
+        self._keys = torch.empty(0, dtype=torch.float32, device="cpu")
         self._keys_held = self._keys > 0
         self._rows: tuple[Tensor, Tensor] | None = None
         self._seen, self._calls, self._same = 0, 0, True
@@ -121,7 +120,7 @@ class _Watch:
                 self._drawn = self._random.randrange(_HELD_OUT)
             self._held = self._batches % _HELD_OUT == self._drawn
             self._batches, self._new = self._batches + 1, False
-        keys = torch.cat([self._keys, torch.rand(leading.numel(), generator=self._generator, **_KEYS)])
+        keys = torch.cat([self._keys, self._keys.new_empty(leading.numel()).uniform_(generator=self._generator)])
         self._calls += 1
         self._same &= place(input1) == place(input2)
         self._seen += leading.numel()
@@ -221,11 +220,12 @@ def collect_inputs(
                 with nullcontext() if loss_fn is None else torch.enable_grad():
                     result = (loss_fn or forward_fn or call)(model, batch)
             except Exception as error:
+                first = repr(next(iter(batch), 0)) if isinstance(batch, Mapping) else "0"
                 raise CompressionError(
                     f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
                     "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments, so that "
-                    "`[(x1, x2)]` is a single batch (or pass `forward_fn`, say `lambda model, batch: model(batch[0])` "
-                    f"for batches with labels). Found {_describe(batch)}."
+                    "`[(x1, x2)]` is a single batch (or pass `forward_fn`, say "
+                    f"`lambda model, batch: model(batch[{first}])` for batches with labels). Found {_describe(batch)}."
                 ) from error
             if loss_fn is not None:
                 loss = _checked_loss(result)

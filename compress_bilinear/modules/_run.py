@@ -71,9 +71,8 @@ class WeightReads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if self._running and not self._inside and isinstance(result, Tensor):
-            for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in self._weights:
-                    self.found.setdefault(id(leaf), getattr(func, "__name__", str(func)))
+            read = self._weights.intersection(map(id, tree_leaves((args, kwargs))))
+            self.found |= dict.fromkeys(read - self.found.keys(), getattr(func, "__name__", str(func)))
         return result
 
 

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..config import Quantize
-from ..decomposition import Progress, stored_columns, stored_core
+from ..decomposition import Progress, stored_columns
 from ..errors import CompressionError, ConfigError
 from ..modules import METHODS, AdaptedLayer, Call, CompressedBilinear, DenseBilinear, call, stored_as, undisturbed
+from ..quantization import FORMATS
 
 DEFAULT_SECONDS = 60.0
 Example: TypeAlias = tuple[Any, list[Tensor]]  # a batch, and what the network makes of it
@@ -265,7 +266,7 @@ class _Rounded(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
             if self._mode is None:
-                rounded = stored_core(weight, self._quantize)
+                rounded = FORMATS[self._quantize].round_to(weight, "weight")
             else:
                 factor = weight.T if self._mode else weight
                 values, scale = stored_columns(factor, self._mode, self._quantize)

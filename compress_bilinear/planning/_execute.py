@@ -13,6 +13,7 @@ from ..config import PlanOptions
 from ..errors import CompressionError, StalePlanError
 from ..fitting import Job
 from ..modules import (
+    CompressedBilinear,
     call,
     check_inplace,
     fingerprint,
@@ -56,23 +57,32 @@ def called_check(
 ) -> Callable[[nn.Module], None]:
     """A function that raises CompressionError where the compressed model fails, or does not call a replacement.
 
-    That is on these batches, and of a layer which the model calls there. The model runs once, the compressed one too.
+    That is on these batches, and of a layer which the model calls there. Both models run once.
     """
     run = options["loss_fn"] or options["forward_fn"] or call
 
     def called(network: nn.Module) -> set[str]:
         names: set[str] = set()
+
+        def note(name: str, check: Callable[..., None] | None, *args: Any) -> None:
+            names.add(name)
+            if check is not None:
+                check(*args)
+
         there = dict(network.named_modules(remove_duplicate=False))
         with ExitStack() as hooks, undisturbed(network):
             for job in replaced:
-                hook = partial(lambda name, *_: names.add(name), job.found.names[0])
-                hooks.callback(there[job.found.names[0]].register_forward_pre_hook(hook).remove)
+                name, module = job.found.names[0], there[job.found.names[0]]
+                hooks.callback(module.register_forward_pre_hook(partial(note, name, None)).remove)
+                if isinstance(module, CompressedBilinear):  # any of its calls checks its inputs: `pairwise` too
+                    module.__dict__["_check"] = partial(note, name, module._check)
+                    hooks.callback(module.__dict__.pop, "_check")
             for batch in batches:
                 run(network, batch)
         return names
 
     try:
-        before = called(model) if replaced else set()
+        before = called(model) if batches else set()
     except Exception:  # on a batch that was changed since it calibrated, say: there is nothing to compare with
         return lambda compressed: None
 

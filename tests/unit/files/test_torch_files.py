@@ -1,5 +1,6 @@
 """State dicts are read from whatever file holds one, and nothing in a file is run."""
 
+import json
 import os
 from collections import OrderedDict
 
@@ -112,3 +113,40 @@ def test_damaged_files_are_refused(tmp_path, name, damage):
 def test_what_is_no_file_is_refused(tmp_path, name, found):
     with pytest.raises(CheckpointError, match=f"should be a file. Found {found}"):
         read_state(tmp_path / name)
+
+
+class TestNetworksInSeveralFiles:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        names = {name: f"model-{number + 1:05}-of-00003.safetensors" for number, name in enumerate(STATE)}
+        for name, file in names.items():
+            save_file({name: STATE[name]}, tmp_path / file)
+        index = {"metadata": {"total_size": 1}, "weight_map": names}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["", "model.safetensors.index.json"])
+    def test_a_folder_or_its_index_is_read(self, folder, name):
+        state, layers = read_state(folder / name)
+        assert same(state, STATE)
+        assert layers == ()
+
+    def test_a_folder_with_one_file_is_read(self, tmp_path):
+        save_file(STATE, tmp_path / "model.safetensors")
+        assert same(read_state(tmp_path)[0], STATE)
+
+    @pytest.mark.parametrize(
+        ("text", "problem"),
+        [
+            ("{", "should map names of tensors to files"),
+            ("[]", "should map names of tensors to files"),
+            ('{"weight_map": 3}', "should map names of tensors to files"),
+            ('{"weight_map": {"a": "../secret.safetensors"}}', "should name files of its own folder"),
+            ('{"weight_map": {"a": "/etc/passwd"}}', "should name files of its own folder"),
+            ('{"weight_map": {"a": "gone.safetensors"}}', "should be a file. Found none"),
+        ],
+    )
+    def test_an_index_that_is_wrong_is_an_error(self, folder, text, problem):
+        (folder / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match=problem):
+            read_state(folder)
