@@ -72,7 +72,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The network itself, of one that is compiled or wrapped for parallel training."""
-    inner = model._modules.get("module" if isinstance(model, (DataParallel, DistributedDataParallel)) else "_orig_mod")
+    name = "module" if isinstance(model, (DataParallel, DistributedDataParallel)) else "_orig_mod"
+    only = list(model._modules) == [name] and not (model._parameters or model._buffers)
+    inner = model._modules[name] if only else None
     return model if inner is None else _unwrapped(inner)
 
 

@@ -35,8 +35,14 @@ def read_state(
     """
     path = Path(path) / _WHOLE if (Path(path) / _WHOLE).is_file() else Path(path)
     if parts := _parts(path):
-        tensors = {name: value for part in parts for name, value in read_safetensors(part)[0].items()}
-        return tensors, ()
+        read = {part: read_safetensors(part) for part in sorted(set(parts.values()))}
+        missing = [name for name, part in parts.items() if name not in read[part][0]]
+        if missing:
+            raise CheckpointError(
+                f"{str(parts[missing[0]])!r} should hold {missing[0]!r}, as its index says. Found none."
+            )
+        known = tuple(layer for _, described in read.values() for layer in described or ())
+        return {name: read[part][0][name] for name, part in parts.items()}, known
     check_is_file(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -64,19 +70,19 @@ def read_state(
     return state, ()
 
 
-def _parts(path: Path) -> list[Path]:
-    """The files of a network in several, as transformers saves it; none of one in a single file."""
+def _parts(path: Path) -> dict[str, Path]:
+    """The file of each tensor of a network in several, as transformers saves it; empty for one in a single file."""
     index = path / f"{_WHOLE}.index.json" if path.is_dir() else path
     if not (index.name.endswith(".index.json") and index.is_file()):
-        return []
+        return {}
     try:
-        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        files = {str(key): str(name) for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{str(index)!r} should map names of tensors to files. Found: {error!r}.") from error
-    outside = [name for name in names if Path(name).name != name]
+    outside = [name for name in files.values() if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{str(index)!r} should name files of its own folder. Found {outside[0]!r}.")
-    return [index.parent / name for name in sorted(names)]
+    return {key: index.parent / name for key, name in files.items()}
 
 
 def _global(problem: str) -> str:
@@ -89,7 +95,10 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
     if not isinstance(loaded, Mapping):
         raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
-    states = dict(_states(loaded, ""))
+    try:
+        states = dict(_states(loaded, ""))
+    except RecursionError as error:
+        raise CheckpointError(f"{path!r} should hold dicts of tensors. Found one that holds itself.") from error
     likely = [name for name, state in states.items() if any(value.dim() == 3 for value in state.values())]
     names = [name for name in states if name == key] if key is not None else likely or list(states)
     if len(names) != 1:

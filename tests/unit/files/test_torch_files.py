@@ -45,6 +45,14 @@ def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(tmp_path, wrap):
     assert same(read_state(tmp_path / "net.pt")[0], STATE)
 
 
+def test_a_dict_that_holds_itself_is_refused(tmp_path):
+    around = {"a": torch.ones(2)}
+    around["self"] = around
+    torch.save(around, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match="one that holds itself"):
+        read_state(tmp_path / "net.pt")
+
+
 @pytest.mark.parametrize("key", ["ema", "run.model"])
 def test_of_several_states_a_key_chooses(tmp_path, key):
     other = {name: value + 1 for name, value in STATE.items()}
@@ -130,6 +138,15 @@ class TestNetworksInSeveralFiles:
         state, layers = read_state(folder / name)
         assert same(state, STATE)
         assert layers == ()
+
+    def test_each_tensor_is_that_of_the_file_which_the_index_names(self, folder):
+        last = sorted(folder.glob("*.safetensors"))[-1]
+        first, name = next(iter(STATE)), list(STATE)[-1]
+        save_file({name: STATE[name], first: STATE[first] + 1, "stray": torch.ones(2)}, last)
+        assert same(read_state(folder)[0], STATE)
+        save_file({"stray": torch.ones(2)}, last)
+        with pytest.raises(CheckpointError, match=f"should hold '{name}', as its index says. Found none"):
+            read_state(folder)
 
     def test_a_folder_with_one_file_is_read(self, tmp_path):
         save_file(STATE, tmp_path / "model.safetensors")

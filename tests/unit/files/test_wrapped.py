@@ -63,6 +63,15 @@ def test_wrapped_networks_are_saved_without_the_wrapper(wrap, tmp_path):
     assert_same_state(cb.load(tmp_path / "net.safetensors", Net()), small.state_dict())
 
 
+def test_a_network_with_more_than_a_wrapper_has_is_saved_whole(tmp_path):
+    net = compressed(Holder("_orig_mod", Net()))
+    net.head = nn.Linear(2, 2)
+    cb.save(net, tmp_path / "net.safetensors")
+    fresh = Holder("_orig_mod", Net())
+    fresh.head = nn.Linear(2, 2)
+    assert_same_state(cb.load(tmp_path / "net.safetensors", fresh), net.state_dict())
+
+
 def test_another_network_is_refused_as_before(tmp_path):
     cb.save(compressed(Holder("module", Net())), tmp_path / "net.safetensors")
     with pytest.raises(CheckpointError, match=r"Layer 'module.pair.rel' should be an nn.Bilinear"):
