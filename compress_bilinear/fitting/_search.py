@@ -84,7 +84,7 @@ class Search:
         return [candidate for candidate in self.candidates if not candidate.predicted]
 
     def predict(self, size: float | None = None, limit: float | None = None) -> None:
-        """Predict all candidates, at every size; the errors of dense ones are measured. Again for another target.
+        """Predict all candidates, at every size; dense ones of few bits are measured. Again for another target.
 
         Args:
             size: of these bytes, one prediction is exactly the largest below.
@@ -179,7 +179,7 @@ class Search:
                 self.build(min(fit, key=lambda each: (each.flops, each.error)))
 
     def _dense_prediction(self, quantize: Quantize | None) -> Candidate:
-        """The weight itself in a format; of a coarse one measured in time, without what was made, for that is large."""
+        """The weight itself in a format. With few bits it is measured if there is time, and not kept."""
         config, weight = DenseConfig(quantize=quantize), self.layer.weight
         if quantize is not None and FORMATS[quantize].coarse and self.budget.left() > 0:
             return replace(self.fitting.dense(config, quick=True), module=None)

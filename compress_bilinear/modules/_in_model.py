@@ -305,9 +305,8 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
 
     A failure half way puts back what there was.
     """
-    modules = {
-        id(each): each for tree in (model, *new.values()) for each in tree.modules()
-    }  # some hold others of these
+    # a new module may itself hold what is replaced
+    modules = {id(each): each for tree in (model, *new.values()) for each in tree.modules()}
     places = [
         (parent, key, child)
         for parent in modules.values()

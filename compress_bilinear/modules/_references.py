@@ -22,9 +22,8 @@ def function_reference(model: nn.Module, names: Iterable[str]) -> str | None:
     there = dict(model.named_modules(remove_duplicate=False))
     parts = (name.split(".") for name in names)
     holders = {".".join(path[:count]) for path in parts for count in range(len(path) + 1)}
-    return _attribute(
-        model, lambda value: _holds(value, {id(there.get(name)) for name in holders} - {id(None)}, set(), False)
-    )
+    modules = {id(there[name]) for name in holders if name in there}
+    return _attribute(model, lambda value: _holds(value, modules, set(), False))
 
 
 def _attribute(model: nn.Module, fits: Callable[[object], bool]) -> str | None:

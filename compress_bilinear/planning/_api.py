@@ -57,13 +57,8 @@ class Plan(Generic[_Model]):
         """Nothing is chosen yet: see `_decided`."""
         self.model = model
         self._configs, self._options = configs, options
-        self._undecided, self._searches, self._unknown, self._first, self._batches = (
-            undecided,
-            searches,
-            unknown,
-            first,
-            batches,
-        )
+        self._undecided, self._searches = undecided, searches
+        self._unknown, self._first, self._batches = unknown, first, batches
         self._jobs: Sequence[Job] = ()
 
     @property

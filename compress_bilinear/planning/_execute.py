@@ -114,9 +114,8 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
         )
     memo: dict[int, Any] = {}
     try:
-        for job in sorted(
-            replaced, key=lambda job: -max(name.count(".") for name in job.found.names)
-        ):  # inner ones first
+        inner_first = sorted(replaced, key=lambda job: -max(name.count(".") for name in job.found.names))
+        for job in inner_first:
             # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
             # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
             bias = copy.deepcopy(job.layer.bias, memo)

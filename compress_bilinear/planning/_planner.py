@@ -91,9 +91,7 @@ def calibrate(
     for label, job in open_.items():
         job.inputs = inputs[label]
         if operation := reads.found.get(id(job.layer.weight)):
-            text = (
-                f"its weight is read outside its own forward ({operation}), where a replacement has no weight to read"
-            )
+            text = f"its weight is read outside its own forward ({operation}), and a replacement has none to read"
             job.reason = Note("weight_read", text)
     if options["refine"] is not None:
         check_distillable(model, [job.found.module for job in open_.values()], sample.batches, forward_fn)

@@ -39,11 +39,10 @@ def encode_int8(
     if grid[0] == len(values) > step:
         qdata = torch.empty(values.shape, dtype=torch.int8, device=values.device)
         scale = torch.empty(grid, dtype=scale_dtype, device=values.device)
-        for part, *found in zip(values.split(step), qdata.split(step), scale.split(step), strict=True):
-            for target, source in zip(
-                found, encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk), strict=True
-            ):
-                target.copy_(source)
+        for part, integers, steps in zip(values.split(step), qdata.split(step), scale.split(step), strict=True):
+            found = encode_int8(part, (len(part), *grid[1:]), scale_dtype, chunk)
+            integers.copy_(found[0])
+            steps.copy_(found[1])
         return qdata, scale
     scale = _representable_scale(_peaks(values, grid).double(), scale_dtype)
     divisor = torch.where(scale > 0, scale.float(), torch.inf)  # a block of zeros, or of too small values, becomes 0

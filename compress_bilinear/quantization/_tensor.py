@@ -153,6 +153,7 @@ class QuantizedTensor(FixedBuffers):
 
     qdata: Tensor
     scale: Tensor | None
+    dtype: torch.dtype = torch.float32
     backend: Literal["torch", "bitsandbytes"]
 
     def __init__(
@@ -160,7 +161,6 @@ class QuantizedTensor(FixedBuffers):
     ) -> None:
         super().__init__()
         self.format, self.layout, self.shape = format, layout, torch.Size(shape)
-        self.dtype = torch.float32
         expected = dict(zip(("qdata", "scale"), format.buffers(shape, layout), strict=True))
         for name, tensor in (("qdata", qdata), ("scale", scale)):
             found = None if tensor is None else Buffer(tuple(tensor.shape), tensor.dtype)
@@ -177,11 +177,13 @@ class QuantizedTensor(FixedBuffers):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:
+        except AttributeError as error:
+            if name not in dir(Tensor):
+                raise
             raise AttributeError(
                 f"A weight should be a tensor to have `{name}`. Found one that is stored in {self.format.name}: "
                 "`layer.to_dense()` gives it as a tensor, and `compress_bilinear.dequantize` stores it as one."
-            ) from None
+            ) from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype
