@@ -1,9 +1,9 @@
 """The quantization-aware finish: factors that are exactly what a layer stores, each fitted to how others were rounded.
 
-Once a factor has been rounded, the remaining factors are solved again by least squares, which absorbs part of the
-rounding error; then the next is rounded. Of a CP, the plain rounding is kept where it is as good. Such sequences are
-known from neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post training
-quantization with small calibration sets", 2021); for CP and Tucker each step has a closed form.
+Once a factor of a CP has been rounded, the remaining factors are solved again by least squares, which absorbs part of
+the rounding error; then the next is rounded. The plain rounding is kept where it is as good. Such sequences are known
+from neural networks as quantization with layer-wise re-fitting (Hubara et al., "Accurate post training quantization
+with small calibration sets", 2021); here each step has a closed form. Of a Tucker, the core absorbs the rounding.
 """
 
 import math
@@ -20,7 +20,7 @@ from ._factors import CPDecomposition, TuckerDecomposition
 from ._feedback import stored_columns, stored_weight
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric
-from ._source import Source, full_precision, gram, leading, turned_
+from ._source import Source, full_precision, mode_product
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
@@ -36,7 +36,7 @@ def rounded(
 
     Args:
         found: the decomposition in floating point.
-        weight: what it approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
+        weight: what a CP approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
         quantize: the format. With None, and with 16 bits, whose errors are negligible, the result is `found`.
         metric: in which the error counts.
         budget: after which errors are no longer taken back.
@@ -50,9 +50,7 @@ def rounded(
     with full_precision(weight.device):
         if isinstance(found, CPDecomposition):
             return _rounded_cp(found, weight, quantize, metric, budget or Budget())
-        factors = found.factors
-        del found  # its core, which is nearly as large as the weight, is made anew
-        return _rounded_tucker(factors, weight, quantize, metric, budget or Budget())
+        return _rounded_tucker(found.core, found.factors, quantize, metric, budget or Budget())
 
 
 def _rounded_cp(
@@ -129,40 +127,23 @@ def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
 
 
 def _rounded_tucker(
-    floating: Sequence[Tensor], weight: Tensor, quantize: Quantize, metric: Metric, budget: Budget
+    core: Tensor, floating: Sequence[Tensor], quantize: Quantize, metric: Metric, budget: Budget
 ) -> TuckerDecomposition:
-    """Each factor in turn moves to the best subspace for the others as they are by then, and is rounded; last the core.
+    """Each factor is rounded, and the core takes up what leads from the rounded ones to the others, before it is.
 
-    A factor moves no further than it has to, so that one which is rounded already stays. Modes of full rank are
-    absorbed into the core.
+    Modes of full rank are absorbed into the core. (Another sweep over the weight, in which each factor moves to what is
+    best for the rounded others, lowers the error by half a per cent, and by 2% at most.)
     """
-    source = Source(weight)
-    partial = [mode for mode, factor in enumerate(floating) if factor.shape[1] < len(factor)]
-    factors = [
-        factor.detach().double()
-        if mode in partial
-        else torch.eye(len(factor), dtype=torch.float64, device=factor.device)
-        for mode, factor in enumerate(floating)
-    ]
-    white = [metric.whitened(mode, factor) for mode, factor in enumerate(factors)]
-    bases = [
-        torch.linalg.qr(factor)[0].to(source.dtype) if mode in partial else None for mode, factor in enumerate(white)
-    ]
-    for mode in partial:
-        part = source.project(bases, skip=mode)
-        best = leading(gram(part, mode, source.dtype), floating[mode].shape[1], torch.float64)
-        del part
-        factors[mode] = _stored_factor(metric.unwhiten(mode, best @ (best.T @ white[mode])), mode, quantize)
-        white[mode] = metric.whitened(mode, factors[mode])
-        bases[mode] = torch.linalg.qr(white[mode])[0].to(source.dtype)
-    core = source.project(bases)
-    for mode, (basis, factor) in enumerate(zip(bases, white, strict=True)):
-        inner = factor if basis is None else basis.double().T @ factor
-        turned_(core, torch.linalg.pinv(inner, rtol=_LEAST_RIDGE).T.to(core.dtype), mode)
-    core = core if source.scale == 1.0 else core.double() / source.scale
-    dtype = torch.promote_types(weight.dtype, torch.float32)
+    core, white, factors = core.to(torch.promote_types(core.dtype, torch.float32)), [], []
+    for mode, factor in enumerate(floating):
+        size, rank = factor.shape
+        unit = torch.eye(size, dtype=torch.float64, device=factor.device)
+        factors.append(unit if rank == size else _stored_factor(factor.detach().double(), mode, quantize))
+        white.append(metric.whitened(mode, factors[mode]))
+        inner = torch.linalg.pinv(white[mode], rtol=_LEAST_RIDGE) @ metric.whitened(mode, factor.detach())
+        core = mode_product(core, inner.T.to(core.dtype), mode)
     inputs = Metric((None, white[1], white[2]), PLAIN.inverses)
     fed_back = stored_weight(core, quantize, inputs, budget, overwrite=True)
-    core = FORMATS[quantize].encode(core, "weight").decode(dtype) if fed_back is None else fed_back.to(dtype)
-    out, in1, in2 = (factor.to(dtype) for factor in factors)
-    return TuckerDecomposition(core, (out, in1, in2))
+    stored = FORMATS[quantize].encode(core, "weight").decode(core.dtype) if fed_back is None else fed_back
+    out, in1, in2 = (factor.to(core.dtype) for factor in factors)
+    return TuckerDecomposition(stored, (out, in1, in2))

@@ -137,6 +137,7 @@ class _Solver:
     def __init__(self, weight: Tensor, source: Source) -> None:
         """`source` reads the weight."""
         self.weight, self.source, self._scale = weight, source, source.scale
+        self._telling = _TELLING
 
     def at(self, rank: Triple, budget: Budget, exact: bool = False) -> TuckerDecomposition:
         """HOOI within a block that holds most of what matters, then over the whole.
@@ -178,7 +179,7 @@ class _Solver:
             for size, u in zip(weight.shape, basis, strict=True)
         ]
         result = TuckerDecomposition(core.to(weight.dtype), cast(Factors, tuple(factors)))
-        exact |= weight.numel() <= SMALL or weight.dtype != self.source.dtype or lost < _TELLING * total
+        exact |= weight.numel() <= SMALL or weight.dtype != self.source.dtype or lost < self._telling * total
         return replace(result, error=result.relative_error(weight) if exact else relative(lost, total))
 
 
@@ -193,6 +194,7 @@ class _InOrder(_Solver):
             turns = ordered_(tensor)
         super().__init__(weight, Source(tensor, source.dtype))
         self._turns, self._scale = turns, self._scale * source.scale
+        self._telling = _TELLING if turns else _GRAM_LIMIT  # a block is of the weight's own entries, and sums are exact
 
     def at(self, rank: Triple, budget: Budget, exact: bool = False) -> TuckerDecomposition:
         """Where the caller has the coordinates, the leading block itself: HOOI lowers its error by less than 1%."""
