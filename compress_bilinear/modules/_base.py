@@ -3,6 +3,7 @@
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, ClassVar, cast, get_args
 
 import torch
@@ -63,6 +64,12 @@ class CompressedBilinear(nn.Module):
         raise CompressionError(
             f"A {type(self).__name__} should keep its weights, which stand for those of a trained layer. Found a call "
             "of `reset_parameters`: initialise the network before it is compressed."
+        )
+
+    def __prepare_scriptable__(self) -> Self:  # which torch.jit.script calls of each module
+        raise CompressionError(
+            f"`torch.jit.script` should be given a model of plain layers. Found a {type(self).__name__}, whose paths "
+            "are chosen in Python: use torch.export or torch.jit.trace."
         )
 
     @abstractmethod
@@ -275,6 +282,12 @@ class CompressedBilinear(nn.Module):
         stored = "" if self.quantize is None else f", quantize={self.quantize!r}"
         sizes = f"in1_features={self.in1_features}, in2_features={self.in2_features}, out_features={self.out_features}"
         return f"{sizes}{rank}, bias={self.bias is not None}{stored}"
+
+
+def has_other_forward(module: nn.Module) -> bool:
+    """Whether a `forward` that was set on the instance does more than its class's."""
+    # accelerate leaves the class's own there when its hook is removed
+    return "forward" in vars(module) and module.forward != MethodType(type(module).forward, module)
 
 
 def block_rows(

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import Config
 from ..errors import CompressionError, MatchError
 from ..quantization import QuantizedTensor
-from ._base import CompressedBilinear
+from ._base import CompressedBilinear, has_other_forward
 from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -195,8 +195,11 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
             "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
             "parametrization into the weight"
         )
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance, which a replacement would not run"
+    if has_other_forward(module):
+        return (
+            "its forward was replaced on the instance, which a replacement would not run: undo that first (what "
+            "accelerate did by accelerate.hooks.remove_hook_from_submodules)"
+        )
     reasons = chain(
         [_reason_against_class(layer) if adapted is None else adapted.reason_against()],
         map(reason_against_hooks, modules),

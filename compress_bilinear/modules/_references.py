@@ -9,8 +9,11 @@ from torch import nn
 
 
 def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
-    """The attribute of the model that refers to the layer outside the registered submodules, or None."""
-    return _attribute(model, lambda value: _holds(value, {id(layer)}, set()))
+    """The attribute of the model that refers to the layer outside the registered submodules, or None.
+
+    The layer's own attributes do not count: they go with it.
+    """
+    return _attribute(model, lambda value: _holds(value, {id(layer)}, set()), besides=layer)
 
 
 def function_reference(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -26,9 +29,9 @@ def function_reference(model: nn.Module, names: Iterable[str]) -> str | None:
     return _attribute(model, lambda value: _holds(value, modules, set(), False))
 
 
-def _attribute(model: nn.Module, fits: Callable[[object], bool]) -> str | None:
+def _attribute(model: nn.Module, fits: Callable[[object], bool], besides: nn.Module | None = None) -> str | None:
     for prefix, module in model.named_modules():
-        for attribute, value in vars(module).items():
+        for attribute, value in vars(module).items() if module is not besides else ():
             if attribute != "_modules" and fits(value):
                 return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
     return None

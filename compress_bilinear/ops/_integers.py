@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..quantization import LEVELS, UNIT, QuantizedTensor, expand_scale
 from ._blocks import joined, plus
 from ._context import gradient_wanted, traced
@@ -97,6 +98,8 @@ def _integers(
     weight: Tensor,  # (M, K) int8
 ) -> Tensor:  # (N, M) int32
     """The product of integers, padded to sizes that the kernel takes."""
+    if weight.device != qdata.device:  # offloaded: on a CPU the kernel gives what there is in memory
+        raise InputError(f"Stored integers should be on {qdata.device}, as the inputs are. Found {weight.device}.")
     count, (out, width) = qdata.shape[0], weight.shape
     if qdata.is_cuda and (count <= 16 or out % 8 or width % 8):
         qdata = torch.nn.functional.pad(qdata, [0, -width % 8, 0, max(0, 17 - count)])

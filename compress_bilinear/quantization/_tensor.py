@@ -198,10 +198,17 @@ class QuantizedTensor(FixedBuffers):
 
         torch decodes where operators are recorded or transformed, and to dtypes that bitsandbytes does not.
         """
+        # a forward on the instance is another's, accelerate's say, which brings offloaded buffers here for the call
+        forward: Callable[..., Tensor] = self.forward if "forward" in self.__dict__ else self._decode
+        return forward(dtype, rows)
+
+    def _decode(self, dtype: torch.dtype, rows: slice) -> Tensor:
         if self.backend == "torch" or dtype not in _BITSANDBYTES_DTYPES or self.shape.numel() > _BITSANDBYTES_MOST:
             return self.format.decode(self, rows, dtype)
         decode = self.format.decode if is_traced_or_transformed() else self.format.decode_by_bitsandbytes
         return decode(self, rows, dtype)
+
+    forward = _decode
 
     def use_bitsandbytes(self, use: bool) -> str | None:
         """Decode by bitsandbytes' kernels from now on, or no longer: to the same values, up to their dtype's last bit.
