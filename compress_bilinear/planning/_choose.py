@@ -140,8 +140,10 @@ def _progress(
 ) -> Callable[[int, str], Progress]:
     """Of making what was picked for each job, and then of polishing it."""
     works = [making_work(job.layer, each) for job, each in zip(group, picked, strict=True)]
-    made = [_MADE * work * each.predicted for work, each in zip(works, picked, strict=True)]
-    return bars.parts("Choosing", [*made, *((1 - _MADE) * work for work in works)], later)
+    shares = [1.0 if making_is_all(each) else _MADE for each in picked]
+    made = [share * work * each.predicted for share, work, each in zip(shares, works, picked, strict=True)]
+    polished = [(1 - share) * work for share, work in zip(shares, works, strict=True)]
+    return bars.parts("Choosing", [*made, *polished], later)
 
 
 def _time_giver(
@@ -166,7 +168,7 @@ def _least_size(metric: TaskMetric, group: Sequence[Job], searches: Sequence[Sea
 
     Some compressed copies of the network are measured, whose candidates are not polished.
     """
-    progress = bars.parts("Measuring the metric at", [1.0] * 8)
+    progress = bars.parts("Measuring the metric at", [1.0] * 8, known=False)
     tried = count()
 
     def pick(fraction: float) -> dict[Job, Candidate] | None:

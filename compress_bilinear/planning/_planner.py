@@ -114,7 +114,11 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     open_ = [job for job in jobs if job.is_open]
     takes_time = [job.calibrated or not isinstance(job.config, DenseConfig) for job in open_]
     sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
-    progress = bars.parts("Solving", [solving_work(job.layer, job.config) for job in open_])
+    works = [solving_work(job.layer, job.config) for job in open_]
+    if any(isinstance(job.config, AutoConfig) for job in open_):  # what is chosen tells how much work is left
+        progress = bars.parts("Predicting", works, known=False)
+    else:
+        progress = bars.parts("Solving", works, sum(judging_works(jobs, options["measure_latency"])))
     for number, job in enumerate(open_):
         share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
         part = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
@@ -159,7 +163,7 @@ def _judging_seconds(job: Job, options: PlanOptions) -> float:
 def aim_all(searches: Mapping[Job, Search], budget: Budget, bars: ProgressBars) -> None:
     """Predict for the targets of the jobs' configs, from what has been solved for others."""
     sizes = [job.layer.weight.numel() for job in searches]
-    progress = bars.parts("Predicting", sizes)
+    progress = bars.parts("Predicting", sizes, known=False)
     for number, (job, search) in enumerate(searches.items()):
         search.budget = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(_PREDICT)
         aim(search, job)

@@ -7,6 +7,12 @@ from contextlib import contextmanager
 
 from rich import progress as rich
 from rich.console import Console
+from rich.text import Text
+
+
+class _TimeLeft(rich.TimeRemainingColumn):
+    def render(self, task: rich.Task) -> Text:
+        return Text("") if task.total is None else Text("left ") + super().render(task)
 
 
 class ProgressBars(rich.Progress):
@@ -25,8 +31,7 @@ class ProgressBars(rich.Progress):
             rich.BarColumn(),
             rich.TaskProgressColumn(),
             rich.TimeElapsedColumn(),
-            rich.TextColumn("left"),
-            rich.TimeRemainingColumn(elapsed_when_finished=False),
+            _TimeLeft(),
             console=console,
             transient=console.is_terminal,
             disable=not (sys.stderr.isatty() if shown is None else shown),
@@ -47,16 +52,18 @@ class ProgressBars(rich.Progress):
             self.update(task.id, completed=self._end if task.id == self._shared else task.total)
 
     def parts(
-        self, what: str, sizes: Sequence[float], later: float | None = None
+        self, what: str, sizes: Sequence[float], later: float | None = None, known: bool = True
     ) -> Callable[[int, str], Callable[[float, float], None]]:
         """A bar over some solves; called with a solve's number and name, it gives that solve's `progress`.
 
         Args:
             sizes: the work of each, in any unit.
             later: the work of the stages that follow. With one the bar is shared with those, and the unit is FLOPs.
+            known: whether the work is. Where much follows that is not known yet, no time is told that is left.
         """
         begun, total = (0.0, sum(sizes)) if later is None else (self._end, self._end + sum(sizes) + later)
-        task = self.add_task(what, total=total) if later is None or self._shared is None else self._shared
+        shared = None if later is None else self._shared
+        task = self.add_task(what, total=total if known else None) if shared is None else shared
         if later is not None:
             self._shared, self._end = task, begun + sum(sizes)
             self.update(task, total=total, completed=begun)

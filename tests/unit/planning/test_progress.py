@@ -37,6 +37,13 @@ def test_a_stage_that_ends_sooner_than_it_might_have_is_done():
     assert bars.finished
 
 
+def test_no_time_is_told_where_it_is_not_known_what_follows(capsys):
+    with ProgressBars(True) as bars:
+        bars.parts("Predicting", [1.0], known=False)(0, "rel")(0.5, 0.1)
+    assert "Predicting rel: error 0.1000" in (shown := capsys.readouterr().err)
+    assert "left" not in shown
+
+
 def test_it_passes_on_what_is_raised_inside():
     with pytest.raises(KeyboardInterrupt), ProgressBars(False):
         raise KeyboardInterrupt
