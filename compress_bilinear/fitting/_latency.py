@@ -168,7 +168,7 @@ def _timing(measured: dict[str, Latency], form: str, rows: int) -> Timing:
 
 
 def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: float = 1.0) -> Timing:
-    """Time a module of another form: its own forward, its replacement's, and that around the exact weight.
+    """Time a module of another form: its own method, its replacement's, and that around the exact weight.
 
     In the mode of the module, without gradients, on the first call that calibration saw, or on its adapter's example.
     """
@@ -180,6 +180,7 @@ def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: flo
     modules["DenseBilinear"] = adapted.replaced(exact)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         rows = adapted.rows()
-        calls = {name: functools.partial(made, *args, **kwargs) for name, made in modules.items()}
+        methods = {name: getattr(made, adapted.adapter.method) for name, made in modules.items()}
+        calls = {name: functools.partial(method, *args, **kwargs) for name, method in methods.items()}
         measured = latencies(calls, layer.weight.device, seconds)
     return _timing(measured, type(adapted.module).__name__, max(1, rows))

@@ -21,7 +21,7 @@ from ._in_model import (
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
 from ._references import function_reference, plain_reference
-from ._run import Call, WeightReads, call, is_writable, place, undisturbed
+from ._run import Call, WeightReads, call, is_writable, noting, place, undisturbed
 from ._storage import stored_as
 from ._tucker import TuckerBilinear
 from .adapters import (

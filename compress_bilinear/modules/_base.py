@@ -284,10 +284,10 @@ class CompressedBilinear(nn.Module):
         return f"{sizes}{rank}, bias={self.bias is not None}{stored}"
 
 
-def has_other_forward(module: nn.Module) -> bool:
-    """Whether a `forward` that was set on the instance does more than its class's."""
+def has_other(method: str, module: nn.Module) -> bool:
+    """Whether a method that was set on the instance, `forward` say, does more than its class's."""
     # accelerate leaves the class's own there when its hook is removed
-    return "forward" in vars(module) and module.forward != MethodType(type(module).forward, module)
+    return method in vars(module) and vars(module)[method] != MethodType(getattr(type(module), method), module)
 
 
 def block_rows(

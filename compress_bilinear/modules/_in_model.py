@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..config import Config
 from ..errors import CompressionError, MatchError
 from ..quantization import QuantizedTensor
-from ._base import CompressedBilinear, has_other_forward
+from ._base import CompressedBilinear, has_other
 from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -63,6 +63,11 @@ class FoundLayer:
     def form(self) -> str:
         """ "nn.Bilinear", or the class name of a foreign module."""
         return "nn.Bilinear" if self.adapted is None else type(self.module).__name__
+
+    @property
+    def method(self) -> str:
+        """The name of the method that uses the weight."""
+        return "forward" if self.adapted is None else self.adapted.adapter.method
 
     @property
     def rows(self) -> nn.Module:
@@ -195,10 +200,10 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
             "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
             "parametrization into the weight"
         )
-    if has_other_forward(module):
+    if has_other(found.method, module):
         return (
-            "its forward was replaced on the instance, which a replacement would not run: undo that first (what "
-            "accelerate did by accelerate.hooks.remove_hook_from_submodules)"
+            f"its {found.method} was replaced on the instance, which a replacement would not run: undo that first "
+            "(what accelerate did by accelerate.hooks.remove_hook_from_submodules)"
         )
     reasons = chain(
         [_reason_against_class(layer) if adapted is None else adapted.reason_against()],

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from ..config import Quantize
 from ..quantization import QuantizedTensor
-from ._base import CompressedBilinear, block_rows, has_other_forward
+from ._base import CompressedBilinear, block_rows, has_other
 from ._dense import DenseBilinear
 from ._linear import AddBias, QuantizedLinear
 
@@ -171,7 +171,7 @@ def reason_against(module: nn.Module, kinds: tuple[type[nn.Module], ...] = PLAIN
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return "has hooks"
-    if "forward" in own and has_other_forward(module):
+    if "forward" in own and has_other("forward", module):
         return "has a `forward` of its own"
     return None if type(module) in kinds else f"is a {type(module).__name__}"
 

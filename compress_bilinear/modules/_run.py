@@ -77,6 +77,23 @@ class WeightReads(TorchFunctionMode):
 
 
 @contextmanager
+def noting(module: nn.Module, method: str, note: Callable[..., None]) -> Iterator[None]:
+    """Inside, a call of the module's method first calls `note` with the same arguments."""
+    own, before = getattr(module, method), {key: value for key, value in vars(module).items() if key == method}
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note(*args, **kwargs)
+        return own(*args, **kwargs)
+
+    vars(module)[method] = noted
+    try:
+        yield
+    finally:
+        del vars(module)[method]
+        vars(module).update(before)
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Inside: eval mode and no gradients. Afterwards: training flags, buffers and the CPU's random state as before."""
     training = [(module, module.training) for module in model.modules()]

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +17,7 @@ from ..modules import (
     check_inplace,
     fingerprint,
     function_reference,
+    noting,
     plain_reference,
     reason_against,
     swap,
@@ -63,20 +63,13 @@ def called_check(
 
     def called(network: nn.Module) -> set[str]:
         names: set[str] = set()
-
-        def note(name: str, check: Callable[..., None] | None, *args: Any) -> None:
-            names.add(name)
-            if check is not None:
-                check(*args)
-
         there = dict(network.named_modules(remove_duplicate=False))
         with ExitStack() as hooks, undisturbed(network):
             for job in replaced:
-                name, module = job.found.names[0], there[job.found.names[0]]
-                hooks.callback(module.register_forward_pre_hook(partial(note, name, None)).remove)
-                if isinstance(module, CompressedBilinear):  # any of its calls checks its inputs: `pairwise` too
-                    module.__dict__["_check"] = partial(note, name, module._check)
-                    hooks.callback(module.__dict__.pop, "_check")
+                module = there[name := job.found.names[0]]
+                # any call of ours checks its inputs: `pairwise` too
+                method = "_check" if isinstance(module, CompressedBilinear) else job.found.method
+                hooks.enter_context(noting(module, method, lambda *_, name=name, **__: names.add(name)))
             for batch in batches:
                 run(network, batch)
         return names

@@ -23,12 +23,13 @@ class Adapter:
     Attributes:
         name: the adapter's name in a saved file.
         to_weight: from the module to its weight (O, I, J), computed from its parameters by differentiable operations.
-        call: `call(module, layer, *args, **kwargs)` gives what `module(*args, **kwargs)` gave, with `layer` (a
+        call: `call(module, layer, *args, **kwargs)` gives what `module.method(*args, **kwargs)` gave, with `layer` (a
             `CompressedBilinear`) in place of the weight.
         to_bias: from the module to its bias (O,), or None without one.
         example: from the module to arguments of a call, to verify and time it without calibration data; or None.
         kind: the class that it is registered for, by which it is pickled: functions may be lambdas. None of a form that
             is recognised by structure.
+        method: the name of the method that `call` takes the place of.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Adapter:
     to_bias: Callable[[Any], Tensor | None] | None = None
     example: Callable[[Any], Any] | None = None
     kind: type[nn.Module] | None = None
+    method: str = "forward"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Adapter":
         return self
@@ -76,31 +78,40 @@ class AdaptedBilinear(nn.Module):
         except AttributeError:  # the class may show the shape of its weight
             return ""
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            method = type(self)._made_of[1]  # type: ignore[attr-defined]
+            raise AttributeError(
+                f"{error}. If it held the weight: that is in `compressed` now, by which {method!r} alone is computed."
+            ) from error
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _blank, (type(self)._kind,), dict(self.__dict__)  # type: ignore[attr-defined]
+        return _blank, type(self)._made_of, dict(self.__dict__)  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _adapted_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `kind` whose forward is its adapter's call."""
+def _adapted_class(kind: type[nn.Module], method: str) -> type[nn.Module]:
+    """A subclass of `kind` that has its adapter's call as this method."""
 
-    @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(getattr(kind, method))
+    def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self._adapter.call(self, self.compressed, *args, **kwargs)
 
-    own = {"forward": forward, "_kind": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    own = {method: replaced, "_made_of": (kind, method), "__module__": kind.__module__, "__doc__": kind.__doc__}
     return types.new_class(f"Compressed{kind.__name__}", (AdaptedBilinear, kind), {}, lambda names: names.update(own))
 
 
-def _blank(kind: type[nn.Module]) -> nn.Module:
-    adapted = _adapted_class(kind)  # type: ignore[arg-type]
+def _blank(kind: type[nn.Module], method: str = "forward") -> nn.Module:
+    adapted = _adapted_class(kind, method)  # type: ignore[arg-type]
     new: nn.Module = adapted.__new__(adapted)
     return new
 
 
 def rebuilt(shell: nn.Module, adapter: Adapter, layer: CompressedBilinear) -> nn.Module:
     """Turn `shell`, which lacks the parameters of the weight, into the module that has `layer` instead."""
-    shell.__class__ = _adapted_class(type(shell))  # type: ignore[arg-type]  # a class can be hashed
+    shell.__class__ = _adapted_class(type(shell), adapter.method)  # type: ignore[arg-type]  # a class can be hashed
     shell.__dict__["_adapter"] = adapter
     shell.register_module(COMPRESSED, layer)
     return shell

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from ...errors import CompressionError, ConfigError
 from .._base import CompressedBilinear, block_rows
 from .._dense import DenseBilinear
+from .._run import noting
 from ._adapter import COMPRESSED, AdaptedBilinear, Adapter, Arguments, rebuilt, without
 from ._copies import copied, described, difference, double
 
@@ -178,7 +179,7 @@ class AdaptedLayer:
         return _mapped((args, kwargs), lambda t: t.to(like) if t.is_floating_point() else t.to(like.device))
 
     def verify(self) -> None:
-        """Compare the module's own forward with its adapter's call around the exact weight, both in float64.
+        """Compare the module's own method with its adapter's call around the exact weight, both in float64.
 
         Raises: CompressionError where they differ or either fails; the message says how.
         """
@@ -188,16 +189,16 @@ class AdaptedLayer:
         original = copied(self.module, double).eval()
         wide = AdaptedLayer(original, self.adapter)
         replaced = wide.replaced(DenseBilinear.from_bilinear(wide.bilinear()), {}).eval()
-        outputs = []
+        outputs, own = [], f"its own {self.adapter.method}"
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            for module, what in ((original, "its own forward"), (replaced, f"`call` of {self._who}")):
+            for module, what in ((original, own), (replaced, f"`call` of {self._who}")):
                 try:
-                    outputs.append(module(*args, **kwargs))
+                    outputs.append(getattr(module, self.adapter.method)(*args, **kwargs))
                 except Exception as error:
                     raise CompressionError(f"{what} failed in float64: {described(error)}") from error
         how = difference(*outputs)
         if how is not None:
-            raise CompressionError(f"`call` of {self._who} is not its own forward: in float64 {how}")
+            raise CompressionError(f"`call` of {self._who} is not {own}: in float64 {how}")
 
     def rows(self) -> int:
         """How many pairs of rows reach the layer in a call with `arguments()`."""
@@ -210,15 +211,15 @@ class AdaptedLayer:
             handle.remove()
         return sum(counts)
 
-    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the module: make the same call through the probe."""
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """Make a call of the module through the probe too."""
         if self._failure is not None:
             return
         if self._call is None:
             self._call = _mapped((args, kwargs), lambda tensor: tensor.detach().clone())
         try:
             with torch.no_grad():
-                self.adapter.call(module, self.probe, *args, **kwargs)
+                self.adapter.call(self.module, self.probe, *args, **kwargs)
         except Exception as error:
             self._failure = error  # `verify` reports it
 
@@ -229,7 +230,7 @@ def observing(layers: Iterable[AdaptedLayer | None]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in layers:
             if layer is not None:
-                stack.callback(layer.module.register_forward_pre_hook(layer._observe, with_kwargs=True).remove)
+                stack.enter_context(noting(layer.module, layer.adapter.method, layer.observe))
         yield
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import CompressionError
-from .._base import has_other_forward
+from .._base import has_other
 from .._dense import DenseBilinear
 from ._copies import copied, difference
 from ._forms import Form, Leading, arranged
@@ -75,7 +75,7 @@ def _has_the_parameters(module: nn.Module) -> bool:
 
 def _takes_two_inputs(module: nn.Module) -> bool:
     """Whether its class has a forward of exactly two positional arguments."""
-    if has_other_forward(module):
+    if has_other("forward", module):
         return False
     try:
         parameters = list(inspect.signature(module.forward).parameters.values())

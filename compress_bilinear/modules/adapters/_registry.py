@@ -23,12 +23,13 @@ def register_adapter(
     call: Callable[..., Any],
     to_bias: Callable[[_Module], Tensor | None] | None = None,
     example: Callable[[_Module], Any] | None = None,
+    method: str = "forward",
 ) -> None:
     """Say how modules of a class hold a bilinear weight, so that `plan`, `compress` and `load` treat them as layers.
 
     A replacement is of the same class, with all the module's other parts, but without the parameters of `to_weight`
     and `to_bias`; in their place its attribute `compressed` holds a `CPBilinear`, `TuckerBilinear` or `DenseBilinear`.
-    Before anything is replaced, the module's own forward and `call` around the exact weight are compared in float64,
+    Before anything is replaced, the module's own method and `call` around the exact weight are compared in float64,
     on the first calibration batch or on `example`; where they differ the layer is kept, and the report says how.
 
     Args:
@@ -36,15 +37,17 @@ def register_adapter(
             class again replaces what was said before.
         to_weight: from a module to its weight (O, I, J), by differentiable operations on its parameters: these are
             what is replaced.
-        call: `call(module, layer, *args, **kwargs)` gives what `module(*args, **kwargs)` gave. `layer` has no more
-            than the weight and the bias: `layer(x1, x2)` evaluates rows, `layer.pairwise(x1, x2)` all pairs,
+        call: `call(module, layer, *args, **kwargs)` gives what `module.method(*args, **kwargs)` gave. `layer` has no
+            more than the weight and the bias: `layer(x1, x2)` evaluates rows, `layer.pairwise(x1, x2)` all pairs,
             `layer.blockwise(x1, x2)` a sum over blocks and `layer.indexed(x1, index)` a one-hot second input. It must
             not touch what was replaced.
         to_bias: from a module to its bias (O,), or None where it has none.
         example: from a module to the arguments of a call (a tensor, a tuple, or a dict of keywords); needed where there
             is no calibration data.
+        method: the method that uses the weight, where that is another than `forward`: "scoring_function", say. All
+            others stay as they are; one that reads the weight itself raises AttributeError.
 
-    Raises: ConfigError where an argument is of another type.
+    Raises: ConfigError where an argument is of another type, or the class has no such method.
     """
     if not isinstance(kind, type) or not issubclass(kind, nn.Module) or issubclass(kind, (nn.Bilinear, *_OURS)):
         raise ConfigError(f"`kind` should be a class of nn.Module, other than nn.Bilinear. Found {kind!r}.")
@@ -52,7 +55,9 @@ def register_adapter(
     for what, value in ({"to_weight": to_weight, "call": call} | optional).items():
         if not callable(value) and (value is not None or what not in optional):
             raise ConfigError(f"`{what}` should be a function. Found {value!r}.")
-    REGISTERED[kind] = Adapter(kind.__name__, to_weight, call, to_bias, example, kind)
+    if not callable(getattr(kind, str(method), None)):
+        raise ConfigError(f"`method` should be the name of a function of {kind.__name__}. Found {method!r}.")
+    REGISTERED[kind] = Adapter(kind.__name__, to_weight, call, to_bias, example, kind, method)
 
 
 _OURS = (CompressedBilinear, AdaptedBilinear)
