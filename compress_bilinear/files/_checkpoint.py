@@ -1,5 +1,6 @@
 """Save compressed networks, and load them into freshly built original ones."""
 
+import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -193,7 +194,7 @@ def filled(
                 f"Tensor {name!r} of layer {description.label!r} should hold each of 0..{len(value) - 1} once. "
                 f"Found {value.tolist()}."
             )
-    layer.load_state_dict(tensors, assign=True)
+    layer.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)
     if device is not None and device.type != "meta":
         layer.to(device)
     if description.compute not in ("on_the_fly", "resident"):
@@ -275,7 +276,8 @@ def _filled_model(
     undo = swap(model, new)
     try:
         ties = _ties(root, originals)
-        root.load_state_dict(rest, strict=False, assign=any(value.is_meta for value in current.values()))
+        assign = any(value.is_meta for value in current.values())
+        root.load_state_dict(copy.deepcopy(rest) if assign else rest, strict=False, assign=assign)
         for (holder, name), *others in ties:  # one Parameter again, unless the file has them differ
             if all(torch.equal(holder[name], other[key]) for other, key in others):
                 for other, key in others:

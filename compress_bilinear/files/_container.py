@@ -126,14 +126,14 @@ def write_container(
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...] | None]:
     """The tensors of any safetensors file, and the replaced layers of one that `save` wrote, which is verified.
 
-    A shared tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
+    The tensors are views of the file, which is read where they are: what outlives the call takes copies. A shared
+    tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
     """
     check_is_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            # clones: aligned, and independent of the file
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # not a mapping
+            tensors = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
@@ -146,6 +146,11 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], t
             raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
         tensors[alias] = tensors[name]
     return tensors, description.layers
+
+
+def aligned(value: Tensor) -> Tensor:
+    """The tensor, or a copy where it lies at an address that is no multiple of its elements' size."""
+    return value.clone() if value.data_ptr() % value.element_size() else value
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:

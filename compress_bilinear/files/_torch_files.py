@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ._container import LayerDescription, check_is_file, read_safetensors
+from ._container import LayerDescription, aligned, check_is_file, read_safetensors
 
 _WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
 
@@ -23,18 +23,20 @@ def read_state(
 ) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
     """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
 
-    With them the replaced layers among them, where `save` wrote the file. Of a network in several files, `path` is
-    their folder or its `model.safetensors.index.json`.
+    They are views of the file, whose values are read where they are used. With them come the replaced layers, where
+    `save` wrote the file. Of a network in several files, `path` is their folder or its `model.safetensors.index.json`.
 
     A .pt file may be the state dict itself, or have it under keys, as {"checkpoint": {"model": ..., "epoch": 3}}.
 
     Args:
-        key: of the state dict in a .pt file, say "checkpoint.model". None takes the only one that may be meant.
+        key: of the state dict in a .pt file, say "checkpoint.model". None takes the only one that may be meant: that
+            with a weight of three axes.
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
     path = Path(path) / _WHOLE if (Path(path) / _WHOLE).is_file() else Path(path)
     if parts := _parts(path):
+        _no_key(path, key)
         read = {part: read_safetensors(part) for part in sorted(set(parts.values()))}
         missing = [name for name, part in parts.items() if name not in read[part][0]]
         if missing:
@@ -47,6 +49,7 @@ def read_state(
     with open(path, "rb") as file:
         start = file.read(9)
     if Path(path).suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
+        _no_key(path, key)
         tensors, layers = read_safetensors(path)
         return tensors, layers or ()
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
@@ -55,7 +58,7 @@ def read_state(
             "Found neither, or a damaged one."
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise CheckpointError(
@@ -67,7 +70,20 @@ def read_state(
     for name, value in state.items():
         if value.layout != torch.strided:
             raise CheckpointError(f"Tensor {name!r} of {str(path)!r} should be dense. Found {value.layout}.")
-    return state, ()
+    return {name: aligned(value) for name, value in state.items()}, ()
+
+
+def _no_key(path: Path, key: str | None) -> None:
+    if key is not None:
+        raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
+
+
+def _is_mappable(path: Path) -> bool:
+    """Whether the values lie in the file as they are: not in one that was compressed, or in torch's older format."""
+    if not is_zipfile(path):
+        return False
+    with ZipFile(path) as file:
+        return not any(entry.compress_type for entry in file.infolist())
 
 
 def _parts(path: Path) -> dict[str, Path]:
@@ -94,20 +110,27 @@ def _global(problem: str) -> str:
 def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
     if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}.")
+        hint = ": save the one of them that is meant by itself" if isinstance(loaded, (list, tuple)) else ""
+        raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}{hint}.")
     try:
-        states = dict(_states(loaded, ""))
+        states = list(_states(loaded, ""))
     except RecursionError as error:
         raise CheckpointError(f"{path!r} should hold dicts of tensors. Found one that holds itself.") from error
-    likely = [name for name, state in states.items() if any(value.dim() == 3 for value in state.values())]
-    names = [name for name in states if name == key] if key is not None else likely or list(states)
-    if len(names) != 1:
-        listed = ", ".join(f"{name or '(top)'!r} ({len(state)} tensors)" for name, state in states.items())
-        what = "one state dict" if key is None else f"a state dict under {key!r}"
+    best = max((_likelihood(state) for _, state in states), default=0)
+    chosen = [state for name, state in states if (name == key if key is not None else _likelihood(state) == best)]
+    if len(chosen) != 1:
+        listed = ", ".join(f"{name or '(top)'!r} ({len(state)} tensors)" for name, state in states)
+        what = "one state dict" if key is None else f"one state dict under {key!r}"
         choose = ": choose one by --key" if len(states) > 1 else ""
         found = listed or f"none under the keys {', '.join(map(repr, loaded))}"
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
-    return states[names[0]]
+    return chosen[0]
+
+
+def _likelihood(state: Mapping[str, Tensor]) -> int:
+    """How likely the network's: 2 with a bilinear weight by its name, 1 by its shape alone, as optimizers have it."""
+    cubes = [key for key, value in state.items() if value.dim() == 3 and value.is_floating_point()]
+    return max((1 + key.endswith("weight") for key in cubes), default=0)
 
 
 def _states(values: Mapping[Any, Any], name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:

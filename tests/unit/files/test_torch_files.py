@@ -3,10 +3,12 @@
 import json
 import os
 from collections import OrderedDict
+from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from support import bilinear
 from torch import nn
 
@@ -30,6 +32,8 @@ def same(state, expected) -> bool:
         lambda state: {"epoch": torch.tensor(3), "state_dict": state},
         lambda state: {"optimizer": {"state": {}, "groups": []}, "net": state},
         lambda state: {"optimizer": {"state": {0: {"exp_avg": torch.ones(3, 2, 2)}}}, "net": state},
+        lambda state: {"optimizer": {"state": {"0": {"exp_avg": torch.ones(3, 2, 2)}}}, "net": state},
+        lambda state: {"net": state, "masks": {"rel.weight": torch.ones(7, 18, 17, dtype=torch.bool)}},
         lambda state: {"net": state, "normalizer": {"mean": torch.zeros(3), "std": torch.ones(3)}},
         lambda state: {"net": {**state, "_extra_state": None, "version": 2}, "normalizer": {"mean": torch.zeros(3)}},
         lambda state: {"checkpoint": {"epoch": 2, "model": state}},
@@ -37,7 +41,15 @@ def same(state, expected) -> bool:
     ],
     ids=[
         *("bare", "ordered", "under model", "beside numbers", "beside a tensor", "beside an optimizer"),
-        *("beside moments", "beside other tensors", "with other entries", "nested", "beside a table"),
+        *(
+            "beside an optimizer with names",
+            "beside masks",
+            "beside moments",
+            "beside other tensors",
+            "with other entries",
+            "nested",
+            "beside a table",
+        ),
     ],
 )
 def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(tmp_path, wrap):
@@ -58,8 +70,61 @@ def test_of_several_states_a_key_chooses(tmp_path, key):
     other = {name: value + 1 for name, value in STATE.items()}
     torch.save({"ema": other, "run": {"model": STATE}}, tmp_path / "net.pt")
     assert same(read_state(tmp_path / "net.pt", key)[0], {"ema": other, "run.model": STATE}[key])
-    with pytest.raises(CheckpointError, match=r"a state dict under 'run'. Found 'ema' .*, 'run.model'"):
+    with pytest.raises(CheckpointError, match=r"one state dict under 'run'. Found 'ema' .*, 'run.model'"):
         read_state(tmp_path / "net.pt", "run")
+
+
+def test_a_key_that_means_two_states_chooses_neither(tmp_path):
+    torch.save({"a.b": STATE, "a": {"b": STATE}}, tmp_path / "net.pt")
+    with pytest.raises(CheckpointError, match=r"should hold one state dict under 'a.b'"):
+        read_state(tmp_path / "net.pt", "a.b")
+
+
+def test_a_key_is_refused_for_safetensors(tmp_path):
+    save_file(STATE, tmp_path / "model.safetensors")
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(CheckpointError, match=r"--key should be one of a .pt file with several state dicts"):
+            read_state(path, "model")
+
+
+def resident() -> int:
+    """Bytes of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read from /proc")
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors"])
+def test_values_that_nobody_asks_for_are_not_read(tmp_path, name):
+    numel = 2**26  # 256 MB, of which neither file has any on the disk
+    if name == "net.pt":
+        with torch.serialization.skip_data():
+            torch.save({"words.weight": torch.empty(numel)}, tmp_path / name)
+    else:
+        described = {"words.weight": {"dtype": "F32", "shape": [numel], "data_offsets": [0, 4 * numel]}}
+        header = json.dumps(described).encode().ljust(96)
+        (tmp_path / name).write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(tmp_path / name, 8 + len(header) + 4 * numel)
+    before = resident()
+    state, _ = read_state(tmp_path / name)
+    assert resident() - before < numel
+    assert state["words.weight"].shape == (numel,)
+
+
+def test_values_are_those_of_the_file_wherever_they_lie_in_it(tmp_path):
+    tensors = {"a.weight": torch.randn(3, 18, 17), "b.weight": torch.randn(5)}
+    data = save(tensors)
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip()
+    header += b" " * (1 + len(header) % 2)  # the values begin at an odd address
+    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    state, _ = read_state(tmp_path / "odd.safetensors")
+    assert same(state, tensors)
+    assert all(value.data_ptr() % 4 == 0 for value in state.values())
+    torch.save(tensors, tmp_path / "net.pt")
+    with ZipFile(tmp_path / "net.pt") as old, ZipFile(tmp_path / "small.pt", "w", ZIP_DEFLATED) as new:
+        for entry in old.namelist():
+            new.writestr(entry, old.read(entry))
+    assert same(read_state(tmp_path / "small.pt")[0], tensors)
 
 
 @pytest.mark.parametrize("name", ["net.safetensors", "net.bin", "net"])
@@ -85,10 +150,21 @@ def test_tensors_from_an_older_torch_format(tmp_path):
         ({}, "should hold one state dict. Found none"),
         ({"epoch": 3}, "Found none under the keys 'epoch'"),
         ({"model": {**STATE, "norm._extra_state": {"scale": 2}}}, "Found norm._extra_state, which would be lost"),
-        ([torch.ones(1)], "should hold a state dict. Found a list"),
+        ([STATE], "should hold a state dict. Found a list: save the one of them that is meant by itself"),
+        ({"a.b": STATE, "a": {"b": STATE}}, r"Found 'a.b' \(3 tensors\), 'a.b' \(3 tensors\)"),
         (torch.ones(1), "should hold a state dict. Found a Tensor"),
     ],
-    ids=["module", "two states", "two networks", "empty", "no state", "more than tensors", "list", "tensor"],
+    ids=[
+        "module",
+        "two states",
+        "two networks",
+        "empty",
+        "no state",
+        "more than tensors",
+        "list",
+        "one name",
+        "tensor",
+    ],
 )
 def test_what_is_no_state_is_refused(tmp_path, content, problem):
     torch.save(content, tmp_path / "net.pt")
