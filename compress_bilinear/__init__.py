@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from . import decomposition, ops
     from .config import AutoConfig, CPConfig, DenseConfig, MaxError, MaxSize, TuckerConfig
     from .errors import AmplificationWarning, CompressionError
-    from .files import load, save
+    from .files import PretrainedMixin, load, save
     from .modules import CPBilinear, DenseBilinear, TuckerBilinear, register_adapter
     from .planning import Plan, compress, dequantize, plan, quantize, set_compute
     from .report import LayerReport, Report
@@ -25,6 +25,7 @@ __all__ = [
     "MaxError",
     "MaxSize",
     "Plan",
+    "PretrainedMixin",
     "Report",
     "TuckerBilinear",
     "TuckerConfig",

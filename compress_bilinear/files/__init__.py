@@ -2,4 +2,5 @@
 
 from ._checkpoint import by_layer, describe, filled, load, save
 from ._container import LayerDescription, read_safetensors, write_container
+from ._pretrained import PretrainedMixin
 from ._torch_files import read_state

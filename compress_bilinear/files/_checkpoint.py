@@ -105,7 +105,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     tensors, descriptions = _with_names_of(model, modules, tensors, descriptions)
     own, rest = by_layer(tensors, descriptions)
     found = {id(each.module): each for each in find(model)}
-    targets = [_target(modules, found, description) for description in descriptions]
+    targets = [target_of(modules, found, description) for description in descriptions]
     new: dict[int, nn.Module] = {}
     originals: dict[int, int] = {}  # by the id of a new bias, that of the bias whose place it takes
     for description, target in zip(descriptions, targets, strict=True):
@@ -116,9 +116,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
                 f"The file's layers should be {required}, as the network's are. Found {dtype}: convert the network "
                 "with model.to(dtype) first."
             )
-        take_flags(layer, target.layer)
         originals[id(layer.bias)] = id(target.layer.bias)
-        new[id(target.module)] = layer if target.adapted is None else target.adapted.replaced(layer)
+        new[id(target.module)] = replacement(layer, target)
     gone = {name for target in targets for name in target.parameter_names()}
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
     _check_fits(current, rest, "the network")
@@ -197,13 +196,18 @@ def filled(
     layer.load_state_dict({name: value.clone() for name, value in tensors.items()}, assign=True)
     if device is not None and device.type != "meta":
         layer.to(device)
+    use_compute(layer, description)
+    return layer
+
+
+def use_compute(layer: CompressedBilinear, description: LayerDescription) -> None:
+    """Set the compute mode that a file says; where the layer does not have it on this machine, warn."""
     if description.compute not in ("on_the_fly", "resident"):
         reason = layer.refused_compute(description.compute)
         if reason is None:
             layer.set_compute(description.compute)  # type: ignore[arg-type]  # any but "resident"
         else:
-            warnings.warn(f"Layer {description.label!r} of the file computes on the fly: {reason}.", stacklevel=3)
-    return layer
+            warnings.warn(f"Layer {description.label!r} of the file computes on the fly: {reason}.", stacklevel=4)
 
 
 def _check_fits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
@@ -222,7 +226,13 @@ def _check_fits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], w
             )
 
 
-def _target(
+def replacement(layer: CompressedBilinear, target: FoundLayer) -> nn.Module:
+    """What takes the place of a module of the network: the layer with its flags, or the module around it."""
+    take_flags(layer, target.layer)
+    return layer if target.adapted is None else target.adapted.replaced(layer)
+
+
+def target_of(
     modules: Mapping[str, nn.Module], layers: Mapping[int, FoundLayer], description: LayerDescription
 ) -> FoundLayer:
     """The original layer that a description is for."""

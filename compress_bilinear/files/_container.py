@@ -67,13 +67,13 @@ class LayerDescription:
         """(O, I, J)."""
         return self.out_features, self.in1_features, self.in2_features
 
-    def build(self) -> CompressedBilinear:
-        """The layer on the meta device, without values. Raises: CheckpointError for sizes that no layer has."""
+    def build(self, device: torch.device | str = "meta") -> CompressedBilinear:
+        """The layer, without its values. Raises: CheckpointError for sizes that no layer has."""
         if self.method not in METHODS:
             raise CheckpointError(
                 f"The method of layer {self.label!r} should be one of {', '.join(METHODS)}. Found {self.method!r}."
             )
-        options: dict[str, Any] = {"bias": self.bias, "device": "meta", "quantize": self.quantize}
+        options: dict[str, Any] = {"bias": self.bias, "device": device, "quantize": self.quantize}
         if self.rank is not None:
             options["rank"] = self.rank
         try:

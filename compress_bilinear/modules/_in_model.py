@@ -15,6 +15,7 @@ from ..config import Config
 from ..errors import CompressionError, MatchError
 from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear, has_other
+from ._saving import guard_saving
 from .adapters import AdaptedLayer, adapted_layer, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -324,10 +325,12 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
     def undo() -> None:
         for parent, key, child in places:
             parent._modules[key] = child
+        guard_saving(model)
 
     try:
         for parent, key, child in places:
             parent._modules[key] = new[id(child)]
+        guard_saving(model)
     except BaseException:
         undo()
         raise

@@ -17,6 +17,7 @@ from ..modules import (
     check_inplace,
     fingerprint,
     function_reference,
+    guard_saving,
     noting,
     plain_reference,
     reason_against,
@@ -126,6 +127,7 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
                     f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                     "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
                 )
+    guard_saving(new)
     return new
 
 
