@@ -1,4 +1,4 @@
-"""A model of transformers with a bilinear layer: compressed, saved by `save_pretrained`, and back by `from_pretrained`."""
+"""A model of transformers with a bilinear layer: compressed, then saved and loaded as any other of its models."""
 
 from tempfile import TemporaryDirectory
 
@@ -9,7 +9,7 @@ from transformers import BertConfig, BertModel, BertPreTrainedModel
 import compress_bilinear as cb
 
 
-class Relations(cb.PretrainedMixin, BertPreTrainedModel):
+class Relations(cb.PretrainedMixin, BertPreTrainedModel):  # type: ignore[misc]  # which mypy does not read
     """Tokens (N, L) and the places of two entities (N,), (N,) to logits of their relation (N, 24).
 
     `PretrainedMixin` is all that is added for the compressed layer.
@@ -28,8 +28,10 @@ class Relations(cb.PretrainedMixin, BertPreTrainedModel):
 
 def main() -> cb.Report:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = Relations(BertConfig(vocab_size=500, num_labels=24, **sizes)).eval()  # yours comes trained
+    sizes = BertConfig(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_labels=24
+    )
+    model = Relations(sizes).eval()  # yours comes trained
 
     def batch() -> dict[str, Tensor]:
         head, tail = torch.randint(0, 12, (2, 64))
