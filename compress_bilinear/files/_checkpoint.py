@@ -3,7 +3,7 @@
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -86,8 +86,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         path: the file.
         model: the network as its code builds it, with its `nn.Bilinear` layers; also one on the meta device. It is
             changed in place: described layers are replaced, and all parameters and buffers are filled. Classes that
-            were registered by `register_adapter` have to be so here too. Names may begin with a wrapper's, "module."
-            say, on one of the two sides.
+            were registered by `register_adapter` have to be so here too. Names may begin with a wrapper's, "model."
+            say, on one of the two sides; "module" and "_orig_mod" make no difference anywhere in them.
 
     Returns:
         The model; where the model itself is the described layer, its replacement.
@@ -101,11 +101,13 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
             "description."
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tensors, descriptions = _with_names_of(model, modules, tensors, descriptions)
     own, rest = by_layer(tensors, descriptions)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = _names_in(model, modules, tensors, [name for each in descriptions for name in each.names], rest)
+    rest = {names[key]: value for key, value in rest.items()}
     found = {id(each.module): each for each in find(model)}
-    targets = [target_of(modules, found, description) for description in descriptions]
+    renamed = [replace(each, names=tuple(names[name] for name in each.names)) for each in descriptions]
+    targets = [target_of(modules, found, description) for description in renamed]
     new: dict[int, nn.Module] = {}
     originals: dict[int, int] = {}  # by the id of a new bias, that of the bias whose place it takes
     for description, target in zip(descriptions, targets, strict=True):
@@ -127,21 +129,35 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     return _filled_model(model, new, originals, current, rest)
 
 
-def _with_names_of(
+def _names_in(
     model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    tensors: dict[str, Tensor],
-    descriptions: tuple[LayerDescription, ...],
-) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
-    """The same under the names that the model has, where those of one of the two all begin with a wrapper's name."""
-    wrappers = [(name, "") for name in _wrappers(tensors)] + [("", name) for name in _wrappers(model.state_dict())]
-    for gone, added in [("", ""), *wrappers]:
-        renamed = [
-            replace(each, names=tuple(added + name.removeprefix(gone) for name in each.names)) for each in descriptions
-        ]
-        if all(name.removesuffix(COMPRESSED).removesuffix(".") in modules for each in renamed for name in each.names):
-            return {added + key.removeprefix(gone): value for key, value in tensors.items()}, tuple(renamed)
-    return tensors, descriptions
+    modules: Iterable[str],
+    tensors: Iterable[str],
+    layers: Sequence[str],
+    others: Iterable[str],
+) -> dict[str, str]:
+    """The names that the model has for layers and other tensors of a file, where wrappers are all that differs.
+
+    Names that are in the model are its own. Where others fit in no way, all stay as they are in the file.
+    """
+    state = model.state_dict()
+    exact = [*state, *modules, *(f"{name}.{COMPRESSED}".lstrip(".") for name in modules)]
+    known = {_plain(name): name for name in reversed(exact)} | {name: name for name in exact}
+    for gone, added in [
+        ("", ""),
+        *((name, "") for name in _wrappers(tensors)),
+        *(("", name) for name in _wrappers(state)),
+    ]:
+        new = {name: added + name.removeprefix(gone) for name in (*layers, *others)}
+        new = {old: known.get(name, known.get(_plain(name), name)) for old, name in new.items()}
+        if len(set(new.values())) == len(new) and all(new[name] in known for name in layers or others):
+            return new
+    return {name: name for name in (*layers, *others)}
+
+
+def _plain(name: str) -> str:
+    """The name without those of modules around others, for parallel training or compiled."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
 def _wrappers(names: Iterable[str]) -> list[str]:
@@ -257,6 +273,8 @@ def target_of(
             f"Found it under {', '.join(target.names)}."
         )
     reason = reason_against(target, {}, values=False)
+    if label.split(".")[-1] == "_orig_mod":  # compiled by itself: what calls it knows the layer, not the name
+        reason = "it is compiled by itself: compile it once it is loaded"
     if reason is not None:
         raise CheckpointError(f"Layer {label!r} should be a plain {target.form}. Found that {reason}.")
     for what in ("in1_features", "in2_features", "out_features", "bias"):

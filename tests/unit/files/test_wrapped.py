@@ -11,6 +11,8 @@ from compress_bilinear.errors import CheckpointError
 from compress_bilinear.files import write_container
 from compress_bilinear.planning import choose_weights, compress_state
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
+
 
 class Net(nn.Module):
     def __init__(self):
@@ -44,18 +46,63 @@ def compressed(net):
     return cb.compress(net, config, force=True, progress=False, measure_latency=False)[0]
 
 
-@pytest.mark.parametrize("there", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("here", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_wrapper_on_one_side_is_no_difference(there, here, tmp_path):
-    small = compressed(Net())
-    cb.save(there(small), tmp_path / "net.safetensors")
-    if there is not WRAPPERS["none"] and here is not WRAPPERS["none"] and there is not here:
-        return  # two wrappers that differ are two networks
-    loaded = cb.load(tmp_path / "net.safetensors", here(Net()))
-    assert_same_state(loaded, here(small).state_dict())
+@pytest.mark.parametrize("small", [True, False], ids=["with replaced layers", "without"])
+@pytest.mark.parametrize("there", WRAPPERS)
+@pytest.mark.parametrize("here", WRAPPERS)
+def test_wrappers_are_no_difference(there, here, small, tmp_path):
+    net = compressed(Net()) if small else Net()
+    cb.save(WRAPPERS[there](net), tmp_path / "net.safetensors")
+    loaded = cb.load(tmp_path / "net.safetensors", WRAPPERS[here](Net()))
+    assert_same_state(loaded, WRAPPERS[here](net).state_dict())
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("small", [True, False], ids=["with replaced layers", "without"])
+def test_compiled_parts_of_a_network_are_no_difference(small, tmp_path):
+    def parts(net):
+        net.pair = torch.compile(net.pair)
+        return net
+
+    plain = compressed(Net()) if small else Net()
+    state = dict(plain.state_dict())
+    cb.save(plain, tmp_path / "plain.safetensors")
+    loaded = cb.load(tmp_path / "plain.safetensors", parts(Net()))
+    assert_same_state(loaded, {name.replace("pair.", "pair._orig_mod."): value for name, value in state.items()})
+    cb.save(loaded, tmp_path / "parts.safetensors")
+    assert_same_state(cb.load(tmp_path / "parts.safetensors", Net()), state)
+    assert_same_state(cb.load(tmp_path / "parts.safetensors", parts(Net())), loaded.state_dict())
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["the network", "a part"])
+def test_a_layer_that_is_compiled_by_itself_is_refused(whole, tmp_path):
+    """What calls it would go on calling the layer that was there."""
+    layer = nn.Bilinear(7, 6, 5)
+    net = layer if whole else nn.ModuleDict({"rel": layer})
+    cb.save(compressed(net), tmp_path / "net.safetensors")
+    fresh = torch.compile(nn.Bilinear(7, 6, 5)) if whole else nn.ModuleDict({"rel": torch.compile(layer)})
+    with pytest.raises(CheckpointError, match="OptimizedModule"):
+        cb.load(tmp_path / "net.safetensors", fresh)
+
+
+def test_a_layer_that_was_compiled_by_itself_in_both_is_refused(tmp_path):
+    def net():
+        return nn.ModuleDict({"rel": torch.compile(nn.Bilinear(7, 6, 5))})
+
+    by_the_state_alone(net(), tmp_path / "net.safetensors")
+    with pytest.raises(CheckpointError, match="compile it once it is loaded"):
+        cb.load(tmp_path / "net.safetensors", net())
+
+
+def test_names_that_the_network_has_are_its_own(tmp_path):
+    def net():
+        return nn.ModuleDict({"rel": nn.Bilinear(7, 6, 5), "module": nn.ModuleDict({"rel": nn.Bilinear(7, 6, 5)})})
+
+    small = compressed(net())
+    cb.save(small, tmp_path / "net.safetensors")
+    assert_same_state(cb.load(tmp_path / "net.safetensors", net()), small.state_dict())
+    with pytest.raises(CheckpointError):
+        cb.load(tmp_path / "net.safetensors", nn.ModuleDict({"rel": nn.Bilinear(7, 6, 5)}))
+
+
 @pytest.mark.parametrize("wrap", [DataParallel, torch.compile, lambda net: torch.compile(DataParallel(net))])
 def test_wrapped_networks_are_saved_without_the_wrapper(wrap, tmp_path):
     small = compressed(Net())
