@@ -37,7 +37,7 @@ _EXAMPLES = examples(
 def app() -> None:
     """Compress the nn.Bilinear layers of trained networks, and report what that did.
 
-    A CHECKPOINT is a state dict: .safetensors, or .pt, which is read with weights_only=True.
+    A CHECKPOINT is a state dict: .safetensors, or .pt and .ckpt, of which no code is run.
     """
 
 

@@ -3,25 +3,26 @@
 import json
 import os
 import pickle
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ._container import LayerDescription, aligned, check_is_file, read_safetensors
+from ._unpickler import Placeholder, load_with_placeholders
 
 _WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
+_PICKLED = "a pickled {}, which is not loaded because that runs code: save model.state_dict() alone"
 
 
 def read_state(
     path: str | os.PathLike[str], key: str | None = None
 ) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
-    """The tensors of a .safetensors file, or of a .pt file, which is read with `weights_only=True`.
+    """The tensors of a .safetensors file, or of a .pt file, of which no code is run.
 
     They are views of the file, whose values are read where they are used. With them come the replaced layers, where
     `save` wrote the file. Of a network in several files, `path` is their folder or its `model.safetensors.index.json`.
@@ -57,20 +58,29 @@ def read_state(
             f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
             "Found neither, or a damaged one."
         )
+    return _state_dict(_loaded(path), str(path), key), ()
+
+
+def _loaded(path: Path) -> Any:
+    """What torch.save wrote; objects that are no tensors or containers are placeholders, and no code of them is run."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_mappable(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError, BadZipFile) as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
-            raise CheckpointError(
-                f"{str(path)!r} should hold a state dict. Found pickled Python objects{_global(str(error))}, which are "
-                "not loaded because that runs code: save model.state_dict() instead."
-            ) from error
-        raise CheckpointError(f"{str(path)!r} should be a whole file of torch.save's. Found a damaged one.") from error
-    state = _state_dict(loaded, str(path), key)
-    for name, value in state.items():
-        if value.layout != torch.strided:
-            raise CheckpointError(f"Tensor {name!r} of {str(path)!r} should be dense. Found {value.layout}.")
-    return {name: aligned(value) for name, value in state.items()}, ()
+        mapped = _is_mappable(path)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:  # and not for a TorchScript archive, which torch.load would run
+            if not mapped:
+                raise CheckpointError(
+                    f"{str(path)!r} should hold a state dict. Found pickled objects in torch's older format or a "
+                    "compressed archive, which are not loaded because that runs code: save model.state_dict() instead."
+                ) from error
+            return load_with_placeholders(path)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged or forged pickle fails in any way
+        raise CheckpointError(
+            f"{str(path)!r} should be a file that torch.save wrote of a state dict. Found a damaged or another one: "
+            f"{str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _no_key(path: Path, key: str | None) -> None:
@@ -101,17 +111,12 @@ def _parts(path: Path) -> dict[str, Path]:
     return {key: index.parent / name for key, name in files.items()}
 
 
-def _global(problem: str) -> str:
-    """The name of the object that torch did not load."""
-    found = re.search(r"GLOBAL ([\w.]+)", problem)
-    return f" ({found[1]})" if found else ""
-
-
 def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
     if not isinstance(loaded, Mapping):
         hint = ": save the one of them that is meant by itself" if isinstance(loaded, (list, tuple)) else ""
-        raise CheckpointError(f"{path!r} should hold a state dict. Found a {type(loaded).__name__}{hint}.")
+        found = _PICKLED.format(loaded) if isinstance(loaded, Placeholder) else f"a {type(loaded).__name__}{hint}"
+        raise CheckpointError(f"{path!r} should hold a state dict. Found {found}.")
     try:
         states = list(_states(loaded, ""))
     except RecursionError as error:
@@ -119,31 +124,36 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     best = max((_likelihood(state) for _, state in states), default=0)
     chosen = [state for name, state in states if (name == key if key is not None else _likelihood(state) == best)]
     if len(chosen) != 1:
-        listed = ", ".join(f"{name or '(top)'!r} ({len(state)} tensors)" for name, state in states)
+        listed = ", ".join(f"{name or '(top)'!r} ({len(_tensors(state))} tensors)" for name, state in states)
         what = "one state dict" if key is None else f"one state dict under {key!r}"
         choose = ": choose one by --key" if len(states) > 1 else ""
         found = listed or f"none under the keys {', '.join(map(repr, loaded))}"
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
-    return chosen[0]
+    for name, value in chosen[0].items():
+        if name.endswith("_extra_state") and value and not isinstance(value, Tensor):
+            raise CheckpointError(f"{path!r} should hold tensors. Found {name}, which would be lost.")
+        if isinstance(value, Placeholder):
+            raise CheckpointError(f"Entry {name!r} of {path!r} should be a tensor. Found {_PICKLED.format(value)}.")
+        if isinstance(value, Tensor) and value.layout != torch.strided:
+            raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense. Found {value.layout}.")
+    return {name: aligned(value) for name, value in _tensors(chosen[0]).items()}
 
 
-def _likelihood(state: Mapping[str, Tensor]) -> int:
+def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _likelihood(state: Mapping[str, Any]) -> int:
     """How likely the network's: 2 with a bilinear weight by its name, 1 by its shape alone, as optimizers have it."""
-    cubes = [key for key, value in state.items() if value.dim() == 3 and value.is_floating_point()]
+    cubes = [key for key, value in _tensors(state).items() if value.dim() == 3 and value.is_floating_point()]
     return max((1 + key.endswith("weight") for key in cubes), default=0)
 
 
-def _states(values: Mapping[Any, Any], name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """All dicts of tensors in nested dicts of a file, by their keys joined with dots; "" is the file itself."""
+def _states(values: Mapping[Any, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All dicts with tensors in nested dicts of a file, by their keys joined with dots; "" is the file itself."""
     named = {key: value for key, value in values.items() if isinstance(key, str)}
-    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
-    lost = [key for key, value in named.items() if key.endswith("_extra_state") and key not in tensors and value]
-    if tensors and lost:
-        raise CheckpointError(
-            f"{name or 'The file'!r} should hold tensors. Found {', '.join(lost)}, which would be lost."
-        )
-    if tensors:
-        yield name, tensors
+    if _tensors(named):
+        yield name, named
     for key, value in named.items():
         if isinstance(value, Mapping):
             yield from _states(value, f"{name}.{key}" if name else key)
