@@ -59,15 +59,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file, in safetensors whatever its suffix; one that exists is replaced once the new one is complete.
 
     Raises:
-        CheckpointError: the state is not all tensors with values, or a compressed layer was changed from the inside.
+        CheckpointError: the state is not all tensors with values and plain data (of `get_extra_state`), or a
+            compressed layer was changed from the inside.
         CompressionError: the folder does not exist.
     """
     model = _unwrapped(model)
     state = model.state_dict()
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.is_meta or torch.nn.parameter.is_lazy(value):
-            found = "a tensor without values" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise CheckpointError(f"State {name!r} should be a tensor with values. Found {found}.")
+        if isinstance(value, Tensor) and (value.is_meta or torch.nn.parameter.is_lazy(value)):
+            raise CheckpointError(f"State {name!r} should be a tensor with values. Found a tensor without values.")
     write_container(state, describe(model), path)
 
 
@@ -95,13 +95,15 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     Raises:
         CheckpointError: the file is truncated, foreign, damaged or for another network. The model is untouched then.
     """
-    tensors, descriptions = read_safetensors(path)
-    if descriptions is None:
+    tensors, content = read_safetensors(path)
+    if content is None:
         raise CheckpointError(
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
             "description."
         )
-    own, rest = by_layer(tensors, descriptions)
+    descriptions = content.layers
+    own, others = by_layer(tensors, descriptions)
+    rest: dict[str, Any] = others | content.extra
     modules = dict(model.named_modules(remove_duplicate=False))
     names = _names_in(model, modules, tensors, [name for each in descriptions for name in each.names], rest)
     rest = {names[key]: value for key, value in rest.items()}
@@ -124,7 +126,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
     _check_fits(current, rest, "the network")
     for name, value in current.items():
-        if not (value.is_meta or is_writable(value)):
+        if isinstance(value, Tensor) and not (value.is_meta or is_writable(value)):
             raise CheckpointError(f"Tensor {name!r} should have memory of its own to load into. Found an expanded one.")
     return _filled_model(model, new, originals, current, rest)
 
@@ -226,8 +228,11 @@ def use_compute(layer: CompressedBilinear, description: LayerDescription) -> Non
             warnings.warn(f"Layer {description.label!r} of the file computes on the fly: {reason}.", stacklevel=4)
 
 
-def _check_fits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError unless the file's tensors have the names, shapes and dtypes that are expected."""
+def _check_fits(expected: Mapping[str, Any], tensors: Mapping[str, Any], what: str) -> None:
+    """Raise CheckpointError unless the file's tensors have the names, shapes and dtypes that are expected.
+
+    Of extra state the names alone are.
+    """
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         parts = [f"missing {', '.join(missing)}"] if missing else []
@@ -235,6 +240,8 @@ def _check_fits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], w
         raise CheckpointError(f"The file should hold the tensors of {what}. Found {'; '.join(parts)}.")
     for name, value in expected.items():
         found = tensors[name]
+        if name.endswith("_extra_state") or not isinstance(value, Tensor):
+            continue
         if (value.shape, value.dtype) != (found.shape, found.dtype):
             raise CheckpointError(
                 f"Tensor {name!r} of {what} should be {tuple(value.shape)} {value.dtype}. "
@@ -289,8 +296,8 @@ def _filled_model(
     model: _Model,
     new: Mapping[int, nn.Module],
     originals: Mapping[int, int],
-    current: Mapping[str, Tensor],
-    rest: Mapping[str, Tensor],
+    current: Mapping[str, Any],
+    rest: Mapping[str, Any],
 ) -> _Model:
     """The model with the new modules by the ids of those they replace, and its other tensors from the file.
 
@@ -300,23 +307,25 @@ def _filled_model(
     before: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (holder, dict(holder)) for module in model.modules() for holder in (module._parameters, module._buffers)
     ]
-    values = {name: value.clone() for name, value in current.items() if not value.is_meta}
+    tensors = {name: value for name, value in current.items() if isinstance(value, Tensor)}
+    assign = any(value.is_meta for value in tensors.values())
+    values = {name: value.clone() for name, value in tensors.items() if not value.is_meta}
     undo = swap(model, new)
     try:
         ties = _ties(root, originals)
-        assign = any(value.is_meta for value in current.values())
-        root.load_state_dict(copy.deepcopy(rest) if assign else rest, strict=False, assign=assign)
+        # copies: a module may keep what it is given, and views of a file change with it
+        root.load_state_dict(copy.deepcopy(rest), strict=False, assign=assign)
         for (holder, name), *others in ties:  # one Parameter again, unless the file has them differ
             if all(torch.equal(holder[name], other[key]) for other, key in others):
                 for other, key in others:
                     other[key] = holder[name]
     except BaseException:
         undo()
-        for holder, tensors in before:
-            holder.update(tensors)
+        for holder, content in before:
+            holder.update(content)
         with torch.no_grad():
             for name, value in values.items():
-                current[name].copy_(value)  # each has memory of its own: that has been checked
+                tensors[name].copy_(value)  # each has memory of its own: that has been checked
         raise
     return root
 

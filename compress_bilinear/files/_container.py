@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -83,25 +83,33 @@ class LayerDescription:
 
 
 @dataclass(frozen=True)
-class _Description:
-    """What the metadata says of a file. `aliases` are further names of a tensor, each with the name it is stored by."""
+class FileDescription:
+    """What the metadata says of a file.
+
+    Attributes:
+        aliases: further names of a tensor, each with the name it is stored by.
+        extra: what modules return from `get_extra_state`, where it is plain data, by its names in the state dict.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     version: int
     layers: tuple[LayerDescription, ...]
     aliases: dict[str, str]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def write_container(
-    state: Mapping[str, Tensor], layers: Sequence[LayerDescription], path: str | os.PathLike[str]
-) -> None:
-    """Write tensors and the description of the layers among them; see `save`."""
+def write_container(state: Mapping[str, Any], layers: Sequence[LayerDescription], path: str | os.PathLike[str]) -> None:
+    """Write tensors and plain data, and the description of the layers among them; see `save`."""
     first_names: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
+    extra: dict[str, Any] = {}
     for name, value in state.items():
+        if not isinstance(value, Tensor):
+            extra[name] = _plain(name, value)
+            continue
         if value.layout != torch.strided:
             raise CheckpointError(f"State {name!r} should be a dense tensor. Found {value.layout}.")
         value = value.detach().resolve_conj().resolve_neg()
@@ -114,7 +122,7 @@ def write_container(
         tensors[name] = value.cpu().contiguous() if storage not in storages else value.clone().cpu().contiguous()
         storages.add(storage)
     description = {"version": FORMAT_VERSION, "layers": [asdict(layer) for layer in layers], "aliases": aliases}
-    text = json.dumps(description, sort_keys=True)
+    text = json.dumps(description | ({"extra": extra} if extra else {}), sort_keys=True)
     metadata = {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"}
     with written_atomically(path) as temporary:
         try:
@@ -123,8 +131,21 @@ def write_container(
             raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...] | None]:
-    """The tensors of any safetensors file, and the replaced layers of one that `save` wrote, which is verified.
+def _plain(name: str, value: Any) -> Any:
+    """A value that JSON holds as it is."""
+    try:
+        if json.loads(json.dumps(value)) == value:
+            return value
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise CheckpointError(
+        f"State {name!r} should be a tensor or plain data: numbers, strings, lists, and dicts with strings as keys. "
+        f"Found a {type(value).__name__} that JSON does not hold as it is: have get_extra_state return one that is."
+    )
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], FileDescription | None]:
+    """The tensors of any safetensors file, and the description of one that `save` wrote, which is verified.
 
     The tensors are views of the file, which is read where they are: what outlives the call takes copies. A shared
     tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
@@ -145,7 +166,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], t
         if name not in tensors:
             raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
         tensors[alias] = tensors[name]
-    return tensors, description.layers
+    return tensors, description
 
 
 def aligned(value: Tensor) -> Tensor:
@@ -156,12 +177,16 @@ def aligned(value: Tensor) -> Tensor:
 def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless there is a file to read."""
     if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} should be a file. Found {'a folder' if Path(path).is_dir() else 'none'}.")
+        found = "a folder" if Path(path).is_dir() else "none"
+        if (Path(path) / ".metadata").is_file():
+            way_out = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file) makes one file of it"
+            found = f"a folder of torch.distributed.checkpoint: {way_out}"
+        raise CheckpointError(f"{str(path)!r} should be a file. Found {found}.")
 
 
 def _described(
     metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
-) -> _Description:
+) -> FileDescription:
     """The description of a file that `save` wrote; its digest is verified before it is believed."""
     text = metadata[METADATA_KEY]
     try:
@@ -177,7 +202,7 @@ def _described(
             "not match their digest: the file was damaged or edited."
         )
     try:
-        return read_plain(_Description, data, CheckpointError)
+        return read_plain(FileDescription, data, CheckpointError)
     except CheckpointError as error:
         raise CheckpointError(f"The description in {str(path)!r} is not valid. {error}") from error
 

@@ -44,15 +44,15 @@ def read_state(
             raise CheckpointError(
                 f"{str(parts[missing[0]])!r} should hold {missing[0]!r}, as its index says. Found none."
             )
-        known = tuple(layer for _, described in read.values() for layer in described or ())
+        known = tuple(layer for _, description in read.values() if description for layer in description.layers)
         return {name: read[part][0][name] for name, part in parts.items()}, known
     check_is_file(path)
     with open(path, "rb") as file:
         start = file.read(9)
     if Path(path).suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
         _no_key(path, key)
-        tensors, layers = read_safetensors(path)
-        return tensors, layers or ()
+        tensors, description = read_safetensors(path)
+        return tensors, description.layers if description else ()
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
         raise CheckpointError(
             f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
@@ -131,7 +131,9 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
     for name, value in chosen[0].items():
         if name.endswith("_extra_state") and value and not isinstance(value, Tensor):
-            raise CheckpointError(f"{path!r} should hold tensors. Found {name}, which would be lost.")
+            raise CheckpointError(
+                f"{path!r} should hold tensors. Found {name}, which would be lost: compress the network."
+            )
         if isinstance(value, Placeholder):
             raise CheckpointError(f"Entry {name!r} of {path!r} should be a tensor. Found {_PICKLED.format(value)}.")
         if isinstance(value, Tensor) and value.layout != torch.strided:

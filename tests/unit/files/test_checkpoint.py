@@ -50,6 +50,23 @@ class Net(nn.Module):
         return self.logits(self.norm(self.rel(x1, x2) + self.one(x1, x2) + self.other(x1, x2)))
 
 
+class Extra(nn.BatchNorm1d):
+    """A module that keeps more than tensors."""
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+def with_extra(extra: object) -> Net:
+    model = Net()
+    model.norm = Extra(OUT)
+    model.norm.extra = extra
+    return model
+
+
 def trained(**options) -> Net:
     """A network whose every tensor differs from a fresh one's."""
     model = Net(**options)
@@ -415,6 +432,21 @@ class TestFailures:
     def test_a_folder_is_refused(self, tmp_path):
         self.refuse(tmp_path, Net(), "Found a folder")
 
+    @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+    def test_a_distributed_checkpoint_is_refused_with_the_way_out(self, tmp_path):
+        from torch.distributed import checkpoint
+        from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+        state = Net().state_dict()
+        checkpoint.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+        self.refuse(tmp_path / "dcp", Net(), "a folder of torch.distributed.checkpoint: .*dcp_to_torch_save")
+        with pytest.raises(CheckpointError, match=r"dcp_to_torch_save\(folder, file\) makes one file of it"):
+            read_state(tmp_path / "dcp")
+        dcp_to_torch_save(tmp_path / "dcp", tmp_path / "net.pt")
+        found, _ = read_state(tmp_path / "net.pt")
+        assert found.keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in found.items())
+
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_filling_that_fails_half_way_is_undone(self, saved, device):
         class Failing(Net):
@@ -521,13 +553,44 @@ class TestSaving:
         else:
             assert torch.equal(cb.load(path, net(torch.zeros_like(value))).value, value)
 
-    def test_extra_state_is_refused(self, path):
-        class Extra(nn.Linear):
-            def get_extra_state(self):
-                return {"step": 3}
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"step": 3, "names": ["a", None], "scale": 0.1, "on": True, "deep": {"x": []}},
+            None,
+            "text",
+            float("inf"),
+            torch.arange(3),
+        ],
+        ids=["dict", "none", "text", "infinity", "tensor"],
+    )
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_extra_state_comes_back(self, path, extra, device):
+        cb.save(small(with_extra(extra), CONFIGS["cp int8"]), path)
+        with torch.device(device):
+            fresh = with_extra(torch.zeros(7, device="cpu"))
+        found = cb.load(path, fresh).norm.extra
+        assert torch.equal(found, extra) if isinstance(extra, Tensor) else found == extra
+        if isinstance(extra, Tensor):
+            path.write_bytes(bytes(path.stat().st_size))
+            assert found.tolist() == [0, 1, 2]  # it is no view of the file
 
-        with pytest.raises(CheckpointError, match=r"'_extra_state' should be a tensor with values. Found a dict"):
-            cb.save(Extra(2, 2), path)
+    @pytest.mark.parametrize(
+        "extra",
+        [(1, 2), {1: 2}, {"scale": torch.ones(2)}, {1, 2}, object(), float("nan")],
+        ids=["tuple", "numbers as keys", "a tensor inside", "set", "object", "nan"],
+    )
+    def test_extra_state_that_would_change_is_refused(self, path, extra):
+        with pytest.raises(
+            CheckpointError, match=r"State 'norm._extra_state' should be a tensor or plain data: .*Found"
+        ):
+            cb.save(with_extra(extra), path)
+        assert not path.exists()
+
+    def test_a_network_without_the_extra_state_is_another(self, path):
+        cb.save(with_extra({"step": 3}), path)
+        with pytest.raises(CheckpointError, match=r"unexpected norm._extra_state"):
+            cb.load(path, Net())
 
     def test_a_layer_that_was_changed_from_the_inside_is_refused(self, path):
         model = small(trained(), CONFIGS["tucker"])
