@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from ..config import COMPUTE_CHOICES, CONFIGS, Config, PlanOptions, Quantize, Recipe, parse_config, read_recipe
 from ..errors import ConfigError
-from ..files import read_state, write_container
+from ..files import files_of, read_state, written
 from ..modules import FoundLayer
 from ..planning import choose_weights, compress_state
 from ..report import size
@@ -49,7 +49,11 @@ _CONFIG_OPTIONS = ("method", "rank", "max_error", "on", "max_size", "quantize", 
 )
 @click.argument("path", metavar="CHECKPOINT", type=FILE)
 @click.option(
-    "-o", "--output", type=FILE, help="The file to write, in safetensors by any name; needed without --dry-run."
+    "-o",
+    "--output",
+    type=FILE,
+    help="The file to write, in safetensors by any name; model.safetensors.index.json writes several. "
+    "Needed without --dry-run.",
 )
 @key
 @click.option("--layers", multiple=True, metavar="PATTERN", help="A glob of layers to compress; may be repeated.")
@@ -99,7 +103,7 @@ def compress(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'; only --dry-run goes without.")
     style = None if report is None else style_of(report, "--report")
-    check_files((path, config, calibration), output=output, report=report)
+    check_files((*files_of(path), config, calibration), output=output, report=report)
     on_line = {name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     recipe = _recipe(config, given, on_line)
     state, compressed = read_state(path, key)
@@ -119,14 +123,15 @@ def compress(
     plan, new_state, described = compress_state(state, chosen, configs, **where, **options)
     files: list[tuple[Path, Content]] = []
     if output is not None and described and not dry_run:
-        files.append((output, lambda temporary: write_container(new_state, described, temporary)))
+        files.append((output, written(new_state, described, output)))
     if report is not None and style is not None:
         files.append((report, rendered(plan.report, style)))
     write_together(files)  # before anything is printed: the reader of a pipe may have gone
     if as_json:
         print(plan.report.to_json())
     else:
-        lines = [f"Wrote {path} ({size(path.stat().st_size)})" for path, _ in files]
+        sizes = {path: sum(file.stat().st_size for file in files_of(path)) for path, _ in files}
+        lines = [f"Wrote {path} ({size(total)})" for path, total in sizes.items()]
         show(str(plan if dry_run else plan.report), *lines, hidden=quiet)
     if not described:
         return "nothing would be replaced" if dry_run else f"nothing was replaced, so {str(output)!r} was not written"

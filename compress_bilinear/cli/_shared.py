@@ -1,7 +1,7 @@
 """What the commands share: options, printing and writing."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -99,19 +99,18 @@ def deliver(made: Report | Comparison, style: Style, output: Path | None, as_jso
         print(rendered(made, "json" if as_json else style))
 
 
-Content: TypeAlias = str | Callable[[Path], object]
-"""A file's text, or a function that writes the file at a path."""
+Content: TypeAlias = str | AbstractContextManager[None]
+"""A file's text, or what writes files and gives them their names when it is left."""
 
 
 def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
     """Write files, and rename them to their paths only when all are whole."""
     with ExitStack() as stack:
         for path, content in contents:
-            temporary = stack.enter_context(written_atomically(path))
             if isinstance(content, str):
-                temporary.write_text(content, encoding="utf-8")
+                stack.enter_context(written_atomically(path)).write_text(content, encoding="utf-8")
             else:
-                content(temporary)
+                stack.enter_context(content)
 
 
 def check_files(read: Iterable[Path | None], **written: Path | None) -> None:

@@ -26,7 +26,7 @@ from ..modules import (
     swap,
     take_flags,
 )
-from ._container import LayerDescription, read_safetensors, write_container
+from ._container import LayerDescription, read_safetensors, written
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
@@ -51,12 +51,15 @@ def describe(model: nn.Module) -> list[LayerDescription]:
     return descriptions
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a compressed network to one safetensors file, atomically.
+def save(model: nn.Module, path: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Write a compressed network to one safetensors file, or to several with an index, atomically.
 
     Args:
         model: a network that `compress` returned, or any other.
         path: the file, in safetensors whatever its suffix; one that exists is replaced once the new one is complete.
+            "model.safetensors.index.json" is an index, beside which "model-00001-of-00002.safetensors" and so on have
+            the tensors, as transformers has it.
+        max_shard_bytes: of the tensors in a file beside an index, where it has more than one.
 
     Raises:
         CheckpointError: the state is not all tensors with values and plain data (of `get_extra_state`), or a
@@ -68,7 +71,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, value in state.items():
         if isinstance(value, Tensor) and (value.is_meta or torch.nn.parameter.is_lazy(value)):
             raise CheckpointError(f"State {name!r} should be a tensor with values. Found a tensor without values.")
-    write_container(state, describe(model), path)
+    with written(state, describe(model), path, max_shard_bytes):
+        pass
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -83,7 +87,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     """Load a file that `save` wrote into a freshly built original network.
 
     Args:
-        path: the file.
+        path: the file; the index of several, or their folder.
         model: the network as its code builds it, with its `nn.Bilinear` layers; also one on the meta device. It is
             changed in place: described layers are replaced, and all parameters and buffers are filled. Classes that
             were registered by `register_adapter` have to be so here too. Names may begin with a wrapper's, "model."

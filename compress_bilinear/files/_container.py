@@ -7,7 +7,8 @@ tensor. It finds damage and careless edits. It is no signature: it does not say 
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,6 +25,8 @@ from ..modules import METHODS, CompressedBilinear, place
 
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
+INDEX = ".index.json"  # what the name of a file ends with that names those of a network's tensors
+_WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +102,43 @@ class FileDescription:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-def write_container(state: Mapping[str, Any], layers: Sequence[LayerDescription], path: str | os.PathLike[str]) -> None:
-    """Write tensors and plain data, and the description of the layers among them; see `save`."""
+@contextmanager
+def written(
+    state: Mapping[str, Any],
+    layers: Sequence[LayerDescription],
+    path: str | os.PathLike[str],
+    max_shard_bytes: int = 5 * 10**9,
+) -> Iterator[None]:
+    """Tensors, plain data and the description of the layers among them as a file; of shards, an index and these.
+
+    Inside, they are whole under other names. They get their own when the block ends well. See `save`.
+    """
+    tensors, aliases, extra = _stored(state)
+    path, index = Path(path), None
+    files = {path.name: tensors}
+    with ExitStack() as stack:
+        if path.name.endswith(INDEX):
+            index = stack.enter_context(written_atomically(path))  # it is the first, and so renamed last
+            shards = _shards(tensors, max_shard_bytes)
+            stem, count = path.name.removesuffix(INDEX).removesuffix(".safetensors"), len(shards)
+            files = {f"{stem}-{k + 1:05}-of-{count:05}.safetensors": shard for k, shard in enumerate(shards)}
+        names: dict[str, str] = {}
+        for file, part in files.items():
+            own = {alias: name for alias, name in aliases.items() if name in part}
+            temporary = stack.enter_context(written_atomically(path.with_name(file)))
+            _write(part, FileDescription(FORMAT_VERSION, tuple(layers), own, extra), temporary)
+            names |= dict.fromkeys((*part, *own), file)
+            layers, extra = (), {}  # the first has those of all
+        if index is not None:
+            total = sum(value.nbytes for value in tensors.values())
+            index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": names}), encoding="utf-8")
+        yield
+        if index is not None:  # so that an old one is never that of new shards
+            path.unlink(missing_ok=True)
+
+
+def _stored(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
+    """The tensors of a state in storage of their own; further names of these; and what is plain data."""
     first_names: dict[Hashable, str] = {}
     aliases: dict[str, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -121,14 +159,31 @@ def write_container(state: Mapping[str, Any], layers: Sequence[LayerDescription]
         # safetensors wants each tensor in storage of its own
         tensors[name] = value.cpu().contiguous() if storage not in storages else value.clone().cpu().contiguous()
         storages.add(storage)
-    description = {"version": FORMAT_VERSION, "layers": [asdict(layer) for layer in layers], "aliases": aliases}
-    text = json.dumps(description | ({"extra": extra} if extra else {}), sort_keys=True)
-    metadata = {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"}
-    with written_atomically(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
+    return tensors, aliases, extra
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """The tensors in their order, in parts of at most so many bytes, or of one tensor."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0  # of the last
+    for name, value in tensors.items():
+        size += value.nbytes
+        if shards[-1] and size > most:
+            shards.append({})
+            size = value.nbytes
+        shards[-1][name] = value
+    return shards
+
+
+def _write(tensors: dict[str, Tensor], description: FileDescription, path: Path) -> None:
+    content = asdict(description)
+    if not description.extra:
+        del content["extra"]  # earlier versions do not know it
+    text = json.dumps(content, sort_keys=True)
+    try:
+        save_file(tensors, path, {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"})
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -147,9 +202,49 @@ def _plain(name: str, value: Any) -> Any:
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], FileDescription | None]:
     """The tensors of any safetensors file, and the description of one that `save` wrote, which is verified.
 
-    The tensors are views of the file, which is read where they are: what outlives the call takes copies. A shared
-    tensor comes under all its names. Raises: CheckpointError where the file is damaged or none.
+    Of a network in several files, `path` is their folder or index. The tensors are views of the files, which are read
+    where they are: what outlives the call takes copies. A shared tensor comes under all its names.
+
+    Raises: CheckpointError where a file is damaged or none.
     """
+    index, files = _index_of(Path(path))
+    read = {file: _read(file) for file in sorted({*files.values()})}
+    for name, file in files.items():
+        if name not in read[file][0]:
+            raise CheckpointError(f"{str(file)!r} should hold {name!r}, as its index says. Found none.")
+    if not files:
+        return _read(index)
+    descriptions = [description for _, description in read.values() if description is not None]
+    layers = tuple(layer for each in descriptions for layer in each.layers)
+    extra = {name: value for each in descriptions for name, value in each.extra.items()}
+    tensors = {name: read[file][0][name] for name, file in files.items()}
+    return tensors, FileDescription(FORMAT_VERSION, layers, {}, extra) if descriptions else None
+
+
+def files_of(path: str | os.PathLike[str]) -> set[Path]:
+    """The file, or of a network in several these and their index."""
+    index, files = _index_of(Path(path))
+    return {index, *files.values()}
+
+
+def _index_of(path: Path) -> tuple[Path, dict[str, Path]]:
+    """The index of a network in several files, as transformers has it, and the file of each tensor; or the one file."""
+    if (path / _WHOLE).is_file():
+        return path / _WHOLE, {}
+    index = path / (_WHOLE + INDEX) if path.is_dir() else path
+    if not (index.name.endswith(INDEX) and index.is_file()):
+        return path, {}
+    try:
+        files = {str(key): str(name) for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"{str(index)!r} should map names of tensors to files. Found: {error!r}.") from error
+    outside = [name for name in files.values() if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{str(index)!r} should name files of its own folder. Found {outside[0]!r}.")
+    return index, {key: index.with_name(name) for key, name in files.items()}
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], FileDescription | None]:
     check_is_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -1,6 +1,5 @@
 """Reading state dicts from files, without running code that is in them."""
 
-import json
 import os
 import pickle
 from collections.abc import Iterator, Mapping
@@ -12,10 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ._container import LayerDescription, aligned, check_is_file, read_safetensors
+from ._container import INDEX, LayerDescription, aligned, check_is_file, read_safetensors
 from ._unpickler import Placeholder, load_with_placeholders
 
-_WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
 _PICKLED = "a pickled {}, which is not loaded because that runs code: save model.state_dict() alone"
 
 
@@ -35,22 +33,14 @@ def read_state(
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
-    path = Path(path) / _WHOLE if (Path(path) / _WHOLE).is_file() else Path(path)
-    if parts := _parts(path):
-        _no_key(path, key)
-        read = {part: read_safetensors(part) for part in sorted(set(parts.values()))}
-        missing = [name for name, part in parts.items() if name not in read[part][0]]
-        if missing:
-            raise CheckpointError(
-                f"{str(parts[missing[0]])!r} should hold {missing[0]!r}, as its index says. Found none."
-            )
-        known = tuple(layer for _, description in read.values() if description for layer in description.layers)
-        return {name: read[part][0][name] for name, part in parts.items()}, known
-    check_is_file(path)
-    with open(path, "rb") as file:
-        start = file.read(9)
-    if Path(path).suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
-        _no_key(path, key)
+    path, start = Path(path), b""
+    if not (path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(INDEX)):
+        check_is_file(path)
+        with open(path, "rb") as file:
+            start = file.read(9)
+    if not start or start[8:] == b"{":  # eight bytes of header length, then JSON
+        if key is not None:
+            raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
         tensors, description = read_safetensors(path)
         return tensors, description.layers if description else ()
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
@@ -83,32 +73,12 @@ def _loaded(path: Path) -> Any:
         ) from error
 
 
-def _no_key(path: Path, key: str | None) -> None:
-    if key is not None:
-        raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
-
-
 def _is_mappable(path: Path) -> bool:
     """Whether the values lie in the file as they are: not in one that was compressed, or in torch's older format."""
     if not is_zipfile(path):
         return False
     with ZipFile(path) as file:
         return not any(entry.compress_type for entry in file.infolist())
-
-
-def _parts(path: Path) -> dict[str, Path]:
-    """The file of each tensor of a network in several, as transformers saves it; empty for one in a single file."""
-    index = path / f"{_WHOLE}.index.json" if path.is_dir() else path
-    if not (index.name.endswith(".index.json") and index.is_file()):
-        return {}
-    try:
-        files = {str(key): str(name) for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise CheckpointError(f"{str(index)!r} should map names of tensors to files. Found: {error!r}.") from error
-    outside = [name for name in files.values() if Path(name).name != name]
-    if outside:
-        raise CheckpointError(f"{str(index)!r} should name files of its own folder. Found {outside[0]!r}.")
-    return {key: index.parent / name for key, name in files.items()}
 
 
 def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:

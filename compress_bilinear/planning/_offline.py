@@ -102,7 +102,7 @@ def compress_state(
     calibration: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> tuple[Plan[nn.Module], dict[str, Tensor], list[LayerDescription]]:
-    """Plan the compression of the chosen weights: the plan, and the state and descriptions for `write_container`.
+    """Plan the compression of the chosen weights: the plan, and the state and descriptions for `written`.
 
     A weight that the file has under two names stays under both.
 

@@ -8,7 +8,7 @@ from torch.nn.parallel import DataParallel
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError
-from compress_bilinear.files import write_container
+from compress_bilinear.files import written
 from compress_bilinear.planning import choose_weights, compress_state
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.compile's own
@@ -143,7 +143,8 @@ def by_the_state_alone(net, path):
     _, new, described = compress_state(
         state, choose_weights(state, ["*"]), config, measure_latency=False, progress=False
     )
-    write_container(new, described, path)
+    with written(new, described, path):
+        pass
 
 
 def test_a_weight_of_a_known_form_that_was_taken_for_a_bilinear_loads(tmp_path):

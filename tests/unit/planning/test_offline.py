@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError, MatchError
-from compress_bilinear.files import write_container
+from compress_bilinear.files import written
 from compress_bilinear.fitting import Latency, Timing
 from compress_bilinear.planning import _verdict as selection
 from compress_bilinear.planning import choose_weights, compare_files, compress_state, stored_weights
@@ -126,7 +126,8 @@ class TestCompressing:
     def test_it_is_what_compressing_the_network_gives(self, tmp_path, config):
         model = Net()
         _, state, descriptions = compressed(model.state_dict(), config=config)
-        write_container(state, descriptions, tmp_path / "small.safetensors")
+        with written(state, descriptions, tmp_path / "small.safetensors"):
+            pass
         loaded = cb.load(tmp_path / "small.safetensors", Net())
         expected, report = cb.compress(model, config, measure_latency=False)
         assert same(loaded.state_dict(), expected.state_dict())
@@ -143,7 +144,8 @@ class TestCompressing:
     def test_a_bare_layer_is_the_root(self, tmp_path):
         layer = Net().rel
         _, state, descriptions = compressed(layer.state_dict(), ["(root)"], {"(root)": TUCKER})
-        write_container(state, descriptions, tmp_path / "small.safetensors")
+        with written(state, descriptions, tmp_path / "small.safetensors"):
+            pass
         assert isinstance(cb.load(tmp_path / "small.safetensors", bilinear(IN1, IN2, OUT)), cb.TuckerBilinear)
 
     def test_a_layer_under_two_names_stays_shared(self, tmp_path):
@@ -156,7 +158,8 @@ class TestCompressing:
         assert [layer.names for layer in descriptions] == [("one", "two")]
         assert (planned.report.layers[0].name, planned.report.layers[0].aliases) == ("one", ("two",))
         assert len(planned.report.layers) == 1
-        write_container(state, descriptions, tmp_path / "small.safetensors")
+        with written(state, descriptions, tmp_path / "small.safetensors"):
+            pass
         loaded = cb.load(tmp_path / "small.safetensors", Shared())
         assert loaded.one is loaded.two
 
