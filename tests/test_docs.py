@@ -213,6 +213,7 @@ def test_the_site_switches_between_light_and_dark_and_fits_a_telephone(site: Pat
 
 # what some examples need beyond the `test` extra
 NEEDED = {
+    "lightning_callback": ["lightning"],
     "lora_peft": ["peft"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "relation_fine_tuning": ["pykeen"],
