@@ -179,9 +179,10 @@ class InterpolativeLinear(FixedBuffers):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix (out_features, in_features), differentiable in what is stored."""
         weight = linear_weight(self.rest, dtype)
+        index = self.index.to(weight.device)  # raises where it is offloaded: `index_select` would read any memory
         identity = torch.eye(min(self.in_features, self.out_features), dtype=dtype, device=weight.device)
         if self.widening:
-            return torch.cat([identity, weight]).index_select(0, self.index)
-        return torch.cat([identity, weight], dim=1).index_select(1, self.index.argsort())
+            return torch.cat([identity, weight]).index_select(0, index)
+        return torch.cat([identity, weight], dim=1).index_select(1, index.argsort())
 
     extra_repr = QuantizedLinear.extra_repr

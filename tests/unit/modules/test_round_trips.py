@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from layers import for_kinds, inputs, make
+from layers import PROJECTED, QUANTIZED, for_kinds, inputs, make
 from support import assert_matches_reference
 from torch import nn
 
@@ -48,6 +48,14 @@ def test_a_layer_whose_weights_are_offloaded_brings_them_in(method, quantize):
     for one, other in zip(found, expected, strict=True):
         assert_matches_reference(one.grad, other.grad)
     assert all(tensor.is_meta for tensor in away.buffers())
+
+
+@needs_accelerate
+@for_kinds(tuple(kind for kind in PROJECTED if kind in QUANTIZED))
+def test_a_weight_is_not_computed_of_what_is_offloaded(method, quantize):
+    layer = make(method, quantize)
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        offloaded(layer).to_dense()
 
 
 @needs_accelerate
