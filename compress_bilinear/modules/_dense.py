@@ -13,6 +13,7 @@ from ..config import Quantize
 from ..decomposition import CPDecomposition, TuckerDecomposition
 from ..quantization import FORMATS, QuantizedTensor
 from ._base import CompressedBilinear
+from ._linear import zero_bias
 
 
 class DenseBilinear(CompressedBilinear):
@@ -57,11 +58,10 @@ class DenseBilinear(CompressedBilinear):
             self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         else:
             self.weight = FORMATS[quantize].zeros(shape, "weight", device)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
+        self.register_parameter("bias", zero_bias(out_features, bias, device, dtype))
         self.integer = False
-        self._initialise()
+        if quantize is None:
+            self.reset_parameters()
 
     @property
     def takes_int8(self) -> bool:
@@ -72,14 +72,9 @@ class DenseBilinear(CompressedBilinear):
         """`nn.Bilinear`'s own initialisation. Raises: CompressionError where the weight is quantized."""
         if self.quantize is not None:
             super().reset_parameters()
-        self._initialise()
-
-    def _initialise(self) -> None:
         bound = 1 / math.sqrt(self.in1_features)
-        if isinstance(self.weight, nn.Parameter):
-            nn.init.uniform_(self.weight, -bound, bound)
-        if self.bias is not None:
-            nn.init.uniform_(self.bias, -bound, bound)
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_bilinear(cls, layer: nn.Bilinear, *, quantize: Quantize | None = None) -> Self:

@@ -13,7 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..config import Config
 from ..errors import CompressionError, MatchError
-from ..quantization import QuantizedTensor
 from ._base import CompressedBilinear, has_other
 from ._saving import guard_saving
 from .adapters import AdaptedLayer, adapted_layer, unknown_forms
@@ -301,9 +300,8 @@ def check_inplace(model: nn.Module, names: Container[str]) -> None:
 def take_flags(layer: CompressedBilinear, original: nn.Bilinear) -> None:
     """Give a replacement the training flag and the gradient flags of the layer whose place it takes."""
     layer.train(original.training).requires_grad_(original.weight.requires_grad)
-    for part in layer.modules():
-        if isinstance(part, QuantizedTensor):
-            part.dtype = original.weight.dtype
+    for part in layer._stored():
+        part.dtype = original.weight.dtype
     if layer.bias is not None and original.bias is not None:
         layer.bias.requires_grad_(original.bias.requires_grad)
 

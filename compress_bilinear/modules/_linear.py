@@ -69,10 +69,10 @@ def make_linear(
     if quantize is None:
         return nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
     weight = FORMATS[quantize].zeros((out_features, in_features), layout, device)
-    return QuantizedLinear(weight, _zero_bias(out_features, bias, device, dtype))
+    return QuantizedLinear(weight, zero_bias(out_features, bias, device, dtype))
 
 
-def _zero_bias(
+def zero_bias(
     size: int, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
@@ -109,7 +109,7 @@ class AddBias(nn.Module):
         self, size: int, bias: bool, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.register_parameter("bias", _zero_bias(size, bias, device, dtype))
+        self.register_parameter("bias", zero_bias(size, bias, device, dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """The input (..., O) plus the bias, in the input's dtype."""
@@ -149,7 +149,7 @@ class InterpolativeLinear(FixedBuffers):
         ends = (rank, size - rank) if self.widening else (size - rank, rank)
         # one scale for each of the others, of which there are fewer than of the kept
         self.rest = make_linear(*ends, False, quantize, device, dtype, "rows" if self.widening else "columns")
-        self.register_parameter("bias", _zero_bias(out_features, bias, device, dtype))
+        self.register_parameter("bias", zero_bias(out_features, bias, device, dtype))
 
     @property
     def widening(self) -> bool:

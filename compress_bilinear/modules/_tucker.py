@@ -74,7 +74,7 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
             factor = decomposition.factors[mode]
             if is_interpolated(factor.shape[1], factor.shape[0]):
                 order, coefficients, turn = interpolation(factor)
-                if not torch.equal(turn, _identity(len(turn), turn)):  # else the core, which is large, is not copied
+                if not torch.equal(turn, turn.new_ones(len(turn)).diag()):  # else the large core is not copied
                     core = mode_product(core, turn.T.to(core.dtype), mode)
                 if isinstance(layer, InterpolativeLinear):
                     layer.fill(order, coefficients.to(dtype))
@@ -91,7 +91,7 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         core, factors = self.core.to_dense(dtype).detach(), []
         for layer, size in zip((self.out_proj, self.in1_proj, self.in2_proj), self.rank, strict=True):
             absorbed = isinstance(layer, (AddBias, nn.Identity))
-            factors.append(_identity(size, core) if absorbed else linear_weight(layer, dtype).detach())
+            factors.append(core.new_ones(size).diag() if absorbed else linear_weight(layer, dtype).detach())
         return TuckerDecomposition(core, (factors[0], factors[1].T, factors[2].T))
 
     @classmethod
@@ -136,7 +136,3 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         left, right = project_blocks(self.in1_proj, input1).mT, self.in2_proj(input2)
         output: Tensor = self.out_proj(self.core.contract(torch.matmul, left, right))
         return output
-
-
-def _identity(size: int, like: Tensor) -> Tensor:
-    return torch.eye(size, dtype=like.dtype, device=like.device)
