@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from glob import escape
 from pathlib import Path
@@ -19,7 +20,6 @@ from ..report import size
 from ._shared import (
     FILE,
     SEED,
-    Content,
     calibration,
     check_files,
     examples,
@@ -28,7 +28,7 @@ from ._shared import (
     rendered,
     show,
     style_of,
-    write_together,
+    write_text,
 )
 
 _CONFIG_OPTIONS = ("method", "rank", "max_error", "on", "max_size", "quantize", "prefer", "seed")
@@ -121,17 +121,18 @@ def compress(
     where: dict[str, Any] = {"device": given["device"], "dtype": given["dtype"], "calibration": calibration}
     options |= {"progress": False} if quiet else {}
     plan, new_state, described = compress_state(state, chosen, configs, **where, **options)
-    files: list[tuple[Path, Content]] = []
-    if output is not None and described and not dry_run:
-        files.append((output, written(new_state, described, output)))
-    if report is not None and style is not None:
-        files.append((report, rendered(plan.report, style)))
-    write_together(files)  # before anything is printed: the reader of a pipe may have gone
+    made = []
+    with ExitStack() as stack:  # before anything is printed: the reader of a pipe may have gone
+        if output is not None and described and not dry_run:
+            stack.enter_context(written(new_state, described, output))
+            made.append(output)
+        if report is not None and style is not None:
+            write_text(report, rendered(plan.report, style))
+            made.append(report)
     if as_json:
         print(plan.report.to_json())
     else:
-        sizes = {path: sum(file.stat().st_size for file in files_of(path)) for path, _ in files}
-        lines = [f"Wrote {path} ({size(total)})" for path, total in sizes.items()]
+        lines = [f"Wrote {path} ({size(sum(file.stat().st_size for file in files_of(path)))})" for path in made]
         show(str(plan if dry_run else plan.report), *lines, hidden=quiet)
     if not described:
         return "nothing would be replaced" if dry_run else f"nothing was replaced, so {str(output)!r} was not written"

@@ -1,7 +1,6 @@
 """What the commands share: options, printing and writing."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -90,27 +89,19 @@ def rendered(made: Report | Comparison, style: Style) -> str:
     return str(made) if style == "table" else str(getattr(made, f"to_{style}")())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with written_atomically(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def deliver(made: Report | Comparison, style: Style, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Write it to a file, or print it, as a command's options say."""
     if output is not None:
-        write_together([(output, rendered(made, style))])
+        write_text(output, rendered(made, style))
         show(f"Wrote {output}", hidden=quiet or as_json)
     if as_json or (output is None and not quiet):
         print(rendered(made, "json" if as_json else style))
-
-
-Content: TypeAlias = str | AbstractContextManager[None]
-"""A file's text, or what writes files and gives them their names when it is left."""
-
-
-def write_together(contents: Iterable[tuple[Path, Content]]) -> None:
-    """Write files, and rename them to their paths only when all are whole."""
-    with ExitStack() as stack:
-        for path, content in contents:
-            if isinstance(content, str):
-                stack.enter_context(written_atomically(path)).write_text(content, encoding="utf-8")
-            else:
-                stack.enter_context(content)
 
 
 def check_files(read: Iterable[Path | None], **written: Path | None) -> None:

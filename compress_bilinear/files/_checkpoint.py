@@ -108,8 +108,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     descriptions = content.layers
     own, others = by_layer(tensors, descriptions)
     rest: dict[str, Any] = others | content.extra
+    names = _names_in(model, tensors, [name for each in descriptions for name in each.names], rest)
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = _names_in(model, modules, tensors, [name for each in descriptions for name in each.names], rest)
     rest = {names[key]: value for key, value in rest.items()}
     found = {id(each.module): each for each in find(model)}
     renamed = [replace(each, names=tuple(names[name] for name in each.names)) for each in descriptions]
@@ -135,25 +135,16 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     return _filled_model(model, new, originals, current, rest)
 
 
-def _names_in(
-    model: nn.Module,
-    modules: Iterable[str],
-    tensors: Iterable[str],
-    layers: Sequence[str],
-    others: Iterable[str],
-) -> dict[str, str]:
+def _names_in(model: nn.Module, tensors: Iterable[str], layers: Sequence[str], others: Iterable[str]) -> dict[str, str]:
     """The names that the model has for layers and other tensors of a file, where wrappers are all that differs.
 
     Names that are in the model are its own. Where others fit in no way, all stay as they are in the file.
     """
-    state = model.state_dict()
+    state, modules = model.state_dict(), [name for name, _ in model.named_modules(remove_duplicate=False)]
     exact = [*state, *modules, *(f"{name}.{COMPRESSED}".lstrip(".") for name in modules)]
-    known = {_plain(name): name for name in reversed(exact)} | {name: name for name in exact}
-    for gone, added in [
-        ("", ""),
-        *((name, "") for name in _wrappers(tensors)),
-        *(("", name) for name in _wrappers(state)),
-    ]:
+    known: dict[str, str] = {_plain(name): name for name in reversed(exact)} | {name: name for name in exact}
+    wrappers = [(name, "") for name in _wrappers(tensors)] + [("", name) for name in _wrappers(state)]
+    for gone, added in [("", ""), *wrappers]:
         new = {name: added + name.removeprefix(gone) for name in (*layers, *others)}
         new = {old: known.get(name, known.get(_plain(name), name)) for old, name in new.items()}
         if len(set(new.values())) == len(new) and all(new[name] in known for name in layers or others):

@@ -57,15 +57,8 @@ def _loaded(path: Path) -> Any:
         mapped = _is_mappable(path)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError as error:  # and not for a TorchScript archive, which torch.load would run
-            if not mapped:
-                raise CheckpointError(
-                    f"{str(path)!r} should hold a state dict. Found pickled objects in torch's older format or a "
-                    "compressed archive, which are not loaded because that runs code: save model.state_dict() instead."
-                ) from error
-            return load_with_placeholders(path)
-    except CheckpointError:
-        raise
+        except pickle.UnpicklingError:  # and no other: a TorchScript archive is one that torch.load would run
+            return load_with_placeholders(path, mapped)
     except Exception as error:  # a damaged or forged pickle fails in any way
         raise CheckpointError(
             f"{str(path)!r} should be a file that torch.save wrote of a state dict. Found a damaged or another one: "

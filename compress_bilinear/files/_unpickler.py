@@ -46,7 +46,12 @@ class Unpickler(pickle._Unpickler):
         raise pickle.UnpicklingError("a class by its number, which a program may have registered")
 
 
-def load_with_placeholders(path: Path) -> Any:
-    """What a zip archive of torch.save holds; tensors are views of the file. It has to be no TorchScript archive."""
-    module = sys.modules[__name__]  # in place of pickle
-    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module, mmap=True)
+def load(file: Any, **options: Any) -> Any:
+    """As of `pickle`, in whose place `torch.load` takes this module."""
+    return Unpickler(file, **options).load()
+
+
+def load_with_placeholders(path: Path, mmap: bool) -> Any:
+    """What torch.save wrote, and no TorchScript archive; with `mmap`, tensors are views of the file."""
+    module = sys.modules[__name__]
+    return torch.load(path, map_location="cpu", weights_only=False, pickle_module=module, mmap=mmap)

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import pickletools
+import tarfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,10 +221,32 @@ def test_a_torchscript_archive_is_not_run(tmp_path, monkeypatch):
         read_state(tmp_path / "net.pt")
 
 
-def test_objects_in_the_older_format_are_refused_in_words(tmp_path):
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_objects_in_the_older_format_are_placeholders_too(tmp_path):
     content = {"model": STATE, "args": argparse.Namespace()}
     torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"pickled objects in torch's older format .*: save model.state_dict\(\)"):
+    assert same(read_state(tmp_path / "net.pt")[0], STATE)
+    torch.save(nn.Linear(2, 2), tmp_path / "net.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"Found a pickled torch.nn.modules.linear.Linear, which is not loaded"):
+        read_state(tmp_path / "net.pt")
+
+
+@pytest.mark.parametrize("attack", [name for name, evil in attacks("").items() if not isinstance(evil, bytes)])
+def test_code_in_a_file_of_the_older_format_is_never_run(tmp_path, attack):
+    content = {"model": STATE, "args": attacks(str(tmp_path / "pwned"))[attack]}
+    torch.save(content, tmp_path / "net.pt", _use_new_zipfile_serialization=False)
+    assert same(read_state(tmp_path / "net.pt")[0], STATE)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_an_archive_whose_first_bytes_are_a_pickle_s_is_refused(tmp_path):
+    """The oldest format is a tar, from which torch.load extracts files."""
+    (tmp_path / "storages").write_bytes(b"")
+    with tarfile.open(tmp_path / "net.pt", "w", format=tarfile.GNU_FORMAT) as file:
+        file.add(tmp_path / "storages", arcname="\udc80")
+        file.add(tmp_path / "storages", arcname="storages")
+    assert (tmp_path / "net.pt").read_bytes()[:1] == b"\x80"
+    with pytest.raises(CheckpointError, match=r"legacy \.tar format"):
         read_state(tmp_path / "net.pt")
 
 
