@@ -27,7 +27,7 @@ _FIT_FLOPS = 4e11  # of the exact outputs to fit to; a large layer is fitted to 
 _AGREES = 0.1  # of the squared error, between what the moments predict and what fitted rows have: rows then add nothing
 _SMALL = 2**14  # entries of a weight for which everything is tried in less than a second
 _ROWS = 512  # of which that is found
-_MISLEADS = 0.3  # the same of held-out rows: then moments of others say little, and the plain weight may do better
+_MISLEADS = 0.3  # the same of held-out rows: the plain weight may do better, by half where rows are as few as inputs
 
 
 class OutputFitting(WeightFitting):
