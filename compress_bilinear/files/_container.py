@@ -199,8 +199,12 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], FileDescription | None]:
-    """The tensors of any safetensors file, and the description of one that `save` wrote, which is verified.
+def read_safetensors(
+    path: str | os.PathLike[str], verify: bool = True
+) -> tuple[dict[str, Tensor], FileDescription | None]:
+    """The tensors of any safetensors file, and the description of one that `save` wrote.
+
+    It is verified, for which all tensors are read; without `verify` none is.
 
     Of a network in several files, `path` is their folder or index. The tensors are views of the files, which are read
     where they are: what outlives the call takes copies. A shared tensor comes under all its names.
@@ -208,12 +212,12 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], F
     Raises: CheckpointError where a file is damaged or none.
     """
     index, files = _index_of(Path(path))
-    read = {file: _read(file) for file in sorted({*files.values()})}
+    read = {file: _read(file, verify) for file in sorted({*files.values()})}
     for name, file in files.items():
         if name not in read[file][0]:
             raise CheckpointError(f"{str(file)!r} should hold {name!r}, as its index says. Found none.")
     if not files:
-        return _read(index)
+        return _read(index, verify)
     descriptions = [description for _, description in read.values() if description is not None]
     layers = tuple(layer for each in descriptions for layer in each.layers)
     extra = {name: value for each in descriptions for name, value in each.extra.items()}
@@ -244,7 +248,7 @@ def _index_of(path: Path) -> tuple[Path, dict[str, Path]]:
     return index, {key: index.with_name(name) for key, name in files.items()}
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], FileDescription | None]:
+def _read(path: Path, verify: bool) -> tuple[dict[str, Tensor], FileDescription | None]:
     check_is_file(path)
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -256,7 +260,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], FileDescription | None]:
         ) from error
     if METADATA_KEY not in metadata:
         return tensors, None
-    description = _described(metadata, path, tensors)
+    description = _described(metadata, path, tensors if verify else None)
     for alias, name in description.aliases.items():
         if name not in tensors:
             raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
@@ -280,9 +284,9 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
 
 
 def _described(
-    metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str], path: str | os.PathLike[str], tensors: Mapping[str, Tensor] | None
 ) -> FileDescription:
-    """The description of a file that `save` wrote; its digest is verified before it is believed."""
+    """The description of a file that `save` wrote; with its tensors, the digest is verified before it is believed."""
     text = metadata[METADATA_KEY]
     try:
         data = json.loads(text)
@@ -291,7 +295,7 @@ def _described(
     version = data.get("version") if isinstance(data, dict) else None
     if version is not None and version != FORMAT_VERSION:
         raise CheckpointError(f"{str(path)!r} should have format version {FORMAT_VERSION}. Found {version!r}.")
-    if version is None or metadata.get("digest") != _digest(text, tensors):
+    if version is None or (tensors is not None and metadata.get("digest") != _digest(text, tensors)):
         raise CheckpointError(
             f"{str(path)!r} should be as compress_bilinear.save wrote it. Found that its description and tensors do "
             "not match their digest: the file was damaged or edited."

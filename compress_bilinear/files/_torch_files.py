@@ -18,7 +18,7 @@ _PICKLED = "a pickled {}, which is not loaded because that runs code: save model
 
 
 def read_state(
-    path: str | os.PathLike[str], key: str | None = None
+    path: str | os.PathLike[str], key: str | None = None, verify: bool = True
 ) -> tuple[dict[str, Tensor], tuple[LayerDescription, ...]]:
     """The tensors of a .safetensors file, or of a .pt file, of which no code is run.
 
@@ -30,6 +30,7 @@ def read_state(
     Args:
         key: of the state dict in a .pt file, say "checkpoint.model". None takes the only one that may be meant: that
             with a weight of three axes.
+        verify: read all of a file that `save` wrote, to see that it is whole.
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
@@ -41,7 +42,7 @@ def read_state(
     if not start or start[8:] == b"{":  # eight bytes of header length, then JSON
         if key is not None:
             raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
-        tensors, description = read_safetensors(path)
+        tensors, description = read_safetensors(path, verify)
         return tensors, description.layers if description else ()
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
         raise CheckpointError(
@@ -99,8 +100,9 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
             )
         if isinstance(value, Placeholder):
             raise CheckpointError(f"Entry {name!r} of {path!r} should be a tensor. Found {_PICKLED.format(value)}.")
-        if isinstance(value, Tensor) and value.layout != torch.strided:
-            raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense. Found {value.layout}.")
+        if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
+            found = "none" if value.is_meta else str(value.layout)
+            raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense, with values. Found {found}.")
     return {name: aligned(value) for name, value in _tensors(chosen[0]).items()}
 
 

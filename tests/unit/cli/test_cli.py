@@ -144,7 +144,7 @@ class TestMistakes:
         assert_refused(run, folder, *MISTAKES[case])
 
     def test_ctrl_c_is_status_130(self, run, monkeypatch):
-        def interrupted(path, key):
+        def interrupted(path, key, verify):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("compress_bilinear.cli._look.read_state", interrupted)
