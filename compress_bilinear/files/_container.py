@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -188,11 +188,9 @@ def _write(tensors: dict[str, Tensor], description: FileDescription, path: Path)
 
 def _plain(name: str, value: Any) -> Any:
     """A value that JSON holds as it is."""
-    try:
+    with suppress(TypeError, ValueError, RecursionError):
         if json.loads(json.dumps(value)) == value:
             return value
-    except (TypeError, ValueError, RecursionError):
-        pass
     raise CheckpointError(
         f"State {name!r} should be a tensor or plain data: numbers, strings, lists, and dicts with strings as keys. "
         f"Found a {type(value).__name__} that JSON does not hold as it is: have get_extra_state return one that is."

@@ -34,12 +34,14 @@ def read_state(
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
-    path, start = Path(path), b""
-    if not (path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(INDEX)):
+    path = Path(path)
+    plain = path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(INDEX)
+    if not plain:
         check_is_file(path)
         with open(path, "rb") as file:
             start = file.read(9)
-    if not start or start[8:] == b"{":  # eight bytes of header length, then JSON
+        plain = start[8:] == b"{"  # eight bytes of header length, then JSON
+    if plain:
         if key is not None:
             raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
         tensors, description = read_safetensors(path, verify)
@@ -77,7 +79,7 @@ def _is_mappable(path: Path) -> bool:
 
 def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
-    if not isinstance(loaded, Mapping):
+    if not isinstance(loaded, Mapping) or (isinstance(loaded, Placeholder) and not loaded):
         hint = ": save the one of them that is meant by itself" if isinstance(loaded, (list, tuple)) else ""
         found = _PICKLED.format(loaded) if isinstance(loaded, Placeholder) else f"a {type(loaded).__name__}{hint}"
         raise CheckpointError(f"{path!r} should hold a state dict. Found {found}.")
@@ -94,10 +96,8 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         found = listed or f"none under the keys {', '.join(map(repr, loaded))}"
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
     for name, value in chosen[0].items():
-        if name.endswith("_extra_state") and value and not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path!r} should hold tensors. Found {name}, which would be lost: compress the network."
-            )
+        if name.endswith("_extra_state") and not isinstance(value, (Tensor, Placeholder)) and value:
+            raise CheckpointError(f"{path!r} should hold tensors. Found {name}, which would be lost: use cb.compress.")
         if isinstance(value, Placeholder):
             raise CheckpointError(f"Entry {name!r} of {path!r} should be a tensor. Found {_PICKLED.format(value)}.")
         if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):

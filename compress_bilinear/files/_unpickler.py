@@ -8,16 +8,17 @@ from typing import Any
 import torch
 
 
-class Placeholder:
-    """What stands for any other object, as an instance of a class of its name. It keeps nothing that it is given."""
+class Placeholder(dict[Any, Any]):
+    """What stands for any other object, as an instance of a class of its name. It keeps only a dict's items."""
 
-    def __new__(cls, *args: Any, **named: Any) -> "Placeholder":
-        return super().__new__(cls)
+    __hash__ = object.__hash__  # type: ignore[assignment]  # it may be a key
+
+    def __init__(self, *args: Any, **named: Any) -> None: ...
 
     def __call__(self, *args: Any, **named: Any) -> "Placeholder":
         return self
 
-    __setitem__ = append = extend = add = update = __call__
+    append = extend = add = __call__
 
     def __str__(self) -> str:
         return f"{type(self).__module__}.{type(self).__qualname__}"

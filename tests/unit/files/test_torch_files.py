@@ -57,6 +57,12 @@ def test_a_pt_file_may_hold_the_state_or_have_it_under_a_key(tmp_path, wrap):
     assert same(read_state(tmp_path / "net.pt")[0], STATE)
 
 
+def test_extra_state_that_is_a_tensor_is_kept(tmp_path):
+    state = {**STATE, "rel._extra_state": torch.arange(5)}
+    torch.save(state, tmp_path / "net.pt")
+    assert same(read_state(tmp_path / "net.pt")[0], state)
+
+
 def test_a_dict_that_holds_itself_is_refused(tmp_path):
     around = {"a": torch.ones(2)}
     around["self"] = around

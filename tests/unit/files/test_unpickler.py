@@ -63,6 +63,7 @@ def objects():
         "numpy": [np.ones(3), np.float64(2), np.dtype("float32"), np.random.default_rng(0)],
         "containers": [counts, collections.deque([1, 2]), collections.Counter("aab"), {1, 2}, frozenset([3])],
         "slots": Slots(),
+        "keys": {Kind.BIG: 1, Path("a"): {frozenset([Path("b")])}},
         "classes": [nn.Linear, dict, print, torch.optim.Adam],
         "module": nn.Linear(2, 3),
         "generator state": torch.random.get_rng_state(),
@@ -94,6 +95,14 @@ def test_the_state_dict_of_an_odd_class_is_a_state_dict(tmp_path):
     for state in (class_of_torch, parameters):
         torch.save({"state_dict": state, "args": argparse.Namespace()}, tmp_path / "last.ckpt")
         assert same(read_state(tmp_path / "last.ckpt")[0], state)
+
+
+def test_a_state_dict_in_dicts_of_other_classes_is_found(tmp_path):
+    nested = Table(epoch=3, model=collections.defaultdict(list, STATE))
+    nested.path = Path("a")
+    for content in (nested, {"checkpoint": nested}):
+        torch.save(content, tmp_path / "last.ckpt")
+        assert same(read_state(tmp_path / "last.ckpt")[0], STATE)
 
 
 def test_tensors_that_share_their_values_do_so_after(tmp_path):
