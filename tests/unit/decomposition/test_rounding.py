@@ -191,6 +191,15 @@ class TestInAMetric:
         floating = error_in(metric, WEIGHT, found.to_tensor())
         assert fitted**2 - floating**2 < 0.9 * (plain**2 - floating**2)
 
+    @pytest.mark.parametrize("rank", [SHAPE, (12, 63, 29)], ids=str)
+    def test_what_is_rounded_is_left_as_it_is(self, rank, quantize):
+        metric = spread_metric()
+        found = unwhitened_tucker(tucker(metric.whiten(WEIGHT), rank), metric, torch.float32)
+        before = found.core.clone()
+        result = rounded(found, metric.whiten(WEIGHT), quantize, metric)
+        assert torch.equal(found.core, before)
+        assert not torch.equal(result.core, before)
+
     def test_a_dense_weight_loses_less_and_is_what_a_layer_stores(self, quantize):
         metric = spread_metric()
         values = stored_weight(WEIGHT, quantize, metric)
