@@ -308,8 +308,9 @@ def _filled_model(
     undo = swap(model, new)
     try:
         ties = _ties(root, originals)
-        # copies: a module may keep what it is given, and views of a file change with it
-        root.load_state_dict(copy.deepcopy(rest), strict=False, assign=assign)
+        # what modules keep are copies: views of a file change with it
+        kept = copy.deepcopy({key: value for key, value in rest.items() if assign or key.endswith("_extra_state")})
+        root.load_state_dict({**rest, **kept}, strict=False, assign=assign)
         for (holder, name), *others in ties:  # one Parameter again, unless the file has them differ
             if all(torch.equal(holder[name], other[key]) for other, key in others):
                 for other, key in others:
