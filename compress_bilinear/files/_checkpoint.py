@@ -128,6 +128,11 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         new[id(target.module)] = replacement(layer, target)
     gone = {name for target in targets for name in target.parameter_names()}
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
+    # many programs write tied parameters under one name alone
+    variables = model.state_dict(keep_vars=True)
+    shared = {name: id(variables[name]) for name, value in current.items() if isinstance(value, Tensor)}
+    under_one = {shared[name]: value for name, value in rest.items() if name in shared}
+    rest = {name: under_one[each] for name, each in shared.items() if each in under_one} | rest
     _check_fits(current, rest, "the network")
     for name, value in current.items():
         if isinstance(value, Tensor) and not (value.is_meta or is_writable(value)):

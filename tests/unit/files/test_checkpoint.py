@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError
-from compress_bilinear.files import _container, read_state
+from compress_bilinear.files import _container, describe, read_state
 
 IN1, IN2, OUT = 9, 8, 7
 
@@ -216,6 +216,23 @@ class TestRoundTrip:
     def test_tied_parameters_stay_tied(self, saved, fresh):
         loaded = cb.load(saved, fresh())
         assert loaded.words.weight is loaded.logits.weight
+
+    @pytest.mark.parametrize("fresh", [Net, on_meta], ids=["fresh", "meta"])
+    @pytest.mark.parametrize("kept", ["words.weight", "logits.weight"])
+    def test_a_tied_parameter_may_have_one_of_its_names(self, path, kept, fresh):
+        """As transformers writes it, whose file the command line then compressed."""
+        model = mixed()
+        state = {name: value for name, value in model.state_dict().items() if name[:5] not in ("words", "logit")}
+        with _container.written({**state, kept: model.words.weight}, describe(model), path):
+            pass
+        loaded = cb.load(path, fresh())
+        assert loaded.words.weight is loaded.logits.weight
+        assert_same_state(loaded, model.state_dict())
+        del state["norm.weight"]  # which nothing else is
+        with _container.written({**state, kept: model.words.weight}, describe(model), path):
+            pass
+        with pytest.raises(CheckpointError, match=r"Found missing norm.weight\."):
+            cb.load(path, fresh())
 
     def test_a_bias_that_is_tied_elsewhere_stays_tied(self, path):
         def net() -> nn.Module:
