@@ -28,9 +28,13 @@ _KNOWN: dict[str, Any] = {
     "collections.OrderedDict": dict,
     "torch.storage.UntypedStorage": torch.UntypedStorage,  # torch.load compares with it
     "torch._utils._rebuild_tensor_v2": lambda *args: torch._utils._rebuild_tensor(*args[:4]),  # not hooks and the like
+    "torch._utils._rebuild_tensor_v3": lambda storage, offset, size, stride, grad, hooks, dtype, *rest: (
+        torch._utils._rebuild_tensor_v3(storage, offset, size, stride, False, {}, dtype)
+    ),
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
     "torch._tensor._rebuild_from_type_v2": lambda make, kind, args, state: make(*args),
+    **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
 }
 """What a file may call, by the name that it has there: nothing else is looked up anywhere."""
 

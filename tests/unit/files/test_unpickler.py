@@ -105,6 +105,25 @@ def test_a_state_dict_in_dicts_of_other_classes_is_found(tmp_path):
         assert same(read_state(tmp_path / "last.ckpt")[0], STATE)
 
 
+def test_tensors_of_every_dtype_come_as_they_are(tmp_path):
+    dtypes = (
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.bool,
+        torch.complex64,
+        torch.uint16,
+        torch.float8_e4m3fn,
+    )
+    state = STATE | {str(dtype): torch.arange(6).view(2, 3).mT.to(dtype) for dtype in dtypes}
+    torch.save({"state_dict": state, "args": argparse.Namespace()}, tmp_path / "last.ckpt")
+    found, _ = read_state(tmp_path / "last.ckpt")
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        assert found[name].dtype == value.dtype
+        assert found[name].tolist() == value.tolist()
+
+
 def test_tensors_that_share_their_values_do_so_after(tmp_path):
     state = {"one.weight": STATE["rel.weight"], "two.weight": STATE["rel.weight"], "part": STATE["rel.weight"][1:, ::2]}
     torch.save({"state_dict": state, "args": argparse.Namespace()}, tmp_path / "last.ckpt")

@@ -147,6 +147,17 @@ def by_the_state_alone(net, path):
         pass
 
 
+def test_a_shared_layer_may_have_one_of_its_names(tmp_path):
+    """As transformers writes it, whose file the command line then compressed."""
+    net = nn.ModuleDict({"one": nn.Bilinear(7, 6, 5)})
+    by_the_state_alone(net, tmp_path / "net.safetensors")
+    fresh = nn.ModuleDict({"one": nn.Bilinear(7, 6, 5)})
+    fresh["other"] = fresh["one"]
+    loaded = cb.load(tmp_path / "net.safetensors", fresh)
+    assert loaded["other"] is loaded["one"]
+    assert isinstance(loaded["one"], cb.DenseBilinear)
+
+
 def test_a_weight_of_a_known_form_that_was_taken_for_a_bilinear_loads(tmp_path):
     net = nn.ModuleDict({"label": Biaffine()})
     by_the_state_alone(net, tmp_path / "net.safetensors")
