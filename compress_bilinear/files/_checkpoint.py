@@ -23,6 +23,8 @@ from ..modules import (
     is_writable,
     module_names,
     reason_against,
+    replacements,
+    split_name,
     swap,
     take_flags,
 )
@@ -35,7 +37,8 @@ _DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", 
 def describe(model: nn.Module) -> list[LayerDescription]:
     """The compressed layers of a model. Raises: CheckpointError where one has been changed from the inside."""
     names = module_names(model)
-    adapters = {id(m.compressed): m.adapter_name for m in model.modules() if isinstance(m, AdaptedBilinear)}
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedBilinear)]
+    adapters = {id(layer): module.adapter_name for module in adapted for layer in module.compressed.modules()}
     descriptions = []
     for layer in find_compressed(model).values():
         known: dict[str, Any] = {name: getattr(layer, name) for name in _DESCRIBED}
@@ -108,13 +111,13 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     descriptions = content.layers
     own, others = by_layer(tensors, descriptions)
     rest: dict[str, Any] = others | content.extra
-    names = _names_in(model, tensors, [name for each in descriptions for name in each.names], rest)
+    found = find(model)
+    names = _names_in(model, found, tensors, [name for each in descriptions for name in each.names], rest)
     modules = dict(model.named_modules(remove_duplicate=False))
     rest = {names[key]: value for key, value in rest.items()}
-    found = {id(each.module): each for each in find(model)}
     renamed = [replace(each, names=tuple(names[name] for name in each.names)) for each in descriptions]
     targets = [target_of(modules, found, description) for description in renamed]
-    new: dict[int, nn.Module] = {}
+    layers: list[CompressedBilinear] = []
     originals: dict[int, int] = {}  # by the id of a new bias, that of the bias whose place it takes
     for description, target in zip(descriptions, targets, strict=True):
         layer = filled(description, own[description.name], target.layer.weight.device)
@@ -125,7 +128,9 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
                 "with model.to(dtype) first."
             )
         originals[id(layer.bias)] = id(target.layer.bias)
-        new[id(target.module)] = replacement(layer, target)
+        take_flags(layer, target.layer)
+        layers.append(layer)
+    new = replacements(zip(targets, layers, strict=True))
     gone = {name for target in targets for name in target.parameter_names()}
     current = {name: value for name, value in model.state_dict().items() if name not in gone}
     # many programs write tied parameters under one name alone
@@ -140,13 +145,16 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     return _filled_model(model, new, originals, current, rest)
 
 
-def _names_in(model: nn.Module, tensors: Iterable[str], layers: Sequence[str], others: Iterable[str]) -> dict[str, str]:
+def _names_in(
+    model: nn.Module, found: Iterable[FoundLayer], tensors: Iterable[str], layers: Sequence[str], others: Iterable[str]
+) -> dict[str, str]:
     """The names that the model has for layers and other tensors of a file, where wrappers are all that differs.
 
     Names that are in the model are its own. Where others fit in no way, all stay as they are in the file.
     """
     state, modules = model.state_dict(), [name for name, _ in model.named_modules(remove_duplicate=False)]
     exact = [*state, *modules, *(f"{name}.{COMPRESSED}".lstrip(".") for name in modules)]
+    exact += [f"{name}.{COMPRESSED}.{each.key}".lstrip(".") for each in found if each.key for name in each.names]
     known: dict[str, str] = {_plain(name): name for name in reversed(exact)} | {name: name for name in exact}
     wrappers = [(name, "") for name in _wrappers(tensors)] + [("", name) for name in _wrappers(state)]
     for gone, added in [("", ""), *wrappers]:
@@ -249,21 +257,14 @@ def _check_fits(expected: Mapping[str, Any], tensors: Mapping[str, Any], what: s
             )
 
 
-def replacement(layer: CompressedBilinear, target: FoundLayer) -> nn.Module:
-    """What takes the place of a module of the network: the layer with its flags, or the module around it."""
-    take_flags(layer, target.layer)
-    return layer if target.adapted is None else target.adapted.replaced(layer)
-
-
 def target_of(
-    modules: Mapping[str, nn.Module], layers: Mapping[int, FoundLayer], description: LayerDescription
+    modules: Mapping[str, nn.Module], layers: Sequence[FoundLayer], description: LayerDescription
 ) -> FoundLayer:
     """The original layer that a description is for."""
-    names = description.names
-    if description.adapter is not None:
-        names = tuple(name.removesuffix(COMPRESSED).removesuffix(".") for name in names)
+    split = [split_name(name) if description.adapter else (name, "") for name in description.names]
+    names = tuple(name for name, _ in split)
     label, module = names[0] or "(root)", modules.get(names[0])
-    target = layers.get(id(module))
+    target = next((each for each in layers if each.module is module and each.key == split[0][1]), None)
     adapter = None if target is None or target.adapted is None else target.adapted.adapter.name
     as_stored = description.adapter is None and target and target.adapted and target.adapted.reads_as_stored()
     if target is None or (description.adapter != adapter and not as_stored):

@@ -3,12 +3,10 @@
 from dataclasses import asdict
 from typing import Any
 
-from torch import nn
-
 from .._io import read_plain
 from ..errors import CheckpointError
-from ..modules import COMPRESSED, CompressedBilinear, find, swap
-from ._checkpoint import describe, replacement, target_of, use_compute
+from ..modules import CompressedBilinear, FoundLayer, find, replacements, split_name, swap, take_flags
+from ._checkpoint import describe, target_of, use_compute
 from ._container import LayerDescription
 
 
@@ -36,16 +34,17 @@ class PretrainedMixin:
         if described:
             model: Any = self
             modules = dict(model.named_modules(remove_duplicate=False))
-            found = {id(each.module): each for each in find(model)}
-            new: dict[int, nn.Module] = {}
+            found = find(model)
+            layers: list[tuple[FoundLayer, CompressedBilinear]] = []
             for each in described:
-                name = each.name.removesuffix(COMPRESSED).removesuffix(".") if each.adapter else each.name
+                name = split_name(each.name)[0] if each.adapter else each.name
                 # a part of the network has the same config; `from_pretrained` looks whether all are there
-                if id(modules.get(name)) in found:
+                if modules.get(name) in [layer.module for layer in found]:
                     target = target_of(modules, found, each)
                     layer = each.build(target.layer.weight.device).to(target.layer.weight.dtype)
-                    new[id(target.module)] = replacement(layer, target)
-            swap(model, new)
+                    take_flags(layer, target.layer)
+                    layers.append((target, layer))
+            swap(model, replacements(layers))
         super().post_init()  # type: ignore[misc]
 
     @classmethod

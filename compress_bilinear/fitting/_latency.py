@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..modules import AdaptedLayer, CompressedBilinear, DenseBilinear
+from ..modules import AdaptedModule, CompressedBilinear
 from ._calibrate import LayerInputs
 
 _BLOCK_SECONDS = 2e-3  # a timed block repeats a call until it lasts about this long
@@ -167,20 +167,16 @@ def _timing(measured: dict[str, Latency], form: str, rows: int) -> Timing:
     return Timing(measured["before"], after, measured[best], form if best == "before" else best, rows)
 
 
-def time_adapted(adapted: AdaptedLayer, module: CompressedBilinear, seconds: float = 1.0) -> Timing:
+def time_adapted(adapted: AdaptedModule, key: str, module: CompressedBilinear, seconds: float = 1.0) -> Timing:
     """Time a module of another form: its own method, its replacement's, and that around the exact weight.
 
     In the mode of the module, without gradients, on the first call that calibration saw, or on its adapter's example.
     """
     args, kwargs = adapted.arguments()
-    layer = adapted.bilinear()
-    exact = DenseBilinear(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
-    exact.weight, exact.bias = nn.Parameter(layer.weight.detach()), layer.bias  # the original's memory
-    modules = {"before": adapted.module, "after": adapted.replaced(module)}
-    modules["DenseBilinear"] = adapted.replaced(exact)
+    modules = {"before": adapted.module, "after": adapted.replaced({key: module}), "DenseBilinear": adapted.replaced()}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        rows = adapted.rows()
+        rows = adapted.rows(key)
         methods = {name: getattr(made, adapted.adapter.method) for name, made in modules.items()}
         calls = {name: functools.partial(method, *args, **kwargs) for name, method in methods.items()}
-        measured = latencies(calls, layer.weight.device, seconds)
+        measured = latencies(calls, adapted.bilinear(key).weight.device, seconds)
     return _timing(measured, type(adapted.module).__name__, max(1, rows))

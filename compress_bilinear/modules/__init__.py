@@ -14,6 +14,7 @@ from ._in_model import (
     parameter_owners,
     reason_against,
     reason_against_hooks,
+    replacements,
     select,
     swap,
     take_flags,
@@ -28,10 +29,11 @@ from ._tucker import TuckerBilinear
 from .adapters import (
     COMPRESSED,
     AdaptedBilinear,
-    AdaptedLayer,
+    AdaptedModule,
     Adapter,
-    adapted_layer,
+    adapted_module,
     observing,
     recognise,
     register_adapter,
+    split_name,
 )

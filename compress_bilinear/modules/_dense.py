@@ -82,6 +82,13 @@ class DenseBilinear(CompressedBilinear):
         return cls.from_weight(layer.weight, layer.bias, quantize=quantize)
 
     @classmethod
+    def around(cls, layer: nn.Bilinear) -> Self:
+        """The same function in the very Parameters of `layer`."""
+        new = cls(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
+        new.weight, new.bias = layer.weight, layer.bias  # type: ignore[assignment]  # a Parameter
+        return new.train(layer.training)
+
+    @classmethod
     def from_decomposition(
         cls,
         decomposition: CPDecomposition | TuckerDecomposition,

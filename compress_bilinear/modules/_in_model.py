@@ -1,10 +1,11 @@
 """The bilinear layers of a model: find them, select by name, say why one cannot be replaced, and swap."""
 
 import hashlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from ..config import Config
 from ..errors import CompressionError, MatchError
 from ._base import CompressedBilinear, has_other
 from ._saving import guard_saving
-from .adapters import AdaptedLayer, adapted_layer, unknown_forms
+from .adapters import AdaptedModule, adapted_module, unknown_forms
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -29,16 +30,19 @@ _HARMLESS = {"__init__", "__repr__", "extra_repr", "reset_parameters", "__annota
 
 @dataclass(frozen=True, eq=False)
 class FoundLayer:
-    """A bilinear layer and all the names under which the model has it, "" for the model itself.
+    """A bilinear layer and all the names under which the model has it.
 
     Attributes:
+        names: of the `nn.Bilinear`, or of the foreign module that holds the weight; "" for the model itself.
         layer: the `nn.Bilinear`; of a foreign module, one that is made of its weight and bias.
         adapted: how a foreign module holds the weight; None for an `nn.Bilinear`.
+        key: the layer's name in a foreign module that holds several, otherwise "".
     """
 
     names: tuple[str, ...]
     layer: nn.Bilinear
-    adapted: AdaptedLayer | None = None
+    adapted: AdaptedModule | None = None
+    key: str = ""
 
     @property
     def label(self) -> str:
@@ -48,7 +52,12 @@ class FoundLayer:
     @property
     def labels(self) -> list[str]:
         """All names as messages show them."""
-        return [name or "(root)" for name in self.names]
+        return [path or "(root)" for path in self.paths]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All names, with that in the foreign module."""
+        return tuple(".".join(filter(None, (name, self.key))) for name in self.names)
 
     def matches(self, glob: str) -> bool:
         """Whether a glob names it; the model itself is "(root)" too."""
@@ -72,15 +81,16 @@ class FoundLayer:
     @property
     def rows(self) -> nn.Module:
         """The module that is called with the layer's pairs of rows; of a foreign module, while it is observed."""
-        return self.layer if self.adapted is None else self.adapted.probe.rows
+        return self.layer if self.adapted is None else self.adapted.probes[self.key].rows
 
     def current(self) -> nn.Bilinear:
         """The layer as the model has it now."""
-        return self.layer if self.adapted is None else self.adapted.bilinear()
+        return self.layer if self.adapted is None else self.adapted.bilinear(self.key)
 
     def parameter_names(self) -> set[str]:
         """The full names of the parameters that a replacement does away with."""
-        own = ("weight", "bias") if self.adapted is None else (*self.adapted.weights, *self.adapted.biases)
+        adapted = self.adapted
+        own = ("weight", "bias") if adapted is None else (*adapted.weights[self.key], *adapted.biases.get(self.key, ()))
         return {f"{name}.{part}" if name else part for name in self.names for part in own}
 
 
@@ -104,11 +114,11 @@ def find(model: nn.Module) -> list[FoundLayer]:
         own = tuple(names[id(module)])
         if isinstance(module, nn.Bilinear):
             found.append(FoundLayer(own, module))
-        elif id(module) not in inner and (adapted := adapted_layer(module)) is not None:
+        elif id(module) not in inner and (adapted := adapted_module(module)) is not None:
             inside = tuple(f"{name}." if name else "" for name in own)
             holders = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
             adapted.elsewhere = tuple(name for name in holders if not name.startswith(inside))
-            found.append(FoundLayer(own, adapted.bilinear(), adapted))
+            found += [FoundLayer(own, adapted.bilinear(key), adapted, key) for key in adapted.weights]
     return found
 
 
@@ -194,7 +204,7 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
     layer, adapted, module = found.layer, found.adapted, found.module
     modules = [layer] if adapted is None else adapted.owners
-    weights = [layer.weight] if adapted is None else [module.get_parameter(name) for name in adapted.weights]
+    weights = [layer.weight] if adapted is None else [module.get_parameter(name) for name in adapted.sources]
     if any(is_parametrized(part) for part in module.modules()):
         return (
             "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
@@ -304,6 +314,24 @@ def take_flags(layer: CompressedBilinear, original: nn.Bilinear) -> None:
         part.dtype = original.weight.dtype
     if layer.bias is not None and original.bias is not None:
         layer.bias.requires_grad_(original.bias.requires_grad)
+
+
+def replacements(
+    layers: Iterable[tuple[FoundLayer, CompressedBilinear]], memo: dict[int, Any] | None = None
+) -> dict[int, nn.Module]:
+    """The modules that replace those of the model, by the ids of these; foreign ones around the layers given.
+
+    With `memo` they have deep copies of what stays in foreign modules, and are put in it.
+    """
+    groups: dict[int, tuple[FoundLayer, dict[str, CompressedBilinear]]] = {}
+    for found, layer in sorted(layers, key=lambda pair: -max(name.count(".") for name in pair[0].names)):  # inner first
+        groups.setdefault(id(found.module), (found, {}))[1][found.key] = layer
+    new: dict[int, nn.Module] = {}
+    for key, (found, own) in groups.items():
+        new[key] = own[""] if found.adapted is None else found.adapted.replaced(own, memo)
+        if memo is not None:
+            memo[key] = new[key]
+    return new
 
 
 def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:

@@ -24,7 +24,17 @@ from torch.nn.utils import parametrize
 from ..config import Quantize
 from ..decomposition import Progress, stored_columns
 from ..errors import CompressionError, ConfigError
-from ..modules import METHODS, AdaptedLayer, Call, CompressedBilinear, DenseBilinear, call, stored_as, undisturbed
+from ..modules import (
+    METHODS,
+    Call,
+    CompressedBilinear,
+    DenseBilinear,
+    FoundLayer,
+    call,
+    replacements,
+    stored_as,
+    undisturbed,
+)
 from ..quantization import FORMATS
 
 DEFAULT_SECONDS = 60.0
@@ -100,7 +110,7 @@ def distil(
     batches: Sequence[Any],
     *,
     trained_bias: Iterable[int] = (),
-    adapted: Mapping[int, AdaptedLayer] = MappingProxyType({}),
+    adapted: Mapping[int, FoundLayer] = MappingProxyType({}),
     forward_fn: Call | None = None,
     seconds: float = DEFAULT_SECONDS,
     progress: Progress | None = None,
@@ -113,7 +123,7 @@ def distil(
         replacements: for `nn.Bilinear` layers of it, by id. Dense ones stay as they are.
         batches: what the model takes, without labels; a quarter of them is held out.
         trained_bias: ids of the layers whose replacement's bias was corrected, and is trained too.
-        adapted: the modules of other forms that carry layers, by the layer's id.
+        adapted: those layers that modules of other forms hold, by the layer's id.
         forward_fn, seconds: how to run the model, and for how long in all.
         progress: as in `decomposition.cp`, with the error on held-out batches.
         accept: whether new replacements, by id, that lower the error will do.
@@ -137,7 +147,7 @@ def distil(
     if not trained or not 0 < before < math.inf:
         return Distilled(dict(replacements), before, before)
     dtypes = {id(part): part.weight.dtype for part in model.modules() if isinstance(part, nn.Bilinear)}
-    dtypes |= {key: each.bilinear().weight.dtype for key, each in adapted.items()}
+    dtypes |= {key: each.layer.weight.dtype for key, each in adapted.items()}
     floating = {key: _trainable(module, dtypes[key]) for key, module in trained.items()}
     best, least = dict(replacements), before
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -161,7 +171,7 @@ class _Network:
 
     model: nn.Module
     replacements: Mapping[int, CompressedBilinear]
-    adapted: Mapping[int, AdaptedLayer]
+    adapted: Mapping[int, FoundLayer]
     run: Call
     held_out: Sequence[Example]
 
@@ -170,8 +180,7 @@ class _Network:
         modules, adapted = {**self.replacements, **changed}, self.adapted
         memo: dict[int, Any] = {key: module for key, module in modules.items() if key not in adapted}
         try:
-            for key in modules.keys() & adapted.keys():
-                memo[id(adapted[key].module)] = adapted[key].replaced(modules[key], memo)
+            replacements(((adapted[key], modules[key]) for key in modules.keys() & adapted.keys()), memo)
             copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise CompressionError(

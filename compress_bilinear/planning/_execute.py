@@ -21,6 +21,7 @@ from ..modules import (
     noting,
     plain_reference,
     reason_against,
+    replacements,
     swap,
     take_flags,
     undisturbed,
@@ -108,12 +109,10 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
         )
     memo: dict[int, Any] = {}
     try:
-        inner_first = sorted(replaced, key=lambda job: -max(name.count(".") for name in job.found.names))
-        for job in inner_first:
-            # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
-            # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
-            bias = copy.deepcopy(job.layer.bias, memo)
-            memo[id(job.found.module)] = _ready(job, bias, memo)
+        # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
+        # whatever list it meets it; a bias that is tied elsewhere stays tied in the copy
+        layers = [(job.found, _ready(job, copy.deepcopy(job.layer.bias, memo))) for job in replaced]
+        modules = replacements(layers, memo)
         new = copy.deepcopy(model, memo)
     except Exception as error:
         raise CompressionError(
@@ -122,7 +121,7 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
     there = dict(new.named_modules(remove_duplicate=False))
     for job in replaced:
         for name in job.found.names:
-            if there.get(name) is not memo[id(job.found.module)]:
+            if there.get(name) is not modules[id(job.found.module)]:
                 raise CompressionError(
                     f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                     "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
@@ -142,18 +141,15 @@ def swapped(model: nn.Module, replaced: Sequence[Job]) -> Callable[[], None]:
                 f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "
                 f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
             )
-    return swap(model, {id(job.found.module): _ready(job, job.layer.bias) for job in replaced})
+    return swap(model, replacements((job.found, _ready(job, job.layer.bias)) for job in replaced))
 
 
-def _ready(job: Job, bias: nn.Parameter | None, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of the replacement with the layer's flags and this bias, which keeps its identity unless it is corrected.
-
-    Of an adapted module, inside what else the module has: the very same, or copies by `memo`.
-    """
+def _ready(job: Job, bias: nn.Parameter | None) -> CompressedBilinear:
+    """A copy of the replacement with the layer's flags, and with this bias itself unless it is corrected."""
     assert job.chosen is not None
     new = copy.deepcopy(job.chosen.module)
     assert new is not None
     take_flags(new, job.layer)
     if bias is None or not job.chosen.bias_corrected:
         new.set_bias(bias)
-    return new if job.found.adapted is None else job.found.adapted.replaced(new, memo)
+    return new

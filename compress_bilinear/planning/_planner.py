@@ -214,7 +214,7 @@ def distil_all(
         modules,
         batches,
         trained_bias=[key for key, job in replaced.items() if job.chosen and job.chosen.bias_corrected],
-        adapted={id(job.layer): job.found.adapted for job in jobs if job.found.adapted is not None},
+        adapted={id(job.layer): job.found for job in jobs if job.found.adapted is not None},
         forward_fn=options["forward_fn"],
         seconds=max(times.whole.left(), 1e-3) if times.whole.limited else DEFAULT_SECONDS,
         progress=bars.parts("Distilling", [1.0])(0, "the network"),

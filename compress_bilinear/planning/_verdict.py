@@ -162,7 +162,7 @@ def _timed(job: Job, module: CompressedBilinear, rows: int, budget: Budget) -> T
     if spare <= 0:
         return None
     if job.found.adapted is not None:
-        return time_adapted(job.found.adapted, module, seconds=min(spare, 1.0))
+        return time_adapted(job.found.adapted, job.found.key, module, seconds=min(spare, 1.0))
     return time_replacement(job.layer, module, rows, seconds=min(spare, 1.0))
 
 
@@ -207,8 +207,8 @@ def _basics(job: Job, config: LayerConfig | None) -> dict[str, Any]:
     """What is known of a layer before anything is solved; `config` asks for what was chosen."""
     layer, asked = job.layer, config or job.config
     known: dict[str, Any] = {
-        "name": job.found.names[0],
-        "aliases": tuple(job.found.names[1:]),
+        "name": job.found.paths[0],
+        "aliases": job.found.paths[1:],
         "method": method_name(asked),
         "quantize": getattr(asked, "quantize", None),
         "form": job.found.form,

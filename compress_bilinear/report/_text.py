@@ -119,7 +119,7 @@ def notes(report: ReportData) -> list[str]:
             lines.append(f"{layer.label}: {layer.decision}: {layer.reason}")
     for layer in report.layers:
         if layer.form != "nn.Bilinear":
-            lines.append(f"{layer.label}: is a {layer.form}, whose own forward was measured as the layer before")
+            lines.append(f"{layer.label}: is a {layer.form}, which was itself measured as the layer before")
     for layer in report.layers:
         lines += [f"{layer.label}: {line}" for line in (*_storage(layer), *_runners_up(layer))]
     lines += [f"Not looked at: {sentence}" for sentence in report.unknown]

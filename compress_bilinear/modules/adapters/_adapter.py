@@ -2,7 +2,7 @@
 
 import functools
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,14 +18,15 @@ COMPRESSED = "compressed"  # the attribute of the new module that holds the laye
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """How a foreign module holds a bilinear weight.
+    """How a foreign module holds one bilinear weight, or several.
 
     Attributes:
         name: the adapter's name in a saved file.
-        to_weight: from the module to its weight (O, I, J), computed from its parameters by differentiable operations.
+        to_weight: from the module to its weight (O, I, J), computed from its parameters by differentiable operations;
+            by the name of the layer that stands for it, "" of an only one.
         call: `call(module, layer, *args, **kwargs)` gives what `module.method(*args, **kwargs)` gave, with `layer` (a
-            `CompressedBilinear`) in place of the weight.
-        to_bias: from the module to its bias (O,), or None without one.
+            `CompressedBilinear`) in place of the weight; of several a mapping by their names.
+        to_bias: from the module to the bias (O,) of a layer, or to None; by the names of those that have one.
         example: from the module to arguments of a call, to verify and time it without calibration data; or None.
         kind: the class that it is registered for, by which it is pickled: functions may be lambdas. None of a form that
             is recognised by structure.
@@ -33,9 +34,9 @@ class Adapter:
     """
 
     name: str
-    to_weight: Callable[[Any], Tensor]
+    to_weight: Mapping[str, Callable[[Any], Tensor]]
     call: Callable[..., Any]
-    to_bias: Callable[[Any], Tensor | None] | None = None
+    to_bias: Mapping[str, Callable[[Any], Tensor | None]]
     example: Callable[[Any], Any] | None = None
     kind: type[nn.Module] | None = None
     method: str = "forward"
@@ -61,10 +62,10 @@ class AdaptedBilinear(nn.Module):
     """Mixin of a rebuilt foreign module: the same class, with its weight in `compressed`.
 
     Attributes:
-        compressed: the layer that holds the weight.
+        compressed: the layer that holds the weight; of several an `nn.ModuleDict`.
     """
 
-    compressed: CompressedBilinear
+    compressed: CompressedBilinear | nn.ModuleDict
     _adapter: Adapter
 
     @property
@@ -109,11 +110,22 @@ def _blank(kind: type[nn.Module], method: str = "forward") -> nn.Module:
     return new
 
 
-def rebuilt(shell: nn.Module, adapter: Adapter, layer: CompressedBilinear) -> nn.Module:
-    """Turn `shell`, which lacks the parameters of the weight, into the module that has `layer` instead."""
+def only(layers: Mapping[str, CompressedBilinear]) -> Any:
+    """The layers as an adapter's `call` takes them."""
+    return layers.get("", layers)
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Of a layer in a rebuilt module: the name of the module, and that of the layer in it, "" of an only one."""
+    module, found, key = f".{name}.".rpartition(f".{COMPRESSED}.")
+    return (module[1:], key[:-1]) if found else (name, "")
+
+
+def rebuilt(shell: nn.Module, adapter: Adapter, layers: dict[str, CompressedBilinear]) -> nn.Module:
+    """Turn `shell`, which lacks the parameters of the weights, into the module that has `layers` instead."""
     shell.__class__ = _adapted_class(type(shell), adapter.method)  # type: ignore[arg-type]  # a class can be hashed
     shell.__dict__["_adapter"] = adapter
-    shell.register_module(COMPRESSED, layer)
+    shell.register_module(COMPRESSED, layers.get("") or nn.ModuleDict(layers))
     return shell
 
 

@@ -73,7 +73,7 @@ class Form:
         return input1, input2
 
     def adapter(self) -> Adapter:
-        return Adapter(self.name, self.to_weight, self.call, self.to_bias if self.bias else None, self.example)
+        return Adapter(self.name, {"": self.to_weight}, self.call, {"": self.to_bias}, self.example)
 
     def to_weight(self, module: nn.Module) -> Tensor:
         """(O, I, J), a view but for the factor."""

@@ -7,7 +7,7 @@ from support import assert_matches_reference, assert_same_state, state_of
 from torch import nn
 
 from compress_bilinear.errors import InputError
-from compress_bilinear.modules import DenseBilinear, adapted_layer, recognise
+from compress_bilinear.modules import DenseBilinear, adapted_module, recognise
 
 PAIRS, ROWS = (2, 3, 4), (5,)
 
@@ -28,7 +28,7 @@ KNOWN = {
 
 
 def inputs_for(module, name):
-    weight = adapted_layer(module).bilinear().weight
+    weight = adapted_module(module).bilinear().weight
     sizes = [weight.shape[1] - ("in input1" in name), weight.shape[2] - ("in input2" in name)]
     if name.startswith("blocks"):
         sizes = [weight.shape[1]] * 2
@@ -46,17 +46,17 @@ def test_known_forms_are_recognised_and_reproduced(case):
     form = recognise(module)
     assert form is not None
     assert form.name == name
-    adapted = adapted_layer(module)
+    adapted = adapted_module(module)
     layer = adapted.bilinear()
     inputs = inputs_for(module, name)
-    replaced = adapted.replaced(DenseBilinear.from_bilinear(layer))
+    replaced = adapted.replaced({"": DenseBilinear.from_bilinear(layer)})
     assert_matches_reference(replaced(*inputs).detach(), module(*inputs).detach().double(), 10)
     assert_same_state(module, before)
     adapted.verify()
 
 
 def test_the_odd_sizes_of_parsers_are_kept():
-    layer = adapted_layer(forms.Biaffine(100, 100, 5)).bilinear()
+    layer = adapted_module(forms.Biaffine(100, 100, 5)).bilinear()
     assert (layer.out_features, layer.in1_features, layer.in2_features) == (5, 101, 101)
 
 
@@ -108,8 +108,8 @@ def test_the_module_itself_is_never_called():
 
 def test_inputs_of_dimensions_that_were_not_compared_are_an_error():
     module = forms.Grouped(12, 5, 4)  # which merges more leading dimensions into the blocks
-    adapted = adapted_layer(module)
-    replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()))
+    adapted = adapted_module(module)
+    replaced = adapted.replaced({"": DenseBilinear.from_bilinear(adapted.bilinear())})
     with pytest.raises(InputError, match=r"should have 2 dimensions.* Found \(2, 1, 12\)"):
         replaced(torch.randn(2, 1, 12), torch.randn(2, 1, 12))
 
@@ -183,10 +183,10 @@ def test_other_ways_to_write_a_form_are_recognised_and_reproduced(case):
     module, inputs = OTHERS[case]
     module.double()
     inputs = [value.double() if value.is_floating_point() else value for value in inputs]
-    adapted = adapted_layer(module)
+    adapted = adapted_module(module)
     assert adapted is not None
     adapted.verify()
-    replaced = adapted.replaced(DenseBilinear.from_bilinear(adapted.bilinear()), {})
+    replaced = adapted.replaced(memo={})
     assert_matches_reference(replaced(*inputs).detach(), module(*inputs).detach(), 10)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import compress_bilinear as cb
-from compress_bilinear.modules import adapted_layer, find
+from compress_bilinear.modules import adapted_module, find
 from compress_bilinear.modules.adapters import _adapter
 
 INT8 = cb.DenseConfig(quantize="int8")
@@ -372,7 +372,7 @@ class TestRefusals:
 
     def test_subclasses_are_not_meant(self):
         register_scorer()
-        assert adapted_layer(Unregistered()) is None
+        assert adapted_module(Unregistered()) is None
 
     @pytest.mark.parametrize(
         "arguments",

@@ -1,10 +1,12 @@
-"""One foreign module that holds a bilinear weight: read the weight, observe its calls, verify and replace it."""
+"""One foreign module that holds bilinear weights: read them, observe its calls, verify and replace them."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from typing import Any, cast
+from itertools import chain
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from ...errors import CompressionError, ConfigError
 from .._base import CompressedBilinear, block_rows
 from .._dense import DenseBilinear
 from .._run import noting
-from ._adapter import COMPRESSED, AdaptedBilinear, Adapter, Arguments, rebuilt, without
+from ._adapter import COMPRESSED, AdaptedBilinear, Adapter, Arguments, only, rebuilt, without
 from ._copies import copied, described, difference, double
 
 
@@ -36,10 +38,9 @@ class _Rows(nn.Module):
 class Probe(DenseBilinear):
     """The exact layer, in the original's memory, which calls `rows` with every pair of rows that it gets."""
 
-    def __init__(self, layer: nn.Bilinear) -> None:
-        super().__init__(layer.in1_features, layer.in2_features, layer.out_features, False, "meta")
-        self.weight, self.bias = cast(nn.Parameter, layer.weight), layer.bias
-        self.rows = _Rows(layer.out_features)
+    def __init__(self, *sizes: Any, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        self.rows = _Rows(self.out_features)
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         self.rows(input1, input2)
@@ -60,14 +61,16 @@ class Probe(DenseBilinear):
         return super()._indexed(input1, index)
 
 
-class AdaptedLayer:
+class AdaptedModule:
     """A foreign module with its adapter.
 
     Attributes:
         module: the module of the model; it is never changed.
-        weights: names in it of the parameters that its weight is computed from; `biases` of its bias.
-        elsewhere: the model's names, outside the module, of submodules that hold its weight.
-        probe: takes the layer's place in observed calls; its `rows` is called with every pair of rows.
+        weights: of each layer, names in the module of the parameters that its weight is computed from.
+        biases: of each layer that has one, those of its bias.
+        sources: those of all weights.
+        elsewhere: the model's names, outside the module, of submodules that hold a weight.
+        probes: take the layers' places in observed calls; the `rows` of each is called with every pair of rows.
 
     Raises: ConfigError where the adapter's `to_weight` or `to_bias` does not give what it should.
     """
@@ -80,10 +83,12 @@ class AdaptedLayer:
         self._failure: Exception | None = None
         with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in: the graph is read
             on_meta = copied(module, lambda tensor: torch.empty_like(tensor, device="meta"))
-            weight, bias = self._weight_and_bias(on_meta)
-        self.weights = _source_parameters(weight, on_meta)
-        self.biases = () if bias is None else _source_parameters(bias, on_meta)
-        if not self.weights:
+            read = {key: self._weight_and_bias(on_meta, key) for key in adapter.to_weight}
+        self.weights = {key: _source_parameters(weight, on_meta) for key, (weight, _) in read.items()}
+        biases = {key: bias for key, (_, bias) in read.items() if bias is not None}
+        self.biases = {key: _source_parameters(bias, on_meta) for key, bias in biases.items()}
+        self.sources = [*chain(*self.weights.values())]
+        if not all(self.weights.values()):
             raise ConfigError(
                 f"`to_weight` of {self._who} should compute the weight from its parameters by differentiable "
                 "operations. Found none that it depends on (`.data` and `.detach()` hide them)."
@@ -93,13 +98,13 @@ class AdaptedLayer:
     def _who(self) -> str:
         return f"the adapter {self.adapter.name!r}"
 
-    def _weight_and_bias(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def _weight_and_bias(self, module: nn.Module, key: str) -> tuple[Tensor, Tensor | None]:
         """What the adapter reads from the module, checked: (O, I, J), and (O,) or None."""
         what = "to_weight"
         try:
-            weight = self.adapter.to_weight(module)
+            weight = self.adapter.to_weight[key](module)
             what = "to_bias"
-            bias = None if self.adapter.to_bias is None else self.adapter.to_bias(module)
+            bias = self.adapter.to_bias[key](module) if key in self.adapter.to_bias else None
         except Exception as error:
             raise ConfigError(f"`{what}` of {self._who} failed: {described(error)}") from error
         if not isinstance(weight, Tensor) or weight.dim() != 3 or not weight.is_floating_point():
@@ -110,23 +115,25 @@ class AdaptedLayer:
             raise ConfigError(f"`to_bias` of {self._who} should give shape {tuple(weight.shape[:1])}. Found {found}.")
         return weight, bias
 
-    def bilinear(self) -> nn.Bilinear:
-        """An `nn.Bilinear` of the module's weight and bias as they are now; its bias is the module's own Parameter."""
+    def bilinear(self, key: str = "") -> nn.Bilinear:
+        """An `nn.Bilinear` of a layer's weight and bias as they are now; its bias is the module's own Parameter."""
         with torch.no_grad():
-            weight, bias = self._weight_and_bias(self.module)
+            weight, bias = self._weight_and_bias(self.module, key)
         out, in1, in2 = weight.shape
         layer = nn.Bilinear(in1, in2, out, False, device="meta", dtype=weight.dtype)
-        trained = all(self.module.get_parameter(name).requires_grad for name in self.weights)
+        trained = all(self.module.get_parameter(name).requires_grad for name in self.weights[key])
         layer.weight = nn.Parameter(weight.detach(), trained)
         if bias is not None:
             layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
         return layer.train(self.module.training)
 
     def reads_as_stored(self) -> bool:
-        """Whether the weight is one parameter as it is: another program may have taken it for an `nn.Bilinear`'s."""
-        weight, stored = self.adapter.to_weight(self.module), self.module.get_parameter(self.weights[0])
+        """Whether it has one parameter, as it is, for a weight: another program may have taken it for a layer's."""
+        if len(names := self.weights.get("", ())) != 1:
+            return False
+        weight, stored = self.adapter.to_weight[""](self.module), self.module.get_parameter(names[0])
         same = weight.shape == stored.shape and weight.stride() == stored.stride()
-        return len(self.weights) == 1 and same and weight.data_ptr() == stored.data_ptr()
+        return same and weight.data_ptr() == stored.data_ptr()
 
     def reason_against(self) -> str | None:
         """Why the adapter cannot stand for a module of this class and place, or None; see also `verify`."""
@@ -136,26 +143,33 @@ class AdaptedLayer:
             return f"a part that holds its weight is shared with {', '.join(self.elsewhere)}, which would keep it"
         inner = (nn.Bilinear, CompressedBilinear, AdaptedBilinear)
         for name, part in self.module.named_modules():
-            if isinstance(part, inner) and any(weight.startswith(f"{name}.") for weight in self.weights):
+            if isinstance(part, inner) and any(source.startswith(f"{name}.") for source in self.sources):
                 return f"its weight is that of a bilinear layer in it, {name!r}: only one of the two can be replaced"
         return None
 
     @property
     def owners(self) -> list[nn.Module]:
-        """The module, and its submodules that hold its weight."""
-        inner = (name.rpartition(".")[0] for name in self.weights)
+        """The module, and its submodules that hold its weights."""
+        inner = (name.rpartition(".")[0] for name in self.sources)
         return [self.module, *(self.module.get_submodule(name) for name in inner if name)]
 
-    def replaced(self, layer: CompressedBilinear, memo: dict[int, Any] | None = None) -> nn.Module:
-        """The module around `layer`: it shares the rest with the original, or with `memo` has a deep copy of it."""
-        shell = without(self.module, {*self.weights, *self.biases})
+    def replaced(
+        self, layers: Mapping[str, CompressedBilinear] = MappingProxyType({}), memo: dict[int, Any] | None = None
+    ) -> nn.Module:
+        """The module around `layers` by their names, and around exact ones where there is none.
+
+        It shares the rest with the original, or with `memo` has deep copies of it.
+        """
+        shell = without(self.module, {*self.sources, *chain(*self.biases.values())})
+        exact = {key: self.bilinear(key) for key in self.weights if key not in layers}
         if memo is not None:
-            shell = copy.deepcopy(shell, memo)
-        return rebuilt(shell, self.adapter, layer)
+            shell, exact = copy.deepcopy((shell, exact), memo)
+        there = {**layers, **{key: DenseBilinear.around(layer) for key, layer in exact.items()}}
+        return rebuilt(shell, self.adapter, {key: there[key] for key in self.weights})
 
     @cached_property
-    def probe(self) -> Probe:
-        return Probe(self.bilinear())
+    def probes(self) -> dict[str, Probe]:
+        return {key: Probe.around(self.bilinear(key)) for key in self.weights}
 
     def arguments(self) -> Arguments:
         """The arguments of a call: the first observed one, otherwise the adapter's example.
@@ -175,11 +189,11 @@ class AdaptedLayer:
             raise CompressionError(f"`example` of {self._who} failed: {described(error)}") from error
         args, kwargs = ((), example) if isinstance(example, dict) else (example, {})
         args = args if isinstance(args, tuple) else (args,)
-        like = self.bilinear().weight
+        like = self.bilinear(next(iter(self.weights))).weight
         return _mapped((args, kwargs), lambda t: t.to(like) if t.is_floating_point() else t.to(like.device))
 
     def verify(self) -> None:
-        """Compare the module's own method with its adapter's call around the exact weight, both in float64.
+        """Compare the module's own method with its adapter's call around the exact weights, both in float64.
 
         Raises: CompressionError where they differ or either fails; the message says how.
         """
@@ -187,8 +201,8 @@ class AdaptedLayer:
             raise CompressionError(f"`call` of {self._who} failed: {described(self._failure)}") from self._failure
         args, kwargs = _mapped(self.arguments(), double)
         original = copied(self.module, double).eval()
-        wide = AdaptedLayer(original, self.adapter)
-        replaced = wide.replaced(DenseBilinear.from_bilinear(wide.bilinear()), {}).eval()
+        wide = AdaptedModule(original, self.adapter)
+        replaced = wide.replaced(memo={}).eval()
         outputs, own = [], f"its own {self.adapter.method}"
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for module, what in ((original, own), (replaced, f"`call` of {self._who}")):
@@ -200,15 +214,12 @@ class AdaptedLayer:
         if how is not None:
             raise CompressionError(f"`call` of {self._who} is not {own}: in float64 {how}")
 
-    def rows(self) -> int:
-        """How many pairs of rows reach the layer in a call with `arguments()`."""
+    def rows(self, key: str) -> int:
+        """How many pairs of rows reach a layer in a call with `arguments()`."""
         counts: list[int] = []
-        handle = self.probe.rows.register_forward_pre_hook(lambda _, rows: counts.append(rows[0].shape[:-1].numel()))
         args, kwargs = self.arguments()
-        try:
-            self.adapter.call(self.module, self.probe, *args, **kwargs)
-        finally:
-            handle.remove()
+        with noting(self.probes[key].rows, "forward", lambda input1, _: counts.append(input1.shape[:-1].numel())):
+            self.adapter.call(self.module, only(self.probes), *args, **kwargs)
         return sum(counts)
 
     def observe(self, *args: Any, **kwargs: Any) -> None:
@@ -219,16 +230,16 @@ class AdaptedLayer:
             self._call = _mapped((args, kwargs), lambda tensor: tensor.detach().clone())
         try:
             with torch.no_grad():
-                self.adapter.call(self.module, self.probe, *args, **kwargs)
+                self.adapter.call(self.module, only(self.probes), *args, **kwargs)
         except Exception as error:
             self._failure = error  # `verify` reports it
 
 
 @contextmanager
-def observing(layers: Iterable[AdaptedLayer | None]) -> Iterator[None]:
+def observing(layers: Iterable[AdaptedModule | None]) -> Iterator[None]:
     """Inside, every call of the modules is also made through their probes, so that hooks on these see the rows."""
     with ExitStack() as stack:
-        for layer in layers:
+        for layer in dict.fromkeys(layers):  # one module may hold several
             if layer is not None:
                 stack.enter_context(noting(layer.module, layer.adapter.method, layer.observe))
         yield
