@@ -5,7 +5,6 @@ from ._cp import CPBilinear
 from ._dense import DenseBilinear
 from ._in_model import (
     FoundLayer,
-    check_inplace,
     find,
     find_compressed,
     fingerprint,
@@ -14,10 +13,7 @@ from ._in_model import (
     parameter_owners,
     reason_against,
     reason_against_hooks,
-    replacements,
     select,
-    swap,
-    take_flags,
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
@@ -25,6 +21,7 @@ from ._references import function_reference, plain_reference
 from ._run import Call, WeightReads, call, is_writable, noting, place, undisturbed
 from ._saving import guard_saving
 from ._storage import stored_as
+from ._swap import check_inplace, replacements, swap, take_flags
 from ._tucker import TuckerBilinear
 from .adapters import (
     COMPRESSED,
