@@ -1,5 +1,6 @@
 """What a layer sees, taken by hooks while the model runs: a bounded sample of its rows."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -220,12 +221,12 @@ def collect_inputs(
                 with nullcontext() if loss_fn is None else torch.enable_grad():
                     result = (loss_fn or forward_fn or call)(model, batch)
             except Exception as error:
-                first = repr(next(iter(batch), 0)) if isinstance(batch, Mapping) else "0"
                 raise CompressionError(
                     f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
                     "Each batch should be what the model takes: a tensor, or a tuple or dict of its arguments, so that "
                     "`[(x1, x2)]` is a single batch (or pass `forward_fn`, say "
-                    f"`lambda model, batch: model(batch[{first}])` for batches with labels). Found {_describe(batch)}."
+                    f"`lambda model, batch: {_example(model, batch)}` for batches with labels). "
+                    f"Found {_describe(batch)}."
                 ) from error
             if loss_fn is not None:
                 loss = _checked_loss(result)
@@ -250,6 +251,18 @@ def _checked_loss(loss: object) -> Tensor:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise CompressionError(f"`loss_fn` should return a differentiable scalar tensor. Found {found}.")
     return loss
+
+
+def _example(model: nn.Module, batch: Any) -> str:
+    """A call with those parts of a batch that the model's forward has parameters for."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    if isinstance(batch, Mapping):
+        named = [f"{p.name}=batch[{p.name!r}]" for p in parameters if p.name in batch]
+        return f"model({', '.join(named) or f'batch[{next(iter(batch), 0)!r}]'})"
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Mapping, tuple, list)):
+        return f"model({'**' if isinstance(batch[0], Mapping) else '*'}batch[0])"
+    required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return f"model({', '.join(f'batch[{k}]' for k in range(max(len(required), 1)))})"
 
 
 def _describe(batch: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from typing_extensions import Self
 
 Call: TypeAlias = Callable[[nn.Module, Any], object]
@@ -15,7 +15,11 @@ Call: TypeAlias = Callable[[nn.Module, Any], object]
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch that is a tensor, or a tuple or dict of its arguments."""
+    """The model on a batch that is a tensor, or a tuple or dict of its arguments; on copies, which it may change."""
+    leaves, structure = tree_flatten(batch)
+    # of one given twice, one again; what is expanded cannot be changed
+    fresh = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and is_writable(leaf)}
+    batch = tree_unflatten([fresh.get(id(leaf), leaf) for leaf in leaves], structure)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

@@ -394,3 +394,53 @@ class TestLabelledBatches:
         model = Call(bilinear_call)
         with pytest.raises(CompressionError, match="`loss_fn` should return a differentiable scalar"):
             collect_inputs(model, {"rel": model.rel}, [pairs(4)], loss_fn=lambda m, batch: loss(m(*batch)))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rel = nn.Bilinear(4, 4, 2)
+
+    def forward(self, a, b, mask=None):
+        return self.rel(a, b)
+
+
+ROWS, LABELS = torch.ones(5, 4), torch.zeros(5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "example"),
+    [
+        ({"labels": LABELS, "a": ROWS, "b": ROWS}, "model(a=batch['a'], b=batch['b'])"),
+        ([ROWS, ROWS, None, LABELS], "model(batch[0], batch[1])"),
+        (((ROWS, ROWS), LABELS), "model(*batch[0])"),
+        ([{"a": ROWS, "b": ROWS}, LABELS], "model(**batch[0])"),
+    ],
+)
+def test_a_batch_with_more_than_inputs_is_told_by_a_call_that_works(batch, example):
+    model = Pair()
+    with pytest.raises(CompressionError) as told:
+        collect_inputs(model, {"rel": model.rel}, [batch])
+    assert f"`lambda model, batch: {example}` for" in str(told.value)
+    forward = eval(f"lambda model, batch: {example}")
+    seen = collect_inputs(model, {"rel": model.rel}, [batch], forward_fn=forward)["rel"]
+    assert seen.rows_seen == 5
+
+
+@pytest.mark.parametrize("wrap", [tuple, list])
+def test_batches_that_the_model_changes_stay_as_they_were(wrap):
+    class Changing(Pair):
+        def forward(self, given):
+            return self.rel(given.pop("a").add_(1), given.pop("b"))
+
+    model, batch = Changing(), {"a": ROWS.clone(), "b": ROWS.clone()}
+    seen = collect_inputs(model, {"rel": model.rel}, [wrap([batch])])["rel"]
+    assert seen.rows_seen == 5
+    assert torch.equal(batch["a"], ROWS)
+    assert list(batch) == ["a", "b"]
+
+
+def test_one_tensor_given_twice_is_one_for_the_model_too():
+    model = Pair()
+    assert collect_inputs(model, {"rel": model.rel}, [(ROWS, ROWS)])["rel"].same
+    assert not collect_inputs(model, {"rel": model.rel}, [(ROWS, ROWS.clone())])["rel"].same
