@@ -91,7 +91,8 @@ class AdaptedModule:
         if not all(self.weights.values()):
             raise ConfigError(
                 f"`to_weight` of {self._who} should compute the weight from its parameters by differentiable "
-                "operations. Found none that it depends on (`.data` and `.detach()` hide them)."
+                "operations. Found none that it depends on (`.data` and `.detach()` hide them; of a weight in "
+                "a module that is no part of this one, register the class of a module that contains both)."
             )
 
     @property

@@ -355,6 +355,16 @@ class TestRefusals:
         assert report.layers[0].decision == "kept"
         assert told in report.layers[0].reason
 
+    def test_a_weight_that_another_module_holds_needs_one_that_contains_both(self):
+        model = nn.ModuleDict({"table": Wrapped(), "user": Unregistered()})
+        model["user"].owner = [model["table"]]  # no part of it
+        cb.register_adapter(Unregistered, to_weight=lambda m: m.owner[0].inner.weight, call=scorer_call)
+        try:
+            with pytest.raises(cb.CompressionError, match="register the class of a module that contains both"):
+                cb.compress(model, INT8, **FAST)
+        finally:
+            _adapter.REGISTERED.pop(Unregistered)
+
     def test_a_plan_goes_stale(self):
         register_scorer()
         model = network()
