@@ -220,7 +220,7 @@ NEEDED = {
     "transformers_model": ["transformers"],
 }
 SHORTER = {"relation_fine_tuning": {"epochs": 2, "seconds": 1, "size": 4}}  # as it stands it trains for a minute
-BY_DEFAULT = {"bilinear_attention", "export", "lora_peft", "transformers_model"}  # the others are slow tests
+BY_DEFAULT = {"bilinear_attention", "lora_peft", "transformers_model"}  # the others are slow tests
 EXAMPLES = [
     pytest.param(path, id=path.stem, marks=[] if path.stem in BY_DEFAULT else [pytest.mark.slow])
     for path in sorted((ROOT / "examples").glob("*.py"))

@@ -89,6 +89,7 @@ def all_equal(found, expected):
 
 
 @for_kinds(fast=FEW)
+@pytest.mark.slow
 def test_layers_and_other_forms_come_back_as_they_were(method, quantize, tmp_path):
     model = compressed(Outer, method, quantize)
     model.save_pretrained(tmp_path, max_shard_size="1KB")
@@ -142,6 +143,7 @@ class Late(Inner):
 @pytest.mark.parametrize(
     ("saved", "loaded", "layer"), [(Outer, Inner, "inner.fusion"), (Inner, Outer, "fusion"), (Late, Late, "late")]
 )
+@pytest.mark.slow
 def test_another_class_and_layers_that_come_too_late_are_refused(saved, loaded, layer, tmp_path):
     compressed(saved).save_pretrained(tmp_path)
     with pytest.raises(

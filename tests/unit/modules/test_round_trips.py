@@ -100,6 +100,7 @@ class Net(nn.Module):
 @pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft's, of a class that was registered with it
 @pytest.mark.parametrize("method", ["cp", "tucker"])
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.slow
 def test_lora_on_stored_factors_is_trained_and_merged_into_floating_ones(method, quantize, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import Linear

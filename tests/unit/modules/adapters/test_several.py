@@ -125,6 +125,7 @@ def test_a_file_without_one_of_them_is_refused(tmp_path):
     assert_same_state(model, before)
 
 
+@pytest.mark.slow
 def test_all_are_tried_out_and_refined_together():
     register()
     small, report = cb.compress(
