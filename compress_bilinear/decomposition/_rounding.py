@@ -30,13 +30,13 @@ _GAIN = 0.98  # of the squared error, below which another cycle is worth its tim
 
 
 def rounded(
-    found: _Any, weight: Tensor, quantize: Quantize | None, metric: Metric = PLAIN, budget: Budget | None = None
+    found: _Any, weight: Tensor | None, quantize: Quantize | None, metric: Metric = PLAIN, budget: Budget | None = None
 ) -> _Any:
     """A decomposition of the same rank whose parts are values of a storage format, with the least error found.
 
     Args:
         found: the decomposition in floating point.
-        weight: what a CP approximates (O, I, J); with a `metric`, whitened by that, while `found` is not.
+        weight: what a CP is to be near (O, I, J), None for `found`; with a `metric` whitened by it, as `found` is not.
         quantize: the format. With None, and with 16 bits, whose errors are negligible, the result is `found`.
         metric: in which the error counts.
         budget: after which errors are no longer taken back.
@@ -47,8 +47,9 @@ def rounded(
     """
     if quantize is None or not FORMATS[quantize].coarse:
         return found
-    with full_precision(weight.device):
+    with full_precision(found.factors[0].device):
         if isinstance(found, CPDecomposition):
+            weight = metric.whiten(found.to_tensor()) if weight is None else weight
             return _rounded_cp(found, weight, quantize, metric, budget or Budget())
         return _rounded_tucker(found.core, found.factors, quantize, metric, budget or Budget())
 

@@ -111,8 +111,8 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     descriptions = content.layers
     own, others = by_layer(tensors, descriptions)
     rest: dict[str, Any] = others | content.extra
-    found = find(model)
-    names = _names_in(model, found, tensors, [name for each in descriptions for name in each.names], rest)
+    found = {(id(each.module), each.key): each for each in find(model)}
+    names = _names_in(model, found.values(), tensors, [name for each in descriptions for name in each.names], rest)
     modules = dict(model.named_modules(remove_duplicate=False))
     rest = {names[key]: value for key, value in rest.items()}
     renamed = [replace(each, names=tuple(names[name] for name in each.names)) for each in descriptions]
@@ -258,13 +258,13 @@ def _check_fits(expected: Mapping[str, Any], tensors: Mapping[str, Any], what: s
 
 
 def target_of(
-    modules: Mapping[str, nn.Module], layers: Sequence[FoundLayer], description: LayerDescription
+    modules: Mapping[str, nn.Module], layers: Mapping[tuple[int, str], FoundLayer], description: LayerDescription
 ) -> FoundLayer:
-    """The original layer that a description is for."""
+    """The original layer that a description is for; `layers` are by the ids of modules, and their names in these."""
     split = [split_name(name) if description.adapter else (name, "") for name in description.names]
     names = tuple(name for name, _ in split)
     label, module = names[0] or "(root)", modules.get(names[0])
-    target = next((each for each in layers if each.module is module and each.key == split[0][1]), None)
+    target = layers.get((id(module), split[0][1]))
     adapter = None if target is None or target.adapted is None else target.adapted.adapter.name
     as_stored = description.adapter is None and target and target.adapted and target.adapted.reads_as_stored()
     if target is None or (description.adapter != adapter and not as_stored):

@@ -34,12 +34,13 @@ class PretrainedMixin:
         if described:
             model: Any = self
             modules = dict(model.named_modules(remove_duplicate=False))
-            found = find(model)
+            found = {(id(each.module), each.key): each for each in find(model)}
+            there = {key for key, _ in found}
             layers: list[tuple[FoundLayer, CompressedBilinear]] = []
             for each in described:
                 name = split_name(each.name)[0] if each.adapter else each.name
                 # a part of the network has the same config; `from_pretrained` looks whether all are there
-                if modules.get(name) in [layer.module for layer in found]:
+                if id(modules.get(name)) in there:
                     target = target_of(modules, found, each)
                     layer = each.build(target.layer.weight.device).to(target.layer.weight.dtype)
                     take_flags(layer, target.layer)

@@ -186,14 +186,12 @@ class WeightFitting:
         """A decomposition in the coordinates of `ordered`, its parts rounded to fit each other.
 
         Args:
-            target: what the rounded parts should be near to, in those coordinates (O, I, J); None takes what is
-                decomposed.
+            target: what the rounded parts should be near to, in those coordinates (O, I, J); None takes `found`.
         """
         method, metric = method_of(config), self.ordered[1]
         assert method.unwhiten is not None
         unwhiten = partial(method.unwhiten, metric=metric, dtype=self.layer.weight.dtype)
         if config.quantize is not None and FORMATS[config.quantize].coarse:
-            target = found.to_tensor() if target is None else target
             # the parts in floating point are held by nobody else
             parts = method.round(unwhiten(found), target, config.quantize, metric, budget)
         else:

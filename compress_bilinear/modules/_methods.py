@@ -40,7 +40,7 @@ class Method:
             known from a solution.
         refit: (decomposition, rows, budget) -> decomposition with factors fitted to rows; see `decomposition.Rows`.
             None leaves them as they are.
-        round: (decomposition, weight, format, metric) -> decomposition whose values the format has.
+        round: (decomposition, weight or None, format, metric) -> decomposition whose values the format has.
         unwhiten: (decomposition of a whitened weight, metric, dtype) -> decomposition of the weight. None where the
             method is only ever fitted to the weight.
         check: raises ConfigError where (rank, shape, name of the layer) do not fit.
