@@ -20,7 +20,7 @@ from ._factors import CPDecomposition, TuckerDecomposition
 from ._feedback import stored_columns, stored_weight
 from ._interpolation import interpolation, is_interpolated
 from ._metric import PLAIN, Metric
-from ._source import Source, full_precision, mode_product
+from ._source import Source, full_precision, turned_
 
 _Any = TypeVar("_Any", CPDecomposition, TuckerDecomposition)
 
@@ -30,7 +30,12 @@ _GAIN = 0.98  # of the squared error, below which another cycle is worth its tim
 
 
 def rounded(
-    found: _Any, weight: Tensor | None, quantize: Quantize | None, metric: Metric = PLAIN, budget: Budget | None = None
+    found: _Any,
+    weight: Tensor | None,
+    quantize: Quantize | None,
+    metric: Metric = PLAIN,
+    budget: Budget | None = None,
+    overwrite: bool = False,
 ) -> _Any:
     """A decomposition of the same rank whose parts are values of a storage format, with the least error found.
 
@@ -40,6 +45,7 @@ def rounded(
         quantize: the format. With None, and with 16 bits, whose errors are negligible, the result is `found`.
         metric: in which the error counts.
         budget: after which errors are no longer taken back.
+        overwrite: the result may take the memory of a Tucker's core, which is nearly as large as the weight.
 
     Returns:
         A decomposition in float32, or in float64 for such a weight. The layer that is made of it stores exactly these
@@ -51,7 +57,8 @@ def rounded(
         if isinstance(found, CPDecomposition):
             weight = metric.whiten(found.to_tensor()) if weight is None else weight
             return _rounded_cp(found, weight, quantize, metric, budget or Budget())
-        return _rounded_tucker(found.core, found.factors, quantize, metric, budget or Budget())
+        core = found.core.to(torch.promote_types(found.core.dtype, torch.float32), copy=not overwrite)
+        return _rounded_tucker(core, found.factors, quantize, metric, budget or Budget())
 
 
 def _rounded_cp(
@@ -128,26 +135,26 @@ def _stored_factor(factor: Tensor, mode: int, quantize: Quantize) -> Tensor:
 
 
 def _rounded_tucker(
-    given: Tensor, floating: Sequence[Tensor], quantize: Quantize, metric: Metric, budget: Budget
+    core: Tensor, floating: Sequence[Tensor], quantize: Quantize, metric: Metric, budget: Budget
 ) -> TuckerDecomposition:
     """Each factor is rounded, and the core takes up what leads from the rounded ones to the others, before it is.
 
-    Modes of full rank are absorbed into the core. (Another sweep over the weight, in which each factor moves to what is
-    best for the rounded others, lowers the error by half a per cent, and by 2% at most.)
+    Modes of full rank are absorbed into the core, which is overwritten. (Another sweep over the weight, in which each
+    factor moves to what is best for the rounded others, lowers the error by half a per cent, and by 2% at most.)
     """
-    core, white, factors = given.to(torch.promote_types(given.dtype, torch.float32)), [], []
+    white, factors = list[Tensor](), list[Tensor]()
     for mode, factor in enumerate(floating):
-        inner = factor = factor.detach().double()  # for the core: the whole of it, of a full mode
-        factors.append(torch.eye(len(factor), dtype=torch.float64, device=factor.device))
+        stored = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
+        inner = factor = factor.detach().double()  # of a full mode, the core takes the whole
         if factor.shape[1] < len(factor):
-            factors[mode] = _stored_factor(factor, mode, quantize)
-            inner = torch.linalg.pinv(metric.whitened(mode, factors[mode]), rtol=_LEAST_RIDGE)
-            inner = inner @ metric.whitened(mode, factor)
-        white.append(metric.whitened(mode, factors[mode]))
-        if not torch.equal(inner, factors[mode]):  # a full mode has mostly been absorbed already
-            core = mode_product(core, inner.T.to(core.dtype), mode)
+            stored = _stored_factor(factor, mode, quantize)
+            inner = torch.linalg.pinv(metric.whitened(mode, stored), rtol=_LEAST_RIDGE) @ metric.whitened(mode, factor)
+        factors.append(stored)
+        white.append(metric.whitened(mode, stored))
+        if not torch.equal(inner, stored):  # a full mode has mostly been absorbed already
+            turned_(core, inner.T.to(core.dtype), mode)
     inputs = Metric((None, white[1], white[2]), PLAIN.inverses)
-    fed_back = stored_weight(core, quantize, inputs, budget, overwrite=core.data_ptr() != given.data_ptr())
-    stored = FORMATS[quantize].encode(core, "weight").decode(core.dtype) if fed_back is None else fed_back
+    fed_back = stored_weight(core, quantize, inputs, budget, overwrite=True)
+    core = FORMATS[quantize].encode(core, "weight").decode(core.dtype) if fed_back is None else fed_back
     out, in1, in2 = (factor.to(core.dtype) for factor in factors)
-    return TuckerDecomposition(stored, (out, in1, in2))
+    return TuckerDecomposition(core, (out, in1, in2))

@@ -86,11 +86,7 @@ def tucker(
 def _to_target(
     weight: Tensor, wanted: MaxError | MaxSize, quantize: Quantize | None, ordered: bool, budget: Budget
 ) -> TuckerDecomposition:
-    """The best ranks by the energies of the HOSVD.
-
-    (Of a `MaxError`, HOOI brings some lower ranks within it: these save 6% of the bytes at an error of 0.6, and none at
-    0.3.)
-    """
+    """The best ranks by the energies of the HOSVD. (Lower ones that HOOI brings within an error save 6% at most.)"""
     prices = partial(tucker_bytes, shape=weight.shape, itemsize=weight.element_size(), quantize=quantize)
     original = weight.numel() * weight.element_size()
     least = min(product(*({1, size} for size in weight.shape)), key=prices)  # a full rank may be the cheapest

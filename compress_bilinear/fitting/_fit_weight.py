@@ -193,7 +193,7 @@ class WeightFitting:
         unwhiten = partial(method.unwhiten, metric=metric, dtype=self.layer.weight.dtype)
         if config.quantize is not None and FORMATS[config.quantize].coarse:
             # the parts in floating point are held by nobody else
-            parts = method.round(unwhiten(found), target, config.quantize, metric, budget)
+            parts = method.round(unwhiten(found), target, config.quantize, metric, budget, overwrite=True)
         else:
             parts = unwhiten(found)
         where = fitted_to if self.on_output else "weight"

@@ -40,7 +40,7 @@ class Method:
             known from a solution.
         refit: (decomposition, rows, budget) -> decomposition with factors fitted to rows; see `decomposition.Rows`.
             None leaves them as they are.
-        round: (decomposition, weight or None, format, metric) -> decomposition whose values the format has.
+        round: as `decomposition.rounded`, of the arguments there.
         unwhiten: (decomposition of a whitened weight, metric, dtype) -> decomposition of the weight. None where the
             method is only ever fitted to the weight.
         check: raises ConfigError where (rank, shape, name of the layer) do not fit.
@@ -55,7 +55,7 @@ class Method:
     nbytes: Callable[..., int] = lambda rank, shape, itemsize, quantize: 0
     predict: Callable[[Tensor], Callable[..., list[tuple[Rank, float, float]]]] | None = None
     refit: Callable[[Decomposition, decompose.Rows, Budget], Decomposition] | None = None
-    round: Callable[..., Decomposition] = lambda found, weight, quantize, metric=None, budget=None: found
+    round: Callable[..., Decomposition] = lambda found, weight, quantize, *_, **__: found
     unwhiten: Callable[..., Decomposition] | None = None
     check: Callable[[Rank, Sequence[int], str], None] = lambda rank, shape, where: None
     configure: Callable[[Rank, Quantize | None, int], LayerConfig]

@@ -142,8 +142,7 @@ def _progress(
     works = [making_work(job.layer, each) for job, each in zip(group, picked, strict=True)]
     shares = [1.0 if making_is_all(each) else _MADE for each in picked]
     made = [share * work * each.predicted for share, work, each in zip(shares, works, picked, strict=True)]
-    polished = [(1 - share) * work for share, work in zip(shares, works, strict=True)]
-    return bars.parts("Choosing", [*made, *polished], later)
+    return bars.parts("Choosing", [*made, *((1 - s) * work for s, work in zip(shares, works, strict=True))], later)
 
 
 def _time_giver(

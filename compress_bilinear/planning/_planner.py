@@ -115,10 +115,9 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     takes_time = [job.calibrated or not isinstance(job.config, DenseConfig) for job in open_]
     sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
     works = [solving_work(job.layer, job.config) for job in open_]
-    if any(isinstance(job.config, AutoConfig) for job in open_):  # what is chosen tells how much work is left
-        progress = bars.parts("Predicting", works, known=False)
-    else:
-        progress = bars.parts("Solving", works, sum(judging_works(jobs, options["measure_latency"])))
+    auto = any(isinstance(job.config, AutoConfig) for job in open_)  # what is chosen tells how much work is left
+    later = None if auto else sum(judging_works(jobs, options["measure_latency"]))
+    progress = bars.parts("Predicting" if auto else "Solving", works, later, known=not auto)
     for number, job in enumerate(open_):
         share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
         part = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)

@@ -29,9 +29,8 @@ def register_adapter(
 
     A replacement is of the same class, with all the module's other parts, but without the parameters of `to_weight`
     and `to_bias`; in their place its attribute `compressed` holds a `CPBilinear`, `TuckerBilinear` or `DenseBilinear`,
-    or several by their names.
-    Before anything is replaced, the module's own method and `call` around the exact weight are compared in float64,
-    on the first calibration batch or on `example`; where they differ the layer is kept, and the report says how.
+    or several by their names. Before anything is replaced, the module's own method and `call` around the exact weight
+    are compared in float64, on a first batch or on `example`; where they differ the layer is kept, and it is told how.
 
     Args:
         kind: the class itself; its subclasses, which may do otherwise, are registered by themselves. Registering a
