@@ -1,6 +1,7 @@
 """What a program has set before it calls: a default dtype, a default device, and no gradients."""
 
 from contextlib import contextmanager, nullcontext
+from itertools import product
 
 import pytest
 import torch
@@ -75,8 +76,16 @@ def everything(config, path, *, calibrated):
     return report.layers[0], parts
 
 
-@pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+BY_DEFAULT = [(CONFIGS[0], False), (CONFIGS[1], True), (CONFIGS[3], False), (CONFIGS[4], True)]  # the others are slow
+
+
+@pytest.mark.parametrize(
+    ("config", "calibrated"),
+    [
+        pytest.param(*pair, marks=() if pair in BY_DEFAULT else pytest.mark.slow, id=f"{pair[0]} {pair[1]}")
+        for pair in product(CONFIGS, [False, True])
+    ],
+)
 def test_they_change_nothing(config, calibrated, tmp_path):
     expected, outputs = everything(config, tmp_path / "net.safetensors", calibrated=calibrated)
     for name, surrounding in SURROUNDINGS.items():
