@@ -1,13 +1,22 @@
 """Compressed layers in models of transformers, whose `from_pretrained` makes the network that a config describes."""
 
+import copy
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from .._io import read_plain
 from ..errors import CheckpointError
-from ..modules import CompressedBilinear, FoundLayer, find, replacements, split_name, swap, take_flags
+from ..modules import CompressedBilinear, FoundLayer, find, has_other_state, replacements, split_name, swap, take_flags
 from ._checkpoint import describe, target_of, use_compute
 from ._container import LayerDescription
+
+_WEIGHTS = "transformers_weights"  # of a config: the file of the weights, which transformers has in its message
+_REFUSAL = (
+    "none, for its layers are compressed: load it by the class that saved it, or another that is derived from "
+    "compress_bilinear.PretrainedMixin, as in class Net(PretrainedMixin, PreTrainedModel)"
+)
 
 
 class PretrainedMixin:
@@ -15,8 +24,9 @@ class PretrainedMixin:
 
     In `class Net(cb.PretrainedMixin, PreTrainedModel)` nothing else changes. `save_pretrained` also writes the layers'
     description, into the config as `compress_bilinear`. A network of such a config has the layers from `post_init` on,
-    with which its `__init__` ends, and `from_pretrained` fills them. A compressed network of another class refuses
-    `save_pretrained`, for its `from_pretrained` would make layers anew, with random values.
+    with which its `__init__` ends, and `from_pretrained` fills them. Another class would make the layers anew, with
+    random values: a compressed network of such a class refuses `save_pretrained`, and transformers, from 4.53 on,
+    refuses to load by it what this class saved.
 
     Raises: CheckpointError where the class does not have the layers of its config, or not as they were.
     """
@@ -25,8 +35,16 @@ class PretrainedMixin:
 
     def save_pretrained(self, *args: Any, **options: Any) -> Any:
         """As of transformers."""
-        self.config.compress_bilinear = [asdict(each) for each in describe(self)]  # type: ignore[arg-type]
-        return super().save_pretrained(*args, **options)  # type: ignore[misc]
+        model: Any = self
+        self.config.compress_bilinear = [asdict(each) for each in describe(model)]
+        saved = super().save_pretrained(*args, **options)  # type: ignore[misc]
+        path = Path(args[0] if args else options["save_directory"]) / "config.json"
+        if any(map(has_other_state, model.modules())) and options.get("is_main_process", True) and path.is_file():
+            config = json.loads(path.read_text("utf-8"))
+            if "compress_bilinear" in config:  # peft writes no config, and an older one may be there
+                text = json.dumps(config | {_WEIGHTS: _REFUSAL}, indent=2, sort_keys=True)
+                path.write_text(text + "\n", encoding="utf-8")
+        return saved
 
     def post_init(self) -> None:
         """As of transformers, after the layers that the config describes have been put in place."""
@@ -51,7 +69,18 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
         """As of transformers."""
-        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        try:
+            loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        except ValueError as error:
+            if _REFUSAL not in str(error):
+                raise
+            config = copy.copy(options.get("config"))
+            if hasattr(config, _WEIGHTS):
+                delattr(config, _WEIGHTS)
+                options["config"] = config
+            else:  # the config of the folder has it
+                options[_WEIGHTS] = None
+            loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         modules = dict(model.named_modules(remove_duplicate=False))
         for each in _described(model.config):

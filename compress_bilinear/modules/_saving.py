@@ -19,13 +19,14 @@ def guard_saving(model: nn.Module) -> None:
         save = getattr(type(module), "save_pretrained", None)
         if getattr(save, "__module__", "").partition(".")[0] not in ("transformers", "huggingface_hub"):
             continue
-        if any(map(_has_other_state, module.modules())):
+        if any(map(has_other_state, module.modules())):
             vars(module)["save_pretrained"] = _refuse
         elif vars(module).get("save_pretrained") is _refuse:
             del vars(module)["save_pretrained"]
 
 
-def _has_other_state(part: nn.Module) -> bool:
+def has_other_state(part: nn.Module) -> bool:
+    """Whether it is a replacement whose state a network without it would not load: all but exact `DenseBilinear`."""
     exact = "weight" in part._parameters  # of a `DenseBilinear`
     return isinstance(part, AdaptedBilinear) or (isinstance(part, CompressedBilinear) and not exact)
 

@@ -1,6 +1,7 @@
 """Networks of transformers and huggingface_hub keep their compressed layers, or refuse to be saved."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -150,6 +151,64 @@ def test_another_class_and_layers_that_come_too_late_are_refused(saved, loaded, 
         CheckpointError, match=f"should have layer '{layer}'.* Found (none|Bilinear): load by the class"
     ):
         loaded.from_pretrained(tmp_path)
+
+
+class Plain(transformers.PreTrainedModel):
+    """What `Outer` is without the mixin."""
+
+    config_class = Config
+    base_model_prefix = "inner"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.inner = Unaware(config)
+        self.arc = Biaffine()
+        self.head = nn.Linear(5, 3)
+        self.post_init()
+
+    forward, _init_weights = Outer.forward, Kept._init_weights
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_shard_size": "1KB"}])
+def test_a_class_without_the_mixin_refuses_what_it_would_make_anew(given, options, tmp_path):
+    model = compressed(Outer)
+    model.save_pretrained(save_directory=tmp_path, **options)
+    # as AutoModel does it, a config may be given
+    config = {"config": Config.from_pretrained(tmp_path)} if given else {}
+    for kind in (Plain, Unaware):
+        with pytest.raises(ValueError, match=r"derived from compress_bilinear.PretrainedMixin"):
+            kind.from_pretrained(tmp_path, **config)
+    again = Outer.from_pretrained(tmp_path, **config)
+    assert all_equal(again(*rows()), model(*rows()))
+    assert getattr(again.config, "transformers_weights", None) is None
+    again.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="PretrainedMixin"):
+        Plain.from_pretrained(tmp_path / "again")
+    again = Outer.from_pretrained(tmp_path / "again")
+    assert all_equal(again(*rows()), model(*rows()))
+
+
+def test_a_network_of_the_mixin_with_the_state_of_before_is_loaded_by_any_class(tmp_path):
+    model = Outer(Config()).eval()
+    model.save_pretrained(tmp_path)
+    assert all_equal(Plain.from_pretrained(tmp_path).state_dict().values(), model.state_dict().values())
+    config = {"*fusion": cb.DenseConfig(), "*": None}
+    exact = cb.compress(model, config, force=True, progress=False)[0]
+    assert type(exact.inner.fusion) is cb.DenseBilinear
+    exact.save_pretrained(tmp_path)
+    assert all_equal(Plain.from_pretrained(tmp_path).state_dict().values(), model.state_dict().values())
+
+
+def test_the_name_of_a_file_of_weights_in_a_config_stays(tmp_path):
+    compressed(Inner).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "model.safetensors").rename(tmp_path / "own.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.safetensors"}))
+    assert isinstance(Inner.from_pretrained(tmp_path).fusion, cb.CPBilinear)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"transformers_weights": "own.bin"}))
+    with pytest.raises(ValueError, match=r"own\.bin"):
+        Inner.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
