@@ -24,14 +24,19 @@ from ._forms import Form, Leading, arranged
 
 _ROUNDING = 1e-12  # of a factor that is 1
 _MOST, _MOST_OF_MATRIX = 2**28, 2**22  # elements of a weight above which no form is tried: 2 GB of random values
-# Leading dimensions of the two inputs. A form has to hold at all that have a number of dimensions and that the module
-# takes: a module that squeezes sizes of 1 shows it there.
-_ROWS: tuple[Leading, ...] = tuple((size, size) for size in ((1,), (2, 1), (1, 3), (2, 3), (5,)))
-_PAIRS: tuple[Leading, ...] = (((1, 1), (1, 1)), ((3, 1), (3, 2)), ((1, 4), (1, 1)), ((2, 3), (2, 4)), ((2, 3), (2, 3)))
+# Leading dimensions of the two inputs, by their number. The first tells whether the module takes so many; then a form
+# has to hold at all of them that it takes: a module that squeezes sizes of 1 shows it there.
+_ROWS: tuple[tuple[Leading, ...], ...] = tuple(
+    tuple((size, size) for size in sizes) for sizes in (((5,), (1,)), ((2, 3), (1, 3), (2, 1)))
+)
+_PAIRS: tuple[tuple[Leading, ...], ...] = (
+    (((2, 3), (2, 3)), ((2, 3), (2, 4)), ((1, 4), (1, 1)), ((3, 1), (3, 2)), ((1, 1), (1, 1))),
+)
 _ROW_OUTPUTS = ("o", "1")
 _PAIR_OUTPUTS = (*("".join(order) for order in permutations("xyo")), "xy", "yx")
 
-_Outputs = dict[tuple[tuple[int, int], bool, Leading], Tensor | None]  # of the twin, by the sizes of its inputs
+# what the twin was called with, and its output, by the sizes of the inputs
+_Calls = dict[tuple[tuple[int, int], bool, Leading], tuple[tuple[Tensor, Tensor], Tensor | None]]
 
 
 def recognise(module: nn.Module) -> Form | None:
@@ -43,7 +48,8 @@ def recognise(module: nn.Module) -> Form | None:
     def random(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor.to("cpu", copy=True)
-        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+        # float32's take a quarter of the time
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu").double()
 
     with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
@@ -51,8 +57,8 @@ def recognise(module: nn.Module) -> Form | None:
             twin = copied(module, random).eval()
         except CompressionError:
             return None
-        outputs: _Outputs = {}
-        forms = [form for reading in _readings(twin) for form in _confirmed(reading, twin, outputs)]
+        calls: _Calls = {}
+        forms = [form for reading in _readings(twin) for form in _confirmed(reading, twin, calls)]
     # forms that take inputs of the same sizes compute the same; inputs of several sizes leave open which are meant
     return forms[0] if len({form.input_sizes for form in forms}) == 1 else None
 
@@ -111,7 +117,7 @@ def _readings(twin: nn.Module) -> Iterator[Form]:
             yield from (replace(form, mode="index") for form in forms if not form.ones[1])
 
 
-def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]:
+def _confirmed(form: Form, twin: nn.Module, calls: _Calls) -> Iterator[Form]:
     """The form in every order of the output in which it gives what the twin gives, with the dimensions where it does.
 
     That is at all leading dimensions that the twin takes, at other magnitudes, and in training mode.
@@ -119,31 +125,50 @@ def _confirmed(form: Form, twin: nn.Module, outputs: _Outputs) -> Iterator[Form]
     if min(form.input_sizes) < 1:
         return
     layer, out = None, form.to_weight(twin).shape[0]
-    compared: list[tuple[int, Tensor, Tensor | None]] = []  # dimensions, the twin's output, and the form's
-    for leading in _leading(form):
-        key = form.input_sizes, form.mode == "index", leading
-        if key not in outputs:
-            outputs[key] = _output(twin, *form.inputs(*leading, torch.float64))
-        output, whole = outputs[key], None
-        if output is None:
-            continue
-        if output.numel() == out * math.prod(leading[0]) * (leading[1][-1] if form.mode == "pairs" else 1):
+    orders = [each for each in (_PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS) if "o" in each or out == 1]
+    factors: dict[str, float] = {}  # of the orders that held
+    held: dict[str, tuple[int, ...]] = {}
+    for leadings in _leadings(form):
+        left = orders
+        for leading in leadings:
+            inputs, output = _called(form, twin, leading, calls)
+            if output is None and leading is not leadings[0]:
+                continue
+            count = out * math.prod(leading[0]) * (leading[1][-1] if form.mode == "pairs" else 1)
+            if output is None or output.numel() != count:
+                left = []
+                break
             layer = layer or DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-            whole = form.call(twin, layer, *form.inputs(*leading, torch.float64))
-        compared.append((len(leading[0]) + 1, output, whole))
-    for order in _PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS:
-        if layer is None or ("o" not in order and out > 1):
-            continue
-        right, wrong, factor = set[int](), set[int](), 1.0
-        for dims, output, whole in reversed(compared):  # the larger ones first
-            found = None if whole is None else arranged(whole, order)
-            if found is not None and not right and found.shape == output.shape:
-                factor = _factor(output, found)
-            same = found is not None and difference(output, factor * found) is None
-            (right if same else wrong).add(dims)
-        ordered = replace(form, output=order, dims=tuple(sorted(right - wrong)), factor=factor)
-        if ordered.dims and _holds_otherwise(ordered, twin):
+            whole = form.call(twin, layer, *inputs)
+            left = [order for order in left if _same(output, arranged(whole, order), order, factors)]
+            if not left:
+                break
+        for order in left:
+            held[order] = (*held.get(order, ()), len(leadings[0][0]) + 1)
+    for order, dims in held.items():
+        ordered = replace(form, output=order, dims=dims, factor=factors[order])
+        if _holds_otherwise(ordered, twin):
             yield ordered
+
+
+def _called(form: Form, twin: nn.Module, leading: Leading, calls: _Calls) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Random inputs for a form and what the twin gives for them; made once for all forms that take the same."""
+    key = form.input_sizes, form.mode == "index", leading
+    if key not in calls:
+        inputs = form.inputs(*leading, torch.float64)
+        calls[key] = inputs, _output(twin, *inputs)
+    return calls[key]
+
+
+def _same(output: Tensor, found: Tensor, order: str, factors: dict[str, float]) -> bool:
+    """Whether the two differ by a factor at most: that of the order, which the first comparison that holds sets."""
+    if found.shape != output.shape:
+        return False
+    factor = factors.get(order) or _factor(output, found)
+    same = difference(output, factor * found) is None
+    if same:
+        factors[order] = factor
+    return same
 
 
 def _factor(output: Tensor, found: Tensor) -> float:
@@ -155,7 +180,7 @@ def _factor(output: Tensor, found: Tensor) -> float:
 def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     """Whether a form that holds in eval mode for values of magnitude 1 also holds at others, and in training mode."""
     layer = DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-    leading = next(each for each in reversed(_leading(form)) if len(each[0]) + 1 in form.dims)
+    leading = next(each[0] for each in _leadings(form) if len(each[0][0]) + 1 in form.dims)
     for magnitude, training in ((1e-3, False), (1e3, False), (1.0, True)):
         first, second = form.inputs(*leading, torch.float64)
         input1, input2 = (magnitude * first, second if form.mode == "index" else magnitude * second)
@@ -166,7 +191,7 @@ def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     return True
 
 
-def _leading(form: Form) -> tuple[Leading, ...]:
+def _leadings(form: Form) -> tuple[tuple[Leading, ...], ...]:
     return _PAIRS if form.mode == "pairs" else _ROWS
 
 
