@@ -151,7 +151,9 @@ def _confirmed(form: Form, twin: nn.Module, calls: _Calls) -> Iterator[Form]:
             yield ordered
 
 
-def _called(form: Form, twin: nn.Module, leading: Leading, calls: _Calls) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+def _called(
+    form: Form, twin: nn.Module, leading: Leading, calls: _Calls
+) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """Random inputs for a form and what the twin gives for them; made once for all forms that take the same."""
     key = form.input_sizes, form.mode == "index", leading
     if key not in calls:
