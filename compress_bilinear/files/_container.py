@@ -7,11 +7,12 @@ tensor. It finds damage and careless edits. It is no signature: it does not say 
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
+from zipfile import is_zipfile
 
 import torch
 from annotated_types import MinLen
@@ -26,7 +27,7 @@ from ..modules import METHODS, CompressedBilinear, place
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
 INDEX = ".index.json"  # what the name of a file ends with that names those of a network's tensors
-_WHOLE = "model.safetensors"  # the name that transformers gives a network in one file
+_WHOLE = ("model.safetensors", "pytorch_model.bin")  # the names that transformers gives a network in one file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,9 @@ def written(
     """
     tensors, aliases, extra = _stored(state)
     path, index = Path(path), None
-    files = {path.name: tensors}
+    files, old = {path.name: tensors}, set[Path]()
+    with suppress(CheckpointError):  # one that does not name its files
+        old = {*_index_of(path)[1].values()}
     with ExitStack() as stack:
         if path.name.endswith(INDEX):
             index = stack.enter_context(written_atomically(path))  # it is the first, and so renamed last
@@ -135,6 +138,9 @@ def written(
         yield
         if index is not None:  # so that an old one is never that of new shards
             path.unlink(missing_ok=True)
+    for file in old - {path.with_name(name) for name in files}:  # of more shards, or fewer
+        with suppress(OSError):  # it does no harm where it stays
+            file.unlink()
 
 
 def _stored(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
@@ -197,8 +203,34 @@ def _plain(name: str, value: Any) -> Any:
     )
 
 
+def read_file(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], FileDescription | None]:
+    """The tensors and the description of one safetensors file; see `read_safetensors`."""
+    check_is_file(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (SafetensorError, OSError, ValueError) as error:
+        found = (
+            "one that torch.save wrote: torch.load reads it"
+            if is_zipfile(path)
+            else f"one that cannot be read: {error}"
+        )
+        raise CheckpointError(f"{str(path)!r} should be a whole safetensors file. Found {found}.") from error
+    if METADATA_KEY not in metadata:
+        return tensors, None
+    description = _described(metadata, path, tensors if verify else None)
+    for alias, name in description.aliases.items():
+        if name not in tensors:
+            raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
+        tensors[alias] = tensors[name]
+    return tensors, description
+
+
 def read_safetensors(
-    path: str | os.PathLike[str], verify: bool = True
+    path: str | os.PathLike[str],
+    verify: bool = True,
+    read: Callable[[Path, bool], tuple[dict[str, Tensor], FileDescription | None]] = read_file,
 ) -> tuple[dict[str, Tensor], FileDescription | None]:
     """The tensors of any safetensors file, and the description of one that `save` wrote.
 
@@ -207,19 +239,22 @@ def read_safetensors(
     Of a network in several files, `path` is their folder or index. The tensors are views of the files, which are read
     where they are: what outlives the call takes copies. A shared tensor comes under all its names.
 
+    Args:
+        read: what reads one file.
+
     Raises: CheckpointError where a file is damaged or none.
     """
     index, files = _index_of(Path(path))
-    read = {file: _read(file, verify) for file in sorted({*files.values()})}
-    for name, file in files.items():
-        if name not in read[file][0]:
-            raise CheckpointError(f"{str(file)!r} should hold {name!r}, as its index says. Found none.")
     if not files:
-        return _read(index, verify)
-    descriptions = [description for _, description in read.values() if description is not None]
+        return read(index, verify)
+    parts = {file: read(file, verify) for file in sorted({*files.values()})}
+    for name, file in files.items():
+        if name not in parts[file][0]:
+            raise CheckpointError(f"{str(file)!r} should hold {name!r}, as its index says. Found none.")
+    descriptions = [description for _, description in parts.values() if description is not None]
     layers = tuple(layer for each in descriptions for layer in each.layers)
     extra = {name: value for each in descriptions for name, value in each.extra.items()}
-    tensors = {name: read[file][0][name] for name, file in files.items()}
+    tensors = {name: parts[file][0][name] for name, file in files.items()}
     return tensors, FileDescription(FORMAT_VERSION, layers, {}, extra) if descriptions else None
 
 
@@ -231,11 +266,10 @@ def files_of(path: str | os.PathLike[str]) -> set[Path]:
 
 def _index_of(path: Path) -> tuple[Path, dict[str, Path]]:
     """The index of a network in several files, as transformers has it, and the file of each tensor; or the one file."""
-    if (path / _WHOLE).is_file():
-        return path / _WHOLE, {}
-    index = path / (_WHOLE + INDEX) if path.is_dir() else path
+    names = [path / (name + end) for name in _WHOLE for end in ("", INDEX)]
+    index = next((file for file in names if file.is_file()), path)
     if not (index.name.endswith(INDEX) and index.is_file()):
-        return path, {}
+        return index, {}
     try:
         files = {str(key): str(name) for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -244,26 +278,6 @@ def _index_of(path: Path) -> tuple[Path, dict[str, Path]]:
     if outside:
         raise CheckpointError(f"{str(index)!r} should name files of its own folder. Found {outside[0]!r}.")
     return index, {key: index.with_name(name) for key, name in files.items()}
-
-
-def _read(path: Path, verify: bool) -> tuple[dict[str, Tensor], FileDescription | None]:
-    check_is_file(path)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: aligned(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  # not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{str(path)!r} should be a whole safetensors file. Found one that cannot be read: {error}"
-        ) from error
-    if METADATA_KEY not in metadata:
-        return tensors, None
-    description = _described(metadata, path, tensors if verify else None)
-    for alias, name in description.aliases.items():
-        if name not in tensors:
-            raise CheckpointError(f"{str(path)!r} should hold tensor {name!r}, which {alias!r} is. Found none.")
-        tensors[alias] = tensors[name]
-    return tensors, description
 
 
 def aligned(value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import os
 import pickle
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, is_zipfile
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ._container import INDEX, LayerDescription, aligned, check_is_file, read_safetensors
+from ._container import FileDescription, LayerDescription, aligned, check_is_file, read_file, read_safetensors
 from ._unpickler import Placeholder, load_with_placeholders
 
 _PICKLED = "a pickled {}, which is not loaded because that runs code: save model.state_dict() alone"
@@ -23,7 +24,8 @@ def read_state(
     """The tensors of a .safetensors file, or of a .pt file, of which no code is run.
 
     They are views of the file, whose values are read where they are used. With them come the replaced layers, where
-    `save` wrote the file. Of a network in several files, `path` is their folder or its `model.safetensors.index.json`.
+    `save` wrote the file. Of a network in several files, `path` is their folder or its `model.safetensors.index.json`
+    or `pytorch_model.bin.index.json`.
 
     A .pt file may be the state dict itself, or have it under keys, as {"checkpoint": {"model": ..., "epoch": 3}}.
 
@@ -34,24 +36,25 @@ def read_state(
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
     """
-    path = Path(path)
-    plain = path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(INDEX)
-    if not plain:
-        check_is_file(path)
-        with open(path, "rb") as file:
-            start = file.read(9)
-        plain = start[8:] == b"{"  # eight bytes of header length, then JSON
-    if plain:
+    tensors, description = read_safetensors(path, verify, partial(_read, key=key))
+    return tensors, description.layers if description else ()
+
+
+def _read(path: Path, verify: bool, key: str | None) -> tuple[dict[str, Tensor], FileDescription | None]:
+    """One file of either kind."""
+    check_is_file(path)
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if path.suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
         if key is not None:
             raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
-        tensors, description = read_safetensors(path, verify)
-        return tensors, description.layers if description else ()
+        return read_file(path, verify)
     if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
         raise CheckpointError(
             f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
             "Found neither, or a damaged one."
         )
-    return _state_dict(_loaded(path), str(path), key), ()
+    return _state_dict(_loaded(path), str(path), key), None
 
 
 def _loaded(path: Path) -> Any:

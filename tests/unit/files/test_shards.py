@@ -86,13 +86,39 @@ def test_new_files_take_the_place_of_old_ones(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("most", [1, 10**9])
+def test_old_files_that_the_new_index_does_not_name_are_removed_and_no_others(tmp_path, most):
+    cb.save(small(), tmp_path / INDEX, max_shard_bytes=5000)
+    old = {path.name for path in tmp_path.glob("*.safetensors")}
+    others = {"model-00009-of-00009.safetensors", "model.fp16.safetensors", "config.json", "optimizer.pt"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"mine")
+    net = cb.load(tmp_path, Net())
+    cb.save(net, tmp_path / INDEX, max_shard_bytes=most)
+    named = {*json.loads((tmp_path / INDEX).read_text())["weight_map"].values()}
+    assert old.isdisjoint(named)
+    assert {path.name for path in tmp_path.iterdir()} == others | named | {INDEX}
+    x, y = torch.randn(4, 18), torch.randn(4, 17)
+    assert torch.equal(cb.load(tmp_path, Net())(x, y), net(x, y))
+
+
+@pytest.mark.parametrize("text", ["{}", "none", '{"weight_map": {"a": "../mine.safetensors"}}'])
+def test_nothing_is_removed_for_an_index_that_names_no_files_of_its_folder(tmp_path, text):
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / INDEX).write_text(text)
+    cb.save(small(), tmp_path / "new" / INDEX)
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+    cb.load(tmp_path / "new", Net())
+
+
 def test_a_failure_to_write_leaves_the_old_files(tmp_path, monkeypatch):
     net, written = small(), []
     cb.save(net, tmp_path / INDEX, max_shard_bytes=5000)
 
     def third_fails(tensors, path, metadata):
         written.append(path)
-        if len(written) == 3:
+        if len(written) % 3 == 0:
             raise OSError("disk full")
         save_file(tensors, path, metadata)
 
@@ -100,6 +126,9 @@ def test_a_failure_to_write_leaves_the_old_files(tmp_path, monkeypatch):
     monkeypatch.setattr(_container, "save_file", third_fails)
     with pytest.raises(OSError, match="disk full"):
         cb.save(small(1), tmp_path / INDEX, max_shard_bytes=5000)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(OSError, match="disk full"):
+        cb.save(small(1), tmp_path / INDEX, max_shard_bytes=1)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -183,6 +212,55 @@ class TestCommandLine:
         assert (status, err) == (0, "")
         assert json.loads(out)["layers"][0]["name"] == "rel"
         assert " rel " in run("inspect", "small")[1]
+
+    @pytest.mark.parametrize("source", ["bins", "bins/pytorch_model.bin.index.json"])
+    def test_several_files_of_torch_are_read_too(self, run, large, source):
+        Path("bins").mkdir()
+        names = json.loads(Path("large", INDEX).read_text())["weight_map"]
+        names = {name: Path(file).with_suffix(".bin").name for name, file in names.items()}
+        state = read_state("large")[0]
+        for file in {*names.values()}:
+            torch.save({name: state[name] for name in names if names[name] == file}, f"bins/{file}")
+        Path("bins/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+        found = read_state(source)[0]
+        assert found.keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in found.items())
+        assert " rel " in run("inspect", source)[1]
+        status, _, err = run(
+            "compress", source, "-o", "small.safetensors", "--layers", "rel", "--rank", "3,3,3", "--force"
+        )
+        assert (status, err) == (0, "")
+        found, compressed = read_state("small.safetensors")
+        assert [layer.names for layer in compressed] == [("rel",)]
+        assert torch.equal(found["words.weight"], state["words.weight"])
+        status, _, err = run("compress", source, "-o", "bins/part-1.bin", "--layers", "rel", "--rank", "3,3,3")
+        assert "should be another file than those that are read" in err
+        with pytest.raises(CheckpointError, match=r"Found one that torch\.save wrote: torch\.load"):
+            cb.load(source, Net())
+
+    @pytest.mark.parametrize(
+        ("damage", "problem"),
+        [
+            (lambda path: torch.save({}, path), "should hold one state dict"),
+            (lambda path: torch.save({"a": torch.ones(1)}, path), "as its index says. Found none"),
+            (Path.unlink, "should be a file. Found none"),
+            (lambda path: path.write_bytes(b"?"), "Found neither, or a damaged one"),
+        ],
+    )
+    def test_a_damaged_file_of_torch_among_several_is_refused(self, tmp_path, damage, problem):
+        torch.save({"a.weight": torch.ones(2, 3, 4)}, tmp_path / "one.bin")
+        torch.save({"b.weight": torch.ones(2, 3, 4)}, tmp_path / "two.bin")
+        names = {"a.weight": "one.bin", "b.weight": "two.bin"}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+        assert read_state(tmp_path)[0].keys() == names.keys()
+        damage(tmp_path / "two.bin")
+        with pytest.raises(CheckpointError, match=problem):
+            read_state(tmp_path)
+
+    def test_a_folder_may_have_one_file_of_torch(self, run, large):
+        Path("bins").mkdir()
+        torch.save(read_state("large")[0], "bins/pytorch_model.bin")
+        assert " rel " in run("inspect", "bins")[1]
 
     @pytest.mark.parametrize("output", [INDEX, "part-1.safetensors"])
     def test_files_that_are_read_are_not_written(self, run, large, output):
