@@ -138,9 +138,9 @@ def written(
         yield
         if index is not None:  # so that an old one is never that of new shards
             path.unlink(missing_ok=True)
-    for file in old - {path.with_name(name) for name in files}:  # of more shards, or fewer
+    for gone in old - {path.with_name(name) for name in files}:  # of more shards, or fewer
         with suppress(OSError):  # it does no harm where it stays
-            file.unlink()
+            gone.unlink()
 
 
 def _stored(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Any]]:
