@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ._factors import peak, slabs, working_dtype
+from ._factors import peak, slabs, squared_norm, working_dtype
 
 Basis: TypeAlias = Sequence[Tensor | None]
 """Orthonormal columns (d_m, r_m) for each mode; None for a mode that is left as it is."""
@@ -62,7 +62,7 @@ class Source:
     @cached_property
     def total(self) -> float:
         """The squared Frobenius norm of the scaled weight."""
-        return sum(float(slab.double().norm()) ** 2 for _, slab in self.slabs())
+        return sum(squared_norm(slab) for _, slab in self.slabs())
 
     def _scaled(self, part: Tensor) -> Tensor:
         """Part of the weight, scaled, in the working dtype."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..config import MaxError, MaxSize, Quantize, TuckerRank, check_quantize
 from ..errors import InfeasibleError
 from ._budget import Budget, Progress
-from ._factors import SMALL, Factors, TuckerDecomposition, relative
+from ._factors import SMALL, Factors, TuckerDecomposition, relative, squared_norm
 from ._hosvd import ordered_, start
 from ._search import tightened
 from ._sizes import check_tucker_rank, check_weight, tucker_bytes
@@ -157,7 +157,7 @@ class _Solver:
 
     def _result(self, basis: Basis, core: Tensor, exact: bool) -> TuckerDecomposition:
         weight, total = self.weight.detach(), self.source.total
-        lost = total - sum(float(part.double().norm()) ** 2 for part in core)
+        lost = total - squared_norm(core)
         basis, core = self._lifted(basis, core)
         core = core if self._scale == 1.0 else core.double() / self._scale
         if all(u is None for u in basis):

@@ -158,11 +158,10 @@ class OutputFitting(WeightFitting):
     @cached_property
     def _mean(self) -> Tensor:  # (O,)
         """⟨W_o, E[x1 x2ᵀ]⟩ of the weight, slab by slab."""
-        cross = self._cross.flatten()
-        found = cross.new_empty(self.layer.out_features)
-        for slab in decompose.row_slices(self.weight.shape):
-            found[slab] = self.weight[slab].double().flatten(1) @ cross
-        return found
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        cross = self._cross.flatten().to(dtype)
+        parts = [self.weight[slab].to(dtype).flatten(1) @ cross for slab in decompose.row_slices(self.weight.shape)]
+        return torch.cat(parts).double()
 
     @property
     def _cross(self) -> Tensor:  # (I, J)

@@ -44,7 +44,7 @@ class Job:
     chosen: Candidate | None = None
     notes: tuple[Note, ...] = ()
     report: LayerReport | None = None
-    fingerprint: str = ""
+    fingerprint: tuple[object, ...] = ()
 
     @property
     def layer(self) -> nn.Bilinear:

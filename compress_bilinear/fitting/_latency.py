@@ -1,7 +1,6 @@
 """Latencies side by side: of a layer, its replacement, and the exact dense evaluations."""
 
 import functools
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..decomposition import row_slices
 from ..modules import AdaptedModule, CompressedBilinear
 from ._calibrate import LayerInputs
 
@@ -92,9 +92,14 @@ def _seconds(call: Callable[[], object], device: torch.device, repeats: int = 1)
 
 def expected_seconds(layer: nn.Bilinear, rows: int) -> float:
     """What `time_replacement` takes at least, from a call of a part of the layer, which loops over its outputs."""
-    part = layer.weight.detach()[: math.ceil(layer.out_features / 16)]
+    part = layer.weight.detach()[next(row_slices(layer.weight.shape))]
     call = functools.partial(torch.nn.functional.bilinear, *timing_inputs(layer, rows), part)
     return _MOST_CALLS * layer.out_features / len(part) * _first_try(call, part.device)
+
+
+def expected_error_seconds(layer: nn.Bilinear) -> float:
+    """What measuring a replacement's weight error takes, about: as some calls of many rows do."""
+    return expected_seconds(layer, 256) / 3
 
 
 def dense_calls(layer: nn.Bilinear, input1: Tensor, input2: Tensor) -> dict[str, Callable[[], Tensor]]:

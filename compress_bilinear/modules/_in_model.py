@@ -1,6 +1,6 @@
 """The bilinear layers of a model: find them, select by name, say why one cannot be replaced."""
 
-import hashlib
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -284,13 +284,11 @@ def _reason_against_values(layer: nn.Bilinear) -> str | None:
     return None
 
 
-def fingerprint(layer: nn.Bilinear) -> str:
-    """A digest of every bit of weight and bias, with their dtype and device."""
-    digest = hashlib.blake2b()
+def fingerprint(layer: nn.Bilinear) -> tuple[object, ...]:
+    """Weight and bias, by dtype, device, shape and a checksum of every bit: a digest takes four times as long."""
+    found: list[object] = []
     for tensor in (layer.weight, layer.bias):
-        if tensor is None:
-            digest.update(b"none")
-            continue
-        digest.update(f"{tensor.dtype} {tensor.device} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().contiguous().cpu().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        if tensor is not None:
+            bits = tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
+            found.append((tensor.dtype, tensor.device, tensor.shape, zlib.crc32(bits.data)))
+    return tuple(found)

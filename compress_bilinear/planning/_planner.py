@@ -15,6 +15,7 @@ from ..fitting import (
     Search,
     aim,
     collect_inputs,
+    expected_error_seconds,
     expected_seconds,
     fit,
     judging_works,
@@ -154,9 +155,9 @@ class Times(NamedTuple):
 
 
 def _judging_seconds(job: Job, options: PlanOptions) -> float:
-    """What judging will take, about: a weight is measured like some calls of many rows."""
+    """What judging will take, about."""
     timing = 1 + expected_seconds(job.layer, job.rows(options["batch_size"]))
-    return expected_seconds(job.layer, 256) / 3 + timing * options["measure_latency"]
+    return expected_error_seconds(job.layer) + timing * options["measure_latency"]
 
 
 def aim_all(searches: Mapping[Job, Search], budget: Budget, bars: ProgressBars) -> None:

@@ -18,6 +18,7 @@ from ..fitting import (
     Job,
     OutputError,
     Timing,
+    expected_error_seconds,
     expected_seconds,
     parameter_count,
     stored_bytes,
@@ -32,8 +33,8 @@ def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | N
     """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
 
     `options["force"]` makes the replacement whatever the reasons against it. `made` says that it has been made
-    already, so that nothing is forced. What the budget has no time for is not timed, and where it is over, figures on
-    which nothing depends are left out: spectra, and the parts of an error.
+    already, so that nothing is forced. What the budget has no time for is not timed, and figures on which nothing
+    depends are left out: spectra, and the parts of an error.
     """
     candidate = job.chosen
     if job.reason is not None or candidate is None or candidate.module is None:
@@ -168,7 +169,8 @@ def _timed(job: Job, module: CompressedBilinear, rows: int, budget: Budget) -> T
 
 def _measured(job: Job, candidate: Candidate, module: CompressedBilinear, budget: Budget) -> dict[str, Any]:
     """The figures of a candidate, but for its sizes and latencies."""
-    weight, over = job.layer.weight.detach(), budget.left() <= 0
+    weight = job.layer.weight.detach()
+    over = budget.limited and budget.left() <= expected_error_seconds(job.layer)
     known = _factor_errors(weight, candidate, module, over) | {"rank": module.rank}
     known["spectra"] = () if over else tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
     if job.held_out is not None:
@@ -182,8 +184,8 @@ def _factor_errors(
 ) -> dict[str, Any]:
     """The report's figures on what the candidate stores, against the weight.
 
-    Of a quantized one also the parts of its error, unless the time is `over`: of the decomposition in floating point,
-    and how far what is stored is from that, both relative to the weight's norm.
+    Of a quantized one also the parts of its error, unless the time is nearly `over`: of the decomposition in floating
+    point, and how far what is stored is from that, both relative to the weight's norm.
     """
     floating = None if over else candidate.decomposition
     parts = [module] if floating is None or module.quantize is None else [module, floating]

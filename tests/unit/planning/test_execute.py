@@ -201,3 +201,17 @@ def test_one_tensor_as_both_inputs_is_fitted_by_the_symmetric_part():
     assert errors[0] < 1e-4 < errors[1]
     exact = cb.compress(Square(), cb.DenseConfig(quantize="bf16"), calibration=data, **QUIET)[1].layers[0]
     assert not exact.has("symmetric")  # the weight itself is stored
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 4), (6, 1, 4), (6, 4, 1)], ids=str)
+def test_a_transposed_weight_with_a_size_of_1_is_replaced_and_a_change_of_it_noticed(shape):
+    in1, in2, out = shape
+    layer = nn.Bilinear(in1, in2, out)
+    layer.weight = nn.Parameter(layer.weight.detach().mT.contiguous().mT)
+    config = cb.DenseConfig(quantize="int8")
+    assert cb.plan(layer, config, force=True, **QUIET).apply()[0].quantize == "int8"
+    plan = cb.plan(layer, config, force=True, **QUIET)
+    with torch.no_grad():
+        layer.weight[-1, -1, -1] += 1e-3
+    with pytest.raises(CompressionError, match="changed"):
+        plan.apply()
