@@ -29,6 +29,7 @@ from ..modules import (
     take_flags,
 )
 from ._container import LayerDescription, read_safetensors, written
+from ._extra import with_tensors
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
@@ -65,16 +66,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, max_shard_bytes: int
         max_shard_bytes: of the tensors in a file beside an index, where it has more than one.
 
     Raises:
-        CheckpointError: the state is not all tensors with values and plain data (of `get_extra_state`), or a
-            compressed layer was changed from the inside.
+        CheckpointError: the state is not all tensors with values and plain data (of `get_extra_state`, with tensors
+            in dicts and lists), or a compressed layer was changed from the inside.
         CompressionError: the folder does not exist.
     """
     model = _unwrapped(model)
-    state = model.state_dict()
-    for name, value in state.items():
-        if isinstance(value, Tensor) and (value.is_meta or torch.nn.parameter.is_lazy(value)):
-            raise CheckpointError(f"State {name!r} should be a tensor with values. Found a tensor without values.")
-    with written(state, describe(model), path, max_shard_bytes):
+    with written(model.state_dict(), describe(model), path, max_shard_bytes):
         pass
 
 
@@ -110,7 +107,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         )
     descriptions = content.layers
     own, others = by_layer(tensors, descriptions)
-    rest: dict[str, Any] = others | content.extra
+    rest = with_tensors(content.extra, others)
     found = {(id(each.module), each.key): each for each in find(model)}
     names = _names_in(model, found.values(), tensors, [name for each in descriptions for name in each.names], rest)
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -23,6 +23,7 @@ from torch import Tensor
 from .._io import STRICT, read_plain, written_atomically
 from ..errors import CheckpointError, CompressionError
 from ..modules import METHODS, CompressedBilinear, place
+from ._extra import without_tensors
 
 FORMAT_VERSION = 4
 METADATA_KEY = "compress_bilinear"
@@ -92,7 +93,8 @@ class FileDescription:
 
     Attributes:
         aliases: further names of a tensor, each with the name it is stored by.
-        extra: what modules return from `get_extra_state`, where it is plain data, by its names in the state dict.
+        extra: what modules return from `get_extra_state`, where it is plain data, by its names in the state dict. A
+            tensor in it is None there, and one of the file's, by its place: `norm._extra_state["scale", 0]`.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -150,10 +152,15 @@ def _stored(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
     tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     extra: dict[str, Any] = {}
+    flat: dict[str, Tensor] = {}  # with those in plain data
     for name, value in state.items():
-        if not isinstance(value, Tensor):
-            extra[name] = _plain(name, value)
-            continue
+        if isinstance(value, Tensor):
+            flat[name] = value
+        else:
+            extra[name] = without_tensors(name, value, flat)
+    for name, value in flat.items():
+        if value.is_meta or torch.nn.parameter.is_lazy(value):
+            raise CheckpointError(f"State {name!r} should be a tensor with values. Found a tensor without values.")
         if value.layout != torch.strided:
             raise CheckpointError(f"State {name!r} should be a dense tensor. Found {value.layout}.")
         value = value.detach().resolve_conj().resolve_neg()
@@ -190,17 +197,6 @@ def _write(tensors: dict[str, Tensor], description: FileDescription, path: Path)
         save_file(tensors, path, {METADATA_KEY: text, "digest": _digest(text, tensors), "format": "pt"})
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The state could not be written as safetensors: {error}") from error
-
-
-def _plain(name: str, value: Any) -> Any:
-    """A value that JSON holds as it is."""
-    with suppress(TypeError, ValueError, RecursionError):
-        if json.loads(json.dumps(value)) == value:
-            return value
-    raise CheckpointError(
-        f"State {name!r} should be a tensor or plain data: numbers, strings, lists, and dicts with strings as keys. "
-        f"Found a {type(value).__name__} that JSON does not hold as it is: have get_extra_state return one that is."
-    )
 
 
 def read_file(path: Path, verify: bool = True) -> tuple[dict[str, Tensor], FileDescription | None]:

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import assert_same_state, bilinear, low_rank, state_of
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path
 
 import compress_bilinear as cb
 from compress_bilinear.errors import CheckpointError
@@ -300,6 +301,14 @@ def cast_index(description, tensors) -> None:
     tensors["rel.out_proj.index"] = tensors["rel.out_proj.index"].long()
 
 
+def misplaced(place: str) -> Callable[[dict, dict], None]:
+    def change(description, tensors) -> None:
+        description["extra"] = {"norm._extra_state": {"a": 1}}
+        tensors[f"norm._extra_state[{place}"] = torch.ones(1)
+
+    return change
+
+
 DAMAGE = {
     "missing": (Path.unlink, "should be a file. Found none"),
     "empty": (lambda path: path.write_bytes(b""), "should be a whole safetensors file"),
@@ -345,6 +354,9 @@ DAMAGE = {
     "other index": (edited(cast_index, True), "should be .* torch.int32"),
     "repeated index": (edited(lambda d, t: t["rel.out_proj.index"].zero_(), True), "each of 0..6 once"),
     "extra tensor": (edited(lambda d, t: t.update(extra=torch.ones(1)), True), "unexpected extra"),
+    "misplaced tensor": (edited(misplaced('"a", 0]'), True), "should have a place in the extra state"),
+    "empty place": (edited(misplaced("]"), True), "should have a place in the extra state"),
+    "no place": (edited(misplaced('"a"'), True), "should have a place in the extra state"),
 }
 
 
@@ -594,14 +606,47 @@ class TestSaving:
 
     @pytest.mark.parametrize(
         "extra",
-        [(1, 2), {1: 2}, {"scale": torch.ones(2)}, {1, 2}, object(), float("nan")],
-        ids=["tuple", "numbers as keys", "a tensor inside", "set", "object", "nan"],
+        [(1, 2), {1: 2}, {1: torch.ones(2)}, {"a": (torch.ones(2),)}, {1, 2}, object(), float("nan")],
+        ids=["tuple", "numbers as keys", "a tensor by a number", "a tensor in a tuple", "set", "object", "nan"],
     )
     def test_extra_state_that_would_change_is_refused(self, path, extra):
         with pytest.raises(
             CheckpointError, match=r"State 'norm._extra_state' should be a tensor or plain data: .*Found"
         ):
             cb.save(with_extra(extra), path)
+        assert not path.exists()
+
+    @pytest.mark.parametrize("name", ["small.safetensors", "model.safetensors.index.json"])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_tensors_in_extra_state_come_back_in_their_places(self, tmp_path, name, device):
+        model = small(with_extra(None), CONFIGS["cp int8"])
+        scale = torch.randn(2, 3).bfloat16()
+        state = {"scale": scale, 'a "key"[0]': [3, {"": torch.tensor(7)}, None], "again": scale, "n": 3, "none": None}
+        state |= {"tied": model.logits.weight, "empty": torch.zeros(0, 2), "deep": {"scale": torch.zeros(2).bool()}}
+        model.norm.extra = state
+        cb.save(model, tmp_path / name, max_shard_bytes=1)
+        with torch.device(device):
+            fresh = with_extra(None)
+        expected, found = (
+            dict(tree_flatten_with_path(each)[0]) for each in (state, cb.load(tmp_path / name, fresh).norm.extra)
+        )
+        assert found.keys() == expected.keys()
+        for place, value in expected.items():
+            if isinstance(value, Tensor):
+                assert found[place].dtype == value.dtype
+                assert torch.equal(found[place], value)
+            else:
+                assert found[place] == value
+        for file in tmp_path.glob("*.safetensors"):
+            file.write_bytes(bytes(file.stat().st_size))
+        assert all(torch.equal(found[place], scale) for place, value in expected.items() if value is scale)  # no view
+
+    @pytest.mark.parametrize(
+        "inside", [torch.ones(2).to_sparse(), torch.ones(2, device="meta"), nn.UninitializedParameter()]
+    )
+    def test_tensors_in_extra_state_that_a_file_cannot_hold_are_refused(self, path, inside):
+        with pytest.raises(CheckpointError, match=r"norm\._extra_state\[\"a\", 0\]' should be a (dense )?tensor"):
+            cb.save(with_extra({"a": [inside]}), path)
         assert not path.exists()
 
     def test_a_network_without_the_extra_state_is_another(self, path):
