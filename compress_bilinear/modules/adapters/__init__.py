@@ -3,4 +3,5 @@
 from ._adapter import COMPRESSED, AdaptedBilinear, Adapter, split_name
 from ._module import AdaptedModule, observing
 from ._recognition import recognise
-from ._registry import adapted_module, register_adapter, unknown_forms
+from ._registry import adapted_module, register_adapter
+from ._unknown import unknown_forms

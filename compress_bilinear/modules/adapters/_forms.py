@@ -24,7 +24,8 @@ class Form:
     Attributes:
         parameter: the weight's name in the module; `bias` that of the bias (O,), or None.
         axes: which letter each axis of the stored weight is, say "oij"; "ij" for a single output, "o(kij)" for an
-            `nn.Linear` on blocks, "(oj)i" for one whose outputs are multiplied by the second input.
+            `nn.Linear` on blocks, "(oj)i" for one whose outputs are multiplied by the second input. The bias of such a
+            one (O·J,) is the weight's last column, for a 1 that is appended to input1.
         sizes: (I, J) of the whole inputs, ones included.
         ones: whether a 1 is appended to each input.
         mode: "rows" pair by pair; "pairs" all rows of one with all of the other; "blocks" summed over K blocks; "index"
@@ -76,12 +77,14 @@ class Form:
         return Adapter(self.name, {"": self.to_weight}, self.call, {"": self.to_bias}, self.example)
 
     def to_weight(self, module: nn.Module) -> Tensor:
-        """(O, I, J), a view but for the factor."""
+        """(O, I, J), a view but for a factor or a column."""
         stored: Tensor = module.get_parameter(self.parameter)
         axes = self.axes
         if self.mode == "blocks":
             stored, axes = stored.unflatten(1, (-1, self.sizes[1])), "oij"
         elif "(" in axes:
+            if self.bias is not None:
+                stored = torch.cat([stored, module.get_parameter(self.bias).unsqueeze(1)], 1)
             axes = axes.replace("(", "").replace(")", "")
             stored = stored.unflatten(0, (self.sizes[1], -1) if axes[0] == "j" else (-1, self.sizes[1]))
         elif "o" not in axes:
@@ -91,7 +94,8 @@ class Form:
 
     def to_bias(self, module: nn.Module) -> Tensor | None:
         """(O,)."""
-        bias = None if self.bias is None else module.get_parameter(self.bias)
+        column = self.axes.startswith("(")
+        bias = None if self.bias is None or column else module.get_parameter(self.bias)
         return bias if bias is None or self.factor == 1 else bias * self.factor
 
     def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import permutations, product
 
@@ -41,8 +42,20 @@ _Calls = dict[tuple[tuple[int, int], bool, Leading], tuple[tuple[Tensor, Tensor]
 
 def recognise(module: nn.Module) -> Form | None:
     """The form of a module by its structure, or None; see the docstring of this file. The module is not called."""
-    if not (_has_the_parameters(module) and _takes_two_inputs(module)):
+    if not (_has_the_parameters(module) and takes_two_inputs(module)):
         return None
+    with trials(module) as twin:
+        if twin is None:
+            return None
+        calls: _Calls = {}
+        forms = [form for reading in _readings(twin, calls) for form in _confirmed(reading, twin, calls)]
+    # forms that take inputs of the same sizes compute the same; inputs of several sizes leave open which are meant
+    return forms[0] if len({form.input_sizes for form in forms}) == 1 else None
+
+
+@contextmanager
+def trials(module: nn.Module) -> Iterator[nn.Module | None]:
+    """Inside, a copy of the module with random values in float64, in eval mode, to be called; None if there is none."""
     generator = torch.Generator().manual_seed(0)
 
     def random(tensor: Tensor) -> Tensor:
@@ -56,11 +69,8 @@ def recognise(module: nn.Module) -> Form | None:
         try:
             twin = copied(module, random).eval()
         except CompressionError:
-            return None
-        calls: _Calls = {}
-        forms = [form for reading in _readings(twin) for form in _confirmed(reading, twin, calls)]
-    # forms that take inputs of the same sizes compute the same; inputs of several sizes leave open which are meant
-    return forms[0] if len({form.input_sizes for form in forms}) == 1 else None
+            twin = None
+        yield twin
 
 
 def _has_the_parameters(module: nn.Module) -> bool:
@@ -79,8 +89,8 @@ def _has_the_parameters(module: nn.Module) -> bool:
     return sorted(p.dim() for p in own) in ([3], [1, 3], [2], [1, 2])
 
 
-def _takes_two_inputs(module: nn.Module) -> bool:
-    """Whether its class has a forward of exactly two positional arguments."""
+def takes_two_inputs(module: nn.Module, optional: bool = False) -> bool:
+    """Whether its class has a forward of exactly two positional arguments, or of `optional` ones besides."""
     if has_other("forward", module):
         return False
     try:
@@ -88,10 +98,11 @@ def _takes_two_inputs(module: nn.Module) -> bool:
     except ValueError:  # a forward that is not written in Python
         return False
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return len(parameters) == 2 and all(p.kind in plain and p.default is p.empty for p in parameters)
+    required = [p.kind in plain for p in parameters if p.default is p.empty]
+    return required == [True, True] and (optional or len(parameters) == 2)
 
 
-def _readings(twin: nn.Module) -> Iterator[Form]:
+def _readings(twin: nn.Module, calls: _Calls) -> Iterator[Form]:
     """Every way to read the stored weight and to add ones to the inputs, without regard to the output's order."""
     named = dict(twin.named_parameters())
     weight, shape = next((name, value.shape) for name, value in named.items() if value.dim() > 1)
@@ -101,9 +112,16 @@ def _readings(twin: nn.Module) -> Iterator[Form]:
             if shape[1] % size**2 == 0:
                 sizes = (shape[1] // size, size)
                 yield Form(weight, bias, "o(kij)", sizes, mode="blocks", blocks=sizes[0] // size)
-        for size in range(1, shape[0] + 1) if bias is None else ():
+        if any(
+            _called(Form(weight, None, "oij", (shape[1], shape[0] + 1)), twin, each[0], calls)[1] is not None
+            for each in _ROWS
+        ):
+            return  # it takes second inputs of any size
+        one = bias is not None
+        for size in range(1, shape[0] + 1):
             if shape[0] % size == 0:
-                forms = [Form(weight, None, axes, (shape[1], size)) for axes in ("(oj)i", "(jo)i")]
+                sizes = shape[1] + one, size
+                forms = [Form(weight, bias, axes, sizes, (one, False)) for axes in ("(oj)i", "(jo)i")]
                 yield from (replace(form, mode="pairs", output="xyo") for form in forms)
                 yield from forms
         return
@@ -158,7 +176,7 @@ def _called(
     key = form.input_sizes, form.mode == "index", leading
     if key not in calls:
         inputs = form.inputs(*leading, torch.float64)
-        calls[key] = inputs, _output(twin, *inputs)
+        calls[key] = inputs, output_of(twin, *inputs)
     return calls[key]
 
 
@@ -186,7 +204,7 @@ def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     for magnitude, training in ((1e-3, False), (1e3, False), (1.0, True)):
         first, second = form.inputs(*leading, torch.float64)
         input1, input2 = (magnitude * first, second if form.mode == "index" else magnitude * second)
-        output = _output(twin.train(training), input1, input2)
+        output = output_of(twin.train(training), input1, input2)
         twin.eval()
         if output is None or difference(output, form.call(twin, layer, input1, input2)) is not None:
             return False
@@ -197,7 +215,7 @@ def _leadings(form: Form) -> tuple[tuple[Leading, ...], ...]:
     return _PAIRS if form.mode == "pairs" else _ROWS
 
 
-def _output(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
+def output_of(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
     try:
         output = module(input1, input2)
     except Exception:  # sizes that it does not take; whatever it raises, it is not this form

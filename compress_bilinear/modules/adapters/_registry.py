@@ -1,10 +1,9 @@
 """The adapters that users register, and the adapter of a module."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from ...errors import ConfigError
@@ -86,21 +85,3 @@ def adapted_module(module: nn.Module) -> AdaptedModule | None:
         form = recognise(module)
         adapter = None if form is None else form.adapter()
     return None if adapter is None else AdaptedModule(module, adapter)
-
-
-def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
-    """A sentence for each module with a 3-dimensional parameter that is none of those which are known."""
-    inside = {id(part) for each in known for part in each.modules()}
-    sentences = []
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Bilinear, *_OURS)) or type(module).__module__.partition(".")[0] == "torch":
-            continue
-        own = {key: value for key, value in module._parameters.items() if value is not None and not is_lazy(value)}
-        cubes = [key for key, value in own.items() if value.dim() == 3 and value.is_floating_point()]
-        if cubes and id(module) not in inside:
-            kind, shape = type(module).__name__, "x".join(map(str, own[cubes[0]].shape))
-            sentences.append(
-                f"{name or '(root)'} ({kind}) has a three-dimensional `{cubes[0]}` ({shape}), but its forward is no "
-                f"form that is known by structure: see register_adapter({kind}, to_weight=..., call=...)."
-            )
-    return sentences

@@ -815,8 +815,9 @@ def test_what_may_be_bilinear_is_named_beside_what_was_found():
     planned = cb.plan(net, cb.DenseConfig(quantize="int8"), progress=False, measure_latency=False)
     told = planned.report.unknown
     assert len(told) == 1
-    assert told[0].startswith("big (Unknown) has a three-dimensional `cubes` (4x6x5)")
-    assert "register_adapter(Unknown, to_weight=..., call=...)" in told[0]
+    assert told[0].startswith("big (Unknown) has `cubes` (4x6x5), of 3 axes, but")
+    line = "register_adapter(Unknown, to_weight=lambda module: module.cubes, call=lambda module, layer, x, y: ...)"
+    assert line in told[0]
     assert "Not looked at: big" in planned.report.to_markdown()
     assert "Not looked at: big (Unknown)" in str(planned)
     assert "Not looked at: big (Unknown)" in planned.report.to_html()

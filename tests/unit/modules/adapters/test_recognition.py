@@ -141,6 +141,16 @@ class LinearFirst(nn.Module):
         return torch.einsum(self.equation, self.linear(x).unflatten(-1, self.sizes), y)
 
 
+class AnySize(LinearFirst):
+    """Linear in each input, of which the second may have any size."""
+
+    def __init__(self):
+        super().__init__("", (4, 5))
+
+    def forward(self, x, y):
+        return self.linear(x) * y.sum(-1, keepdim=True)
+
+
 class ByNumber(nn.Module):
     """A matrix chosen by a number."""
 
@@ -172,6 +182,9 @@ OTHERS = {
     "linear first, pairs": (LinearFirst("bxoj,byj->boxy", (4, 5)), two(2, 3)),
     "linear first, outputs last": (LinearFirst("bxjo,byj->bxyo", (5, 4)), two(2, 3)),
     "linear first, rows": (LinearFirst("noj,nj->no", (4, 5)), two(7)),
+    "linear first, with a bias": (LinearFirst("bxoj,byj->boxy", (4, 5), bias=True), two(2, 3)),
+    "linear first, rows with a bias": (LinearFirst("njo,nj->no", (5, 4), bias=True), two(7)),
+    "linear first, one output and a bias": (LinearFirst("noj,nj->no", (1, 5), bias=True), two(7)),
     "by number": (ByNumber(8, 6, 4), (torch.randn(7, 6), torch.randint(8, (7,)))),
     "by number, turned": (ByNumber(8, 4, 6, turned=True), (torch.randn(7, 6), torch.randint(8, (7,)))),
     "by number, with a bias": (ByNumber(8, 6, 4, bias=4), (torch.randn(7, 6), torch.randint(8, (7,)))),
@@ -193,7 +206,7 @@ def test_other_ways_to_write_a_form_are_recognised_and_reproduced(case):
 @pytest.mark.parametrize(
     "module",
     [
-        LinearFirst("bxoj,byj->boxy", (4, 5), bias=True),  # which adds a term of the second input alone
+        AnySize(),
         Formula("bxi,oij,byj->boxy", 4, 6, 5, factor=0.0),
         nn.ModuleList([nn.Linear(6, 20)]),
     ],

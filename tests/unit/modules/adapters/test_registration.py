@@ -376,7 +376,7 @@ class TestRefusals:
 
     def test_a_seeming_form_is_named(self):
         with pytest.raises(
-            cb.CompressionError, match=r"`W` \(.*\), but its forward is no form .* see register_adapter"
+            cb.CompressionError, match=r"`W` \(.*\), of 3 axes, but its forward is no form .* write cb.register_adapter"
         ):
             cb.compress(nn.Sequential(forms.Relu(4, 4, 4)), INT8, **FAST)
 
