@@ -141,7 +141,8 @@ class AdaptedModule:
         if hasattr(self.module, COMPRESSED):
             return f"it has an attribute {COMPRESSED!r} already, which is where its replacement holds the layer"
         if self.elsewhere:
-            return f"a part that holds its weight is shared with {', '.join(self.elsewhere)}, which would keep it"
+            keeping = ", ".join(self.elsewhere)
+            return f"its weight is held by {keeping} too: register the class of a module that contains both"
         inner = (nn.Bilinear, CompressedBilinear, AdaptedBilinear)
         for name, part in self.module.named_modules():
             if isinstance(part, inner) and any(source.startswith(f"{name}.") for source in self.sources):

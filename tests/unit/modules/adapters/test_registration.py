@@ -56,6 +56,28 @@ class Wrapped(nn.Module):
         return self.inner(x, y).tanh()
 
 
+class User(nn.Module):
+    """Uses the weight of a table that it may not hold."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.lin, self.held = nn.Linear(6, 6), held
+
+    def forward(self, x, y):
+        table = self.held[0] if isinstance(self.held, list) else self.held
+        return torch.einsum("ni,oij,nj->no", self.lin(x), table.weight.view(7, 6, 5), y)
+
+
+class Both(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.table = nn.Embedding(7, 30)
+        self.user = User(held(self.table))
+
+    def forward(self, x, y):
+        return self.user(x, y)
+
+
 class Unregistered(Scorer):
     """A subclass, for which the registration of its base does not hold."""
 
@@ -342,7 +364,10 @@ class TestRefusals:
             (lambda m: m.scorer.relations.register_forward_hook(lambda *a: None), "forward hooks"),
             (lambda m: setattr(m.scorer, "forward", lambda h, r, scale: h), "replaced on the instance"),
             (lambda m: setattr(m.scorer, "compressed", 3), "an attribute 'compressed' already"),
-            (lambda m: setattr(m, "tied", m.scorer.relations), "shared with tied"),
+            (
+                lambda m: setattr(m, "tied", m.scorer.relations),
+                "held by tied too: register the class of a module that contains both",
+            ),
             (lambda m: parametrize.register_parametrization(m.scorer.relations, "weight", nn.Identity()), "parametriz"),
             (lambda m: m.scorer.relations.weight.data.fill_(torch.nan), "NaN"),
         ],
@@ -364,6 +389,30 @@ class TestRefusals:
                 cb.compress(model, INT8, **FAST)
         finally:
             _adapter.REGISTERED.pop(Unregistered)
+
+    @pytest.mark.parametrize("held", [lambda table: table, lambda table: [table]], ids=["submodule", "plain list"])
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_the_class_of_a_module_that_contains_both_is_replaced(self, tmp_path, held, inplace):
+        torch.manual_seed(0)
+        rows = torch.randn(4, 6), torch.randn(4, 5)
+        cb.register_adapter(
+            Both,
+            to_weight=lambda m: m.table.weight.view(7, 6, 5),
+            call=lambda m, layer, x, y: layer(m.user.lin(x), y),
+            example=lambda m: rows,
+        )
+        try:
+            model = nn.ModuleDict({"net": Both(held)}).eval()
+            expected = model["net"](*rows)
+            small, report = cb.compress(model, INT8, force=True, inplace=inplace, **FAST)
+            cb.save(small, tmp_path / "small.safetensors")
+            loaded = cb.load(tmp_path / "small.safetensors", nn.ModuleDict({"net": Both(held)}).eval())
+        finally:
+            _adapter.REGISTERED.pop(Both)
+        assert report.layers[0].decision == "replaced"
+        assert not any("table" in name for name in small.state_dict())
+        assert (small["net"](*rows) - expected).norm() < 0.02 * expected.norm()
+        assert torch.equal(loaded["net"](*rows), small["net"](*rows))
 
     def test_a_plan_goes_stale(self):
         register_scorer()
