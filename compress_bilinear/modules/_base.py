@@ -79,6 +79,9 @@ class CompressedBilinear(nn.Module):
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor: ...
 
     @abstractmethod
+    def _pairwise_sum(self, input1: Tensor, input2: Tensor) -> Tensor: ...
+
+    @abstractmethod
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor: ...
 
     def to_dense(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -114,6 +117,24 @@ class CompressedBilinear(nn.Module):
         """
         self._check(input1, input2, 2)
         return self._pairwise(input1, input2)
+
+    def pairwise_sum(
+        self,
+        input1: Tensor,  # (..., S, L1, I)
+        input2: Tensor,  # (..., S, L2, J), the same dimensions before L2
+    ) -> Tensor:  # (..., L1, L2, O)
+        """All pairs of sums of products: y[..., k, l, :] = W (Σ_s x1[..., s, k, :] ⊗ x2[..., s, l, :]) + b.
+
+        The sum over S is inside, where it is short: a CP holds L1·L2·R numbers of it, and others L1·L2 products of the
+        sizes of their core or weight. An outer product mean computes this (Jumper et al., "Highly accurate protein
+        structure prediction with AlphaFold", 2021).
+
+        Raises: InputError for inputs of less than three dimensions, other sizes, or other dtypes.
+        """
+        if input1.dim() < 3:
+            raise InputError(f"`input1` should be (..., S, L1, I). Found {tuple(input1.shape)}.")
+        self._check(input1, input2, 2)
+        return self._pairwise_sum(input1, input2)
 
     def explain(
         self,

@@ -1,6 +1,8 @@
 """`CPBilinear`: three linear layers around an elementwise product."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -100,16 +102,24 @@ class CPBilinear(ProjectedBilinear[int]):
     def _sigma(self) -> Tensor | None:
         return cast(nn.Module, self._modules["out_proj"])._buffers.get("sigma")  # as fast as `_operands`
 
-    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
-        return self._of_product(project_blocks(self.in1_proj, input1), self.in2_proj(input2), blocks=True)
+    def _pairwise_sum(self, input1: Tensor, input2: Tensor) -> Tensor:
+        summed = partial(torch.einsum, "...skr,...slr->...klr")
+        return self._of_product(self.in1_proj(input1), self.in2_proj(input2), summed)
 
-    def _of_product(self, left: Tensor, right: Tensor, *, blocks: bool = False) -> Tensor:
-        """`out_proj(left * right)`, summed over blocks before, in the dtype of the projections.
+    def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        projected = project_blocks(self.in1_proj, input1), self.in2_proj(input2)
+        return self._of_product(*projected, lambda left, right: (left * right).sum(-2))
+
+    def _of_product(
+        self, left: Tensor, right: Tensor, multiply: Callable[[Tensor, Tensor], Tensor] = torch.mul
+    ) -> Tensor:
+        """`out_proj(multiply(left, right))` in the dtype of the projections.
 
         With a quantized `out_proj`, products and sums are in float32: without their scale they could overflow.
         """
         dtype = torch.promote_types(left.dtype, right.dtype)
-        if isinstance(self.out_proj, QuantizedLinear):
-            left = left.to(torch.promote_types(dtype, torch.float32))
-        output: Tensor = self.out_proj((left * right).sum(-2) if blocks else left * right)
+        wide = torch.promote_types(dtype, torch.float32) if isinstance(self.out_proj, QuantizedLinear) else dtype
+        with ops.without_autocast(left.device.type):
+            product = multiply(left.to(wide), right.to(wide))
+        output: Tensor = self.out_proj(product)
         return output.to(dtype)

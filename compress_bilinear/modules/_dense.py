@@ -147,6 +147,9 @@ class DenseBilinear(CompressedBilinear):
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         return ops.pairwise_dense(input1, input2, self.weight, self.bias)
 
+    def _pairwise_sum(self, input1: Tensor, input2: Tensor) -> Tensor:
+        return self.contract(summed_products, input1, input2)
+
     def contract(self, multiply: Callable[[Tensor, Tensor], Tensor], left: Tensor, right: Tensor) -> Tensor:
         """Σ_ij W_oij M_ij + b_o for M = `multiply(left, right)`, (..., I, J): a sum of products x1 ⊗ x2.
 
@@ -183,3 +186,11 @@ class DenseBilinear(CompressedBilinear):
         dtype = ops.autocast_dtype(inputs[0].device.type, *inputs, weight)
         dtype = dtype or (inputs[0] if weight is None else weight).dtype
         return tuple(input.to(dtype) for input in inputs)
+
+
+def summed_products(
+    input1: Tensor,  # (..., S, L1, I)
+    input2: Tensor,  # (..., S, L2, J)
+) -> Tensor:  # (..., L1, L2, I, J)
+    """Σ_s x1 ⊗ x2 of all pairs."""
+    return torch.einsum("...ski,...slj->...klij", input1, input2)

@@ -21,7 +21,7 @@ from ..decomposition import (
     unit_columns,
     working_dtype,
 )
-from ._dense import DenseBilinear
+from ._dense import DenseBilinear, summed_products
 from ._linear import AddBias, InterpolativeLinear, fill_linear, linear_weight, make_linear
 from ._projected import ProjectedBilinear, project_blocks
 
@@ -129,6 +129,11 @@ class TuckerBilinear(ProjectedBilinear[tuple[int, int, int]]):
         if not isinstance(operands, str):
             return ops.pairwise_tucker(input1, input2, *operands)
         output: Tensor = self.out_proj(self.core.pairwise(self.in1_proj(input1), self.in2_proj(input2)))
+        return output
+
+    def _pairwise_sum(self, input1: Tensor, input2: Tensor) -> Tensor:
+        projected = self.in1_proj(input1), self.in2_proj(input2)
+        output: Tensor = self.out_proj(self.core.contract(summed_products, *projected))
         return output
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:

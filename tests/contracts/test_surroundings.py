@@ -69,6 +69,7 @@ def everything(config, path, *, calibrated):
         parts = [
             loaded(x, y),
             layer.pairwise(x, y),
+            layer.pairwise_sum(x.unsqueeze(1), y.unsqueeze(1)),
             layer.to_dense(),
             layer.indexed(x, torch.zeros_like(x[:, 0]).int()),
         ]

@@ -47,10 +47,17 @@ class Probe(DenseBilinear):
         return super()._forward(input1, input2)
 
     def _pairwise(self, input1: Tensor, input2: Tensor) -> Tensor:
+        self._pairs(input1, input2)
+        return super()._pairwise(input1, input2)
+
+    def _pairwise_sum(self, input1: Tensor, input2: Tensor) -> Tensor:
+        self._pairs(input1, input2)
+        return super()._pairwise_sum(input1, input2)
+
+    def _pairs(self, input1: Tensor, input2: Tensor) -> None:
         left, right = input1.unsqueeze(-2), input2.unsqueeze(-3)
         pairs = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
         self.rows(left.expand(*pairs, -1), right.expand(*pairs, -1))  # views: no pair is written out
-        return super()._pairwise(input1, input2)
 
     def _blockwise(self, input1: Tensor, input2: Tensor) -> Tensor:
         self.rows(block_rows(input1), input2)

@@ -39,8 +39,9 @@ def register_adapter(
             chosen and reported by themselves; where some are kept, they are exact layers beside those replaced.
         call: `call(module, layer, *args, **kwargs)` gives what `module.method(*args, **kwargs)` gave. `layer` has no
             more than the weight and the bias: `layer(x1, x2)` evaluates rows, `layer.pairwise(x1, x2)` all pairs,
-            `layer.blockwise(x1, x2)` a sum over blocks and `layer.indexed(x1, index)` a one-hot second input. It must
-            not touch what was replaced. Of several weights `layer` is a mapping, by the same names.
+            `layer.pairwise_sum(x1, x2)` pairs of sums of products, `layer.blockwise(x1, x2)` a sum over blocks and
+            `layer.indexed(x1, index)` a one-hot second input. It must not touch what was replaced. Of several weights
+            `layer` is a mapping, by the same names.
         to_bias: from a module to its bias (O,), or to None; of several weights, a mapping with those that have one.
         example: from a module to the arguments of a call (a tensor, a tuple, or a dict of keywords); needed where there
             is no calibration data.

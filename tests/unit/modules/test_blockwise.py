@@ -41,6 +41,17 @@ def test_blockwise_is_the_sum_of_its_blocks(module, blocks):
         assert_matches_reference(module.blockwise(input1, input2).detach(), expected.detach(), 10)
 
 
+@pytest.mark.parametrize("terms", [1, 3])
+def test_pairwise_sum_is_the_sum_of_all_pairs(module, terms):
+    torch.manual_seed(0)
+    for leading in LEADING:
+        input1 = torch.randn(*leading, terms, 4, IN1, dtype=torch.float64)
+        input2 = torch.randn(*leading, terms, 2, IN2, dtype=torch.float64)
+        weight = module.to_dense(torch.float64)
+        expected = torch.einsum("...ski,oij,...slj->...klo", input1, weight, input2) + module.bias
+        assert_matches_reference(module.pairwise_sum(input1, input2).detach(), expected.detach(), 10)
+
+
 def test_indexed_is_a_one_hot_input(module):
     torch.manual_seed(0)
     for leading in LEADING:
@@ -65,6 +76,11 @@ def test_products_past_the_range_of_float16_do_not_overflow_on_the_way(name, qua
     found = module.blockwise(input1.half(), input2.half())
     assert found.dtype == torch.float16
     assert_matches_reference(found.detach(), (expected + module.bias).detach(), 10)
+    rows1, rows2 = input1.flatten(1).half(), input2[:, 0].half()
+    expected = torch.einsum("ki,oij,lj->klo", rows1.double(), module.to_dense(torch.float64), rows2.double())
+    found = module.pairwise_sum(rows1[None], rows2[None])
+    assert found.dtype == torch.float16
+    assert_matches_reference(found.detach(), (expected + module.bias).detach(), 10)
 
 
 def test_wrapped_projections_run():
@@ -83,6 +99,10 @@ def test_wrong_inputs_are_told():
         layer.blockwise(torch.randn(4, 3, 4), torch.randn(4, 2, IN2))
     with pytest.raises(InputError, match=r"\(..., 12\)"):
         layer.blockwise(torch.randn(4, 3, 5), torch.randn(4, 3, IN2))
+    with pytest.raises(InputError, match=r"\(..., S, L1, I\). Found \(4, 12\)"):
+        layer.pairwise_sum(torch.randn(4, IN1), torch.randn(4, IN2))
+    with pytest.raises(InputError, match="same leading dimensions"):
+        layer.pairwise_sum(torch.randn(3, 4, IN1), torch.randn(2, 4, IN2))
     with pytest.raises(InputError, match="integers"):
         layer.indexed(torch.randn(4, IN1), torch.zeros(4))
     with pytest.raises(InputError, match="same leading dimensions"):
