@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from random import Random
@@ -254,12 +254,17 @@ def _checked_loss(loss: object) -> Tensor:
 
 
 def _example(model: nn.Module, batch: Any) -> str:
-    """A call with those parts of a batch that the model's forward has parameters for."""
+    """A call with the batch or its first part, if the model takes it, or with what its forward has parameters for."""
+    nested = isinstance(batch, (tuple, list)) and bool(batch) and isinstance(batch[0], (Mapping, tuple, list))
+    for text, argument in (("batch", batch), *([("batch[0]", batch[0])] if nested else ())):
+        with suppress(Exception):
+            call(model, (argument,))
+            return f"model({text})"
     parameters = inspect.signature(model.forward).parameters.values()
     if isinstance(batch, Mapping):
         named = [f"{p.name}=batch[{p.name!r}]" for p in parameters if p.name in batch]
         return f"model({', '.join(named) or f'batch[{next(iter(batch), 0)!r}]'})"
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Mapping, tuple, list)):
+    if nested:
         return f"model({'**' if isinstance(batch[0], Mapping) else '*'}batch[0])"
     required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
     return f"model({', '.join(f'batch[{k}]' for k in range(max(len(required), 1)))})"

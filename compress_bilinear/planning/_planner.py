@@ -24,6 +24,7 @@ from ..fitting import (
 )
 from ..modules import (
     METHODS,
+    AdaptedModule,
     CompressedBilinear,
     WeightReads,
     fingerprint,
@@ -112,6 +113,7 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
     """
     searches: dict[Job, Search] = {}
     misfits: dict[Job, ConfigError] = {}
+    verified: set[AdaptedModule] = set()  # one may hold several weights
     open_ = [job for job in jobs if job.is_open]
     takes_time = [job.calibrated or not isinstance(job.config, DenseConfig) for job in open_]
     sizes = [job.layer.weight.numel() * takes for job, takes in zip(open_, takes_time, strict=True)]
@@ -123,8 +125,9 @@ def fit_all(jobs: Sequence[Job], options: PlanOptions, budget: Budget, bars: Pro
         share = _PREDICT if isinstance(job.config, AutoConfig) else 1.0
         part = budget.part(sizes[number], sum(sizes[number:]), progress(number, job.label)).child(share)
         try:
-            if job.found.adapted is not None:
+            if job.found.adapted is not None and job.found.adapted not in verified:
                 job.found.adapted.verify()
+                verified.add(job.found.adapted)
             job.fingerprint = fingerprint(job.found.current())
             if (search := fit(job, part, options)) is not None:
                 searches[job] = search

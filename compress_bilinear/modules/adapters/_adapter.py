@@ -85,7 +85,8 @@ class AdaptedBilinear(nn.Module):
         except AttributeError as error:
             method = type(self)._made_of[1]  # type: ignore[attr-defined]
             raise AttributeError(
-                f"{error}. If it held the weight: that is in `compressed` now, by which {method!r} alone is computed."
+                f"{error}. If it held the weight: that is in `compressed` now, by which {method!r} alone is computed. "
+                "Where several methods read it, have them call one that does, and register that one by `method=`."
             ) from error
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -427,6 +427,32 @@ def test_a_batch_with_more_than_inputs_is_told_by_a_call_that_works(batch, examp
     assert seen.rows_seen == 5
 
 
+class OneArgument(Pair):
+    """Takes its two inputs together, as a list, a tuple or a dict."""
+
+    def forward(self, both):
+        return self.rel(*(both.pop(key) for key in ("a", "b"))) if isinstance(both, dict) else self.rel(*both)
+
+
+@pytest.mark.parametrize(
+    ("batch", "example"),
+    [
+        ([ROWS, ROWS], "model(batch)"),
+        ((ROWS, ROWS), "model(batch)"),
+        ({"a": ROWS, "b": ROWS}, "model(batch)"),
+        (([ROWS, ROWS], LABELS), "model(batch[0])"),
+        ([{"a": ROWS, "b": ROWS}, LABELS], "model(batch[0])"),
+    ],
+)
+def test_a_batch_that_the_model_takes_as_one_is_given_as_one(batch, example):
+    model = OneArgument()
+    with pytest.raises(CompressionError) as told:
+        collect_inputs(model, {"rel": model.rel}, [batch])
+    assert f"`lambda model, batch: {example}` for" in str(told.value)
+    forward = eval(f"lambda model, batch: {example}")
+    assert collect_inputs(model, {"rel": model.rel}, [batch], forward_fn=forward)["rel"].rows_seen == 5
+
+
 @pytest.mark.parametrize("wrap", [tuple, list])
 def test_batches_that_the_model_changes_stay_as_they_were(wrap):
     class Changing(Pair):

@@ -104,8 +104,39 @@ def test_the_method_runs_the_replacement_and_all_others_stay(inplace, tmp_path):
 def test_a_method_that_reads_the_weight_says_where_it_is():
     register()
     small, _ = cb.compress(network(), SMALL, force=True, **FAST | OPTIONS)
-    with pytest.raises(AttributeError, match=r"'matrices'.*in `compressed` now.*'scoring_function' alone"):
+    with pytest.raises(AttributeError, match=r"'matrices'.*'scoring_function' alone.*register that one by `method=`"):
         small["kge"].embeddings()
+
+
+class Queries(LinkPredictor):
+    """Whose methods that read the weight have one in common."""
+
+    def queries(self, h_idx, r_idx):
+        matrices = self.matrices(r_idx).view(-1, self.size, self.size)
+        return (self.normalised()[h_idx].unsqueeze(1) @ matrices).squeeze(1)
+
+    def scoring_function(self, h_idx, t_idx, r_idx):
+        return (self.queries(h_idx, r_idx) * self.normalised()[t_idx]).sum(-1)
+
+    def inference_scoring_function(self, h_idx, r_idx):
+        return self.queries(h_idx, r_idx) @ self.normalised().T
+
+
+def test_several_methods_run_the_replacement_through_one_that_they_call():
+    cb.register_adapter(
+        Queries,
+        to_weight=lambda m: m.matrices.weight.view(-1, m.size, m.size).permute(2, 1, 0),
+        call=lambda m, layer, h_idx, r_idx: layer.indexed(m.normalised()[h_idx], r_idx),
+        method="queries",
+    )
+    torch.manual_seed(0)
+    model = Queries().eval()
+    small, report = cb.compress(model, cb.DenseConfig(quantize="int8"), calibration=[BATCH], force=True, **FAST)
+    assert report.layers[0].decision == "replaced", report.layers[0].reason
+    with torch.no_grad():
+        for method, arguments in (("__call__", BATCH), ("inference_scoring_function", (BATCH[0], BATCH[2]))):
+            exact, found = getattr(model, method)(*arguments), getattr(small, method)(*arguments)
+            torch.testing.assert_close(found, exact, rtol=0, atol=0.02 * float(exact[0].abs().max()))
 
 
 def test_without_calibration_the_example_is_of_the_method():

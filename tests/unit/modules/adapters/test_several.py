@@ -202,3 +202,13 @@ def test_the_matrices_of_pairs_of_fields_are_one_weight_by_an_index():
 def test_wrong_names_are_errors(changes, told):
     with pytest.raises(cb.CompressionError, match=told):
         register(**changes)
+
+
+def test_a_module_is_verified_once_for_all_its_weights(monkeypatch):
+    calls = []
+    forward = Experts.forward
+    monkeypatch.setattr(Experts, "forward", lambda m, x, expert: calls.append(x.dtype) or forward(m, x, expert))
+    register()
+    _, report = cb.compress(router(), INT8, calibration=BATCHES, force=True, **FAST)
+    assert [layer.decision for layer in report.layers] == ["replaced", "replaced"]
+    assert calls.count(torch.float64) == 1
