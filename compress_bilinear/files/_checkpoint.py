@@ -32,6 +32,7 @@ from ._container import LayerDescription, read_safetensors, written
 from ._extra import with_tensors
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_AROUND = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
 
 
@@ -91,7 +92,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
         model: the network as its code builds it, with its `nn.Bilinear` layers; also one on the meta device. It is
             changed in place: described layers are replaced, and all parameters and buffers are filled. Classes that
             were registered by `register_adapter` have to be so here too. Names may begin with a wrapper's, "model."
-            say, on one of the two sides; "module" and "_orig_mod" make no difference anywhere in them.
+            say, on one of the two sides; "module", "_orig_mod" and those of FSDP make no difference anywhere in them.
 
     Returns:
         The model; where the model itself is the described layer, its replacement.
@@ -163,8 +164,8 @@ def _names_in(
 
 
 def _plain(name: str) -> str:
-    """The name without those of modules around others, for parallel training or compiled."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """The name without those of modules around others: for parallel training, compiled, or with less memory."""
+    return ".".join(part for part in name.split(".") if part not in _AROUND)
 
 
 def _wrappers(names: Iterable[str]) -> list[str]:

@@ -284,7 +284,7 @@ def aligned(value: Tensor) -> Tensor:
 def check_is_file(path: str | os.PathLike[str]) -> None:
     """Raise CheckpointError unless there is a file to read."""
     if not Path(path).is_file():
-        found = "a folder" if Path(path).is_dir() else "none"
+        found = f"a folder without {' or '.join(_WHOLE)}: name a file of it" if Path(path).is_dir() else "none"
         if (Path(path) / ".metadata").is_file():
             way_out = "torch.distributed.checkpoint.format_utils.dcp_to_torch_save(folder, file) makes one file of it"
             found = f"a folder of torch.distributed.checkpoint: {way_out}"

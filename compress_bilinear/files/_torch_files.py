@@ -44,15 +44,16 @@ def _read(path: Path, verify: bool, key: str | None) -> tuple[dict[str, Tensor],
     """One file of either kind."""
     check_is_file(path)
     with open(path, "rb") as file:
-        start = file.read(9)
-    if path.suffix == ".safetensors" or start[8:] == b"{":  # eight bytes of header length, then JSON
+        start = file.read(24)
+    if start[8:9] == b"{":  # eight bytes of header length, then JSON
         if key is not None:
             raise CheckpointError(f"--key should be one of a .pt file with several state dicts. Found {str(path)!r}.")
         return read_file(path, verify)
-    if start[:1] != b"\x80" and not is_zipfile(path):  # a zip archive, or the older format's pickle
+    written = start[:1] == b"\x80" or is_zipfile(path)  # the older format's pickle, or a zip archive
+    if path.suffix == ".safetensors" or not written:
         raise CheckpointError(
-            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. "
-            "Found neither, or a damaged one."
+            f"{str(path)!r} should be a .safetensors file or one that torch.save wrote. Found {path.stat().st_size} "
+            f"bytes that begin with {start!r}: unpack, download or save it again."
         )
     return _state_dict(_loaded(path), str(path), key), None
 
@@ -60,11 +61,20 @@ def _read(path: Path, verify: bool, key: str | None) -> tuple[dict[str, Tensor],
 def _loaded(path: Path) -> Any:
     """What torch.save wrote; objects that are no tensors or containers are placeholders, and no code of them is run."""
     try:
-        mapped = _is_mappable(path)
+        entries = ZipFile(path).infolist() if is_zipfile(path) else []
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise CheckpointError(
+                f"{str(path)!r} should be a file that torch.save wrote of a state dict. Found a TorchScript archive: "
+                "save torch.jit.load(path).state_dict() alone."
+            )
+        # the values lie there as they are, but in a file that was compressed, or in torch's older format
+        mapped = bool(entries) and not any(entry.compress_type for entry in entries)
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except pickle.UnpicklingError:  # and no other: a TorchScript archive is one that torch.load would run
+        except pickle.UnpicklingError:
             return load_with_placeholders(path, mapped)
+    except CheckpointError:
+        raise
     except Exception as error:  # a damaged or forged pickle fails in any way
         raise CheckpointError(
             f"{str(path)!r} should be a file that torch.save wrote of a state dict. Found a damaged or another one: "
@@ -72,20 +82,10 @@ def _loaded(path: Path) -> Any:
         ) from error
 
 
-def _is_mappable(path: Path) -> bool:
-    """Whether the values lie in the file as they are: not in one that was compressed, or in torch's older format."""
-    if not is_zipfile(path):
-        return False
-    with ZipFile(path) as file:
-        return not any(entry.compress_type for entry in file.infolist())
-
-
 def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     """The state dict that a loaded file is, or holds: that of this key, or the only one with a weight of three axes."""
     if not isinstance(loaded, Mapping) or (isinstance(loaded, Placeholder) and not loaded):
-        hint = ": save the one of them that is meant by itself" if isinstance(loaded, (list, tuple)) else ""
-        found = _PICKLED.format(loaded) if isinstance(loaded, Placeholder) else f"a {type(loaded).__name__}{hint}"
-        raise CheckpointError(f"{path!r} should hold a state dict. Found {found}.")
+        raise CheckpointError(f"{path!r} should hold a state dict. Found {_described(loaded)}.")
     try:
         states = list(_states(loaded, ""))
     except RecursionError as error:
@@ -96,7 +96,11 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         listed = ", ".join(f"{name or '(top)'!r} ({len(_tensors(state))} tensors)" for name, state in states)
         what = "one state dict" if key is None else f"one state dict under {key!r}"
         choose = ": choose one by --key" if len(states) > 1 else ""
-        found = listed or f"none under the keys {', '.join(map(repr, loaded))}"
+        kinds: dict[str, Any] = {}
+        for name, value in loaded.items():
+            kinds.setdefault(_described(value), name)  # each once
+        under = "; ".join(f"under {name!r} {kind}" for kind, name in kinds.items())
+        found = listed or f"none{under and ', but '}{under}"
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
     for name, value in chosen[0].items():
         if name.endswith("_extra_state") and not isinstance(value, (Tensor, Placeholder)) and value:
@@ -104,9 +108,18 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         if isinstance(value, Placeholder):
             raise CheckpointError(f"Entry {name!r} of {path!r} should be a tensor. Found {_PICKLED.format(value)}.")
         if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
-            found = "none" if value.is_meta else str(value.layout)
+            found = "none" if value.is_meta else f"{value.layout}: save its to_dense()"
             raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense, with values. Found {found}.")
     return {name: aligned(value) for name, value in _tensors(chosen[0]).items()}
+
+
+def _described(value: Any) -> str:
+    """What is found instead of tensors, with the way out."""
+    if isinstance(value, Placeholder):
+        return _PICKLED.format(value)
+    hint = ": save the one of them that is meant by itself" if isinstance(value, (list, tuple)) else ""
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}{hint}"
 
 
 def _tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -244,7 +244,7 @@ class TestCommandLine:
             (lambda path: torch.save({}, path), "should hold one state dict"),
             (lambda path: torch.save({"a": torch.ones(1)}, path), "as its index says. Found none"),
             (Path.unlink, "should be a file. Found none"),
-            (lambda path: path.write_bytes(b"?"), "Found neither, or a damaged one"),
+            (lambda path: path.write_bytes(b"?"), r"Found 1 bytes that begin with b'\?'"),
         ],
     )
     def test_a_damaged_file_of_torch_among_several_is_refused(self, tmp_path, damage, problem):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -160,9 +161,17 @@ def test_tensors_from_an_older_torch_format(tmp_path):
         ),
         ({"a": STATE, "b": STATE}, r"Found 'a' \(3 tensors\), 'b' \(3 tensors\): choose one by --key"),
         ({}, "should hold one state dict. Found none"),
-        ({"epoch": 3}, "Found none under the keys 'epoch'"),
+        ({"epoch": 3}, "Found none, but under 'epoch' an int."),
+        (
+            {"net": nn.Linear(2, 2), "ema": nn.Linear(2, 2), "epoch": 3},
+            "none, but under 'net' a pickled torch.nn.modules.linear.Linear, .*: save .* alone; under 'epoch' an int",
+        ),
+        ({"nets": [STATE, STATE]}, "Found none, but under 'nets' a list: save the one of them that is meant by itself"),
         ({"model": {**STATE, "norm._extra_state": {"scale": 2}}}, "Found norm._extra_state, which would be lost"),
-        ({"w": torch.eye(3).to_sparse()}, "Tensor 'w' .* should be dense, with values. Found torch.sparse_coo"),
+        (
+            {"w": torch.eye(3).to_sparse()},
+            r"'w' .* should be dense, with values. Found torch.sparse_coo: save its to_dense\(\)",
+        ),
         ({"w": torch.empty(3, device="meta")}, "Tensor 'w' .* should be dense, with values. Found none"),
         ([STATE], "should hold a state dict. Found a list: save the one of them that is meant by itself"),
         ({"a.b": STATE, "a": {"b": STATE}}, r"Found 'a.b' \(3 tensors\), 'a.b' \(3 tensors\)"),
@@ -174,6 +183,8 @@ def test_tensors_from_an_older_torch_format(tmp_path):
         "two networks",
         "empty",
         "no state",
+        "modules",
+        "states in a list",
         "more than tensors",
         "sparse",
         "meta",
@@ -198,7 +209,24 @@ def test_damaged_files_are_refused(tmp_path, name, damage):
         read_state(path)
 
 
-@pytest.mark.parametrize(("name", "found"), [("missing.pt", "none"), ("", "a folder")])
+@pytest.mark.parametrize("name", ["net.pt", "net.safetensors", "net"])
+@pytest.mark.parametrize("data", [b"", b"version https://git-lfs.github.com/spec/v1\nsize 12", b"\x1f\x8b\x08packed"])
+def test_what_was_not_downloaded_or_unpacked_is_shown(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    found = re.escape(f"Found {len(data)} bytes that begin with {data[:24]!r}: unpack, download or save it again")
+    with pytest.raises(CheckpointError, match=found):
+        read_state(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["net.ckpt", "net"])
+def test_files_of_torch_are_known_by_their_content(tmp_path, name):
+    torch.save(STATE, tmp_path / name)
+    assert same(read_state(tmp_path / name)[0], STATE)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("missing.pt", "none"), ("", "a folder without model.safetensors or .*: name a file of it")]
+)
 def test_what_is_no_file_is_refused(tmp_path, name, found):
     with pytest.raises(CheckpointError, match=f"should be a file. Found {found}"):
         read_state(tmp_path / name)

@@ -245,7 +245,9 @@ def test_classes_that_a_program_registered_by_number_are_not_called(tmp_path):
 def test_a_torchscript_archive_is_not_run(tmp_path, monkeypatch):
     torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "net.pt")
     monkeypatch.setattr(torch.jit, "load", lambda *args, **options: builtins.exit())
-    with pytest.raises(CheckpointError, match=r"should be a file that torch.save wrote of a state dict"):
+    with pytest.raises(
+        CheckpointError, match=r"Found a TorchScript archive: save torch.jit.load\(path\).state_dict\(\)"
+    ):
         read_state(tmp_path / "net.pt")
 
 

@@ -56,6 +56,16 @@ def test_wrappers_are_no_difference(there, here, small, tmp_path):
     assert_same_state(loaded, WRAPPERS[here](net).state_dict())
 
 
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+def test_parts_that_others_wrap_are_no_difference(name, tmp_path):
+    plain = compressed(Net())
+    state, around = dict(plain.state_dict()), compressed(Net())
+    around.pair = Holder(name, plain.pair)
+    around.load_state_dict({key.replace("pair.", f"pair.{name}."): value for key, value in state.items()})
+    cb.save(around, tmp_path / "parts.safetensors")
+    assert_same_state(cb.load(tmp_path / "parts.safetensors", Net()), state)
+
+
 @pytest.mark.parametrize("small", [True, False], ids=["with replaced layers", "without"])
 def test_compiled_parts_of_a_network_are_no_difference(small, tmp_path):
     def parts(net):
