@@ -116,9 +116,13 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_target(target: Path) -> None:
-    """Raise CompressionError where the folder of a file to write does not exist, or the file is no regular one."""
+    """Raise CompressionError where a file cannot be written: no folder, a read-only one, or no regular file."""
     if not target.parent.is_dir():
         raise CompressionError(f"The folder of {str(target)!r} should exist. Found no folder {str(target.parent)!r}.")
+    if not os.access(target.parent, os.W_OK):
+        raise CompressionError(
+            f"The folder of {str(target)!r} should be writable. Found one that is not: name another."
+        )
     if target.exists() and not target.is_file():
         found = "a folder" if target.is_dir() else "a device, pipe or socket"
         raise CompressionError(f"{str(target)!r} should be a file to write. Found {found}.")

@@ -104,7 +104,7 @@ def load(path: str | os.PathLike[str], model: _Model) -> _Model:
     if content is None:
         raise CheckpointError(
             f"{str(path)!r} should be a file that compress_bilinear.save wrote. Found safetensors without its "
-            "description."
+            "description: load_state_dict takes those of an original."
         )
     descriptions = content.layers
     own, others = by_layer(tensors, descriptions)
@@ -243,7 +243,10 @@ def _check_fits(expected: Mapping[str, Any], tensors: Mapping[str, Any], what: s
     if missing or extra:
         parts = [f"missing {', '.join(missing)}"] if missing else []
         parts += [f"unexpected {', '.join(extra)}"] if extra else []
-        raise CheckpointError(f"The file should hold the tensors of {what}. Found {'; '.join(parts)}.")
+        found = "; ".join(parts)
+        raise CheckpointError(
+            f"The file should hold the tensors of {what}. Found {found}: build the network that was saved."
+        )
     for name, value in expected.items():
         found = tensors[name]
         if name.endswith("_extra_state") or not isinstance(value, Tensor):

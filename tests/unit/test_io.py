@@ -90,6 +90,18 @@ def test_a_place_that_cannot_be_is_an_error(tmp_path, name, problem):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_an_error_at_once(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda *question: asked.append(question))  # root may write anywhere
+    with (
+        pytest.raises(CompressionError, match=r"should be writable\. Found one that is not: name another"),
+        written_atomically(tmp_path / "file"),
+    ):
+        pass
+    assert asked == [(tmp_path, os.W_OK)]
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_pipe_is_refused_and_stays_a_pipe(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
