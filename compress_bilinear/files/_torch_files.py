@@ -91,9 +91,9 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
     except RecursionError as error:
         raise CheckpointError(f"{path!r} should hold dicts of tensors. Found one that holds itself.") from error
     best = max((_likelihood(state) for _, state in states), default=0)
-    chosen = [state for name, state in states if (name == key if key is not None else _likelihood(state) == best)]
+    chosen = [pair for pair in states if (pair[0] == key if key is not None else _likelihood(pair[1]) == best)]
     if len(chosen) != 1:
-        listed = ", ".join(f"{name or '(top)'!r} ({len(_tensors(state))} tensors)" for name, state in states)
+        listed = ", ".join(f"{name or '(top)'!r} ({len(_tensors(state))} tensors)" for name, state in chosen or states)
         what = "one state dict" if key is None else f"one state dict under {key!r}"
         choose = ": choose one by --key" if len(states) > 1 else ""
         kinds: dict[str, Any] = {}
@@ -102,7 +102,8 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         under = "; ".join(f"under {name!r} {kind}" for kind, name in kinds.items())
         found = listed or f"none{under and ', but '}{under}"
         raise CheckpointError(f"{path!r} should hold {what}. Found {found}{choose}.")
-    for name, value in chosen[0].items():
+    [(_, state)] = chosen
+    for name, value in state.items():
         if name.endswith("_extra_state") and not isinstance(value, (Tensor, Placeholder)) and value:
             raise CheckpointError(f"{path!r} should hold tensors. Found {name}, which would be lost: use cb.compress.")
         if isinstance(value, Placeholder):
@@ -110,7 +111,7 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         if isinstance(value, Tensor) and (value.is_meta or value.layout != torch.strided):
             found = "none" if value.is_meta else f"{value.layout}: save its to_dense()"
             raise CheckpointError(f"Tensor {name!r} of {path!r} should be dense, with values. Found {found}.")
-    return {name: aligned(value) for name, value in _tensors(chosen[0]).items()}
+    return {name: aligned(value) for name, value in _tensors(state).items()}
 
 
 def _described(value: Any) -> str:

@@ -81,6 +81,19 @@ def test_of_several_states_a_key_chooses(tmp_path, key):
         read_state(tmp_path / "net.pt", "run")
 
 
+def test_what_is_offered_are_the_states_that_may_be_meant(tmp_path):
+    scores = {"best_model_score": torch.tensor(0.3), "best_k_models": {"a": torch.tensor(0.3)}}
+    torch.save(
+        {"state_dict": STATE, "callbacks": {"check{'a.b': 1}": scores}, "ema": {"net": STATE}}, tmp_path / "a.pt"
+    )
+    with pytest.raises(CheckpointError, match=r"Found 'state_dict' \(3 tensors\), 'ema.net' \(3 tensors\): choose one"):
+        read_state(tmp_path / "a.pt")
+    with pytest.raises(
+        CheckpointError, match=r"under 'ema'. Found 'state_dict' .* 'ema.net' \(3 tensors\): choose one"
+    ):
+        read_state(tmp_path / "a.pt", "ema")
+
+
 def test_a_key_that_means_two_states_chooses_neither(tmp_path):
     torch.save({"a.b": STATE, "a": {"b": STATE}}, tmp_path / "net.pt")
     with pytest.raises(CheckpointError, match=r"should hold one state dict under 'a.b'"):
