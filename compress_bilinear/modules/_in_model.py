@@ -140,7 +140,7 @@ def select(model: nn.Module, configs: Mapping[str, Config | None]) -> tuple[list
     """
     found = find(model)
     unknown = unknown_forms(model, [layer.module for layer in found])
-    also = "".join(f" {sentence}" for sentence in unknown)
+    also = "".join(f" {sentence}" for sentence in unknown) or " `cb.register_adapter` makes one of another module."
     if not found:
         compressed = ", ".join(name or "(root)" for name in find_compressed(model))
         hint = f" These are compressed already: {compressed}." if compressed else ""

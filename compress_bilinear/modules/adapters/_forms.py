@@ -22,7 +22,7 @@ class Form:
     """One way to evaluate y_o = x1ᵀ W_o x2 with a weight of one parameter.
 
     Attributes:
-        parameter: the weight's name in the module; `bias` that of the bias (O,), or None.
+        parameter: the weight's name in the module; `bias` that of the bias, (O,) or (1,), or None.
         axes: which letter each axis of the stored weight is, say "oij"; "ij" for a single output, "o(kij)" for an
             `nn.Linear` on blocks, "(oj)i" for one whose outputs are multiplied by the second input. The bias of such a
             one (O·J,) is the weight's last column, for a 1 that is appended to input1.
@@ -95,8 +95,12 @@ class Form:
     def to_bias(self, module: nn.Module) -> Tensor | None:
         """(O,)."""
         column = self.axes.startswith("(")
-        bias = None if self.bias is None or column else module.get_parameter(self.bias)
-        return bias if bias is None or self.factor == 1 else bias * self.factor
+        if self.bias is None or column:
+            return None
+        bias: Tensor = module.get_parameter(self.bias)
+        if len(bias) != (out := self.to_weight(module).shape[0]):
+            bias = bias.expand(out)
+        return bias if self.factor == 1 else bias * self.factor
 
     def call(self, module: Any, layer: CompressedBilinear, input1: Tensor, input2: Tensor) -> Tensor:
         """What the module's forward does, with `layer` in place of the weight.

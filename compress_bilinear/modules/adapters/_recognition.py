@@ -112,27 +112,20 @@ def _readings(twin: nn.Module, calls: _Calls) -> Iterator[Form]:
             if shape[1] % size**2 == 0:
                 sizes = (shape[1] // size, size)
                 yield Form(weight, bias, "o(kij)", sizes, mode="blocks", blocks=sizes[0] // size)
-        if any(
-            _called(Form(weight, None, "oij", (shape[1], shape[0] + 1)), twin, each[0], calls)[1] is not None
-            for each in _ROWS
-        ):
+        large = Form(weight, None, "oij", (shape[1], shape[0] + 1))
+        if any(_called(large, twin, leadings[0], calls)[1] is not None for leadings in _ROWS):
             return  # it takes second inputs of any size
-        one = bias is not None
-        for size in range(1, shape[0] + 1):
-            if shape[0] % size == 0:
-                sizes = shape[1] + one, size
-                forms = [Form(weight, bias, axes, sizes, (one, False)) for axes in ("(oj)i", "(jo)i")]
-                yield from (replace(form, mode="pairs", output="xyo") for form in forms)
-                yield from forms
+        one, divisors = bias is not None, (size for size in range(1, shape[0] + 1) if shape[0] % size == 0)
+        for size, axes, one1, one2 in product(divisors, ("(oj)i", "(jo)i"), {one, True}, (False, True)):
+            form = Form(weight, bias, axes, (shape[1] + one, size), (one1, one2))
+            yield from (replace(form, mode="pairs", output="xyo"), form)
         return
     for letters in permutations("oij" if len(shape) == 3 else "ij"):
         out, in1, in2 = (shape[letters.index(letter)] if letter in letters else 1 for letter in "oij")
-        if bias is None or len(named[bias]) == out:
-            both = product((False, True), (False, True))
-            forms = [Form(weight, bias, "".join(letters), (in1, in2), ones) for ones in both]
-            yield from (replace(form, mode="pairs", output="xyo") for form in forms)
-            yield from forms
-            yield from (replace(form, mode="index") for form in forms if not form.ones[1])
+        for ones in product((False, True), (False, True)) if bias is None or len(named[bias]) in (1, out) else ():
+            form = Form(weight, bias, "".join(letters), (in1, in2), ones)
+            yield from (replace(form, mode="pairs", output="xyo"), form)
+            yield from () if form.ones[1] else (replace(form, mode="index"),)
 
 
 def _confirmed(form: Form, twin: nn.Module, calls: _Calls) -> Iterator[Form]:

@@ -1,8 +1,10 @@
 """Modules that may hold a bilinear weight and are of no known form: a sentence on each, with the line to write."""
 
 import inspect
-from collections.abc import Collection, Iterator
-from itertools import combinations_with_replacement, islice, product
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from itertools import islice, product
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ _CLOSE = 1e-6  # of the largest output: less is rounding
 _MOST = 2**22  # elements of a module that is called on trial
 _MOST_TRIALS, _MOST_DIVISOR = 512, 4096
 _LEADING = (((5,), (5,)), ((2, 3), (2, 4)), ((2, 3), (2, 3)), ((2, 2, 3), (2, 2, 3)))
+_ONES = tuple(product((0, 1), repeat=2))  # whether a 1 is appended to each of two
 _TABLES = (nn.ParameterList, nn.ParameterDict)
 _PLAIN = (nn.Linear, nn.Dropout, nn.Identity, *_TABLES)  # the parts of a module that is called
 _NOT_ASKED = (nn.Bilinear, CompressedBilinear, AdaptedBilinear, nn.modules.conv._ConvNd)
@@ -30,63 +33,66 @@ def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
     inside = {id(part) for each in known for part in each.modules()}
     sentences = []
     for name, module in model.named_modules():
-        kind = type(module)
+        kind, parameters = type(module), dict(module.named_parameters())
         if id(module) in inside or isinstance(module, _NOT_ASKED) or kind.__module__.partition(".")[0] == "torch":
             continue
-        for weight, why, read in islice(_suspicions(module), 1):
-            shape = "x".join(map(str, module.get_parameter(weight).shape))
+        if any(map(is_lazy, parameters.values())):
+            continue
+        for weight, (why, view) in {name: told for name, *told in _suspicions(module, parameters)}.items():
+            shape = "x".join(map(str, parameters[weight].shape))
+            plain = all(map(str.isidentifier, weight.split(".")))
+            read = f"module.{weight}" if plain else f"module.get_parameter({weight!r})"
+            taken = "".join(f", {name}" for name in inspect.signature(module.forward).parameters)
             sentences.append(
                 f"{name or '(root)'} ({kind.__name__}) {why.format(f'`{weight}` ({shape})')}, but its forward is no "
                 f"form that is known by structure. To compress it, write cb.register_adapter({kind.__name__}, "
-                f"to_weight=lambda module: {read}, call=lambda module, layer{_arguments(module)}: ...)."
+                f"to_weight=lambda module: {read}{view}, call=lambda module, layer{taken}: ...)."
             )
     return sentences
 
 
-def _suspicions(module: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Names of weights that may be bilinear; why, with a place for the weight; and an expression that reads it."""
-    tables = [(f"{key}.", part) for key, part in module._modules.items() if isinstance(part, _TABLES)]
-    for prefix, part in (("", module), *tables):
-        for key, value in part._parameters.items():
-            if value is None or is_lazy(value) or not value.is_floating_point():
-                continue
-            if value.dim() > 2 and sum(size > 1 for size in value.shape) > 1:
-                read = f"module.get_parameter('{prefix}{key}')" if prefix else f"module.{key}"
-                yield f"{prefix}{key}", f"has {{}}, of {value.dim()} axes", read
-    parameters = dict(module.named_parameters())
-    if any(map(is_lazy, parameters.values())):
-        return
-    if parameters and (sizes := _linear_in_each(module)) is not None:
-        size1, size2 = sizes
+def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str]]:
+    """Names of weights that may be bilinear; why, with a place for the weight; and how it becomes (out, in1, in2)."""
+    thin = 2 - takes_two_inputs(module, optional=True)  # of one input, a place of (1, N, d) is no matrix
+    tables = [f"{name}." for name, part in module.named_children() if isinstance(part, _TABLES)]
+    own = [name for name in parameters if "." not in name or name.startswith(tuple(tables))]
+    floating = [name for name in own if parameters[name].dim() > 2 and parameters[name].is_floating_point()]
+    cubes = [name for name in floating if sum(size > 1 for size in parameters[name].shape) > thin]
+    yield from ((name, f"has {{}}, of {parameters[name].dim()} axes", "") for name in cubes)
+    if not cubes and parameters and (sizes := _linear_in_each(module)) is not None:
         weight = max(parameters, key=lambda name: parameters[name].numel())
-        shape = parameters[weight].shape
-        if parameters[weight].numel() >= size1 * size2:
+        if parameters[weight].numel() >= math.prod(sizes):
+            shape = parameters[weight].shape
             told = any(all(axes[k] - sizes[k] in (0, 1) for k in (0, 1)) for axes in (shape, shape[::-1]))
-            names = sizes if told else ("I", "J")  # those of an outer product may be any two
-            why = f"is linear in each of its two inputs, of sizes {names[0]} and {names[1]}, and has {{}}"
-            yield weight, why, f"module.{weight}.view(-1, {names[0]}, {names[1]})"
-    parts = {
-        key: (part, part.out_features if isinstance(part, nn.Linear) else part.embedding_dim)
-        for key, part in module._modules.items()
-        if isinstance(part, (nn.Linear, nn.Embedding))
-    }
-    for key, (part, _) in parts.items():
-        others = {other: size for other, (_, size) in parts.items() if other != key and size > 1}
-        for (one, size1), (two, size2) in sorted(combinations_with_replacement(others.items(), 2), key=_same_part):
-            if part.weight.shape[1] == size1 * size2 and size1 * size2 not in others.values():
-                why = f"has {{}}, a column for each product of `{one}` ({size1}) and `{two}` ({size2})"
-                yield f"{key}.weight", why, f"module.{key}.weight.view(-1, {size1}, {size2})"
+            size1, size2 = sizes if told else ("I", "J")  # those of an outer product may be any two
+            why = f"is linear in each of its two inputs, of sizes {size1} and {size2}, and has {{}}"
+            yield weight, why, f".view(-1, {size1}, {size2})"
+    ends = dict(_ends(module))
+    counts = {value for value in vars(module).values() if type(value) is int}.difference(
+        out for _, out in ends.values()
+    )
+    for name, (given, out) in ends.items():
+        row, others = given or out, [each for key, each in ends.items() if key != name]
+        if f"{name}.weight" not in parameters or row in (size for _, size in others):
+            continue
+        widths = Counter(size for taken, size in others if taken != row)
+        for size1, size2 in product(widths, {*widths, *counts}):
+            twice = size1 != size2 or widths[size1] > 1 or not given
+            for one, two in ((size1 + i, size2 + j) for i, j in _ONES if twice):
+                if one * two == row and min(one, two) > 1:
+                    why = f"has {{}}, with a column for each of {one} x {two} products"
+                    yield f"{name}.weight", why, f".view(-1, {one}, {two})"
 
 
-def _same_part(pair: tuple[tuple[str, int], tuple[str, int]]) -> bool:
-    return pair[0] == pair[1]
-
-
-def _arguments(module: nn.Module) -> str:
-    try:
-        return "".join(f", {name}" for name in inspect.signature(module.forward).parameters)
-    except ValueError:
-        return ""
+def _ends(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
+    """How many numbers linear layers and tables, in containers too, are given and give; a table is given none."""
+    for name, part in module.named_children():
+        if isinstance(part, nn.Linear):
+            yield prefix + name, (part.in_features, part.out_features)
+        elif isinstance(part, nn.Embedding):
+            yield prefix + name, (0, part.embedding_dim)
+        elif isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            yield from _ends(part, f"{prefix}{name}.")
 
 
 def _linear_in_each(module: nn.Module) -> tuple[int, int] | None:

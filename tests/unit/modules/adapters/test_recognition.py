@@ -130,14 +130,15 @@ class Formula(nn.Module):
 
 
 class LinearFirst(nn.Module):
-    """A linear layer of O·J outputs, which are multiplied by the second input."""
+    """A linear layer of O·J outputs, which are multiplied by the second input; with a 1 last in some."""
 
-    def __init__(self, equation, sizes, bias=False):
+    def __init__(self, equation, sizes, bias=False, ones=(False, False)):
         super().__init__()
-        self.equation, self.sizes = equation, sizes
-        self.linear = nn.Linear(6, sizes[0] * sizes[1], bias=bias)
+        self.equation, self.sizes, self.ones = equation, sizes, ones
+        self.linear = nn.Linear(6 + ones[0], sizes[0] * sizes[1], bias=bias)
 
     def forward(self, x, y):
+        x, y = (forms.with_one(value) if one else value for value, one in zip((x, y), self.ones, strict=True))
         return torch.einsum(self.equation, self.linear(x).unflatten(-1, self.sizes), y)
 
 
@@ -185,6 +186,10 @@ OTHERS = {
     "linear first, with a bias": (LinearFirst("bxoj,byj->boxy", (4, 5), bias=True), two(2, 3)),
     "linear first, rows with a bias": (LinearFirst("njo,nj->no", (5, 4), bias=True), two(7)),
     "linear first, one output and a bias": (LinearFirst("noj,nj->no", (1, 5), bias=True), two(7)),
+    "linear first, ones": (LinearFirst("bxoj,byj->boxy", (4, 6), ones=(True, True)), two(2, 3)),
+    "linear first, a one and a bias": (LinearFirst("bxoj,byj->boxy", (4, 6), bias=True, ones=(False, True)), two(2, 3)),
+    "one bias for all outputs": (Formula("bxi,oij,byj->boxy", 4, 6, 5, bias=1), two(2, 3)),
+    "one bias for all outputs, scaled": (Formula("ni,oij,nj->no", 4, 6, 5, bias=1, factor=0.5), two(7)),
     "by number": (ByNumber(8, 6, 4), (torch.randn(7, 6), torch.randint(8, (7,)))),
     "by number, turned": (ByNumber(8, 4, 6, turned=True), (torch.randn(7, 6), torch.randint(8, (7,)))),
     "by number, with a bias": (ByNumber(8, 6, 4, bias=4), (torch.randn(7, 6), torch.randint(8, (7,)))),

@@ -27,6 +27,17 @@ class Optional(Two):
         return scale * self.compute(self, x, y)
 
 
+class Places(nn.Module):
+    """What has places of (1, N, d) and takes one input."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(1, 7, 6))
+
+    def forward(self, x):
+        return x + self.places
+
+
 class OuterProductMean(nn.Module):
     def __init__(self, size=20, hidden=8, out=12):
         super().__init__()
@@ -47,8 +58,16 @@ class Relations(nn.Module):
         return self.relations(relations).view(-1, 6, 6) @ self.entities(heads).unsqueeze(-1)
 
 
-def flat(m, x, y):
-    return m.fc((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2))
+class Blocks(nn.Module):
+    """A grouped classifier beside what makes its inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = 4
+        self.left, self.right, self.bilinear = nn.Linear(9, 6), nn.Linear(9, 6), nn.Linear(24, 3)
+
+    def forward(self, x):
+        return x
 
 
 TOLD = {
@@ -80,13 +99,33 @@ TOLD = {
     ),
     "the same of one input": (
         OuterProductMean(),
-        "`out.weight` (12x64), a column for each product of `left` (8) and `right` (8)",
+        "`out.weight` (12x64), with a column for each of 8 x 8 products",
         "module.out.weight.view(-1, 8, 8), call=lambda module, layer, m: ...",
     ),
     "a table of matrices": (
         Relations(),
-        "`relations.weight` (5x36), a column for each product of `entities` (6)",
+        "`relations.weight` (5x36), with a column for each of 6 x 6 products",
         "(-1, 6, 6)",
+    ),
+    "of other parts, with ones": (
+        Two(
+            lambda m, x, y: x,
+            a=nn.Sequential(nn.Linear(9, 5), nn.ReLU()),
+            b=nn.Linear(9, 6),
+            out=nn.Sequential(nn.Linear(42, 3)),
+        ),
+        "has `out.0.weight` (3x42), with a column for each of 7 x 6 products",
+        "module.get_parameter('out.0.weight').view(-1, 7, 6)",
+    ),
+    "within blocks of a stated size": (
+        Blocks(),
+        "has `bilinear.weight` (3x24), with a column for each of 6 x 4 products",
+        "module.bilinear.weight.view(-1, 6, 4)",
+    ),
+    "one output and an activation": (
+        Two(lambda m, x, y: torch.einsum("ni,oij,nj->no", x, m.W, y).tanh(), W=(1, 6, 5)),
+        "`W` (1x6x5), of 3",
+        "module.W, call",
     ),
     "four axes": (
         Two(lambda m, x, y: torch.einsum("ni,goij,nj->ngo", x, m.W, y), W=(2, 3, 6, 5)),
@@ -131,13 +170,21 @@ def test_what_may_be_bilinear_is_named_with_the_line_to_write(case):
         Two(lambda m, x, y: (x @ m.W @ y.mT).relu(), W=(6, 6)),
         Two(lambda m, x, y: m.c(m.a(x) * m.b(y)), a=nn.Linear(6, 2), b=nn.Linear(6, 2), c=nn.Linear(2, 6)),  # a CP
         Two(lambda m, x, y: m.d(m.a(x)), a=nn.Linear(16, 4), d=nn.Linear(4, 16)),
+        Two(lambda m, x, y: x, a=nn.Linear(36, 6), b=nn.Linear(36, 6), c=nn.Linear(36, 3)),  # heads
+        Two(lambda m, x, y: x, q=nn.Linear(9, 36), k=nn.Linear(9, 6), out=nn.Linear(36, 9)),
         Two(lambda m, x, y: x + m.place, place=(1, 1, 6)),
+        Places(),
         nn.Conv1d(3, 3, 3),
         nn.MultiheadAttention(8, 2),
     ],
 )
 def test_what_is_not_bilinear_or_stores_no_weight_of_one_is_not_named(module):
     assert unknown_forms(nn.ModuleDict({"part": module}), []) == []
+
+
+def test_each_of_several_weights_is_named():
+    module = Two(lambda m, x, y: x, up=(3, 6, 5), down=(3, 5, 6), scale=(6,))
+    assert [told.split("`")[1] for told in unknown_forms(module, [])] == ["up", "down"]
 
 
 def test_what_is_known_or_inside_of_it_is_not_named():
