@@ -214,7 +214,7 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
             "(what accelerate did by accelerate.hooks.remove_hook_from_submodules)"
         )
     reasons = chain(
-        [_reason_against_class(layer) if adapted is None else adapted.reason_against()],
+        [_reason_against_class(layer) if adapted is None else adapted.reason_against(found.key, layer.weight.numel())],
         map(reason_against_hooks, modules),
         (_reason_against_tie(weight, owners) for weight in weights),
         (_reason_against_values(layer) for _ in range(values)),

@@ -143,8 +143,18 @@ class AdaptedModule:
         same = weight.shape == stored.shape and weight.stride() == stored.stride()
         return same and weight.data_ptr() == stored.data_ptr()
 
-    def reason_against(self) -> str | None:
-        """Why the adapter cannot stand for a module of this class and place, or None; see also `verify`."""
+    def reason_against(self, key: str, size: int) -> str | None:
+        """Why the adapter cannot stand for a module of this class and place, or None; see also `verify`.
+
+        Args:
+            key, size: of a layer, and the number of its weight's entries.
+        """
+        stored = sum(self.module.get_parameter(name).numel() for name in self.weights[key])
+        if stored < size:
+            return (
+                f"its weight of {size} entries is computed from {stored}, so that it is compressed already: register "
+                "what is multiplied last as the weight, and the rest as a part of its inputs"
+            )
         if hasattr(self.module, COMPRESSED):
             return f"it has an attribute {COMPRESSED!r} already, which is where its replacement holds the layer"
         if self.elsewhere:

@@ -1,4 +1,4 @@
-"""Adapters of modules that sum products before their weight: outer product means, and triplets of edges."""
+"""Adapters of modules that sum products before their weight (outer product means, triplets of edges), or matrices."""
 
 import pytest
 import torch
@@ -83,3 +83,37 @@ def test_a_call_that_leaves_out_a_part_is_told():
     batches = [CASES["outer"][1]() for _ in range(4)]
     _, report = cb.compress(OuterMean(), cb.DenseConfig(quantize="int8"), calibration=batches, measure_latency=False)
     assert "`call` of the adapter 'OuterMean' is not its own forward: in float64 they differ" in report.layers[0].reason
+
+
+class Basis(nn.Module):
+    """Matrices of relations that are sums of a few: rows (N, 12) with the number of their relation (N,)."""
+
+    def __init__(self):
+        super().__init__()
+        self.basis, self.shares = nn.Parameter(torch.randn(3, 12, 10)), nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x, k):
+        return torch.einsum("ni,nb,bio->no", x, self.shares[k], self.basis)
+
+
+def test_a_weight_that_is_made_of_fewer_numbers_is_kept_and_its_factor_replaced():
+    torch.manual_seed(0)
+    model, batch = Basis(), (torch.randn(40, 12), torch.arange(40) % 9)
+    whole = {
+        "to_weight": lambda m: torch.einsum("rb,bio->oir", m.shares, m.basis),
+        "call": lambda m, layer, x, k: layer.indexed(x, k),
+    }
+    part = {
+        "to_weight": lambda m: m.basis.permute(2, 1, 0),
+        "call": lambda m, layer, x, k: layer(x, m.shares[k]),
+    }
+    found = []
+    for stated in (whole, part):
+        cb.register_adapter(Basis, example=lambda m: batch, **stated)
+        small, report = cb.compress(model, cb.DenseConfig(quantize="int8"), force=True, measure_latency=False)
+        found += report.layers
+    assert found[0].decision == "kept"
+    assert "its weight of 1080 entries is computed from 387, so that it is compressed already" in found[0].reason
+    assert (found[1].decision, found[1].shape) == ("replaced", (10, 12, 3))
+    with torch.no_grad():
+        assert (small(*batch) - model(*batch)).norm() < 0.02 * model(*batch).norm()
