@@ -146,14 +146,12 @@ def _confirmed(form: Form, twin: nn.Module, calls: _Calls) -> Iterator[Form]:
             if output is None and leading is not leadings[0]:
                 continue
             count = out * math.prod(leading[0]) * (leading[1][-1] if form.mode == "pairs" else 1)
-            if output is None or output.numel() != count:
+            if not left or output is None or output.numel() != count:
                 left = []
                 break
             layer = layer or DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
             whole = form.call(twin, layer, *inputs)
             left = [order for order in left if _same(output, arranged(whole, order), order, factors)]
-            if not left:
-                break
         for order in left:
             held[order] = (*held.get(order, ()), len(leadings[0][0]) + 1)
     for order, dims in held.items():
@@ -177,17 +175,12 @@ def _same(output: Tensor, found: Tensor, order: str, factors: dict[str, float]) 
     """Whether the two differ by a factor at most: that of the order, which the first comparison that holds sets."""
     if found.shape != output.shape:
         return False
-    factor = factors.get(order) or _factor(output, found)
-    same = difference(output, factor * found) is None
-    if same:
-        factors[order] = factor
-    return same
-
-
-def _factor(output: Tensor, found: Tensor) -> float:
-    """What times the second tensor is nearest to the first; 1 where it is nearly that."""
-    factor = float((output * found).sum() / found.square().sum())
-    return factor if math.isfinite(factor) and factor and abs(factor - 1) > _ROUNDING else 1.0
+    factor = factors.get(order) or float((output * found).sum() / found.square().sum())
+    factor = factor if math.isfinite(factor) and factor and abs(factor - 1) > _ROUNDING else 1.0
+    if difference(output, factor * found) is not None:
+        return False
+    factors[order] = factor
+    return True
 
 
 def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
