@@ -72,9 +72,7 @@ _CONFIG_OPTIONS = ("method", "rank", "max_error", "on", "max_size", "quantize", 
 @click.option("--seed", type=SEED, help="Of the random starts of CP and auto.  [default: 0]")
 @calibration
 @click.option("--max-seconds", type=float, help="Time for all decompositions together.  [default: no limit]")
-@click.option(
-    "--compute", type=click.Choice(COMPUTE_CHOICES), help="How quantized layers compute.  [default: on_the_fly]"
-)
+@click.option("--compute", type=click.Choice(COMPUTE_CHOICES), help="How quantized layers compute.")
 @click.option("--force", is_flag=True, help="Replace layers even if they do not get smaller or miss their target.")
 @click.option("--no-latency", is_flag=True, help="Do not measure latencies.")
 @click.option("--dry-run", is_flag=True, help="Solve, measure and print the plan, but write no checkpoint.")

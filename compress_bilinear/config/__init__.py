@@ -19,10 +19,12 @@ from ._methods import (
 )
 from ._options import (
     COMPUTE_CHOICES,
+    COMPUTE_ERROR,
     ComputeAsked,
     Evaluate,
     PlanOptions,
     check_compute,
+    check_compute_error,
     check_max_seconds,
     completed,
     not_default,

@@ -9,7 +9,7 @@ from ..errors import ConfigError
 Quantize: TypeAlias = Literal["bf16", "int8", "nf4"]
 """The storage formats besides the layer's own dtype: 16, 8 and 4 bits."""
 
-Compute: TypeAlias = Literal["on_the_fly", "int8", "bitsandbytes"]
+Compute: TypeAlias = Literal["on_the_fly", "bfloat16", "int8", "bitsandbytes"]
 """How a quantized layer computes: see `set_compute`."""
 
 

@@ -31,8 +31,10 @@ class PlanOptions(TypedDict, total=False):
         batch_size: rows in a timed call. None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves out latencies and speedups, which saves a second or so for each layer.
         compute: how quantized layers compute: see `set_compute`. "fastest" times the modes on rows that the layer saw,
-            or on Gaussian ones. A layer without the mode decodes on the fly. Latencies, speedups and output errors are
-            those of the mode. The report's `compute_modes` has what each mode would have given.
+            or on Gaussian ones, and so does None where latencies are measured and there is time, but for bitsandbytes,
+            whose import takes seconds. A layer without the mode decodes on the fly. Latencies, speedups and output
+            errors are those of the mode. The report's `compute_modes` has what each mode would have given.
+        compute_error: how far the fastest mode may change the outputs: ‖y − ŷ‖/‖ŷ − b‖ against those on the fly.
         force: make the replacement whatever the verdict. The report still says what was lost.
         max_seconds: for all of this together: calibrating, which cannot be cut, fitting, choosing, measuring and
             timing; half of what calibrating leaves is for `refine`, if there is any. Layers share it by their sizes,
@@ -48,15 +50,17 @@ class PlanOptions(TypedDict, total=False):
     evaluate: Evaluate | None
     batch_size: int | None
     measure_latency: bool
-    compute: ComputeAsked
+    compute: ComputeAsked | None
+    compute_error: float
     force: bool
     max_seconds: float | None
     progress: bool | None
 
 
-_DEFAULTS: PlanOptions = {"measure_latency": True, "compute": "on_the_fly", "force": False}  # the others: None
+COMPUTE_ERROR = 0.01
+_DEFAULTS: PlanOptions = {"measure_latency": True, "compute_error": COMPUTE_ERROR, "force": False}  # the others: None
 
-TEXT_OPTIONS = ("batch_size", "measure_latency", "compute", "force", "max_seconds", "refine")
+TEXT_OPTIONS = ("batch_size", "measure_latency", "compute", "compute_error", "force", "max_seconds", "refine")
 """The options that a file can hold."""
 
 
@@ -89,7 +93,8 @@ def completed(options: PlanOptions) -> PlanOptions:
     for name in ("forward_fn", "loss_fn", "refine"):
         if given[name] is not None and given["calibration"] is None:  # type: ignore[literal-required]
             raise ConfigError(f"`{name}` needs `calibration`, batches to run the model on. Found none.")
-    check_compute(given["compute"])
+    check_compute(given["compute"], None)
+    check_compute_error(given["compute_error"])
     if given["compute"] == "fastest" and not given["measure_latency"]:
         raise ConfigError("`compute='fastest'` is chosen by latencies. Found `measure_latency=False`.")
     return given
@@ -100,11 +105,17 @@ def not_default(options: PlanOptions) -> dict[str, Any]:
     return {name: options.get(name) for name in TEXT_OPTIONS if options.get(name) != _DEFAULTS.get(name)}
 
 
-def check_compute(compute: object) -> None:
-    """Raise ConfigError unless `compute` is "fastest" or a mode."""
+def check_compute(compute: object, *others: object) -> None:
+    """Raise ConfigError unless `compute` is "fastest", a mode, or one of the others."""
     if compute == "resident":
         raise ConfigError("`compute='resident'` is no longer a mode: `cb.dequantize(model)` stores the floats instead.")
-    check_one_of(compute, COMPUTE_CHOICES, "`compute`")
+    check_one_of(compute, (*COMPUTE_CHOICES, *others), "`compute`")
+
+
+def check_compute_error(error: object) -> None:
+    """Raise ConfigError unless `error` is a number of at least 0."""
+    if isinstance(error, bool) or not isinstance(error, (int, float)) or not error >= 0:
+        raise ConfigError(f"`compute_error` should be a number of at least 0. Found {error!r}.")
 
 
 def check_max_seconds(max_seconds: object) -> None:

@@ -33,7 +33,7 @@ from ._extra import with_tensors
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _AROUND = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute")
+_DESCRIBED = ("method", "in1_features", "in2_features", "out_features", "rank", "quantize", "compute", "compute_rows")
 
 
 def describe(model: nn.Module) -> list[LayerDescription]:
@@ -229,7 +229,7 @@ def use_compute(layer: CompressedBilinear, description: LayerDescription) -> Non
     if description.compute not in ("on_the_fly", "resident"):
         reason = layer.refused_compute(description.compute)
         if reason is None:
-            layer.set_compute(description.compute)  # type: ignore[arg-type]  # any but "resident"
+            layer.set_compute(description.compute, description.compute_rows)  # type: ignore[arg-type]  # not "resident"
         else:
             warnings.warn(f"Layer {description.label!r} of the file computes on the fly: {reason}.", stacklevel=4)
 

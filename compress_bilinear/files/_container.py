@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from zipfile import is_zipfile
 
 import torch
-from annotated_types import MinLen
+from annotated_types import Ge, MinLen
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -42,6 +42,7 @@ class LayerDescription:
         adapter: the name of the adapter of the module that holds the layer; the names then end in the module's
             attribute "compressed". None for a layer that was an `nn.Bilinear`.
         compute: the layer's compute mode. Files of earlier versions may say "resident", which is no longer one.
+        compute_rows: the rows from which it computes so.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -55,7 +56,8 @@ class LayerDescription:
     quantize: str | None
     bias: bool
     adapter: str | None = None
-    compute: Literal["on_the_fly", "resident", "int8", "bitsandbytes"] = "on_the_fly"
+    compute: Literal["on_the_fly", "resident", "bfloat16", "int8", "bitsandbytes"] = "on_the_fly"
+    compute_rows: Annotated[int, Ge(1)] = 1
 
     @property
     def name(self) -> str:

@@ -27,8 +27,8 @@ class DenseBilinear(CompressedBilinear):
     intermediate; it decodes the weight again, slab by slab.
 
     Attributes:
-        integer: whether `forward` rounds the longer input's rows to int8 too, and multiplies integers: see
-            `set_compute`. Pairs, blocks and indices are computed on the fly then.
+        integer_rows: the rows of a `forward` from which it rounds the longer input's rows to int8 too, and multiplies
+            integers, 0 for never: see `set_compute`. Pairs, blocks and indices are computed on the fly then.
 
     Args:
         in1_features, in2_features, out_features, bias, device, dtype: as of `nn.Bilinear`.
@@ -59,13 +59,13 @@ class DenseBilinear(CompressedBilinear):
         else:
             self.weight = FORMATS[quantize].zeros(shape, "weight", device)
         self.register_parameter("bias", zero_bias(out_features, bias, device, dtype))
-        self.integer = False
+        self.integer_rows = 0
         if quantize is None:
             self.reset_parameters()
 
     @property
     def takes_int8(self) -> bool:
-        """Whether `integer` may be set: the weight is int8."""
+        """Whether `integer_rows` may be set: the weight is int8."""
         return isinstance(self.weight, QuantizedTensor) and self.weight.format.integers
 
     def reset_parameters(self) -> None:
@@ -134,7 +134,7 @@ class DenseBilinear(CompressedBilinear):
         self.bias = bias
 
     def _forward(self, input1: Tensor, input2: Tensor) -> Tensor:
-        if not self.integer:
+        if not self.integer_rows or not ops.has_rows(input1.shape[:-1], self.integer_rows):
             parameters: Any = self._parameters  # a lookup through `__getattr__` takes as long as a small sum
             weight, bias = parameters.get("weight"), parameters.get("bias")
             weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias

@@ -20,7 +20,8 @@ class QuantizedLinear(FixedBuffers):
         weight: a `QuantizedTensor` of shape (out_features, in_features).
         sigma: (in_features,) float32, by which the input is multiplied first, in float32 or wider; or None.
         bias: (out_features,) in floating point, or None.
-        integer: whether the rows of the input are rounded to int8 too, and integers multiplied: see `set_compute`.
+        integer_rows: the rows of an input from which they are rounded to int8 too, and integers multiplied, 0 for
+            never: see `set_compute`.
     """
 
     bias: nn.Parameter | None
@@ -30,13 +31,13 @@ class QuantizedLinear(FixedBuffers):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.integer = False
+        self.integer_rows = 0
         self.register_buffer("sigma", None)
         self.register_parameter("bias", bias)
 
     @property
     def takes_int8(self) -> bool:
-        """Whether `integer` may be set: the weight is int8 and has no scales of its own."""
+        """Whether `integer_rows` may be set: the weight is int8 and has no scales of its own."""
         return self.weight.format.integers and self.weight.scale is None
 
     def forward(
@@ -49,8 +50,8 @@ class QuantizedLinear(FixedBuffers):
         with ops.without_autocast(device):
             if self.sigma is not None:
                 input = input.to(torch.promote_types(input.dtype, torch.float32)) * self.sigma
-            product = ops.int8_linear if self.integer else ops.project
-            return product(input.to(dtype), self.weight, self.bias)
+            integers = self.integer_rows and ops.has_rows(input.shape[:-1], self.integer_rows)
+            return (ops.int8_linear if integers else ops.project)(input.to(dtype), self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -127,7 +127,7 @@ class ProjectedBilinear(CompressedBilinear, Generic[_Rank]):
             bias = parameters["bias"] if "bias" in parameters else _tensor_of(module, "bias")
             if weight is None and not self.takes_identities:
                 return f"`{name}` has no weight"
-            if isinstance(weight, QuantizedTensor) and module.integer:
+            if isinstance(weight, QuantizedTensor) and module.integer_rows:
                 return f"`{name}` multiplies integers"
             operands.append(weight)
         operands.append(bias)

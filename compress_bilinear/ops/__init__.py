@@ -15,7 +15,7 @@ from ._api import (
 )
 from ._blocks import Tuning, block_runner, plus, tuning, use_tuning
 from ._choice import BACKENDS, Backend, explain
-from ._context import autocast_dtype, without_autocast
+from ._context import autocast_dtype, has_rows, without_autocast
 from ._cp import over_pairs
 from ._dense import ORDERS, Order, best_order, dense_flops
 from ._gemm import linear

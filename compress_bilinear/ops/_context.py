@@ -1,7 +1,8 @@
 """The one place that asks what surrounds a call: a graph being recorded, transforms, autocast, a gradient wanted."""
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,11 @@ _Operation = TypeVar("_Operation", bound=Callable[..., Tensor])
 def traced() -> bool:
     """Whether torch.compile, torch.export or torch.jit records a graph, which has to hold for other batches too."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
+
+
+def has_rows(leading: Sequence[int], rows: int) -> bool:
+    """Whether a call with these leading sizes has so many rows; a graph holds for any number, and is taken to."""
+    return traced() or math.prod(leading) >= rows
 
 
 def transformed() -> bool:

@@ -205,7 +205,7 @@ def plan(model: _Model, config: Config | Mapping[str, Config | None], **options:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` should be an nn.Module. Found {type(model).__name__}.")
     given, configs = completed(options), by_glob(config)
-    if given["compute"] != "on_the_fly" and not any(
+    if given["compute"] not in (None, "on_the_fly") and not any(
         isinstance(each, AutoConfig) or getattr(each, "quantize", None) for each in configs.values()
     ):
         raise ConfigError(f"`compute={given['compute']!r}` needs a config with `quantize`. Found none.")

@@ -15,6 +15,7 @@ from ..fitting import (
     Job,
     Search,
     choose_compute,
+    expected_seconds,
     judging_works,
     making_is_all,
     making_work,
@@ -48,7 +49,8 @@ def choose(
     for job in searches:
         groups.setdefault(id(job.config), []).append(job)
     waiting = sum(job.layer.weight.numel() for job in searches)
-    solving = budget.child(1 - _MODES if options["compute"] == "fastest" else 1.0)
+    timed = options["compute"] == "fastest" or (options["compute"] is None and options["measure_latency"])
+    solving = budget.child(1 - _MODES if timed else 1.0)
     later = sum(judging_works(jobs, options["measure_latency"]))
     # a metric is of the whole network, with what the other configs give
     for group in sorted(groups.values(), key=lambda group: _auto(group).metric_drop is not None):
@@ -60,8 +62,8 @@ def choose(
     for number, job in enumerate(chosen):
         assert job.chosen is not None
         place = job.candidates.index(job.chosen)
-        seconds = max(budget.left(), _MODES * budget.max_seconds) / (len(chosen) - number)
-        job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options, min(seconds, 1.0))
+        left = budget.left() if options["compute"] is None else max(budget.left(), _MODES * budget.max_seconds)
+        job.candidates[place] = job.chosen = _in_compute_mode(job, job.chosen, options, left / (len(chosen) - number))
 
 
 def _choose_together(
@@ -217,21 +219,27 @@ def _fastest(
 
 
 def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions, seconds: float) -> Candidate:
-    """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode."""
-    module, wanted = candidate.module, options["compute"]
+    """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode.
+
+    If none was, the fastest is found only where there are so many seconds.
+    """
+    module, wanted, rows = candidate.module, options["compute"], job.rows(options["batch_size"])
     if module is None or module.quantize is None or wanted == "on_the_fly":
+        return candidate
+    if wanted is None and (not options["measure_latency"] or expected_seconds(job.layer, rows) > seconds):
         return candidate
     choice = choose_compute(
         module,
         wanted,
-        timing_inputs(job.layer, job.rows(options["batch_size"]), job.inputs),
+        timing_inputs(job.layer, rows, job.inputs),
         timed=options["measure_latency"],
         reason_against=partial(reason_against_rounded_inputs, limit=job.limit, held_out=job.held_out),
         # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
         strict=isinstance(job.config, AutoConfig),
-        seconds=seconds,
+        most_change=options["compute_error"],
+        seconds=min(seconds, 1.0),
     )
     error = candidate.error
-    if choice.compute == "int8" and candidate.on_output and job.held_out is not None:
+    if choice.compute in ("bfloat16", "int8") and candidate.on_output and job.held_out is not None:
         error = job.held_out.of(module) or error
     return replace(candidate, compute_modes=choice.modes, error=error)

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..config import ComputeAsked, Quantize, check_compute, check_quantize
+from ..config import COMPUTE_ERROR, ComputeAsked, Quantize, check_compute, check_compute_error, check_quantize
 from ..errors import CompressionError, ConfigError, MatchError
 from ..fitting import ComputeChoice, choose_compute, timing_inputs
 from ..modules import CompressedBilinear, check_inplace, find_compressed, reason_against_hooks, stored_as, swap
@@ -70,6 +70,7 @@ def set_compute(
     *,
     rows: int = 64,
     dtype: torch.dtype | None = None,
+    compute_error: float = COMPUTE_ERROR,
 ) -> dict[str, ComputeChoice]:
     """Choose how the quantized layers of a model compute, in place. Values do not change; `save` keeps the modes.
 
@@ -80,15 +81,18 @@ def set_compute(
             one that is faster beyond the spread: its upper quartile below the other's lower one.
         rows: of a timed call.
         dtype: of the inputs of a timed call. None takes that of each layer's bias; without one, float32.
+        compute_error: how far the fastest mode may change the outputs: ‖y − ŷ‖/‖ŷ − b‖ against those on the fly.
 
     Returns:
         For each layer's name the chosen mode, with bytes and latencies.
 
     Raises:
         MatchError: no layer is quantized; the message lists what there is.
-        ConfigError: another `compute`, no positive number of rows, or a mode that none of the layers has.
+        ConfigError: another `compute`, no positive number of rows, a `compute_error` below 0, or a mode that none of
+            the layers has.
     """
     check_compute(compute)
+    check_compute_error(compute_error)
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ConfigError(f"`rows` should be a positive int. Found {rows!r}.")
     layers = _compressed(model, quantized=True)
@@ -100,7 +104,8 @@ def set_compute(
     choices = {}
     for name, layer in layers.items():
         like = torch.empty(0, device=next(layer.buffers()).device, dtype=dtype or _bias_dtype(layer, torch.float32))
-        choices[name] = choose_compute(layer, compute, timing_inputs(layer, rows, like=like), timed=False)
+        inputs = timing_inputs(layer, rows, like=like)
+        choices[name] = choose_compute(layer, compute, inputs, timed=False, most_change=compute_error)
     return choices
 
 

@@ -294,7 +294,7 @@ def _restored(module: CompressedBilinear, like: CompressedBilinear) -> Compresse
     if isinstance(bias, nn.Parameter) and isinstance(old, nn.Parameter):
         new.set_bias(nn.Parameter(bias.detach().to(old.dtype), old.requires_grad))
     if new.quantize is not None:  # it is compared with `like`, and accepted, as it will compute
-        new.set_compute(like.compute)
+        new.set_compute(like.compute, like.compute_rows)
     return new
 
 

@@ -77,7 +77,7 @@ class TestChoice:
         assert choice.compute == layer.compute == expected
         assert [one.mode for one in choice.modes if one.chosen] == [expected]
         latencies = {one.mode: one.latency_ms for one in choice.modes}
-        assert latencies == {"on_the_fly": 9, "int8": int8[0], "bitsandbytes": None}
+        assert latencies == {"on_the_fly": 9, "bfloat16": 9, "int8": int8[0], "bitsandbytes": None}
 
     def test_a_mode_with_a_reason_against_it_is_not_taken(self, timed):
         timed |= {"int8": Latency(1, 1, 1)}
@@ -90,12 +90,37 @@ class TestChoice:
         assert (refused["on_the_fly"], refused["int8"]) == (None, "no")
         assert "decoded by torch alone" in refused["bitsandbytes"]
 
+    def test_a_mode_that_changes_the_outputs_by_more_than_is_allowed_is_not_taken(self, timed):
+        timed |= {"int8": Latency(1, 1, 1), "bfloat16": Latency(2, 2, 2)}
+        layer, _ = made("dense", "int8")
+        assert choose_compute(layer, "fastest", rows(layer), most_change=0.02).compute == "int8"
+        assert choose_compute(layer, "fastest", rows(layer), most_change=0.0045).compute == "bfloat16"
+        choice = choose_compute(layer, None, rows(layer), most_change=1e-4)
+        assert choice.compute == "on_the_fly"
+        refused = {one.mode: one.refused for one in choice.modes}
+        assert refused.keys() == {"on_the_fly", "bfloat16", "int8"}
+        assert "changes the outputs by 0.00" in refused["bfloat16"]
+
+    def test_it_is_taken_from_the_fewest_rows_on_for_which_it_is_faster(self, monkeypatch):
+        asked = []
+
+        def latencies(calls, device, seconds=1.0):
+            asked.append(len(next(iter(calls.values())).args[0]))
+            fly = Latency(*[asked[-1]] * 3)
+            return {mode: fly if mode == "on_the_fly" else Latency(*[0.5 * asked[-1] + 10] * 3) for mode in calls}
+
+        monkeypatch.setattr(computing, "latencies", latencies)
+        layer, _ = made("cp", "nf4")
+        choose_compute(layer, None, rows(layer, 200))
+        assert asked == [200, 50, 13]
+        assert (layer.compute, layer.compute_rows) == ("bfloat16", 50)
+
     def test_the_time_for_measuring_is_given(self, monkeypatch):
         given = []
         real = computing.latencies
         monkeypatch.setattr(computing, "latencies", lambda *args: given.append(args[2]) or real(*args))
         layer, _ = made("dense", "int8")
-        choose_compute(layer, "fastest", rows(layer), seconds=0.02)
+        choose_compute(layer, "fastest", rows(layer, 1), seconds=0.02)
         assert given == [0.02]
 
     @pytest.mark.parametrize("asked", ["on_the_fly", "int8"])
@@ -104,7 +129,7 @@ class TestChoice:
         choice = choose_compute(layer, asked, rows(layer), timed=False)
         assert (choice.compute, choice.latencies, timed["asked"]) == (asked, {}, [])
         assert all(one.latency_ms is None for one in choice.modes)
-        assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "int8"}
+        assert choose_compute(layer, asked, rows(layer)).latencies.keys() == {"on_the_fly", "bfloat16", "int8"}
 
     @pytest.mark.parametrize(
         ("bitsandbytes", "expected"), [((1, 1, 1), "bitsandbytes"), ((9, 8, 10), "on_the_fly")], ids=str
@@ -145,7 +170,7 @@ class TestChoice:
 
     def test_a_tucker_of_which_nothing_but_the_core_is_left_has_no_integer_mode(self):
         layer = cb.TuckerBilinear.from_bilinear(bilinear(5, 4, 3), (3, 5, 4), quantize="int8")
-        assert layer.computes == ("on_the_fly",)
+        assert layer.computes == ("on_the_fly", "bfloat16")
         assert "none of its projections" in layer.refused_compute("int8")
 
 
@@ -189,7 +214,7 @@ class TestCompress:
         (layer,) = report.layers
         assert computed == [layer.compute] == ["int8"]
         assert small.rel.compute == "int8"
-        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "int8", "bitsandbytes"}
+        assert {one.mode for one in layer.compute_modes} == {"on_the_fly", "bfloat16", "int8"}
         assert layer.output_error != plain.layers[0].output_error  # rounded inputs count
         assert plain.layers[0].compute_modes == ()
         assert Report.from_json(report.to_json()) == report
@@ -210,6 +235,19 @@ class TestCompress:
         assert small[0].compute == "int8"
         assert report.layers[0].bytes_after == stored_bytes(small[0])
 
+    def test_the_fastest_is_the_default_where_latencies_are_measured(self, timed, tmp_path):
+        timed |= {"bfloat16": Latency(1, 1, 1)}
+        net, options = Net(), {"calibration": batches(), "force": True}
+        small, report = cb.compress(net, CONFIGS["cp"], **options)
+        assert small.rel.compute == report.layers[0].compute == "bfloat16"
+        small.rel.set_compute("bfloat16", rows=7)
+        cb.save(small, tmp_path / "small.safetensors")
+        again = cb.load(tmp_path / "small.safetensors", Net()).rel
+        assert (again.compute, again.compute_rows) == ("bfloat16", 7)
+        for others in ({"measure_latency": False}, {"compute": "on_the_fly"}, {"compute_error": 1e-6}):
+            kept, _ = cb.compress(net, CONFIGS["cp"], **options, **others)
+            assert kept.rel.compute == "on_the_fly"
+
     @pytest.mark.slow
     def test_rounded_inputs_that_miss_a_target_are_not_taken(self, timed):
         timed |= {"int8": Latency(1, 1, 1)}
@@ -226,7 +264,7 @@ class TestCompress:
         options = {"calibration": batches(), "compute": "int8", "refine": "network", "max_seconds": 2}
         small, _ = cb.compress(net, config, **options)
         assert small.rel.compute == "int8"
-        assert small.rel.in1_proj.integer
+        assert small.rel.in1_proj.integer_rows
 
     def test_what_was_chosen_to_meet_a_limit_does_not_miss_it_by_its_mode(self):
         net, asked = Net(), {"calibration": batches(), "measure_latency": False}
@@ -243,6 +281,7 @@ class TestCompress:
         [
             (CONFIGS["cp"], {"compute": "fast"}, "`compute` should be one of"),
             (CONFIGS["cp"], {"compute": "fastest", "measure_latency": False}, "chosen by latencies"),
+            (CONFIGS["cp"], {"compute_error": -0.1}, "`compute_error` should be a number of at least 0. Found -0.1"),
             (cb.CPConfig(rank=3), {"compute": "int8"}, "needs a config with `quantize`"),
             (CONFIGS["cp"], {"compute": "resident"}, "no longer a mode: `cb.dequantize"),
         ],
