@@ -97,7 +97,8 @@ def choose_compute(
         known = measured.get(mode)
         facts: dict[str, Any] = {} if known is None else {"latency_ms": known.median, "output_change": changes[mode]}
         facts |= {} if known is None else {"latency_quartiles_ms": (known.lower, known.upper)}
-        found.append(ComputeMode(mode=mode, chosen=mode == chosen, refused=reason, **facts))
+        facts |= {"chosen": mode == chosen, "rows": rows if mode == chosen else 1}
+        found.append(ComputeMode(mode=mode, refused=reason, **facts))
     return ComputeChoice(compute=chosen, modes=tuple(found), stored_bytes=stored_bytes(layer))
 
 

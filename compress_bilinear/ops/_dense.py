@@ -117,6 +117,8 @@ def composed_dense(
     has the inputs' dtype, whatever the bias has.
     """
     if isinstance(weight, QuantizedTensor):
+        if weight.shape.numel() <= tuning().weight and only_values(input1, input2, bias):  # one slab, at once
+            return composed_dense(input1, input2, weight.decode(input1.dtype), bias, order)
         return in_slabs(partial(composed_dense, order=order), input1, input2, weight, bias)
     small = small_dense(input1, input2, weight, bias) if order is None else None
     if small is not None:

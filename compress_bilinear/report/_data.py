@@ -90,7 +90,8 @@ class ComputeMode:
     """A way in which a quantized layer can compute, as it was measured.
 
     Attributes:
-        mode: "on_the_fly", "int8" or "bitsandbytes"; `chosen` says whether the layer computes so.
+        mode: "on_the_fly", "bfloat16", "int8" or "bitsandbytes"; `chosen` says whether the layer computes so.
+        rows: of a call, from which the chosen mode is taken; fewer are computed on the fly.
         latency_ms, latency_quartiles_ms: of a call, all modes measured in turn; None where it was not timed.
         output_change: ‖y − ŷ‖/‖ŷ − b‖ of its outputs y against those on the fly, ŷ, on the timed rows.
         refused: why the layer cannot or should not compute so; None where it may.
@@ -101,6 +102,7 @@ class ComputeMode:
     latency_ms: Amount | None = None
     latency_quartiles_ms: tuple[Amount, Amount] | None = None
     output_change: Amount | None = None
+    rows: int = 1
     refused: str | None = None
 
 

@@ -149,8 +149,9 @@ def _storage(layer: LayerReport) -> list[str]:
     """How a quantized layer computes, and how much of its weight error comes from rounding."""
     if layer.decision == "kept" or layer.compute is None:
         return []
-    by = "by " if layer.compute == "bitsandbytes" else ""
-    line = f"computes {by}{layer.compute.replace('_', ' ')}"
+    by = {"bitsandbytes": "by ", "bfloat16": "in ", "int8": "in "}.get(layer.compute, "")
+    rows = max((one.rows for one in layer.compute_modes if one.chosen), default=1)
+    line = f"computes {by}{layer.compute.replace('_', ' ')}" + (f" from {rows} rows on" if rows > 1 else "")
     if layer.truncation_error is not None and layer.quantization_error is not None:
         line += f"; weight error {error(layer.truncation_error)} by truncation and "
         line += f"{error(layer.quantization_error)} by rounding"

@@ -111,8 +111,9 @@ class TestChoice:
 
         monkeypatch.setattr(computing, "latencies", latencies)
         layer, _ = made("cp", "nf4")
-        choose_compute(layer, None, rows(layer, 200))
+        choice = choose_compute(layer, None, rows(layer, 200))
         assert asked == [200, 50, 13]
+        assert [one.rows for one in choice.modes] == [1, 50, 1]
         assert (layer.compute, layer.compute_rows) == ("bfloat16", 50)
 
     def test_the_time_for_measuring_is_given(self, monkeypatch):
