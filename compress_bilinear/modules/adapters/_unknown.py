@@ -4,6 +4,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice, product
 
 import torch
@@ -110,7 +111,8 @@ def _linear_in_each(module: nn.Module) -> tuple[int, int] | None:
                 torch.randn(2, *each, size, generator=generator, dtype=torch.float64, device="cpu")
                 for each, size in zip(leading, sizes, strict=True)
             ]
-            if output_of(twin, pairs[0][0], pairs[1][0]) is not None:
+            with suppress(Exception):  # of sizes that it does not take
+                twin(pairs[0][0], pairs[1][0])
                 return sizes if _is_bilinear(twin, *pairs) else None
     return None
 
