@@ -26,30 +26,31 @@ _NOT_ASKED = (nn.Bilinear, CompressedBilinear, AdaptedBilinear, nn.modules.conv.
 
 
 def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
-    """A sentence for each module outside the known ones that may hold a bilinear weight.
+    """A sentence for each weight outside the known modules that may be bilinear; one for all modules that are alike.
 
-    That is one with a parameter of three axes or more; one that is linear in each of two inputs; and one with an
+    It is in a module with a parameter of three axes or more; in one that multiplies its two inputs; or in one with an
     `nn.Linear` or `nn.Embedding` whose rows have a place for every product of what two other parts give.
     """
     inside = {id(part) for each in known for part in each.modules()}
-    sentences = []
+    names: dict[str, list[str]] = {}  # by the sentence
     for name, module in model.named_modules():
         kind, parameters = type(module), dict(module.named_parameters())
         if id(module) in inside or isinstance(module, _NOT_ASKED) or kind.__module__.partition(".")[0] == "torch":
             continue
         if any(map(is_lazy, parameters.values())):
             continue
-        for weight, (why, view) in {name: told for name, *told in _suspicions(module, parameters)}.items():
+        for weight, (why, view) in {own: told for own, *told in _suspicions(module, parameters)}.items():
             shape = "x".join(map(str, parameters[weight].shape))
             plain = all(map(str.isidentifier, weight.split(".")))
             read = f"module.{weight}" if plain else f"module.get_parameter({weight!r})"
             taken = "".join(f", {name}" for name in inspect.signature(module.forward).parameters)
-            sentences.append(
-                f"{name or '(root)'} ({kind.__name__}) {why.format(f'`{weight}` ({shape})')}, but its forward is no "
-                f"form that is known by structure. To compress it, write cb.register_adapter({kind.__name__}, "
-                f"to_weight=lambda module: {read}{view}, call=lambda module, layer{taken}: ...)."
+            told = (
+                f"({kind.__name__}) {why.format(f'`{weight}` ({shape})')}, but its forward is no form that is known by "
+                f"structure. To compress it, write cb.register_adapter({kind.__name__}, to_weight=lambda module: "
+                f"{read}{view}, call=lambda module, layer{taken}: ...)."
             )
-    return sentences
+            names.setdefault(told, []).append(name or "(root)")
+    return [f"{', '.join(own)} {told}" for told, own in names.items()]
 
 
 def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str]]:
@@ -60,13 +61,13 @@ def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator
     floating = [name for name in own if parameters[name].dim() > 2 and parameters[name].is_floating_point()]
     cubes = [name for name in floating if sum(size > 1 for size in parameters[name].shape) > thin]
     yield from ((name, f"has {{}}, of {parameters[name].dim()} axes", "") for name in cubes)
-    if not cubes and parameters and (sizes := _linear_in_each(module)) is not None:
+    if not cubes and parameters and (sizes := _multiplied(module)) is not None:
         weight = max(parameters, key=lambda name: parameters[name].numel())
         if parameters[weight].numel() >= math.prod(sizes):
             shape = parameters[weight].shape
             told = any(all(axes[k] - sizes[k] in (0, 1) for k in (0, 1)) for axes in (shape, shape[::-1]))
             size1, size2 = sizes if told else ("I", "J")  # those of an outer product may be any two
-            why = f"is linear in each of its two inputs, of sizes {size1} and {size2}, and has {{}}"
+            why = f"computes with products of its two inputs, of sizes {size1} and {size2}, and has {{}}"
             yield weight, why, f".view(-1, {size1}, {size2})"
     ends = dict(_ends(module))
     counts = {value for value in vars(module).values() if type(value) is int}.difference(
@@ -96,8 +97,8 @@ def _ends(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int,
             yield from _ends(part, f"{prefix}{name}.")
 
 
-def _linear_in_each(module: nn.Module) -> tuple[int, int] | None:
-    """The sizes of two inputs in each of which a module of plain parts is linear, but for terms of the other alone."""
+def _multiplied(module: nn.Module) -> tuple[int, int] | None:
+    """The sizes of two inputs that a module of plain parts multiplies by each other."""
     if any(type(part) not in _PLAIN and part is not module for part in module.modules()):
         return None
     if not takes_two_inputs(module, optional=True) or sum(p.numel() for p in module.parameters()) > _MOST:
@@ -118,17 +119,25 @@ def _linear_in_each(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _is_bilinear(module: nn.Module, first: Tensor, second: Tensor) -> bool:
-    """Whether a function of two tensors, of which there are two each, is additive in each, up to a constant."""
+    """Whether a function of two tensors, of which there are two each, is additive in each, up to terms of the other.
+
+    Or a function of their products: it takes a factor of the one as one of the other.
+    """
     (x, a), (y, b) = first, second
-    places = ((x, y), (a, y), (x + a, y), (0 * x, y), (x, b), (x, y + b), (x, 0 * y), (0 * x, 0 * y))
+    places = [(x, y), (a, y), (x + a, y), (0 * x, y), (x, b), (x, y + b), (x, 0 * y), (0 * x, 0 * y)]
+    places += [(x / 4, y / 8), (x / 8, y / 4), (x / 8, y / 8)]
     outputs = [output_of(module, *place) for place in places]
     whole = outputs[0]
     if whole is None or any(output is None or output.shape != whole.shape for output in outputs):
         return False
-    xy, ay, xay, y0, xb, xyb, x0, none = (output.double() for output in outputs if output is not None)
-    bound = _CLOSE * max(float(each.abs().max()) for each in (xy, xay, xyb))
-    wrong = max(float((xy + ay - xay - y0).abs().max()), float((xy + xb - xyb - x0).abs().max()))
-    return wrong <= bound < float((xy - x0 - y0 + none).abs().max())
+    xy, ay, xay, y0, xb, xyb, x0, none, one, other, less = (each.double() for each in outputs if each is not None)
+    additive = _is_small(xy + ay - xay - y0, xay) and _is_small(xy + xb - xyb - x0, xyb)
+    of_both = additive and not _is_small(xy - x0 - y0 + none, xy)
+    return of_both or (_is_small(one - other, one) and not _is_small(one - less, one))
+
+
+def _is_small(difference: Tensor, of: Tensor) -> bool:
+    return float(difference.abs().max()) <= _CLOSE * float(of.abs().max())
 
 
 def _sizes(module: nn.Module) -> Iterator[tuple[int, int]]:

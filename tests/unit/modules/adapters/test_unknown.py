@@ -73,7 +73,7 @@ class Blocks(nn.Module):
 TOLD = {
     "a matrix beside a linear term": (
         Two(lambda m, x, y: x @ m.W @ y.mT + m.u(y).mT, W=(6, 5), u=nn.Linear(5, 1)),
-        "is linear in each of its two inputs, of sizes 6 and 5, and has `W` (6x5)",
+        "computes with products of its two inputs, of sizes 6 and 5, and has `W` (6x5)",
         "module.W.view(-1, 6, 5)",
     ),
     "a matrix, then a product": (Two(lambda m, x, y: x @ m.W * y, W=(6, 6)), "`W` (6x6)", "module.W.view(-1, 6, 6)"),
@@ -127,6 +127,16 @@ TOLD = {
         "`W` (1x6x5), of 3",
         "module.W, call",
     ),
+    "a matrix and an activation": (
+        Two(lambda m, x, y: (x @ m.W @ y.mT).sigmoid(), W=(6, 5)),
+        "products of its two inputs, of sizes 6 and 5, and has `W` (6x5)",
+        "module.W.view(-1, 6, 5)",
+    ),
+    "an outer product and an activation": (
+        Two(lambda m, x, y: m.fc((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2)).relu(), fc=nn.Linear(24, 3)),
+        "of sizes I and J, and has `fc.weight` (3x24)",
+        "module.fc.weight.view(-1, I, J)",
+    ),
     "four axes": (
         Two(lambda m, x, y: torch.einsum("ni,goij,nj->ngo", x, m.W, y), W=(2, 3, 6, 5)),
         "`W` (2x3x6x5), of 4",
@@ -167,7 +177,8 @@ def test_what_may_be_bilinear_is_named_with_the_line_to_write(case):
         Two(lambda m, x, y: m.a(x) + m.a(y), a=nn.Linear(6, 6)),
         Two(lambda m, x, y: m.a(torch.cat([x, y], -1)), a=nn.Linear(12, 6)),
         Two(lambda m, x, y: (m.q(x) @ m.q(y).mT).softmax(-1) @ y, q=nn.Linear(6, 6)),
-        Two(lambda m, x, y: (x @ m.W @ y.mT).relu(), W=(6, 6)),
+        Two(lambda m, x, y: nn.functional.normalize(x @ m.W, dim=-1) * nn.functional.normalize(y, dim=-1), W=(6, 6)),
+        Two(lambda m, x, y: torch.cdist(x @ m.W, y), W=(6, 6)),
         Two(lambda m, x, y: m.c(m.a(x) * m.b(y)), a=nn.Linear(6, 2), b=nn.Linear(6, 2), c=nn.Linear(2, 6)),  # a CP
         Two(lambda m, x, y: m.d(m.a(x)), a=nn.Linear(16, 4), d=nn.Linear(4, 16)),
         Two(lambda m, x, y: x, a=nn.Linear(36, 6), b=nn.Linear(36, 6), c=nn.Linear(36, 3)),  # heads
@@ -185,6 +196,12 @@ def test_what_is_not_bilinear_or_stores_no_weight_of_one_is_not_named(module):
 def test_each_of_several_weights_is_named():
     module = Two(lambda m, x, y: x, up=(3, 6, 5), down=(3, 5, 6), scale=(6,))
     assert [told.split("`")[1] for told in unknown_forms(module, [])] == ["up", "down"]
+
+
+def test_modules_that_are_alike_share_a_sentence():
+    relu, others = [Two(lambda m, x, y: x, W=(3, 6, 5)) for _ in range(2)], Two(lambda m, x, y: x, W=(3, 6, 6))
+    told = unknown_forms(nn.ModuleList([*relu, others]), [])
+    assert [sentence.split(" has ")[0] for sentence in told] == ["0, 1 (Two)", "2 (Two)"]
 
 
 def test_what_is_known_or_inside_of_it_is_not_named():
