@@ -9,7 +9,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import permutations, product
 
@@ -30,9 +30,8 @@ _MOST, _MOST_OF_MATRIX = 2**28, 2**22  # elements of a weight above which no for
 _ROWS: tuple[tuple[Leading, ...], ...] = tuple(
     tuple((size, size) for size in sizes) for sizes in (((5,), (1,)), ((2, 3), (1, 3), (2, 1)))
 )
-_PAIRS: tuple[tuple[Leading, ...], ...] = (
-    (((2, 3), (2, 3)), ((2, 3), (2, 4)), ((1, 4), (1, 1)), ((3, 1), (3, 2)), ((1, 1), (1, 1))),
-)
+_PAIRS: tuple[Leading, ...] = (((2, 3), (2, 3)), ((2, 3), (2, 4)), ((1, 4), (1, 1)), ((3, 1), (3, 2)), ((1, 1), (1, 1)))
+_LEADINGS = {"pairs": (_PAIRS,)}
 _ROW_OUTPUTS = ("o", "1")
 _PAIR_OUTPUTS = (*("".join(order) for order in permutations("xyo")), "xy", "yx")
 
@@ -44,18 +43,20 @@ def recognise(module: nn.Module) -> Form | None:
     """The form of a module by its structure, or None; see the docstring of this file. The module is not called."""
     if not (_has_the_parameters(module) and takes_two_inputs(module)):
         return None
-    with trials(module) as twin:
-        if twin is None:
-            return None
+    forms: list[Form] = []
+    with suppress(CompressionError), trials(module) as twin:
         calls: _Calls = {}
-        forms = [form for reading in _readings(twin, calls) for form in _confirmed(reading, twin, calls)]
+        forms += (form for reading in _readings(twin, calls) for form in _confirmed(reading, twin, calls))
     # forms that take inputs of the same sizes compute the same; inputs of several sizes leave open which are meant
     return forms[0] if len({form.input_sizes for form in forms}) == 1 else None
 
 
 @contextmanager
-def trials(module: nn.Module) -> Iterator[nn.Module | None]:
-    """Inside, a copy of the module with random values in float64, in eval mode, to be called; None if there is none."""
+def trials(module: nn.Module) -> Iterator[nn.Module]:
+    """Inside, a copy of the module with random values in float64, in eval mode, to be called.
+
+    Raises: CompressionError where it cannot be copied.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(tensor: Tensor) -> Tensor:
@@ -66,11 +67,7 @@ def trials(module: nn.Module) -> Iterator[nn.Module | None]:
 
     with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        try:
-            twin = copied(module, random).eval()
-        except CompressionError:
-            twin = None
-        yield twin
+        yield copied(module, random).eval()
 
 
 def _has_the_parameters(module: nn.Module) -> bool:
@@ -139,7 +136,7 @@ def _confirmed(form: Form, twin: nn.Module, calls: _Calls) -> Iterator[Form]:
     orders = [each for each in (_PAIR_OUTPUTS if form.mode == "pairs" else _ROW_OUTPUTS) if "o" in each or out == 1]
     factors: dict[str, float] = {}  # of the orders that held
     held: dict[str, tuple[int, ...]] = {}
-    for leadings in _leadings(form):
+    for leadings in _LEADINGS.get(form.mode, _ROWS):
         left = orders
         for leading in leadings:
             inputs, output = _called(form, twin, leading, calls)
@@ -186,7 +183,7 @@ def _same(output: Tensor, found: Tensor, order: str, factors: dict[str, float]) 
 def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     """Whether a form that holds in eval mode for values of magnitude 1 also holds at others, and in training mode."""
     layer = DenseBilinear.from_weight(form.to_weight(twin), form.to_bias(twin))
-    leading = next(each[0] for each in _leadings(form) if len(each[0][0]) + 1 in form.dims)
+    leading = next(each[0] for each in _LEADINGS.get(form.mode, _ROWS) if len(each[0][0]) + 1 in form.dims)
     for magnitude, training in ((1e-3, False), (1e3, False), (1.0, True)):
         first, second = form.inputs(*leading, torch.float64)
         input1, input2 = (magnitude * first, second if form.mode == "index" else magnitude * second)
@@ -195,10 +192,6 @@ def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
         if output is None or difference(output, form.call(twin, layer, input1, input2)) is not None:
             return False
     return True
-
-
-def _leadings(form: Form) -> tuple[tuple[Leading, ...], ...]:
-    return _PAIRS if form.mode == "pairs" else _ROWS
 
 
 def output_of(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ...errors import CompressionError
 from .._base import CompressedBilinear
 from ._adapter import AdaptedBilinear
 from ._recognition import output_of, takes_two_inputs, trials
@@ -35,9 +36,8 @@ def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
     names: dict[str, list[str]] = {}  # by the sentence
     for name, module in model.named_modules():
         kind, parameters = type(module), dict(module.named_parameters())
-        if id(module) in inside or isinstance(module, _NOT_ASKED) or kind.__module__.partition(".")[0] == "torch":
-            continue
-        if any(map(is_lazy, parameters.values())):
+        torchs, lazy = kind.__module__.partition(".")[0] == "torch", any(map(is_lazy, parameters.values()))
+        if id(module) in inside or isinstance(module, _NOT_ASKED) or torchs or lazy:
             continue
         for weight, (why, view) in {own: told for own, *told in _suspicions(module, parameters)}.items():
             shape = "x".join(map(str, parameters[weight].shape))
@@ -103,9 +103,7 @@ def _multiplied(module: nn.Module) -> tuple[int, int] | None:
         return None
     if not takes_two_inputs(module, optional=True) or sum(p.numel() for p in module.parameters()) > _MOST:
         return None
-    with trials(module) as twin:
-        if twin is None:
-            return None
+    with suppress(CompressionError), trials(module) as twin:
         for sizes, leading in islice(product(_sizes(module), _LEADING), _MOST_TRIALS):
             generator = torch.Generator().manual_seed(0)
             pairs = [
