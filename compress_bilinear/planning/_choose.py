@@ -30,6 +30,7 @@ from ._progress import ProgressBars
 
 _VERIFY = 0.6  # of the time, to make candidates; what is left polishes the chosen ones
 _MODES = 0.05  # of it, to measure the compute modes of these; as much where solving has used up all
+_TIMED = 0.3  # seconds to measure modes that nobody asked for
 _MADE = 0.5  # of the work on a candidate until it is made; the rest polishes it
 
 
@@ -237,7 +238,7 @@ def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions, secon
         # what a config of one rank misses is kept as it is; what was chosen to meet the limit goes on meeting it
         strict=isinstance(job.config, AutoConfig),
         most_change=options["compute_error"],
-        seconds=min(seconds, 1.0),
+        seconds=min(seconds, _TIMED if wanted is None else 1.0),
     )
     error = candidate.error
     if choice.compute in ("bfloat16", "int8") and candidate.on_output and job.held_out is not None:
