@@ -6,7 +6,7 @@ Needs torch alone, and for two of the contestants on a GPU Triton.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Contestant:
         trains: whether gradients are asked of it.
         compiled: whether torch.compile makes it.
         ours: whether kernels of this package run, whose gradients are looked at block by block.
+        computed_in: the dtype of its products, whose tolerance it has; that of its tensors if None.
     """
 
     family: str
@@ -103,6 +104,7 @@ class Contestant:
     trains: bool = True
     compiled: bool = False
     ours: bool = False
+    computed_in: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class _Weights:
     dense: tuple[Tensor, ...]
     int8: QuantizedTensor
     cp: tuple[Tensor, ...]
+    cp_int8: tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor, Tensor]
     tucker: tuple[Tensor, ...]
 
 
@@ -132,7 +135,17 @@ def _weights(case: Case, dtype: torch.dtype, device: torch.device) -> _Weights:
         normal(case.out, r_out),
         bias,
     )
-    return _Weights((weight, bias), FORMATS["int8"].encode(weight, "weight"), cp, tucker)
+    # the scale of a component is in one number for all its factors
+    units, peaks = zip(*(_unit(factor, 1 - at // 2) for at, factor in enumerate(cp[:3])), strict=True)
+    first, second, last = (FORMATS["int8"].encode(unit, "factor") for unit in units)
+    sigma = math.prod(peaks).flatten()
+    return _Weights((weight, bias), FORMATS["int8"].encode(weight, "weight"), cp, (first, second, last, sigma), tucker)
+
+
+def _unit(factor: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """A factor whose largest entries along an axis are those that int8 holds, and what it was divided by."""
+    peak = factor.float().abs().amax(axis, keepdim=True) * (128 / 127)
+    return factor.float() / peak, peak.flatten()
 
 
 def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Contestant]:
@@ -185,6 +198,20 @@ def contestants(case: Case, rows: int, dtype: torch.dtype, device: torch.device)
     found["dense int8"] = Contestant(
         "dense", int8, (*inputs, bias), exact_int8, einsum, read, dense_flops, trains=False
     )
+    first, second, last, sigma = held.cp_int8
+
+    def cp_int8(x1: Tensor, x2: Tensor, bias: Tensor) -> Tensor:
+        return cp_call(x1, x2, first, second, last, bias, sigma=sigma)
+
+    wide = [each.decode(torch.float64) for each in (first, second, last)]
+    exact_cp_int8 = _widened(cp_reference, (*inputs, wide[0] * sigma.double()[:, None], *wide[1:], bias))
+    stored = (*inputs, first.qdata, second.qdata, last.qdata, sigma, bias)
+    found["CP int8"] = replace(
+        found["CP"], call=cp_int8, tensors=(*inputs, bias), exact=exact_cp_int8, stored=stored, trains=False
+    )
+    for name in ("dense int8", "CP int8") if dtype == torch.float32 else ():
+        narrow = partial(_in_bfloat16, found[name].call)
+        found[f"{name}, bfloat16"] = replace(found[name], call=narrow, computed_in=torch.bfloat16)
     for name in ("dense", "CP", "Tucker"):
         found[name] = replace(found[name], ours=True)
     if device.type == "cuda":
@@ -226,6 +253,11 @@ def _on_gpu(found: dict[str, Contestant], pairs: bool) -> None:
         from benchmarks.plain_triton import plain_dense
 
         found["plain Triton"] = replace(found["dense"], call=plain_dense, trains=False)
+
+
+def _in_bfloat16(call: Callable[..., Tensor], x1: Tensor, x2: Tensor, bias: Tensor) -> Tensor:
+    """What a layer's `set_compute("bfloat16")` does."""
+    return call(x1.bfloat16(), x2.bfloat16(), bias).to(x1.dtype)
 
 
 def _expanded(x1: Tensor, x2: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def wrong(contestant: Contestant, pairs: bool, training: bool = False, most_wide
 
 
 def _tolerance(contestant: Contestant, gradient: bool = False) -> float:
-    dtype = contestant.tensors[0].dtype
+    dtype = contestant.computed_in or contestant.tensors[0].dtype
     if dtype.itemsize < 4:  # whose products are summed in float32
         return TOLERANCES[dtype] * (_GRADIENTS if gradient else 1.0)
     terms = max(size for tensor in contestant.stored for size in tensor.shape[0 if gradient else 1 :])

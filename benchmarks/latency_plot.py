@@ -23,8 +23,9 @@ RESULTS = Path(__file__).parent / "results"
 # greys for what there is, a colour for each of our forms, pale where a plain chain computes it
 _COLOURS = {
     "nn.Bilinear": "#5c6770", "einsum": "#8f99a1", "one GEMM": "#aab3b9", "outer": "#c5ccd0", "plain Triton": "#dde1e4",
-    "dense": "#1f6fb4", "dense int8": "#6fb1e0",
-    "CP": "#d1345b", "CP composed": "#edadbd", "Tucker": "#d99000", "Tucker composed": "#f1d9a6",
+    "dense": "#1f6fb4", "dense int8": "#6fb1e0", "dense int8, bfloat16": "#2f8f9d",
+    "CP": "#d1345b", "CP int8": "#e68aa0", "CP int8, bfloat16": "#a3195b", "CP composed": "#edadbd",
+    "Tucker": "#d99000", "Tucker composed": "#f1d9a6",
 }  # fmt: skip
 _COLUMNS = 3
 

@@ -185,9 +185,11 @@ def summary(rows: list[Row]) -> str:
         lines.append(f"{' '.join(key)}: {cells} ms")
     for heading in dict.fromkeys((key[0], key[1]) for key in grouped):
         chosen = {key: group for key, group in grouped.items() if key[:2] == heading}
-        for name in ("dense", "dense int8", "CP", "Tucker"):
+        for name in ("dense", "dense int8", "dense int8, bfloat16", "CP", "CP int8", "CP int8, bfloat16", "Tucker"):
             against: dict[str, tuple[str, ...]] = {"nn.Bilinear": ("nn.Bilinear",)}
             against |= {"the best exact rival": RIVALS} if name == "dense" else {}
+            against |= {"the best exact": (*RIVALS, "dense")} if name.startswith("dense int8") else {}
+            against |= {"CP in float": ("CP",)} if name.startswith("CP int8") else {}
             against |= {"the best chain": CHAINS[name]} if name in CHAINS else {}
             for what, others in against.items():
                 ratios = {

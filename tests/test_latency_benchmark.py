@@ -56,8 +56,8 @@ def test_every_contestant_of_every_group_is_measured(benchmark, capsys):
     assert {key[:2] for key in keys(rows)} == {(d, p) for d in ("float32", "bfloat16") for p in ("forward", "training")}
     forward = {row["contestant"] for row in rows if (row["case"], row["pass"]) == ("rows", "forward")}
     assert forward == {
-        "nn.Bilinear", "einsum", "one GEMM", "outer", "dense", "dense int8",
-        "CP", "CP composed", "Tucker", "Tucker composed",
+        "nn.Bilinear", "einsum", "one GEMM", "outer", "dense", "dense int8", "dense int8, bfloat16",
+        "CP", "CP int8", "CP int8, bfloat16", "CP composed", "Tucker", "Tucker composed",
     }  # fmt: skip
     for row in rows:
         assert row["status"] == "ok"

@@ -27,7 +27,7 @@ from ..quantization import QuantizedTensor
 from ._blocks import TRACED_ROW, block_runner, block_size, joined, plus, tuning, weight_parts
 from ._context import only_values, traced
 from ._gemm import stored_linear, uses_fast_mkl
-from ._stored import Weight, in_slabs
+from ._stored import Weight, in_slabs, is_one_slab
 
 Order: TypeAlias = Literal["in1_first", "in2_first", "outer"]
 
@@ -117,7 +117,7 @@ def composed_dense(
     has the inputs' dtype, whatever the bias has.
     """
     if isinstance(weight, QuantizedTensor):
-        if weight.shape.numel() <= tuning().weight and only_values(input1, input2, bias):  # one slab, at once
+        if is_one_slab(weight) and only_values(input1, input2, bias):
             return composed_dense(input1, input2, weight.decode(input1.dtype), bias, order)
         return in_slabs(partial(composed_dense, order=order), input1, input2, weight, bias)
     small = small_dense(input1, input2, weight, bias) if order is None else None

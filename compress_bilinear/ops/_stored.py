@@ -42,6 +42,11 @@ def slabs(weight: Weight) -> list[slice]:
     return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
 
+def is_one_slab(weight: QuantizedTensor) -> bool:
+    """Whether it is decoded at once."""
+    return weight.shape.numel() <= tuning().weight or weight.shape[0] == 1
+
+
 def project(
     input: Tensor,  # (..., K)
     weight: Weight | None,  # (M, K), or (M, a, b) with a b = K
@@ -55,15 +60,14 @@ def project(
         return input
     if isinstance(weight, Tensor):
         return linear(input, weight, bias)
-    parts = slabs(weight)
-    if len(parts) == 1 and (traced() or not gradient_wanted(input, bias)):
+    if is_one_slab(weight) and (traced() or not gradient_wanted(input, bias)):
         bias = bias if bias is None else bias.to(input.dtype)
         return linear(input, weight.decode(input.dtype).flatten(1), bias)
 
     def matrix(rows: slice, dtype: torch.dtype, *_: Tensor) -> Tensor:
         return weight.decode(dtype, rows).flatten(1)
 
-    pieces = (stored_linear(input, partial(matrix, rows), *weight.buffers()) for rows in parts)
+    pieces = (stored_linear(input, partial(matrix, rows), *weight.buffers()) for rows in slabs(weight))
     return plus(joined(pieces, weight.shape[0], -1, only_values(input)), bias)
 
 

@@ -108,7 +108,8 @@ FORMATS: dict[str, Format] = {form.name: form for form in (Bf16(), Int8(), Nf4()
 
 
 def _scale_rows(stored: QuantizedTensor, rows: slice) -> Tensor | None:
-    return stored.scale if stored.scale is None or stored.scale.shape[0] == 1 else stored.scale[rows]
+    scale: Tensor | None = stored.scale
+    return scale if scale is None or scale.shape[0] == 1 else scale[rows]
 
 
 def _slice_shape(stored: QuantizedTensor, rows: slice) -> tuple[int, ...]:

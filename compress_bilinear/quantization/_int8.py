@@ -112,7 +112,7 @@ def decode_int8(qdata: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tens
         return qdata.to(dtype).mul_(UNIT)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     values, scale = qdata.to(wide), scale.to(wide)
-    if scale.shape[1:] == (values.shape[1], 1):  # of whole rows: at once, for layers may be small
+    if scale.shape[1:] == (*values.shape[1:2], 1):  # of whole rows: at once, for layers may be small
         return values.mul_(scale).to(dtype)
     cut = [axis for axis, (count, size) in enumerate(zip(scale.shape, values.shape, strict=True)) if 1 < count < size]
     if len(cut) == 1:
