@@ -17,7 +17,7 @@ from ._in_model import (
 )
 from ._linear import InterpolativeLinear, QuantizedLinear
 from ._methods import METHODS, Decomposition, Method, Rank, method_name, method_of
-from ._references import function_reference, plain_reference
+from ._references import reference
 from ._run import Call, WeightReads, call, is_writable, noting, place, undisturbed
 from ._saving import guard_saving, has_other_state
 from ._storage import stored_as

@@ -1,66 +1,70 @@
-"""What in a model refers to a layer besides the registered submodules: it would go on using the old one."""
+"""What in a model refers to its layers besides the registered submodules: it would go on using the old ones."""
 
-from collections.abc import Callable, Container, Iterable
-from contextlib import suppress
-from functools import partial
-from types import CellType, FunctionType, MethodType
+import dis
+import functools
+import gc
+from collections.abc import Container, Iterator
+from types import CodeType, FunctionType, ModuleType
+from weakref import ReferenceType
 
 from torch import nn
 
 
-def plain_reference(model: nn.Module, layer: nn.Module) -> str | None:
-    """The attribute of the model that refers to the layer outside the registered submodules, or None.
+def reference(model: nn.Module, held: Container[int], besides: nn.Module | None = None) -> str | None:
+    """The attribute by which a model has one of these modules, given by id, as no registered submodule; or None.
 
-    The layer's own attributes do not count: they go with it.
+    Followed are containers, objects, weak references, and functions with what they close over, their defaults and the
+    globals that they read; those of the modules' classes too.
+
+    Args:
+        besides: a module whose own attributes do not count.
     """
-    return _attribute(model, lambda value: _holds(value, {id(layer)}, set()), besides=layer)
-
-
-def function_reference(model: nn.Module, names: Iterable[str]) -> str | None:
-    """The attribute of the model with a function in it that refers to a module with one of these names, or None.
-
-    A module that holds such a one counts too. A copy of the model has the very same function: it would go on running
-    the original.
-    """
-    there = dict(model.named_modules(remove_duplicate=False))
-    parts = (name.split(".") for name in names)
-    holders = {".".join(path[:count]) for path in parts for count in range(len(path) + 1)}
-    modules = {id(there[name]) for name in holders if name in there}
-    return _attribute(model, lambda value: _holds(value, modules, set(), False))
-
-
-def _attribute(model: nn.Module, fits: Callable[[object], bool], besides: nn.Module | None = None) -> str | None:
+    there = {id(module) for module in model.modules()}
+    seen: set[int] = set()
     for prefix, module in model.named_modules():
-        for attribute, value in vars(module).items() if module is not besides else ():
-            if attribute != "_modules" and fits(value):
+        own = [] if module is besides else [vars(module)]
+        own += [vars(kind) for kind in type(module).__mro__ if not _is_library(kind)]
+        for attribute, value in ((name, value) for each in own for name, value in each.items()):
+            # `__init__` does not run again
+            if attribute not in ("_modules", "__init__") and _reaches(value, held, there, seen):
                 return f"the attribute {f'{prefix}.{attribute}' if prefix else attribute!r}"
     return None
 
 
-def _holds(value: object, modules: Container[int], seen: set[tuple[int, bool]], counts: bool = True) -> bool:
-    """Whether a value is one of these modules, by id, or has it in containers, partials, methods or functions.
+def _reaches(value: object, held: Container[int], there: Container[int], seen: set[int]) -> bool:
+    """Whether one of the modules `held` is reached from a value; the model's modules `there` are looked at alone."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if id(value) in held:
+            return True
+        if id(value) in seen or id(value) in there or not gc.is_tracked(value):
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType):
+            left += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *_globals(value)]
+        elif isinstance(value, ReferenceType):
+            left.append(value())
+        elif isinstance(value, nn.Module) or not (isinstance(value, (type, ModuleType)) or _is_library(type(value))):
+            left += gc.get_referents(value)
+    return False
 
-    It `counts`, or else only inside a function, that is in what it closes over and its defaults.
-    """
-    if counts and id(value) in modules:
-        return True
-    if (id(value), counts) in seen:
-        return False
-    seen.add((id(value), counts))
-    parts: Iterable[object] = ()
-    match value:
-        case dict():
-            parts = [*value.keys(), *value.values()]
-        case list() | tuple() | set() | frozenset():
-            parts = value
-        case partial():
-            parts = [value.func, value.args, value.keywords, vars(value)]
-        case MethodType():
-            parts = [value.__self__, value.__func__]
-        case FunctionType():
-            counts = True
-            parts = [value.__defaults__, value.__kwdefaults__, vars(value), value.__closure__]
-        case CellType():
-            with suppress(ValueError):  # an empty one
-                parts = [value.cell_contents]
-    return any(_holds(part, modules, seen, counts) for part in parts)
+
+def _is_library(kind: type | FunctionType) -> bool:
+    """Whether it is torch's: its tensors, handles and so on hold no module, or are copied as they should be."""
+    return (kind.__module__ or "").partition(".")[0] == "torch"
+
+
+def _globals(function: FunctionType) -> Iterator[object]:
+    """The modules among the globals that a function reads, and the functions beside it that it calls."""
+    there = function.__globals__
+    for name in () if _is_library(function) else _names(function.__code__):
+        value = there.get(name)
+        if isinstance(value, nn.Module) or (isinstance(value, FunctionType) and value.__globals__ is there):
+            yield value
+
+
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
+    own = {each.argval for each in dis.get_instructions(code) if each.opname == "LOAD_GLOBAL"}
+    return frozenset(own).union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))

@@ -16,11 +16,10 @@ from ..modules import (
     call,
     check_inplace,
     fingerprint,
-    function_reference,
     guard_saving,
     noting,
-    plain_reference,
     reason_against,
+    reference,
     replacements,
     swap,
     take_flags,
@@ -92,7 +91,8 @@ def called_check(
         if missing:
             raise CompressionError(
                 f"The compressed model should call its replacements. Found that it does not call {sorted(missing)}: "
-                "something in it goes on running the original layers. Try `inplace=True`, or replace no such layer."
+                "something in it goes on running the original layers. Have that look the layer up in the model at each "
+                "call, set `inplace=` the other way round, or leave the layer out by {name: None}."
             )
 
     return check
@@ -101,12 +101,6 @@ def called_check(
 @torch.inference_mode(False)  # so that the copy can be trained
 def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
     """A copy of the model with the replacements."""
-    held = function_reference(model, [name for job in replaced for name in job.found.names])
-    if held is not None:
-        raise CompressionError(
-            f"A copy of the model should run its own replacements. Found {held}, a function that holds the model or a "
-            "layer to replace, of which a copy would go on running the original. Use `inplace=True`."
-        )
     memo: dict[int, Any] = {}
     try:
         # deepcopy finds the replacement where it would have copied the layer, under whatever name or in
@@ -126,8 +120,22 @@ def copied(model: _Model, replaced: Sequence[Job]) -> _Model:
                     f"A copy of the model should hold the replacement of layer {name or '(root)'!r}. Found another "
                     "module: some `__deepcopy__` of the model's does not copy as usual. Use `inplace=True`."
                 )
+    held = reference(new, _holders(model, replaced))
+    if held is not None:
+        raise CompressionError(
+            f"A copy of the model should run its own replacements. Found {held}, which in the copy holds the original "
+            "model or a layer to replace. Use `inplace=True`, or have it look the layer up in the model that it is of."
+        )
     guard_saving(new)
     return new
+
+
+def _holders(model: nn.Module, replaced: Sequence[Job]) -> set[int]:
+    """The ids of the modules to replace, and of those that they are in."""
+    there = dict(model.named_modules(remove_duplicate=False))
+    parts = [name.split(".") for job in replaced for name in job.found.names]
+    holders = {".".join(path[:count]) for path in parts for count in range(len(path) + 1)}
+    return {id(there[name]) for name in holders if name in there}  # those of a file's tensors have dots in their names
 
 
 @torch.inference_mode(False)
@@ -135,11 +143,12 @@ def swapped(model: nn.Module, replaced: Sequence[Job]) -> Callable[[], None]:
     """Swap the replacements in; returns what undoes it."""
     for job in replaced:
         check_inplace(model, job.found.names)
-        held = plain_reference(model, job.found.module)
+        held = reference(model, {id(job.found.module)}, besides=job.found.module)
         if held is not None:
             raise CompressionError(
                 f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "
-                f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`."
+                f"submodule. Found {held}, which would go on using the old layer: use `inplace=False`, or have it "
+                "look the layer up in the model at each call."
             )
     return swap(model, replacements((job.found, _ready(job, job.layer.bias)) for job in replaced))
 

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize, prune
 
 from compress_bilinear.config import CPConfig, DenseConfig, TuckerConfig
 from compress_bilinear.errors import CompressionError, MatchError
-from compress_bilinear.modules import DenseBilinear, FoundLayer, find, plain_reference, reason_against, select
+from compress_bilinear.modules import DenseBilinear, FoundLayer, find, reason_against, reference, select
 from compress_bilinear.modules import _in_model as discovery
 
 CP, TUCKER, DENSE = CPConfig(rank=2), TuckerConfig(rank=(1, 1, 1)), DenseConfig()
@@ -293,21 +293,21 @@ class TestPlainReference:
         model = nn.Sequential(nn.Module())
         model[0].rel = bilinear(4, 3, 2)
         model[0].kept = held(model[0].rel)
-        assert plain_reference(model, model[0].rel) == "the attribute '0.kept'"
+        assert reference(model, {id(model[0].rel)}) == "the attribute '0.kept'"
 
     def test_an_attribute_is_found(self):
         model = network()
         object.__setattr__(model, "first", model.a)
-        assert plain_reference(model, model.a) == "the attribute 'first'"
+        assert reference(model, {id(model.a)}) == "the attribute 'first'"
 
     def test_registered_submodules_are_none(self):
         model = network()
         model.numbers = [1, 2]
-        assert plain_reference(model, model.a) is None
+        assert reference(model, {id(model.a)}) is None
 
 
 def test_a_layer_that_a_partial_holds_is_a_plain_reference():
     model = nn.Module()
     model.rel = nn.Bilinear(4, 3, 2)
     model.score = functools.partial(torch.vmap, model.rel)
-    assert "'score'" in plain_reference(model, model.rel)
+    assert "'score'" in reference(model, {id(model.rel)})

@@ -1,10 +1,14 @@
+import copy
 import functools
+import types
+import weakref
+from collections import deque
 
 import pytest
 import torch
 from torch import nn
 
-from compress_bilinear.modules import WeightReads, function_reference, plain_reference
+from compress_bilinear.modules import WeightReads, reference
 
 
 class Net(nn.Module):
@@ -36,6 +40,17 @@ def wrapped(value):
     return function
 
 
+def reading(names):
+    """A function that reads a global by another function."""
+    exec("def inner():\n    return held\ndef outer():\n    return inner()", names)
+    return names["outer"]
+
+
+def of_the_original(net):
+    """The attribute by which a copy has the original's modules."""
+    return reference(copy.deepcopy(net), {id(part) for part in (net, net.inner, net.inner["rel"])})
+
+
 FUNCTIONS = {
     "closure": holding,
     "closure over a list": lambda value: holding([{"a": (value,)}]),
@@ -45,6 +60,28 @@ FUNCTIONS = {
     "wraps": wrapped,
     "in a partial": lambda value: functools.partial(print, holding(value)),
     "in a container": lambda value: {"hooks": [holding(value)]},
+    "in an object": lambda value: types.SimpleNamespace(hook=holding(value)),
+    "cached": lambda value: functools.lru_cache(holding(value)),
+    "global": lambda value: eval("lambda x: (lambda: held(x))", {"held": value if callable(value) else print}),
+    "global of a global": lambda value: reading({"held": value}),
+    "weak": lambda value: weakref.ref(value.__self__ if hasattr(value, "__self__") else value),
+}
+
+
+class Slots:
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+HOLDERS = {
+    "list": lambda value: [value],
+    "method": lambda value: value.forward,
+    "object": Slots,
+    "namespace": lambda value: types.SimpleNamespace(inside=[value]),
+    "queue": lambda value: deque([value]),
+    "module in a list": lambda value: [nn.Sequential(value)],
 }
 
 
@@ -54,28 +91,48 @@ class TestFunctionsThatHoldTheModel:
     def test_they_are_found_wherever_they_are(self, make, target):
         net = Net()
         net.inner.helper = make(net.get_submodule(target))
-        assert function_reference(net, ["inner.rel"]) == "the attribute 'inner.helper'"
+        assert of_the_original(net) == "the attribute 'inner.helper'"
 
     def test_a_method_of_the_model_in_a_closure_is_found(self):
         net = Net()
         net.forward = holding(net.forward)
-        assert function_reference(net, ["inner.rel"]) == "the attribute 'forward'"
+        assert of_the_original(net) == "the attribute 'forward'"
 
     def test_hooks_that_hold_the_model_are_found(self):
         net = Net()
         net.inner["other"].register_forward_hook(holding(net))
-        assert function_reference(net, ["inner.rel"]) == "the attribute 'inner.other._forward_hooks'"
+        assert of_the_original(net) == "the attribute 'inner.other._forward_hooks'"
 
     @pytest.mark.parametrize("make", FUNCTIONS.values(), ids=FUNCTIONS)
     def test_functions_of_other_modules_do_no_harm(self, make):
         net = Net()
         net.helper = make(net.inner["other"])
-        assert function_reference(net, ["inner.rel"]) is None
+        assert of_the_original(net) is None
 
-    def test_what_a_copy_copies_does_no_harm(self):
+    @pytest.mark.parametrize("make", HOLDERS.values(), ids=HOLDERS)
+    def test_what_a_copy_copies_does_no_harm(self, make):
         net = Net()
+        net.helper = make(net.inner["rel"])
         net.parts = [net.inner, functools.partial(print, net), net.forward, {"net": net}]
-        assert function_reference(net, ["inner.rel"]) is None
+        assert of_the_original(net) is None
+
+    def test_what_its_class_holds_is_found_but_for_what_makes_it(self):
+        layer = nn.Bilinear(3, 3, 2)
+
+        class Closing(Net):
+            def __init__(self):
+                super().__init__()
+                self.inner["rel"] = layer
+
+        assert of_the_original(Closing()) is None
+
+        class Calling(Closing):
+            def forward(self, x, y):
+                return layer(x, y)
+
+        assert of_the_original(Calling()) == "the attribute 'forward'"
+        Closing.shared = layer
+        assert of_the_original(Closing()) == "the attribute 'shared'"
 
     def test_a_closure_whose_value_is_not_set_yet_does_no_harm(self):
         net = Net()
@@ -89,15 +146,15 @@ class TestFunctionsThatHoldTheModel:
                 later = 1
 
         outer()
-        assert function_reference(net, ["inner.rel"]) is None
+        assert of_the_original(net) is None
 
 
-@pytest.mark.parametrize("make", [*FUNCTIONS.values(), lambda value: [value], lambda value: value.forward])
+@pytest.mark.parametrize("make", [*FUNCTIONS.values(), *HOLDERS.values()], ids=[*FUNCTIONS, *HOLDERS])
 def test_whatever_holds_the_layer_itself_is_found(make):
     net = Net()
     net.helper = make(net.inner["rel"])
-    assert plain_reference(net, net.inner["rel"]) == "the attribute 'helper'"
-    assert plain_reference(net, net.inner["other"]) is None
+    assert reference(net, {id(net.inner["rel"])}) == "the attribute 'helper'"
+    assert reference(net, {id(net.inner["other"])}) is None
 
 
 USES = {
