@@ -48,7 +48,7 @@ class Tuning:
     programs: int = 128
     onednn: bool | None = None
     onednn_rows: int = 16
-    onednn_products: int = 2**21
+    onednn_products: int = 2**23
 
 
 _DEFAULT = Tuning()

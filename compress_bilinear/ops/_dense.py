@@ -35,8 +35,9 @@ ORDERS: tuple[Order, ...] = ("in1_first", "in2_first", "outer")
 
 _LEAST_OUT = 4  # outputs from which "outer" pays: its product is long and narrow
 _OUTER_MOST = 2**14  # I·J above which blocks of "outer" have too few rows for an efficient product
-_OUTER_RATIO = 2  # O relative to the inputs' sizes from which "outer" is the best order for any number of rows
+_OUTER_RATIO = 1.3  # O relative to the inputs' sizes from which "outer" is the best order for any number of rows
 _FEW_OUTER = 2**18  # elements of x1 ⊗ x2 up to which "outer" saves more overhead than it costs, if there are at most
+_ONE_BLOCK_RATIO = 0.75  # the same for rows of which x1 ⊗ x2 is one block: up to 1.45 times as fast
 _FEW_PRODUCTS = 2**21  # so many multiply-adds,
 _FEW_ROWS = 8  # or so few rows
 _ROW_OUTER = 2**22  # elements of x1 ⊗ x2 for a single row, which only reads the weight
@@ -56,7 +57,7 @@ def best_order(shape: tuple[int, int, int], rows: int | None = None, dtype: torc
     pairs = in1 * in2
     if out >= _OUTER_RATIO * max(in1, in2) and pairs <= _OUTER_MOST and dtype != torch.float16:
         return "outer"
-    if rows is not None and _is_small(shape, rows, dtype):
+    if rows is not None and (_is_small(shape, rows, dtype) or _is_one_block(shape, rows, dtype)):
         return "outer"
     if rows is None:
         return "in1_first" if in1 > in2 else "in2_first"
@@ -68,6 +69,13 @@ def _is_small(shape: tuple[int, int, int], rows: int, dtype: torch.dtype | None)
     out, pairs = shape[0], rows * shape[1] * shape[2]
     few = 0 < pairs <= _FEW_OUTER and (rows <= _FEW_ROWS or pairs * out <= _FEW_PRODUCTS)
     return few and out >= _LEAST_OUT and dtype != torch.float16
+
+
+def _is_one_block(shape: tuple[int, int, int], rows: int, dtype: torch.dtype | None) -> bool:
+    """Whether "outer" is the fastest because x1 ⊗ x2 is one block, and not much wider than the other intermediates."""
+    out, in1, in2 = shape
+    few = _FEW_OUTER <= rows * in1 * in2 <= tuning().outer
+    return few and out >= _ONE_BLOCK_RATIO * max(in1, in2) and dtype != torch.float16
 
 
 def dense_flops(shape: tuple[int, int, int]) -> int:
