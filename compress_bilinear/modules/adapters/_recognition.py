@@ -194,9 +194,9 @@ def _holds_otherwise(form: Form, twin: nn.Module) -> bool:
     return True
 
 
-def output_of(module: nn.Module, input1: Tensor, input2: Tensor) -> Tensor | None:
+def output_of(module: nn.Module, *inputs: Tensor) -> Tensor | None:
     try:
-        output = module(input1, input2)
+        output = module(*inputs)
     except Exception:  # sizes that it does not take; whatever it raises, it is not this form
         return None
     return output if isinstance(output, Tensor) else None

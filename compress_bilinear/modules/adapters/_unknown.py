@@ -22,15 +22,17 @@ _MOST_TRIALS, _MOST_DIVISOR = 512, 4096
 _LEADING = (((5,), (5,)), ((2, 3), (2, 4)), ((2, 3), (2, 3)), ((2, 2, 3), (2, 2, 3)))
 _ONES = tuple(product((0, 1), repeat=2))  # whether a 1 is appended to each of two
 _TABLES = (nn.ParameterList, nn.ParameterDict)
-_PLAIN = (nn.Linear, nn.Dropout, nn.Identity, *_TABLES)  # the parts of a module that is called
+_MOST_PARTS = 16  # of an input
+_PLAIN = (nn.Linear, nn.Dropout, nn.Identity, nn.ModuleList, *_TABLES)  # the parts of a module that is called
 _NOT_ASKED = (nn.Bilinear, CompressedBilinear, AdaptedBilinear, nn.modules.conv._ConvNd)
 
 
 def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
     """A sentence for each weight outside the known modules that may be bilinear; one for all modules that are alike.
 
-    It is in a module with a parameter of three axes or more; in one that multiplies its two inputs; or in one with an
-    `nn.Linear` or `nn.Embedding` whose rows have a place for every product of what two other parts give.
+    It is in a module with a parameter of three axes or more; in one that multiplies its two inputs, or parts of a
+    single one, by each other; or in one with an `nn.Linear` or `nn.Embedding` whose rows have a place for every product
+    of what two other parts give.
     """
     inside = {id(part) for each in known for part in each.modules()}
     names: dict[str, list[str]] = {}  # by the sentence
@@ -39,7 +41,7 @@ def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
         torchs, lazy = kind.__module__.partition(".")[0] == "torch", any(map(is_lazy, parameters.values()))
         if id(module) in inside or isinstance(module, _NOT_ASKED) or torchs or lazy:
             continue
-        for weight, (why, view) in {own: told for own, *told in _suspicions(module, parameters)}.items():
+        for weight, (why, how) in {own: told for own, *told in _suspicions(module, parameters)}.items():
             shape = "x".join(map(str, parameters[weight].shape))
             plain = all(map(str.isidentifier, weight.split(".")))
             read = f"module.{weight}" if plain else f"module.get_parameter({weight!r})"
@@ -47,20 +49,20 @@ def unknown_forms(model: nn.Module, known: Collection[nn.Module]) -> list[str]:
             told = (
                 f"({kind.__name__}) {why.format(f'`{weight}` ({shape})')}, but its forward is no form that is known by "
                 f"structure. To compress it, write cb.register_adapter({kind.__name__}, to_weight=lambda module: "
-                f"{read}{view}, call=lambda module, layer{taken}: ...)."
+                f"{how.format(read)}, call=lambda module, layer{taken}: ...)."
             )
             names.setdefault(told, []).append(name or "(root)")
     return [f"{', '.join(own)} {told}" for told, own in names.items()]
 
 
 def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, str, str]]:
-    """Names of weights that may be bilinear; why, with a place for the weight; and how it becomes (out, in1, in2)."""
+    """Names of weights that may be bilinear; why, with a place for the weight; and how to read it (out, in1, in2)."""
     thin = 2 - takes_two_inputs(module, optional=True)  # of one input, a place of (1, N, d) is no matrix
     tables = [f"{name}." for name, part in module.named_children() if isinstance(part, _TABLES)]
     own = [name for name in parameters if "." not in name or name.startswith(tuple(tables))]
     floating = [name for name in own if parameters[name].dim() > 2 and parameters[name].is_floating_point()]
     cubes = [name for name in floating if sum(size > 1 for size in parameters[name].shape) > thin]
-    yield from ((name, f"has {{}}, of {parameters[name].dim()} axes", "") for name in cubes)
+    yield from ((name, f"has {{}}, of {parameters[name].dim()} axes", "{}") for name in cubes)
     if not cubes and parameters and (sizes := _multiplied(module)) is not None:
         weight = max(parameters, key=lambda name: parameters[name].numel())
         if parameters[weight].numel() >= math.prod(sizes):
@@ -68,7 +70,10 @@ def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator
             told = any(all(axes[k] - sizes[k] in (0, 1) for k in (0, 1)) for axes in (shape, shape[::-1]))
             size1, size2 = sizes if told else ("I", "J")  # those of an outer product may be any two
             why = f"computes with products of its two inputs, of sizes {size1} and {size2}, and has {{}}"
-            yield weight, why, f".view(-1, {size1}, {size2})"
+            yield weight, why, f"{{}}.view(-1, {size1}, {size2})"
+    if not cubes and (name := _list_of_matrices(module)) is not None and _is_quadratic(module, name):
+        why = f"computes with products of parts of its input, and has {{}} and {len(getattr(module, name)) - 1} like it"
+        yield f"{name}.0.weight", why, f"torch.stack([part.weight for part in module.{name}], -1)"
     ends = dict(_ends(module))
     counts = {value for value in vars(module).values() if type(value) is int}.difference(
         out for _, out in ends.values()
@@ -83,7 +88,7 @@ def _suspicions(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator
             for one, two in ((size1 + i, size2 + j) for i, j in _ONES if twice):
                 if one * two == row and min(one, two) > 1:
                     why = f"has {{}}, with a column for each of {one} x {two} products"
-                    yield f"{name}.weight", why, f".view(-1, {one}, {two})"
+                    yield f"{name}.weight", why, f"{{}}.view(-1, {one}, {two})"
 
 
 def _ends(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, tuple[int, int]]]:
@@ -132,6 +137,32 @@ def _is_bilinear(module: nn.Module, first: Tensor, second: Tensor) -> bool:
     additive = _is_small(xy + ay - xay - y0, xay) and _is_small(xy + xb - xyb - x0, xyb)
     of_both = additive and not _is_small(xy - x0 - y0 + none, xy)
     return of_both or (_is_small(one - other, one) and not _is_small(one - less, one))
+
+
+def _list_of_matrices(module: nn.Module) -> str | None:
+    """The name of the one list of `nn.Linear`s of one shape, of which a module consists."""
+    parts = dict(module.named_children())
+    name, part = next(iter(parts.items()), ("", None))
+    if len(parts) != 1 or not isinstance(part, nn.ModuleList) or list(module.parameters(recurse=False)):
+        return None
+    shapes = {each.weight.shape if type(each) is nn.Linear and each.bias is None else None for each in part}
+    return name if len(part) > 1 and len(shapes) == 1 and None not in shapes else None
+
+
+def _is_quadratic(module: nn.Module, name: str) -> bool:
+    """Whether a function of one tensor (N, parts, size) is a sum of products of two of its entries."""
+    size = getattr(module, name)[0].in_features
+    with suppress(CompressionError), trials(module) as twin:
+        for parts in range(2, _MOST_PARTS):
+            generator = torch.Generator().manual_seed(0)
+            x, a, y = torch.randn(3, 5, parts, size, generator=generator, dtype=torch.float64, device="cpu")
+            outputs = [output_of(twin, each) for each in (x + a + y, x + a, x + y, a + y, x, a, y, -x)]
+            if any(output is None for output in outputs):
+                continue
+            xay, xa, xy, ay, fx, fa, fy, turned = (each.double() for each in outputs if each is not None)
+            third = xay - xa - xy - ay + fx + fa + fy  # the difference of the third order
+            return _is_small(third, xay) and _is_small(turned - fx, fx) and not _is_small(xa - fx - fa, xa)
+    return False
 
 
 def _is_small(difference: Tensor, of: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Modules of no known form that may hold a bilinear weight: `Report.unknown` names them, with the line to write."""
 
+import itertools
+
 import pytest
 import torch
 from forms import Flat, with_one
@@ -36,6 +38,20 @@ class Places(nn.Module):
 
     def forward(self, x):
         return x + self.places
+
+
+class Fields(nn.Module):
+    """Each pair of fields has a matrix of its own: (N, F, d) -> (N, pairs, d)."""
+
+    def __init__(self, fields=5, size=6, square=False):
+        super().__init__()
+        self.pairs, self.square = list(itertools.combinations(range(fields), 2)), square
+        self.matrices = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in self.pairs)
+
+    def forward(self, x):
+        fields = torch.split(x, 1, dim=1)
+        terms = [(linear(fields[i]), fields[j]) for linear, (i, j) in zip(self.matrices, self.pairs, strict=True)]
+        return torch.cat([left.relu().square() if self.square else left * right for left, right in terms], 1)
 
 
 class OuterProductMean(nn.Module):
@@ -227,3 +243,10 @@ def test_a_module_that_cannot_be_copied_or_has_no_shapes_is_left_out():
 
     assert unknown_forms(Fixed(lambda m, x, y: x @ m.W @ y.mT + 1, W=(6, 5)), []) == []
     assert unknown_forms(Two(lambda m, x, y: m.a(x) * y, a=nn.LazyLinear(6)), []) == []
+
+
+def test_matrices_of_pairs_of_fields_are_named_with_the_line_to_write():
+    (told,) = unknown_forms(nn.Sequential(Fields()), [])
+    assert "0 (Fields) computes with products of parts of its input, and has `matrices.0.weight` (6x6) and 9" in told
+    assert "to_weight=lambda module: torch.stack([part.weight for part in module.matrices], -1), call=" in told
+    assert unknown_forms(nn.Sequential(Fields(square=True)), []) == []
