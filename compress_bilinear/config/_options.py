@@ -31,9 +31,10 @@ class PlanOptions(TypedDict, total=False):
         batch_size: rows in a timed call. None takes the mean of the calibration's calls, or 256.
         measure_latency: False leaves out latencies and speedups, which saves a second or so for each layer.
         compute: how quantized layers compute: see `set_compute`. "fastest" times the modes on rows that the layer saw,
-            or on Gaussian ones, and so does None where latencies are measured and there is time, but for bitsandbytes,
-            whose import takes seconds. A layer without the mode decodes on the fly. Latencies, speedups and output
-            errors are those of the mode. The report's `compute_modes` has what each mode would have given.
+            or on Gaussian ones. So does None where latencies are measured, there is time, and no `metric_drop` has been
+            met, but for bitsandbytes, whose import takes seconds. A layer without the mode decodes on the fly.
+            Latencies, speedups and output errors are those of the mode. The report's `compute_modes` has what each mode
+            would have given.
         compute_error: how far the fastest mode may change the outputs: ‖y − ŷ‖/‖ŷ − b‖ against those on the fly.
         force: make the replacement whatever the verdict. The report still says what was lost.
         max_seconds: for all of this together: calibrating, which cannot be cut, fitting, choosing, measuring and

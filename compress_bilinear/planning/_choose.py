@@ -222,12 +222,14 @@ def _fastest(
 def _in_compute_mode(job: Job, candidate: Candidate, options: PlanOptions, seconds: float) -> Candidate:
     """In the compute mode that was asked for, chosen on rows that the layer saw; the output error is of that mode.
 
-    If none was, the fastest is found only where there are so many seconds.
+    If none was, the fastest is found only where there are so many seconds, and no metric that has been looked at.
     """
     module, wanted, rows = candidate.module, options["compute"], job.rows(options["batch_size"])
     if module is None or module.quantize is None or wanted == "on_the_fly":
         return candidate
-    if wanted is None and (not options["measure_latency"] or expected_seconds(job.layer, rows) > seconds):
+    confirmed = getattr(job.config, "metric_drop", None) is not None  # as it computes on the fly
+    timed = options["measure_latency"] and not confirmed and expected_seconds(job.layer, rows) <= seconds
+    if wanted is None and not timed:
         return candidate
     choice = choose_compute(
         module,

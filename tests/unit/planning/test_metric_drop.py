@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import compress_bilinear as cb
 from compress_bilinear.errors import CompressionError, ConfigError, StalePlanError
 from compress_bilinear.fitting import Candidate
+from compress_bilinear.planning import _choose
 from compress_bilinear.planning._metric_drop import TaskMetric
 
 SIZES = ((6, 7, 8), (5, 4, 9))
@@ -69,6 +70,15 @@ def test_the_network_is_small_and_its_metric_falls_by_no_more_than_is_allowed(dr
     assert all("metric_drop" in {note.code for note in layer.notes} for layer in report.layers)
     tenth_smaller = plan.at(size=0.9 * bytes_of(plan) / report.layers[0].bytes_before / 2)
     assert bytes_of(tenth_smaller) < bytes_of(plan)
+
+
+def test_the_metric_that_was_confirmed_is_that_of_the_network_that_comes_out(monkeypatch):
+    config, options = cb.AutoConfig(metric_drop=0.2), {"measure_latency": True, "max_seconds": None}
+    asked = []
+    monkeypatch.setattr(_choose, "choose_compute", lambda *args, **known: asked.append(args))
+    quantized = [layer.quantize for layer in planned(config, **options).report.layers]
+    assert any(quantized)
+    assert not asked
 
 
 def test_a_larger_drop_allows_a_smaller_network():
