@@ -192,6 +192,7 @@ def by_layer(
     return own, rest
 
 
+@torch.inference_mode(False)  # so that the layer can be trained
 def filled(
     description: LayerDescription, tensors: Mapping[str, Tensor], device: torch.device | None = None
 ) -> CompressedBilinear:
@@ -273,6 +274,8 @@ def target_of(
         found = "no such layer" if module is None else f"a {type(module).__name__}"
         found += "" if adapter is None else f" of the form {adapter!r}"
         also = " Is its class registered (register_adapter)?" if description.adapter and not target else ""
+        if module is None and "." in names[0]:
+            also += f" If {names[0].split('.')[0]!r} has a network of a larger file, compress that: --key chooses it."
         raise CheckpointError(
             f"Layer {label!r} should be {required} of a freshly built original network. Found {found}.{also}"
         )

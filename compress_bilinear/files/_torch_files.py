@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ def read_state(
     A .pt file may be the state dict itself, or have it under keys, as {"checkpoint": {"model": ..., "epoch": 3}}.
 
     Args:
-        key: of the state dict in a .pt file, say "checkpoint.model". None takes the only one that may be meant: that
-            with a weight of three axes.
+        key: of the state dict in a .pt file, say "checkpoint.model", or of a part of one: the entries whose names begin
+            with it, without that. None takes the only one that may be meant: that with a weight of three axes.
         verify: read all of a file that `save` wrote, to see that it is whole.
 
     Raises: CheckpointError where the file cannot be read so, or holds no state dict or several.
@@ -92,6 +92,8 @@ def _state_dict(loaded: Any, path: str, key: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path!r} should hold dicts of tensors. Found one that holds itself.") from error
     best = max((_likelihood(state) for _, state in states), default=0)
     chosen = [pair for pair in states if (pair[0] == key if key is not None else _likelihood(pair[1]) == best)]
+    if key is not None and not chosen:
+        chosen = list(_parts(states, f"{key}."))
     if len(chosen) != 1:
         listed = ", ".join(f"{name or '(top)'!r} ({len(_tensors(state))} tensors)" for name, state in chosen or states)
         what = "one state dict" if key is None else f"one state dict under {key!r}"
@@ -141,3 +143,12 @@ def _states(values: Mapping[Any, Any], name: str) -> Iterator[tuple[str, dict[st
     for key, value in named.items():
         if isinstance(value, Mapping):
             yield from _states(value, f"{name}.{key}" if name else key)
+
+
+def _parts(states: Iterable[tuple[str, Mapping[str, Any]]], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The entries of each state dict whose names begin with a path, or with its rest within the state dict."""
+    for name, state in states:
+        start = path.removeprefix(f"{name}." if name else "")
+        part = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+        if part:
+            yield path[:-1], part

@@ -124,6 +124,7 @@ def _compressed(model: nn.Module, quantized: bool) -> dict[str, CompressedBiline
     return chosen
 
 
+@torch.inference_mode(False)  # so that the layers can be trained
 def _converted(
     model: _Model, quantize: Quantize | None, dtype: Callable[[CompressedBilinear], torch.dtype], inplace: bool
 ) -> _Model:

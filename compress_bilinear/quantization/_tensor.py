@@ -180,10 +180,16 @@ class QuantizedTensor(FixedBuffers):
         except AttributeError as error:
             if name not in dir(Tensor):
                 raise
-            raise AttributeError(
-                f"A weight should be a tensor to have `{name}`. Found one that is stored in {self.format.name}: "
-                "`layer.to_dense()` gives it as a tensor, and `compress_bilinear.dequantize` stores it as one."
-            ) from error
+            raise AttributeError(self._no_tensor(f"have `{name}`")) from error
+
+    def __torch_function__(self, function: Any, *_: Any) -> Any:  # which torch calls for an argument that has it
+        raise CompressionError(self._no_tensor(f"be given to `{function.__name__}`"))
+
+    def _no_tensor(self, use: str) -> str:
+        return (
+            f"A weight should be a tensor to {use}. Found one that is stored in {self.format.name}: "
+            "`layer.to_dense()` gives it as a tensor, and `compress_bilinear.dequantize` stores it as one."
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.device)).dtype

@@ -179,4 +179,4 @@ def _sizes(module: nn.Module) -> Iterator[tuple[int, int]]:
             if size % part == 0:
                 yield from ((part - one, size // part - two) for one, two in product((0, 1), repeat=2))
             if out % part == 0:
-                yield size, part
+                yield from ((size, part), (part, size))

@@ -81,6 +81,18 @@ def test_of_several_states_a_key_chooses(tmp_path, key):
         read_state(tmp_path / "net.pt", "run")
 
 
+@pytest.mark.parametrize("key", ["state_dict.model", "model", "state_dict.ema.net"])
+def test_a_key_chooses_a_part_of_a_state_by_its_names(tmp_path, key):
+    beside = {"loss.weight": torch.ones(3), "model_2.w": torch.ones(1)}
+    mean = {f"ema.net.{name}": value + 1 for name, value in STATE.items()}
+    state = {f"model.{name}": value for name, value in STATE.items()} | beside | mean
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "net.ckpt")
+    expected = {name: value + key.endswith("net") for name, value in STATE.items()}
+    assert same(read_state(tmp_path / "net.ckpt", key)[0], expected)
+    with pytest.raises(CheckpointError, match="one state dict under 'mode'"):
+        read_state(tmp_path / "net.ckpt", "mode")
+
+
 def test_what_is_offered_are_the_states_that_may_be_meant(tmp_path):
     scores = {"best_model_score": torch.tensor(0.3), "best_k_models": {"a": torch.tensor(0.3)}}
     torch.save(

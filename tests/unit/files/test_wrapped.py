@@ -129,6 +129,21 @@ def test_a_network_with_more_than_a_wrapper_has_is_saved_whole(tmp_path):
     assert_same_state(cb.load(tmp_path / "net.safetensors", fresh), net.state_dict())
 
 
+def test_a_part_of_a_larger_state_is_refused_with_the_way_out(tmp_path):
+    cb.save(compressed(nn.ModuleDict({"net": Net(), "loss": nn.Linear(2, 2)})), tmp_path / "task.safetensors")
+    with pytest.raises(CheckpointError, match=r"Found no such layer\. If 'net' has .* compress that: --key chooses it"):
+        cb.load(tmp_path / "task.safetensors", Net())
+
+
+def test_a_layer_that_is_loaded_in_inference_mode_can_be_trained(tmp_path):
+    cb.save(compressed(Net()), tmp_path / "net.safetensors")
+    net = Net()
+    with torch.inference_mode():
+        cb.load(tmp_path / "net.safetensors", net)
+    net(torch.ones(2, 7), torch.ones(2, 6)).sum().backward()
+    torch.optim.SGD(net.parameters(), 0.1).step()
+
+
 def test_another_network_is_refused_as_before(tmp_path):
     cb.save(compressed(Holder("module", Net())), tmp_path / "net.safetensors")
     with pytest.raises(CheckpointError, match=r"Layer 'module.pair.rel' should be an nn.Bilinear"):

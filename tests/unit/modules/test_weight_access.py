@@ -49,6 +49,10 @@ def test_a_stored_weight_answers_what_it_is_and_says_what_it_is_not(method, quan
     with pytest.raises(AttributeError, match=f"stored in {quantize}: `layer.to_dense\\(\\)`"):
         layer.weight.squeeze(0)
     assert not hasattr(layer.weight, "requires_grad")
+    rows = torch.ones(2, 7)
+    for use in (rows.type_as, torch.zeros_like, rows.__matmul__, lambda weight: torch.stack([weight])):
+        with pytest.raises(CompressionError, match=f"stored in {quantize}: `layer.to_dense\\(\\)`"):
+            use(layer.weight)
 
 
 @pytest.mark.parametrize("quantize", ["bf16", "int8", "nf4"])

@@ -119,6 +119,15 @@ class TestModels:
         assert_matches_reference(net(*rows()), expected.detach().double())
         assert cb.quantize(net, inplace=True).plain.quantize == "int8"
 
+    @pytest.mark.parametrize("inplace", [False, True])
+    def test_what_is_converted_in_inference_mode_can_be_trained(self, inplace):
+        net = Net()
+        with torch.inference_mode():
+            net = cb.dequantize(net, inplace=inplace)
+        net(*rows()).sum().backward()
+        with torch.inference_mode():
+            cb.quantize(net, inplace=inplace)(*rows())
+
     def test_modes_and_frozen_biases_stay(self):
         layer = made("cp").eval()
         layer.out_proj.bias.requires_grad_(False)

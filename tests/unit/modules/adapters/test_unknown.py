@@ -108,6 +108,19 @@ TOLD = {
         "of sizes I and J, and has `fc.weight` (3x24)",
         "module.fc.weight.view(-1, I, J)",
     ),
+    "a linear layer on the second input": (
+        Two(lambda m, x, y: torch.einsum("noi,ni->no", m.fc(y).view(-1, 3, 6), x), fc=nn.Linear(4, 18)),
+        "of sizes I and J, and has `fc.weight` (18x4)",
+        "module.fc.weight.view(-1, I, J)",
+    ),
+    "a list of linear layers": (
+        Two(
+            lambda m, x, y: torch.stack([(each(x) * y).sum(-1) for each in m.fc], -1),
+            fc=nn.ModuleList([nn.Linear(6, 5, bias=False) for _ in range(3)]),
+        ),
+        "of sizes 6 and 5, and has `fc.0.weight` (5x6)",
+        "module.get_parameter('fc.0.weight')",
+    ),
     "an outer product summed before its weight": (
         Two(lambda m, x, y: m.fc(torch.einsum("sic,sjd->ijcd", x, y).flatten(-2)), fc=nn.Linear(24, 3)),
         "of sizes I and J, and has `fc.weight` (3x24)",
