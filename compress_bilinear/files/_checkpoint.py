@@ -271,11 +271,10 @@ def target_of(
     as_stored = description.adapter is None and target and target.adapted and target.adapted.reads_as_stored()
     if target is None or (description.adapter != adapter and not as_stored):
         required = "an nn.Bilinear" if description.adapter is None else f"of the form {description.adapter!r}"
-        found = "no such layer" if module is None else f"a {type(module).__name__}"
+        found = "no such layer: build what was saved, or compress the part of it that --key chooses"
+        found = found if module is None else f"a {type(module).__name__}"
         found += "" if adapter is None else f" of the form {adapter!r}"
         also = " Is its class registered (register_adapter)?" if description.adapter and not target else ""
-        if module is None and "." in names[0]:
-            also += f" If {names[0].split('.')[0]!r} has a network of a larger file, compress that: --key chooses it."
         raise CheckpointError(
             f"Layer {label!r} should be {required} of a freshly built original network. Found {found}.{also}"
         )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,20 +68,26 @@ class PretrainedMixin:
         super().post_init()  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **options: Any) -> Any:
         """As of transformers."""
+        path, config = pretrained_model_name_or_path, options.get("config")
+        if path and config is not None and hasattr(config, "get_config_dict"):  # it may be another than the weights'
+            with suppress(OSError):  # there is none beside the weights
+                described = config.get_config_dict(path, **options)[0].get("compress_bilinear", [])
+                options["config"] = config = copy.copy(config)
+                config.compress_bilinear = described
         try:
-            loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+            loaded = super().from_pretrained(path, *args, **options)  # type: ignore[misc]
         except ValueError as error:
             if _REFUSAL not in str(error):
                 raise
-            config = copy.copy(options.get("config"))
+            config = copy.copy(config)
             if hasattr(config, _WEIGHTS):
                 delattr(config, _WEIGHTS)
                 options["config"] = config
             else:  # the config of the folder has it
                 options[_WEIGHTS] = None
-            loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+            loaded = super().from_pretrained(path, *args, **options)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         modules = dict(model.named_modules(remove_duplicate=False))
         for each in _described(model.config):

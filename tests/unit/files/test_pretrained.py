@@ -189,6 +189,19 @@ def test_a_class_without_the_mixin_refuses_what_it_would_make_anew(given, option
     assert all_equal(again(*rows()), model(*rows()))
 
 
+@pytest.mark.parametrize("path", ["pretrained_model_name_or_path", None])
+def test_the_layers_are_those_of_the_folder_whatever_config_is_given(path, tmp_path):
+    original, model = Inner(Config()).eval(), compressed(Inner)
+    for name, network in (("original", original), ("small", model)):
+        network.save_pretrained(tmp_path / name)
+        for config in (Config(), original.config, model.config, Config.from_pretrained(tmp_path / name)):
+            where = [] if path else [tmp_path / name]
+            again = Inner.from_pretrained(*where, config=config, **({path: tmp_path / name} if path else {}))
+            assert all_equal(again.state_dict().values(), network.state_dict().values())
+            assert all_equal(again(*rows()), network(*rows()))
+    assert not hasattr(original.config, "compress_bilinear") or not original.config.compress_bilinear
+
+
 def test_a_network_of_the_mixin_with_the_state_of_before_is_loaded_by_any_class(tmp_path):
     model = Outer(Config()).eval()
     model.save_pretrained(tmp_path)
