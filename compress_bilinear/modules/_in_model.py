@@ -257,7 +257,10 @@ def _reason_against_tie(weight: Tensor, owners: Mapping[int, Sequence[str]]) -> 
     names = owners.get(id(weight), ())  # by id: the layer itself counts once
     if len(names) < 2:
         return None
-    return f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing"
+    return (
+        f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing, but one layer in all of "
+        "these places is replaced in all"
+    )
 
 
 def _reason_against_values(layer: nn.Bilinear) -> str | None:
