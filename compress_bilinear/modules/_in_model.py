@@ -258,8 +258,8 @@ def _reason_against_tie(weight: Tensor, owners: Mapping[int, Sequence[str]]) -> 
     if len(names) < 2:
         return None
     return (
-        f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing, but one layer in all of "
-        "these places is replaced in all"
+        f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing, but one layer in "
+        "all of these places is replaced in all"
     )
 
 
