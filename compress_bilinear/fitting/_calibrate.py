@@ -219,7 +219,7 @@ def collect_inputs(
                 watch.begin_batch()
             try:
                 with nullcontext() if loss_fn is None else torch.enable_grad():
-                    result = (loss_fn or forward_fn or call)(model, batch)
+                    result = call(model, batch, loss_fn or forward_fn)
             except Exception as error:
                 raise CompressionError(
                     f"The model failed on calibration batch {count - 1}: {type(error).__name__}: {error}\n"
@@ -261,13 +261,16 @@ def _example(model: nn.Module, batch: Any) -> str:
             call(model, (argument,))
             return f"model({text})"
     parameters = inspect.signature(model.forward).parameters.values()
-    if isinstance(batch, Mapping):
-        named = [f"{p.name}=batch[{p.name!r}]" for p in parameters if p.name in batch]
-        return f"model({', '.join(named) or f'batch[{next(iter(batch), 0)!r}]'})"
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    held, place = (batch, "batch[{!r}]") if isinstance(batch, Mapping) else (getattr(batch, "__dict__", {}), "batch.{}")
+    named = [f"{p.name}={place.format(p.name)}" for p in parameters if p.name in held]
     if nested:
         return f"model({'**' if isinstance(batch[0], Mapping) else '*'}batch[0])"
-    required = [p for p in parameters if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
-    return f"model({', '.join(f'batch[{k}]' for k in range(max(len(required), 1)))})"
+    places = [place.format(key) for key in held] or [f"batch[{k}]" for k in range(max(len(required), 1))]
+    if len(named) < max(len(required), 1):  # other names, or none
+        names = [f"{p.name}=" if p.kind is p.KEYWORD_ONLY else "" for p in required] or [""]
+        named = [name + each for name, each in zip(names, places, strict=False)]
+    return f"model({', '.join(named)})"
 
 
 def _describe(batch: Any) -> str:

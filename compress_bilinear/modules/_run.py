@@ -14,12 +14,14 @@ Call: TypeAlias = Callable[[nn.Module, Any], object]
 """How to run a model on a batch."""
 
 
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch that is a tensor, or a tuple or dict of its arguments; on copies, which it may change."""
+def call(model: nn.Module, batch: Any, run: Call | None = None) -> Any:
+    """The model on a tensor, a tuple or dict of its arguments, or as `run` says; on copies, which it may change."""
     leaves, structure = tree_flatten(batch)
     # of one given twice, one again; what is expanded cannot be changed
     fresh = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, Tensor) and is_writable(leaf)}
     batch = tree_unflatten([fresh.get(id(leaf), leaf) for leaf in leaves], structure)
+    if run is not None:
+        return run(model, batch)
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):

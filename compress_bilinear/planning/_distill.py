@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -98,7 +99,7 @@ def check_distillable(
     with undisturbed(model), torch.enable_grad(), ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(probed))
-        outputs = _checked(_ran(forward_fn or call, model, batches[0]))
+        outputs = _checked(_ran(partial(call, run=forward_fn), model, batches[0]))
     # where no layer was reached by this batch, it says nothing of the others
     if reached and not any(output.requires_grad for output in outputs):
         raise _not_differentiable()
@@ -137,7 +138,7 @@ def distil(
         CompressionError: the model fails on a batch, its outputs hold no floating tensor or have no gradients, or it
             cannot be copied.
     """
-    begun, run = time.perf_counter(), forward_fn or call
+    begun, run = time.perf_counter(), partial(call, run=forward_fn)
     with undisturbed(model):
         data = [(batch, _ran(run, model, batch)) for batch in batches]
     count = max(1, len(data) // _HELD_OUT)

@@ -60,7 +60,7 @@ def called_check(
 
     That is on these batches, and of a layer which the model calls there. Both models run once.
     """
-    run = options["loss_fn"] or options["forward_fn"] or call
+    run = options["loss_fn"] or options["forward_fn"]
 
     def called(network: nn.Module) -> set[str]:
         names: set[str] = set()
@@ -72,7 +72,7 @@ def called_check(
                 method = "_check" if isinstance(module, CompressedBilinear) else job.found.method
                 hooks.enter_context(noting(module, method, lambda *_, name=name, **__: names.add(name)))
             for batch in batches:
-                run(network, batch)
+                call(network, batch, run)
         return names
 
     try:

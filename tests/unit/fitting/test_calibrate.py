@@ -1,3 +1,4 @@
+import types
 from contextlib import nullcontext
 
 import pytest
@@ -415,6 +416,8 @@ ROWS, LABELS = torch.ones(5, 4), torch.zeros(5)
         ([ROWS, ROWS, None, LABELS], "model(batch[0], batch[1])"),
         (((ROWS, ROWS), LABELS), "model(*batch[0])"),
         ([{"a": ROWS, "b": ROWS}, LABELS], "model(**batch[0])"),
+        ({"left": ROWS, "right": ROWS, "labels": LABELS}, "model(batch['left'], batch['right'])"),
+        (types.SimpleNamespace(labels=LABELS, a=ROWS, b=ROWS), "model(a=batch.a, b=batch.b)"),
     ],
 )
 def test_a_batch_with_more_than_inputs_is_told_by_a_call_that_works(batch, example):
@@ -425,6 +428,16 @@ def test_a_batch_with_more_than_inputs_is_told_by_a_call_that_works(batch, examp
     forward = eval(f"lambda model, batch: {example}")
     seen = collect_inputs(model, {"rel": model.rel}, [batch], forward_fn=forward)["rel"]
     assert seen.rows_seen == 5
+
+
+def test_an_argument_that_has_to_be_named_is_so_in_the_example():
+    class Named(Pair):
+        def forward(self, a, *, b):
+            return self.rel(a, b)
+
+    model = Named()
+    with pytest.raises(CompressionError, match=r"model\(batch\[0\], b=batch\[1\]\)"):
+        collect_inputs(model, {"rel": model.rel}, [(ROWS, ROWS, LABELS)])
 
 
 class OneArgument(Pair):
@@ -454,14 +467,16 @@ def test_a_batch_that_the_model_takes_as_one_is_given_as_one(batch, example):
 
 
 @pytest.mark.parametrize("wrap", [tuple, list])
-def test_batches_that_the_model_changes_stay_as_they_were(wrap):
+@pytest.mark.parametrize("stated", [False, True])
+def test_batches_that_the_model_changes_stay_as_they_were(wrap, stated):
     class Changing(Pair):
         def forward(self, given):
             return self.rel(given.pop("a").add_(1), given.pop("b"))
 
     model, batch = Changing(), {"a": ROWS.clone(), "b": ROWS.clone()}
-    seen = collect_inputs(model, {"rel": model.rel}, [wrap([batch])])["rel"]
-    assert seen.rows_seen == 5
+    run = {"forward_fn": lambda model, batch: model(*batch)} if stated else {}
+    seen = collect_inputs(model, {"rel": model.rel}, [wrap([batch])] * 2, **run)["rel"]
+    assert seen.rows_seen == 10
     assert torch.equal(batch["a"], ROWS)
     assert list(batch) == ["a", "b"]
 
