@@ -58,7 +58,9 @@ calibration = click.option(
 )
 
 
-key = click.option("--key", metavar="KEY", help="Of several state dicts in the file: that one, say checkpoint.model.")
+key = click.option(
+    "--key", metavar="KEY", help="That state dict of the file, say checkpoint.model, or names that begin so."
+)
 
 
 def printing(command: _Command) -> _Command:

@@ -9,12 +9,14 @@ from weakref import ReferenceType
 
 from torch import nn
 
+_OF_CLASSES = (FunctionType, property, nn.Module)
+
 
 def reference(model: nn.Module, held: Container[int], besides: nn.Module | None = None) -> str | None:
     """The attribute by which a model has one of these modules, given by id, as no registered submodule; or None.
 
     Followed are containers, objects, weak references, and functions with what they close over, their defaults and the
-    globals that they read; those of the modules' classes too.
+    globals that they read. Of the modules' classes these are methods and modules: lists of instances, say, run nothing.
 
     Args:
         besides: a module whose own attributes do not count.
@@ -23,7 +25,8 @@ def reference(model: nn.Module, held: Container[int], besides: nn.Module | None 
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         own = [] if module is besides else [vars(module)]
-        own += [vars(kind) for kind in type(module).__mro__ if not _is_library(kind)]
+        kinds = [vars(kind) for kind in type(module).__mro__ if not _is_library(kind)]
+        own += [{name: value for name, value in kind.items() if isinstance(value, _OF_CLASSES)} for kind in kinds]
         for attribute, value in ((name, value) for each in own for name, value in each.items()):
             # `__init__` does not run again
             if attribute not in ("_modules", "__init__") and _reaches(value, held, there, seen):

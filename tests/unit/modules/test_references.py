@@ -131,6 +131,8 @@ class TestFunctionsThatHoldTheModel:
                 return layer(x, y)
 
         assert of_the_original(Calling()) == "the attribute 'forward'"
+        Closing.instances = [layer]
+        assert of_the_original(Closing()) is None
         Closing.shared = layer
         assert of_the_original(Closing()) == "the attribute 'shared'"
 
