@@ -12,19 +12,19 @@ from torch import nn
 _OF_CLASSES = (FunctionType, property, nn.Module)
 
 
-def reference(model: nn.Module, held: Container[int], besides: nn.Module | None = None) -> str | None:
+def reference(model: nn.Module, held: Container[int], besides: Container[int] = ()) -> str | None:
     """The attribute by which a model has one of these modules, given by id, as no registered submodule; or None.
 
     Followed are containers, objects, weak references, and functions with what they close over, their defaults and the
     globals that they read. Of the modules' classes these are methods and modules: lists of instances, say, run nothing.
 
     Args:
-        besides: a module whose own attributes do not count.
+        besides: modules whose own attributes do not count, by id too.
     """
     there = {id(module) for module in model.modules()}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
-        own = [] if module is besides else [vars(module)]
+        own = [] if id(module) in besides else [vars(module)]
         kinds = [vars(kind) for kind in type(module).__mro__ if not _is_library(kind)]
         own += [{name: value for name, value in kind.items() if isinstance(value, _OF_CLASSES)} for kind in kinds]
         for attribute, value in ((name, value) for each in own for name, value in each.items()):
@@ -45,7 +45,9 @@ def _reaches(value: object, held: Container[int], there: Container[int], seen: s
             continue
         seen.add(id(value))
         if isinstance(value, FunctionType):
-            left += [value.__closure__, value.__defaults__, value.__kwdefaults__, vars(value), *_globals(value)]
+            # functools.wraps copies to it what a module has
+            own = [part for name, part in vars(value).items() if name != "_modules"]
+            left += [value.__closure__, value.__defaults__, value.__kwdefaults__, *own, *_globals(value)]
         elif isinstance(value, ReferenceType):
             left.append(value())
         elif isinstance(value, nn.Module) or not (isinstance(value, (type, ModuleType)) or _is_library(type(value))):

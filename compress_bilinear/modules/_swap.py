@@ -8,6 +8,7 @@ from torch import nn
 from ..errors import CompressionError
 from ._base import CompressedBilinear
 from ._in_model import FoundLayer
+from ._references import reference
 from ._saving import guard_saving
 
 
@@ -51,7 +52,15 @@ def swap(model: nn.Module, new: Mapping[int, nn.Module]) -> Callable[[], None]:
     """Replace modules, which are given by id, under all their names. Returns a function that undoes it.
 
     A failure half way puts back what there was.
+
+    Raises: CompressionError where the model refers to one of them otherwise too, by which it would go on using that.
     """
+    held = reference(model, new, new)
+    if held is not None:
+        raise CompressionError(
+            f"Layers to be replaced in {type(model).__name__} should be held by registered submodules alone. Found "
+            f"{held} with one: use an nn.ModuleList or the like there, or look the layer up in the model at each call."
+        )
     # a new module may itself hold what is replaced
     modules = {id(each): each for tree in (model, *new.values()) for each in tree.modules()}
     places = [

@@ -143,7 +143,7 @@ def swapped(model: nn.Module, replaced: Sequence[Job]) -> Callable[[], None]:
     """Swap the replacements in; returns what undoes it."""
     for job in replaced:
         check_inplace(model, job.found.names)
-        held = reference(model, {id(job.found.module)}, besides=job.found.module)
+        held = reference(model, {id(job.found.module)}, {id(job.found.module)})
         if held is not None:
             raise CompressionError(
                 f"`inplace=True` needs every reference to layer {job.found.names[0]!r} to be a registered "

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 import compress_bilinear as cb
-from compress_bilinear.errors import CheckpointError
+from compress_bilinear.errors import CheckpointError, CompressionError
 from compress_bilinear.files import written
 from compress_bilinear.planning import choose_weights, compress_state
 
@@ -142,6 +142,22 @@ def test_a_layer_that_is_loaded_in_inference_mode_can_be_trained(tmp_path):
         cb.load(tmp_path / "net.safetensors", net)
     net(torch.ones(2, 7), torch.ones(2, 6)).sum().backward()
     torch.optim.SGD(net.parameters(), 0.1).step()
+
+
+def test_a_layer_that_a_list_holds_too_is_not_loaded_beside_it(tmp_path):
+    net = Net()
+    net.parts = [net.pair["rel"]]
+    small = compressed(net)
+    assert small.parts[0] is small.pair["rel"]
+    cb.save(small, tmp_path / "net.safetensors")
+    fresh = Net()
+    fresh.parts = [fresh.pair["rel"]]
+    before = fresh.pair["rel"]
+    with pytest.raises(CompressionError, match=r"registered submodules alone. Found the attribute 'parts' with one"):
+        cb.load(tmp_path / "net.safetensors", fresh)
+    assert fresh.pair["rel"] is before
+    with pytest.raises(CompressionError, match="Found the attribute 'parts' with one"):
+        cb.dequantize(small)
 
 
 def test_another_network_is_refused_as_before(tmp_path):
