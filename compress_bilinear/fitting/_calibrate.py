@@ -186,6 +186,7 @@ def collect_inputs(
     max_rows: int = MAX_ROWS,
     seed: int = 0,
     whole_batches: bool = True,
+    twins: Iterable[tuple[str, nn.Module]] = (),
 ) -> dict[str, LayerInputs | None]:
     """Run the model over `batches`, and sample the rows that reach each layer.
 
@@ -196,6 +197,7 @@ def collect_inputs(
     Args:
         model: the network, which is not changed.
         layers: two-input modules inside it, by a name of the caller's.
+        twins: others that are the same layer, with its name.
         batches, forward_fn, loss_fn: see `PlanOptions`. Parameters' own gradients are left alone.
         max_rows, seed: the most rows to keep for a layer, and which ones; the seed draws also what is held out.
         whole_batches: whole batches may be held out; False where they are the cut rows of one source.
@@ -210,7 +212,7 @@ def collect_inputs(
     watches = {name: _Watch(max_rows, seed) for name in layers}
     count = 0
     with undisturbed(model), ExitStack() as hooks:
-        for name, layer in layers.items():
+        for name, layer in (*layers.items(), *twins):
             hooks.enter_context(layer.register_forward_pre_hook(watches[name].hook, with_kwargs=True))
             if loss_fn is not None:
                 hooks.enter_context(layer.register_forward_hook(watches[name].probe))

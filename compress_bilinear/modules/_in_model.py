@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import chain
 
@@ -35,12 +35,14 @@ class FoundLayer:
         layer: the `nn.Bilinear`; of a foreign module, one that is made of its weight and bias.
         adapted: how a foreign module holds the weight; None for an `nn.Bilinear`.
         key: the layer's name in a foreign module that holds several, otherwise "".
+        twins: other `nn.Bilinear`s with the very same weight and bias, whose place the one replacement takes too.
     """
 
     names: tuple[str, ...]
     layer: nn.Bilinear
     adapted: AdaptedModule | None = None
     key: str = ""
+    twins: tuple[nn.Bilinear, ...] = ()
 
     @property
     def label(self) -> str:
@@ -65,6 +67,11 @@ class FoundLayer:
     def module(self) -> nn.Module:
         """The module of the model that has the names."""
         return self.layer if self.adapted is None else self.adapted.module
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """The module and its twins."""
+        return self.module, *self.twins
 
     @property
     def form(self) -> str:
@@ -107,11 +114,20 @@ def find(model: nn.Module) -> list[FoundLayer]:
     """
     names = module_names(model)
     inner = {id(part) for layer in find_compressed(model).values() for part in layer.modules()}
-    found = []
+    found: list[FoundLayer] = []
+    tied: dict[tuple[int, ...], int] = {}  # places in `found`
     for module in model.modules():
         own = tuple(names[id(module)])
         if isinstance(module, nn.Bilinear):
-            found.append(FoundLayer(own, module))
+            held = tuple(map(id, module._parameters.values()))
+            if type(module) is nn.Bilinear and held in tied:
+                place = tied[held]
+                first = found[place]
+                found[place] = replace(first, names=(*first.names, *own), twins=(*first.twins, module))
+            else:
+                if type(module) is nn.Bilinear:
+                    tied[held] = len(found)
+                found.append(FoundLayer(own, module))
         elif id(module) not in inner and (adapted := adapted_module(module)) is not None:
             inside = tuple(f"{name}." if name else "" for name in own)
             holders = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
@@ -201,14 +217,14 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], values: bool = True) -> str | None:
     """Why a layer cannot be replaced faithfully, or None; `values=False` leaves its values out of account."""
     layer, adapted, module = found.layer, found.adapted, found.module
-    modules = [layer] if adapted is None else adapted.owners
+    modules = found.modules if adapted is None else adapted.owners
     weights = [layer.weight] if adapted is None else [module.get_parameter(name) for name in adapted.sources]
-    if any(is_parametrized(part) for part in module.modules()):
+    if any(is_parametrized(part) for each in found.modules for part in each.modules()):
         return (
             "it is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first, which bakes the "
             "parametrization into the weight"
         )
-    if has_other(found.method, module):
+    if any(has_other(found.method, each) for each in found.modules):
         return (
             f"its {found.method} was replaced on the instance, which a replacement would not run: undo that first "
             "(what accelerate did by accelerate.hooks.remove_hook_from_submodules)"
@@ -216,7 +232,7 @@ def reason_against(found: FoundLayer, owners: Mapping[int, Sequence[str]], value
     reasons = chain(
         [_reason_against_class(layer) if adapted is None else adapted.reason_against(found.key, layer.weight.numel())],
         map(reason_against_hooks, modules),
-        (_reason_against_tie(weight, owners) for weight in weights),
+        (_reason_against_tie(weight, owners, found) for weight in weights),
         (_reason_against_values(layer) for _ in range(values)),
     )
     return next((reason for reason in reasons if reason is not None), None)
@@ -253,13 +269,13 @@ def reason_against_hooks(module: nn.Module) -> str | None:
     return None
 
 
-def _reason_against_tie(weight: Tensor, owners: Mapping[int, Sequence[str]]) -> str | None:
+def _reason_against_tie(weight: Tensor, owners: Mapping[int, Sequence[str]], found: FoundLayer) -> str | None:
     names = owners.get(id(weight), ())  # by id: the layer itself counts once
-    if len(names) < 2:
+    if len(names) < 2 or found.parameter_names().issuperset(names):
         return None
     return (
         f"its weight is tied ({' = '.join(names)}): replacing it would untie it and free nothing, but one layer in "
-        "all of these places is replaced in all"
+        "all of these places, or nn.Bilinears with one bias or none, are replaced in all"
     )
 
 

@@ -43,8 +43,9 @@ def replacements(
     new: dict[int, nn.Module] = {}
     for key, (found, own) in groups.items():
         new[key] = own[""] if found.adapted is None else found.adapted.replaced(own, memo)
+        new |= {id(each): new[key] for each in found.twins}
         if memo is not None:
-            memo[key] = new[key]
+            memo |= new
     return new
 
 

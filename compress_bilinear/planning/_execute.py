@@ -33,7 +33,7 @@ def check_fresh(modules: Mapping[str, nn.Module], job: Job, owners: Mapping[int,
     """Raise StalePlanError unless the model has the layer that the job was planned for."""
     found = job.found
     for name in found.names:
-        if modules.get(name) is not found.module:
+        if modules.get(name) not in found.modules:
             raise StalePlanError(
                 f"Layer {name or '(root)'!r} should be the one that was planned for. "
                 f"Found {type(modules[name]).__name__ if name in modules else 'nothing'} there now: plan again."

@@ -61,7 +61,7 @@ def find_jobs(
         bias = found.layer.bias
         job = Job(found=found, config=config, calibrated=calibrated)
         job.reason = None if reason is None else Note("not_replaceable", reason)
-        job.tied_bias = bias is not None and len(owners.get(id(bias), ())) > 1
+        job.tied_bias = bool(set(owners.get(id(bias), ())) - found.parameter_names())
         if job.limit is not None and job.limit.on == "output" and not calibrated:
             raise ConfigError(f"{job.limit} needs `calibration`: inputs whose outputs can be compared. Found none.")
         jobs.append(job)
@@ -84,19 +84,24 @@ def calibrate(
     batches = bars.track(calibration, description="Calibrating")
     first: list[Any] = []
     watched = _noting_first(batches if options["refine"] is None else sample.watch(batches), first)
-    plain = [job.layer for job in open_.values() if job.found.adapted is None]
+    plain = [each for job in open_.values() if job.found.adapted is None for each in job.found.modules]
     with observing(job.found.adapted for job in open_.values()), WeightReads(model, plain) as reads:
         layers = {label: job.found.rows for label, job in open_.items()}
+        twins = [(label, twin) for label, job in open_.items() for twin in job.found.twins]
         whole = forward_fn is not call_rows  # which are the rows of one file
         loss_fn = options["loss_fn"]
-        inputs = collect_inputs(model, layers, watched, forward_fn=forward_fn, loss_fn=loss_fn, whole_batches=whole)
+        inputs = collect_inputs(
+            model, layers, watched, forward_fn=forward_fn, loss_fn=loss_fn, whole_batches=whole, twins=twins
+        )
     for label, job in open_.items():
         job.inputs = inputs[label]
         if operation := reads.found.get(id(job.layer.weight)):
             text = f"its weight is read outside its own forward ({operation}), and a replacement has none to read"
             job.reason = Note("weight_read", text)
     if options["refine"] is not None:
-        check_distillable(model, [job.found.module for job in open_.values()], sample.batches, forward_fn)
+        check_distillable(
+            model, [each for job in open_.values() for each in job.found.modules], sample.batches, forward_fn
+        )
     return first, sample.batches
 
 
@@ -217,7 +222,7 @@ def distil_all(
         modules,
         batches,
         trained_bias=[key for key, job in replaced.items() if job.chosen and job.chosen.bias_corrected],
-        adapted={id(job.layer): job.found for job in jobs if job.found.adapted is not None},
+        adapted={id(job.layer): job.found for job in jobs if job.found.adapted is not None or job.found.twins},
         forward_fn=options["forward_fn"],
         seconds=max(times.whole.left(), 1e-3) if times.whole.limited else DEFAULT_SECONDS,
         progress=bars.parts("Distilling", [1.0])(0, "the network"),
