@@ -28,6 +28,8 @@ from ..fitting import (
 from ..modules import METHODS, CompressedBilinear, CPBilinear, FoundLayer, is_lazy, method_name
 from ..report import AS_CONFIGURED, LayerReport, Note, Spectrum
 
+_PARTS = 3  # times as long as the error itself takes what judging finds where there is time
+
 
 def judge(job: Job, options: PlanOptions, made: bool = False, budget: Budget | None = None) -> LayerReport:
     """Measure the chosen candidate and decide: fill `job.report`, and take `job.chosen` away where the layer is kept.
@@ -170,7 +172,7 @@ def _timed(job: Job, module: CompressedBilinear, rows: int, budget: Budget) -> T
 def _measured(job: Job, candidate: Candidate, module: CompressedBilinear, budget: Budget) -> dict[str, Any]:
     """The figures of a candidate, but for its sizes and latencies."""
     weight = job.layer.weight.detach()
-    over = budget.limited and budget.left() <= expected_error_seconds(job.layer)
+    over = budget.limited and budget.left() <= _PARTS * expected_error_seconds(job.layer)
     known = _factor_errors(weight, candidate, module, over) | {"rank": module.rank}
     known["spectra"] = () if over else tuple(Spectrum(**one._asdict()) for one in decompose.spectra(weight))
     if job.held_out is not None:
