@@ -26,7 +26,7 @@ FLOORS = (
 )
 HEIGHT = {room: height for height, floor in enumerate(FLOORS) for room in floor}
 
-MOST_LINES = 16_490  # of the package
+MOST_LINES = 16_489  # of the package
 MOST_LINES_OF_A_FILE = 350
 MOST_LINES_OF_A_FUNCTION = 60  # with its docstring
 

@@ -196,8 +196,7 @@ def collect_inputs(
 
     Args:
         model: the network, which is not changed.
-        layers: two-input modules inside it, by a name of the caller's.
-        twins: others that are the same layer, with its name.
+        layers, twins: two-input modules inside it, by a name of the caller's, and others that are the same layer.
         batches, forward_fn, loss_fn: see `PlanOptions`. Parameters' own gradients are left alone.
         max_rows, seed: the most rows to keep for a layer, and which ones; the seed draws also what is held out.
         whole_batches: whole batches may be held out; False where they are the cut rows of one source.

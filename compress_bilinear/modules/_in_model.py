@@ -110,7 +110,9 @@ def module_names(model: nn.Module) -> dict[int, list[str]]:
 def find(model: nn.Module) -> list[FoundLayer]:
     """All `nn.Bilinear` layers and all foreign modules that an adapter knows, in the model's order.
 
-    Each comes once, with all its names. Raises: ConfigError where a registered adapter does not fit its module.
+    Each comes once, with all its names; those that have one weight, and one bias or none, are one.
+
+    Raises: ConfigError where a registered adapter does not fit its module.
     """
     names = module_names(model)
     inner = {id(part) for layer in find_compressed(model).values() for part in layer.modules()}
@@ -119,15 +121,13 @@ def find(model: nn.Module) -> list[FoundLayer]:
     for module in model.modules():
         own = tuple(names[id(module)])
         if isinstance(module, nn.Bilinear):
-            held = tuple(map(id, module._parameters.values()))
-            if type(module) is nn.Bilinear and held in tied:
-                place = tied[held]
+            held = type(module) is nn.Bilinear or id(module), *map(id, module._parameters.values())
+            place = tied.setdefault(held, len(found))
+            if place == len(found):
+                found.append(FoundLayer(own, module))
+            else:
                 first = found[place]
                 found[place] = replace(first, names=(*first.names, *own), twins=(*first.twins, module))
-            else:
-                if type(module) is nn.Bilinear:
-                    tied[held] = len(found)
-                found.append(FoundLayer(own, module))
         elif id(module) not in inner and (adapted := adapted_module(module)) is not None:
             inside = tuple(f"{name}." if name else "" for name in own)
             holders = [name for part in adapted.owners[1:] for name in names.get(id(part), ())]
